@@ -1,0 +1,41 @@
+# Everything a newcomer needs: `make quickstart` trains a model, `make test` runs the tests. Both set themselves up.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The torch that everything here was tested with; any torch >= 2.10 works (make TORCH=torch==2.11.0 ...).
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-gpu lint format compile-report clean
+
+quickstart: $(VENV)/ready
+	$(BIN)/sppo train quickstart
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+compile-report: $(VENV)/ready
+	$(BIN)/python -m benchmarks compile
+
+# Made again when what is to be installed changes; the stamp is written last, so a broken install is not taken for a whole one.
+$(VENV)/ready: setup.py pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,60 @@
+"""Package metadata. ``pip install .`` gives the fused operations, the extras the trainer and the tools around it."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "sppo_kernels/__init__.py").read_text(), re.M).group(1)
+
+TRAIN = [
+    "transformers>=5.17",
+    "accelerate>=1.10",
+    "datasets>=4.0",
+    "pyyaml>=6.0",
+    "matplotlib>=3.9",
+    "math-verify>=0.9",
+    "reasoning-gym>=0.1.25",
+]
+BENCH = ["pytest-benchmark>=5.0", "matplotlib>=3.9"]
+
+setup(
+    name="sppo-kernels",
+    version=VERSION,
+    description="Fused Triton kernels for sequence-level PPO (arXiv 2604.08865), and a thin SPPO trainer on top",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    keywords="reinforcement-learning ppo sppo grpo llm triton kernels",
+    python_requires=">=3.11",
+    packages=find_packages(include=["sppo_kernels*", "sppo*"]),
+    package_data={"sppo": ["recipes/*.yaml"], "sppo_kernels": ["py.typed"]},
+    install_requires=["torch>=2.10", "numpy>=1.26", "triton>=3.6; platform_system == 'Linux'"],
+    extras_require={
+        "train": TRAIN,
+        "bench": BENCH,
+        "vllm": ["vllm>=0.11"],
+        "flash": ["flash-attn>=2.8"],
+        "dev": [
+            *TRAIN,
+            *BENCH,
+            "pytest>=8.4",
+            "hypothesis>=6.130",
+            "ruff>=0.17,<0.18",  # a new one formats differently
+            "mypy>=1.18",
+            "types-PyYAML",
+        ],
+    },
+    entry_points={"console_scripts": ["sppo = sppo.cli:main"]},
+)
