@@ -3,7 +3,10 @@
 __version__ = "0.1.0"
 
 from sppo_kernels import reference
+from sppo_kernels.ops.selective_logprobs import LogprobOutput, selective_logprobs
 
 __all__ = [
+    "LogprobOutput",
     "reference",
+    "selective_logprobs",
 ]

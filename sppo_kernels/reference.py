@@ -1,5 +1,7 @@
 """The definition of every operation, under its public name: plain differentiable PyTorch, float32 or float64."""
 
+from sppo_kernels.ops.selective_logprobs import reference as selective_logprobs
 
 __all__ = [
+    "selective_logprobs",
 ]

@@ -1,0 +1,34 @@
+"""Device functions that several kernels share. Imported only where Triton is installed."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """tanh from exp alone: libdevice is missing in Triton's interpreter, and differs between CUDA and ROCm.
+
+    (1 - e) / (1 + e) with e = exp(-2|x|) never overflows; it cancels for small x, where five terms of the series are
+    exact to float32 rounding.
+    """
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - e) / (1.0 + e)
+    large = tl.where(x < 0.0, -large, large)
+    xx = x * x
+    small = x * (1.0 + xx * (-1.0 / 3.0 + xx * (2.0 / 15.0 + xx * (-17.0 / 315.0 + xx * (62.0 / 2835.0)))))
+    return tl.where(tl.abs(x) < 0.3, small, large)
+
+
+@triton.jit
+def is_last_program(counter_ptr, n_programs):
+    """Whether all other programs of this launch have stored what they stored before calling this.
+
+    The counter starts at 0. It is the only atomic in this library, and it orders programs, it does not sum: the last
+    program then adds the partial results in a fixed order, so the result has the same bits whoever comes last.
+    """
+    tl.debug_barrier()  # every thread of this program has stored before the count goes up
+    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return arrived == n_programs - 1

@@ -1,0 +1,462 @@
+"""selective_logprobs: log-probability of one label a row, and the entropy of the row, from given logits.
+
+    z = cap(x) / tau,  cap(x) = s tanh(x / s) or x      lse = log sum exp z      p = exp(z - lse)
+    logprob = z[label] - lse                            entropy = lse - sum p z
+    dx = (g_l (onehot(label) - p) - g_e p (log p + entropy)) * cap'(x) / tau
+
+Traffic, in elements of x: forward reads N*V; backward reads N*V and writes N*V. Between the two only three float32 a
+row are kept (the row's maximum, log sum exp(z - maximum), the entropy). The maximum and the logarithm stay apart
+because their sum, at logits around 1e4, would round away what the gradient's p needs.
+
+A row whose label is ``ignore_index`` is not read. A row whose upstream gradients are both zero is not read again.
+``linear_logprobs`` runs the same two row passes on its chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sppo_kernels._common import (
+    check_device,
+    check_floating,
+    check_integer,
+    check_shape,
+    pick_backend,
+    reject,
+    values_are_checked,
+)
+
+try:
+    import triton
+    import triton.language as tl
+
+    from sppo_kernels._triton import tanh
+except ImportError:
+    triton = None
+
+
+class LogprobOutput(NamedTuple):
+    """Log-probabilities and entropies, float32, nats, in the shape of the labels."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def selective_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> LogprobOutput:
+    """Log-probability of each label and entropy of each row, in one read of the logits.
+
+    Args:
+        logits: ``[..., V]``, float16, bfloat16 or float32 (float64 with ``backend="reference"``), any strides;
+            ``-inf`` marks an impossible token.
+        labels: ``[...]``, integers in ``[0, V)`` or ``ignore_index``.
+        temperature: divides the logits; a float greater than 0, or a tensor ``[...]`` of one a row (not
+        differentiated).
+        softcap: ``s`` in ``s * tanh(logits / s)``, applied before the temperature (Gemma 2); None for no cap.
+        ignore_index: marks a row without loss: log-probability, entropy and gradients are exactly 0.
+        backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for triton on an accelerator and torch elsewhere.
+
+    Returns:
+        ``LogprobOutput(logprobs, entropy)``: both ``[...]``, float32, differentiable in ``logits``.
+
+    Raises:
+        ValueError: a wrong shape, device, temperature or softcap; a label outside ``[0, V)`` (looked at on a CPU, and
+            elsewhere under ``SPPO_KERNELS_CHECK=1``; without it such a row is NaN).
+        TypeError: logits that are not floating-point, labels that are not integers.
+    """
+    check_floating(logits=logits)
+    check_integer(labels=labels)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        reject("logits", f"shape {tuple(logits.shape)}", "[..., V] with at least one column")
+    check_shape(logits.shape[:-1], "the shape of logits without its last dimension", labels=labels)
+    check_device(logits.device, labels=labels)
+    check_softcap(softcap)
+    check_temperature(temperature, labels)
+    backend = pick_backend(backend, logits)
+    labels = labels.long()
+    if backend == "reference":
+        return reference(logits, labels, temperature=temperature, softcap=softcap, ignore_index=ignore_index)
+    # [:, :-1] of [B, T, V] is not one block of rows: with two leading strides it is read in place all the same.
+    rows = logits if logits.ndim == 3 else logits.reshape(1, -1, logits.shape[-1])
+    logprobs, entropy, _ = _selective_logprobs(
+        rows,
+        labels.reshape(-1),
+        temperature_per_row(temperature, labels),
+        softcap or 0.0,
+        ignore_index,
+        backend,
+    )
+    return LogprobOutput(logprobs.view(labels.shape), entropy.view(labels.shape))
+
+
+def reference(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> LogprobOutput:
+    """The definition: plain differentiable PyTorch, float32 or, for float64 logits, float64."""
+    check_label_and_temperature_values(labels, temperature, logits.shape[-1], ignore_index)
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / (temperature.to(z.dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+    keep = labels != ignore_index
+    z = torch.where(keep.unsqueeze(-1), z, 0.0)  # whatever an ignored row holds, it must not reach a gradient
+    logp = torch.log_softmax(z, dim=-1)
+    logprobs = logp.gather(-1, torch.where(keep, labels, 0).unsqueeze(-1)).squeeze(-1)
+    # p log p is 0 where p is 0: log p is -inf there, and 0 * -inf would be NaN, backward too.
+    p_logp = torch.where(logp.exp() > 0, logp.exp() * torch.where(logp.exp() > 0, logp, 0.0), 0.0)
+    return LogprobOutput(torch.where(keep, logprobs, 0.0), torch.where(keep, -p_logp.sum(-1), 0.0))
+
+
+def check_temperature(temperature: float | Tensor, labels: Tensor) -> None:
+    """A float greater than 0, or a floating-point tensor in the shape of the labels."""
+    if isinstance(temperature, Tensor):
+        check_floating(temperature=temperature)
+        check_shape(labels.shape, "one a label", temperature=temperature)
+        check_device(labels.device, temperature=temperature)
+    elif not temperature > 0:
+        reject("temperature", temperature, "greater than 0 (for greedy decoding score with temperature=1.0)")
+
+
+def check_softcap(softcap: float | None) -> None:
+    """None, or a float greater than 0."""
+    if softcap is not None and not softcap > 0:
+        reject("softcap", softcap, "greater than 0, or None for no cap")
+
+
+def temperature_per_row(temperature: float | Tensor, labels: Tensor) -> Tensor:
+    """``[N]`` float32; a single temperature is one element seen N times (stride 0), not N elements."""
+    if isinstance(temperature, Tensor):
+        return temperature.detach().float().reshape(-1)
+    return torch.full((1,), temperature, dtype=torch.float32, device=labels.device).expand(labels.numel())
+
+
+def check_label_and_temperature_values(
+    labels: Tensor, temperature: float | Tensor, vocab: int, ignore_index: int
+) -> None:
+    """Labels lie in [0, vocab) or are ``ignore_index``; temperatures are positive. Reads the values."""
+    if not labels.numel() or not values_are_checked(labels):
+        return
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    if bad.any():
+        reject("labels", int(labels[bad][0]), f"in [0, {vocab}) or ignore_index={ignore_index}")
+    if isinstance(temperature, Tensor) and not temperature.min() > 0:
+        reject("temperature", float(temperature.min()), "greater than 0")
+
+
+# The registered operation
+
+
+@torch.library.custom_op("sppo_kernels::selective_logprobs", mutates_args=())
+def _selective_logprobs(
+    logits: Tensor, labels: Tensor, temperature: Tensor, softcap: float, ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [B, T, V], labels and temperature [B * T] -> logprobs, entropy [B * T], stats [2, B * T]."""
+    check_label_and_temperature_values(labels, temperature, logits.shape[-1], ignore_index)
+    return ROW_PASSES[backend].forward(logits, labels, temperature, softcap, ignore_index)
+
+
+@_selective_logprobs.register_fake
+def _(logits, labels, temperature, softcap, ignore_index, backend):
+    n = labels.shape[0]
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (2, n)))
+
+
+@torch.library.custom_op("sppo_kernels::selective_logprobs_backward", mutates_args=())
+def _selective_logprobs_backward(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    entropy: Tensor,
+    stats: Tensor,
+    softcap: float,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
+    return ROW_PASSES[backend].backward(
+        grad_logprobs, grad_entropy, logits, labels, temperature, entropy, stats, softcap, ignore_index, logits.dtype
+    )
+
+
+@_selective_logprobs_backward.register_fake
+def _(grad_logprobs, grad_entropy, logits, labels, temperature, entropy, stats, softcap, ignore_index, backend):
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx, inputs, output):
+    logits, labels, temperature, *ctx.settings = inputs
+    ctx.save_for_backward(logits, labels, temperature, output[1], output[2])
+
+
+def _grad(ctx, grad_logprobs, grad_entropy, _):
+    dx = _selective_logprobs_backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.settings)
+    return dx, None, None, None, None, None
+
+
+_selective_logprobs.register_autograd(_grad, setup_context=_save)
+
+
+class RowPass(NamedTuple):
+    """The two passes over rows of logits that a backend provides."""
+
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., Tensor]
+
+
+# PyTorch backend: a block of rows at a time, so that its float32 temporaries stay in the cache
+
+_BLOCK_ELEMENTS = 1 << 20
+_LOG_ZERO = -200.0  # exp is 0 in float32 below -104; a finite stand-in keeps 0 * -inf out of p log p
+
+
+def _row_blocks(rows: Tensor, labels: Tensor, ignore_index: int):
+    """Indices of the rows that bear loss, in blocks of about _BLOCK_ELEMENTS elements."""
+    keep = (labels != ignore_index).nonzero().squeeze(-1)
+    return keep.split(max(1, _BLOCK_ELEMENTS // rows.shape[-1]))
+
+
+def _block_of_rows(logits: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` of ``[B, T, V]`` seen as ``[B * T, V]``, float32, without copying the whole."""
+    return logits[index // logits.shape[1], index % logits.shape[1]].float()
+
+
+def _torch_forward(logits, labels, temperature, softcap, ignore_index):
+    n = labels.shape[0]
+    logprobs, entropy, stats = (logits.new_zeros(shape, dtype=torch.float32) for shape in ((n,), (n,), (2, n)))
+    for index in _row_blocks(logits, labels, ignore_index):
+        z = _block_of_rows(logits, index)
+        if softcap:
+            z = z.div_(softcap).tanh_().mul_(softcap)
+        z /= temperature[index, None]
+        maximum = z.amax(-1)
+        # A row of -inf alone has no distribution: NaN, as in PyTorch.
+        z -= maximum[:, None]
+        target = z.gather(-1, labels[index, None]).squeeze(-1)
+        e = z.exp()
+        total = e.sum(-1)
+        weighted = e.mul_(z.clamp_(min=_LOG_ZERO)).sum(-1)
+        log_total = total.log()
+        logprobs[index] = target - log_total
+        entropy[index] = log_total - weighted / total
+        stats[0, index], stats[1, index] = maximum, log_total
+    return logprobs, entropy, stats
+
+
+def _torch_backward(
+    grad_logprobs, grad_entropy, logits, labels, temperature, entropy, stats, softcap, ignore_index, out_dtype
+):
+    dx = torch.zeros(logits.shape, dtype=out_dtype, device=logits.device)
+    rows_out = dx.view(-1, logits.shape[-1])
+    live = torch.where((grad_logprobs != 0) | (grad_entropy != 0), labels, ignore_index)
+    for index in _row_blocks(logits, live, ignore_index):
+        x = _block_of_rows(logits, index)
+        slope = 1.0 / temperature[index, None]
+        if softcap:
+            capped = torch.tanh(x / softcap)
+            x, slope = softcap * capped, slope * (1 - capped.square_())
+        logp = x / temperature[index, None] - stats[0, index, None] - stats[1, index, None]
+        p = logp.exp()
+        logp.clamp_(min=_LOG_ZERO)
+        g = -p * (grad_logprobs[index, None] + grad_entropy[index, None] * (logp + entropy[index, None]))
+        g.scatter_add_(-1, labels[index, None], grad_logprobs[index, None].float())
+        rows_out[index] = (g * slope).to(out_dtype)
+    return dx
+
+
+ROW_PASSES: dict[str, RowPass] = {"torch": RowPass(_torch_forward, _torch_backward)}
+
+
+# Triton backend
+
+if triton is not None:
+
+    @triton.jit
+    def _scaled_logits(x_ptr, col, stride_v, V, softcap, tau, HAS_SOFTCAP: tl.constexpr):
+        """z of a block of columns, float32, and tanh(x / s). Columns past V are -inf after the cap, not before it."""
+        x = tl.load(x_ptr + col.to(tl.int64) * stride_v, mask=col < V, other=0.0).to(tl.float32)
+        capped = x
+        if HAS_SOFTCAP:
+            capped = tanh(x / softcap)
+            x = softcap * capped
+        return tl.where(col < V, x / tau, float("-inf")), capped
+
+    # One program a row; the row goes by once:
+    #
+    #   block of x --> z --> m' = max(m, max z)         one reduction over the block
+    #                        e = exp(z - m')            one exp an element
+    #                        s = s exp(m - m') + e                              \  kept as a vector of BLOCK lanes,
+    #                        t = exp(m - m') (t + (m - m') s_old) + e (z - m')  /  added up once, after the last block
+    #
+    #   logprob = z[label] - m - log s      entropy = log s - t / s      t = sum e (z - m): no cancellation at 1e4
+    @triton.jit
+    def _forward_kernel(
+        x_ptr,
+        label_ptr,
+        tau_ptr,
+        logprob_ptr,
+        entropy_ptr,
+        stat_ptr,
+        stride_b,
+        stride_t,
+        stride_v,
+        stride_tau,
+        T,
+        N,
+        V,
+        softcap,
+        ignore_index,
+        HAS_SOFTCAP: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        label = tl.load(label_ptr + row)
+        if label == ignore_index:
+            tl.store(logprob_ptr + row, 0.0)
+            tl.store(entropy_ptr + row, 0.0)
+            tl.store(stat_ptr + row, 0.0)
+            tl.store(stat_ptr + N + row, 0.0)
+            return
+        tau = tl.load(tau_ptr + row * stride_tau)
+        x_ptr += (row // T) * stride_b + (row % T) * stride_t
+        m = float("-inf")
+        s = tl.zeros([BLOCK], tl.float32)
+        t = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, V, BLOCK):
+            z, _ = _scaled_logits(x_ptr, start + tl.arange(0, BLOCK), stride_v, V, softcap, tau, HAS_SOFTCAP)
+            m_new = tl.maximum(m, tl.max(z, 0))
+            base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing finite so far: keep -inf - -inf out
+            shift = tl.where(m == float("-inf"), 0.0, m - base)
+            scale = tl.where(m == float("-inf"), 0.0, tl.exp(shift))
+            z -= base
+            e = tl.exp(z)
+            t = scale * (t + shift * s) + tl.where(e > 0.0, e * z, 0.0)
+            s = scale * s + e
+            m = m_new
+        total = tl.sum(s, 0)
+        log_total = tl.log(total)
+        in_range = (label >= 0) & (label < V)
+        safe_label = tl.where(in_range, label, 0)
+        target, _ = _scaled_logits(x_ptr, safe_label, stride_v, V, softcap, tau, HAS_SOFTCAP)
+        target = tl.where(in_range, target, float("nan"))
+        tl.store(logprob_ptr + row, target - m - log_total)
+        tl.store(entropy_ptr + row, log_total - tl.sum(t, 0) / total)
+        tl.store(stat_ptr + row, m)
+        tl.store(stat_ptr + N + row, log_total)
+
+    # One program a row and block of columns: nothing is shared but three numbers a row, so rows need not be whole.
+    @triton.jit
+    def _backward_kernel(
+        grad_logprob_ptr,
+        grad_entropy_ptr,
+        x_ptr,
+        label_ptr,
+        tau_ptr,
+        entropy_ptr,
+        stat_ptr,
+        dx_ptr,
+        stride_b,
+        stride_t,
+        stride_v,
+        stride_tau,
+        T,
+        N,
+        V,
+        softcap,
+        ignore_index,
+        HAS_SOFTCAP: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        dx_ptr += row * V + col
+        label = tl.load(label_ptr + row)
+        g_logprob = tl.load(grad_logprob_ptr + row).to(tl.float32)
+        g_entropy = tl.load(grad_entropy_ptr + row).to(tl.float32)
+        if (label == ignore_index) | ((g_logprob == 0.0) & (g_entropy == 0.0)):
+            tl.store(dx_ptr, tl.zeros([BLOCK], tl.float32), mask=col < V)
+            return
+        tau = tl.load(tau_ptr + row * stride_tau)
+        x_ptr += (row // T) * stride_b + (row % T) * stride_t
+        z, capped = _scaled_logits(x_ptr, col, stride_v, V, softcap, tau, HAS_SOFTCAP)
+        logp = z - tl.load(stat_ptr + row) - tl.load(stat_ptr + N + row)
+        p = tl.exp(logp)
+        g = tl.where(p > 0.0, -p * (g_logprob + g_entropy * (logp + tl.load(entropy_ptr + row))), 0.0)
+        g = tl.where(col == label, g + g_logprob, g) / tau
+        if HAS_SOFTCAP:
+            g *= 1.0 - capped * capped
+        tl.store(dx_ptr, g, mask=col < V)
+
+    def _launch(V: int) -> dict:
+        # Eight elements a thread: 16 bytes of a half-precision row in one load, and registers left for s and t.
+        block = min(2048, triton.next_power_of_2(V))
+        return {"BLOCK": block, "num_warps": max(1, block // 256)}
+
+    def _triton_forward(logits, labels, temperature, softcap, ignore_index):
+        n, vocab = labels.shape[0], logits.shape[-1]
+        logprobs, entropy, stats = (logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (2, n)))
+        if n:
+            _forward_kernel[(n,)](
+                logits,
+                labels.contiguous(),
+                temperature,
+                logprobs,
+                entropy,
+                stats,
+                *logits.stride(),
+                temperature.stride(0),
+                logits.shape[1],
+                n,
+                vocab,
+                softcap,
+                ignore_index,
+                HAS_SOFTCAP=softcap > 0,
+                **_launch(vocab),
+            )
+        return logprobs, entropy, stats
+
+    def _triton_backward(
+        grad_logprobs, grad_entropy, logits, labels, temperature, entropy, stats, softcap, ignore_index, out_dtype
+    ):
+        n, vocab = labels.shape[0], logits.shape[-1]
+        dx = torch.empty(logits.shape, dtype=out_dtype, device=logits.device)
+        if n:
+            launch = _launch(vocab)
+            _backward_kernel[(n, triton.cdiv(vocab, launch["BLOCK"]))](
+                grad_logprobs.contiguous(),
+                grad_entropy.contiguous(),
+                logits,
+                labels.contiguous(),
+                temperature,
+                entropy,
+                stats,
+                dx,
+                *logits.stride(),
+                temperature.stride(0),
+                logits.shape[1],
+                n,
+                vocab,
+                softcap,
+                ignore_index,
+                HAS_SOFTCAP=softcap > 0,
+                **launch,
+            )
+        return dx
+
+    ROW_PASSES["triton"] = RowPass(_triton_forward, _triton_backward)
