@@ -3,10 +3,12 @@
 __version__ = "0.1.0"
 
 from sppo_kernels import reference
+from sppo_kernels.ops.linear_logprobs import linear_logprobs
 from sppo_kernels.ops.selective_logprobs import LogprobOutput, selective_logprobs
 
 __all__ = [
     "LogprobOutput",
+    "linear_logprobs",
     "reference",
     "selective_logprobs",
 ]
