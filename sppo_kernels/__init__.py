@@ -4,11 +4,14 @@ __version__ = "0.1.0"
 
 from sppo_kernels import reference
 from sppo_kernels.ops.linear_logprobs import linear_logprobs
+from sppo_kernels.ops.policy_loss import PolicyLossOutput, policy_loss
 from sppo_kernels.ops.selective_logprobs import LogprobOutput, selective_logprobs
 
 __all__ = [
     "LogprobOutput",
+    "PolicyLossOutput",
     "linear_logprobs",
+    "policy_loss",
     "reference",
     "selective_logprobs",
 ]

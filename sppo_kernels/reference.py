@@ -1,9 +1,11 @@
 """The definition of every operation, under its public name: plain differentiable PyTorch, float32 or float64."""
 
 from sppo_kernels.ops.linear_logprobs import reference as linear_logprobs
+from sppo_kernels.ops.policy_loss import reference as policy_loss
 from sppo_kernels.ops.selective_logprobs import reference as selective_logprobs
 
 __all__ = [
     "linear_logprobs",
+    "policy_loss",
     "selective_logprobs",
 ]
