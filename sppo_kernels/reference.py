@@ -2,10 +2,14 @@
 
 from sppo_kernels.ops.linear_logprobs import reference as linear_logprobs
 from sppo_kernels.ops.policy_loss import reference as policy_loss
+from sppo_kernels.ops.prompt_value import reference_logits as prompt_value_logits
+from sppo_kernels.ops.prompt_value import reference_loss as prompt_value_loss
 from sppo_kernels.ops.selective_logprobs import reference as selective_logprobs
 
 __all__ = [
     "linear_logprobs",
     "policy_loss",
+    "prompt_value_logits",
+    "prompt_value_loss",
     "selective_logprobs",
 ]
