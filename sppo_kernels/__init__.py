@@ -3,19 +3,25 @@
 __version__ = "0.1.0"
 
 from sppo_kernels import reference
+from sppo_kernels.ops.gae import gae
+from sppo_kernels.ops.group_advantages import group_advantages
 from sppo_kernels.ops.linear_logprobs import linear_logprobs
 from sppo_kernels.ops.policy_loss import PolicyLossOutput, policy_loss
 from sppo_kernels.ops.prompt_value import PromptValueOutput, prompt_value_logits, prompt_value_loss
 from sppo_kernels.ops.selective_logprobs import LogprobOutput, selective_logprobs
+from sppo_kernels.ops.whiten import whiten
 
 __all__ = [
     "LogprobOutput",
     "PolicyLossOutput",
     "PromptValueOutput",
+    "gae",
+    "group_advantages",
     "linear_logprobs",
     "policy_loss",
     "prompt_value_logits",
     "prompt_value_loss",
     "reference",
     "selective_logprobs",
+    "whiten",
 ]

@@ -1,0 +1,141 @@
+"""whiten: zero mean and unit variance over the tokens of a mask.
+
+    y = (x - mean) / sqrt(var + 1e-8)      var with Bessel's correction      0 where masked
+
+Two launches, since every element needs the whole: the first leaves count, mean and sum of squared deviations of each
+block, the second combines them (Chan, Golub and LeVeque, 1979), each program for itself and in the same order, and
+writes its block. Traffic: x and mask are read twice, y is written once. Squares are taken after the block's mean is
+subtracted, so a large common offset does not cancel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sppo_kernels._common import check_device, check_floating, check_shape, check_tensor, pick_backend
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+EPS = 1e-8
+
+
+def whiten(x: Tensor, mask: Tensor, *, backend: str | None = None) -> Tensor:
+    """Standardise the unmasked elements, as PPO does with advantages (arXiv 2005.12729, "implementation matters").
+
+    Args:
+        x: any shape, floating-point. Not differentiated.
+        mask: same shape, nonzero where an element counts.
+        backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for triton on an accelerator and torch elsewhere.
+
+    Returns:
+        The shape of ``x``, float32, 0 where masked; all 0 where fewer than two elements count.
+
+    Raises:
+        ValueError: a wrong shape or device.
+        TypeError: ``x`` is not floating-point.
+    """
+    check_floating(x=x)
+    check_tensor(mask=mask)
+    check_shape(x.shape, "the shape of x", mask=mask)
+    check_device(x.device, mask=mask)
+    backend = pick_backend(backend, x)
+    if backend == "reference":
+        return reference(x, mask)
+    return _whiten(x.detach(), mask != 0, backend)
+
+
+def reference(x: Tensor, mask: Tensor) -> Tensor:
+    """The definition, float32 or, for float64 input, float64."""
+    x, keep = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32), mask != 0
+    n = keep.sum()
+    mean = torch.where(keep, x, 0.0).sum() / n.clamp(min=1)
+    deviation = torch.where(keep, x - mean, 0.0)
+    return deviation * torch.rsqrt(deviation.square().sum() / (n - 1).clamp(min=1) + EPS)
+
+
+@torch.library.custom_op("sppo_kernels::whiten", mutates_args=())
+def _whiten(x: Tensor, mask: Tensor, backend: str) -> Tensor:
+    return _BACKENDS[backend](x, mask)
+
+
+@_whiten.register_fake
+def _(x, mask, backend):
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
+
+
+# PyTorch backend: the definition is already the plain way to do it
+
+_BACKENDS = {"torch": lambda x, mask: reference(x, mask).contiguous()}
+
+
+# Triton backend
+
+if triton is not None:
+
+    @triton.jit
+    def _block(x_ptr, mask_ptr, N, BLOCK: tl.constexpr):
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        keep = tl.load(mask_ptr + index, mask=index < N, other=0) != 0
+        return index, keep, tl.load(x_ptr + index, mask=keep, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _moments_kernel(x_ptr, mask_ptr, partial_ptr, N, BLOCKS, BLOCK: tl.constexpr):
+        _, keep, x = _block(x_ptr, mask_ptr, N, BLOCK)
+        n = tl.sum(keep.to(tl.float32), 0)
+        mean = tl.sum(x, 0) / tl.maximum(n, 1.0)
+        deviation = tl.where(keep, x - mean, 0.0)
+        partial_ptr += tl.program_id(0)
+        tl.store(partial_ptr, n)
+        tl.store(partial_ptr + BLOCKS, mean)
+        tl.store(partial_ptr + 2 * BLOCKS, tl.sum(deviation * deviation, 0))
+
+    @triton.jit
+    def _normalize_kernel(
+        x_ptr,
+        mask_ptr,
+        partial_ptr,
+        y_ptr,
+        N,
+        BLOCKS,
+        EPS: tl.constexpr,
+        BLOCKS_AT_ONCE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        total = tl.zeros([BLOCKS_AT_ONCE], tl.float32)
+        mean_sum = tl.zeros([BLOCKS_AT_ONCE], tl.float32)
+        for start in range(0, BLOCKS, BLOCKS_AT_ONCE):
+            i = start + tl.arange(0, BLOCKS_AT_ONCE)
+            n = tl.load(partial_ptr + i, mask=i < BLOCKS, other=0.0)
+            total += n
+            mean_sum += n * tl.load(partial_ptr + BLOCKS + i, mask=i < BLOCKS, other=0.0)
+        count = tl.sum(total, 0)
+        mean = tl.sum(mean_sum, 0) / tl.maximum(count, 1.0)
+        squares = tl.zeros([BLOCKS_AT_ONCE], tl.float32)
+        for start in range(0, BLOCKS, BLOCKS_AT_ONCE):
+            i = start + tl.arange(0, BLOCKS_AT_ONCE)
+            n = tl.load(partial_ptr + i, mask=i < BLOCKS, other=0.0)
+            shift = tl.load(partial_ptr + BLOCKS + i, mask=i < BLOCKS, other=0.0) - mean
+            squares += tl.load(partial_ptr + 2 * BLOCKS + i, mask=i < BLOCKS, other=0.0) + n * shift * shift
+        variance = tl.sum(squares, 0) / tl.maximum(count - 1.0, 1.0)
+        index, keep, x = _block(x_ptr, mask_ptr, N, BLOCK)
+        tl.store(y_ptr + index, tl.where(keep, (x - mean) / tl.sqrt(variance + EPS), 0.0), mask=index < N)
+
+    def _triton_whiten(x, mask):
+        x, mask = x.contiguous(), mask.contiguous()
+        y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        n, block = x.numel(), 2048
+        if n:
+            blocks = triton.cdiv(n, block)
+            partial = torch.empty(3, blocks, dtype=torch.float32, device=x.device)
+            _moments_kernel[(blocks,)](x, mask, partial, n, blocks, BLOCK=block, num_warps=4)
+            _normalize_kernel[(blocks,)](
+                x, mask, partial, y, n, blocks, EPS=EPS, BLOCKS_AT_ONCE=256, BLOCK=block, num_warps=4
+            )
+        return y
+
+    _BACKENDS["triton"] = _triton_whiten
