@@ -1,0 +1,1 @@
+"""Benchmark suites: what the library claims, measured. ``python -m benchmarks`` lists them."""

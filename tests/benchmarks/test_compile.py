@@ -1,0 +1,200 @@
+"""The compile report: no kernel of the library spills, and the report would say so if one did.
+
+Kernels are compiled in a process without TRITON_INTERPRET: where it is set, Triton has nothing to compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.__main__ import main
+from benchmarks.compile import TARGETS, Launch, Row, parse_amdgcn, parse_cuobjdump, table
+
+ROOT = Path(__file__).parents[2]
+
+FAULTY_PACKAGE = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def helper(x):
+    return tl.exp(x)
+
+@triton.jit
+def good(x_ptr, n, N: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, N), helper(tl.load(x_ptr + tl.arange(0, N))) + n)
+
+@triton.jit
+def spilling(x_ptr, n, N: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, N))
+    y = tl.load(x_ptr + N + tl.arange(0, N))
+    for _ in range(n):
+        x, y = x * y + tl.sum(y), y + tl.sum(x)
+    tl.store(x_ptr + tl.arange(0, N), x + y)
+
+@triton.jit
+def ill_typed(x_ptr, n, N: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, N), tl.zeros([N + N], tl.float32))
+
+@triton.jit
+def forgotten(x_ptr):
+    tl.store(x_ptr, 0.0)
+"""
+
+FAULTY_REPORT = """
+import sys
+from pathlib import Path
+import torch
+import faulty.kernels
+from benchmarks.compile import Case, report
+
+x = torch.zeros(4096)
+cases = [
+    Case("aligned", "n=32", lambda: faulty.kernels.good[1,](x, 32, N=512, num_warps=2)),
+    Case("unaligned", "n=33", lambda: faulty.kernels.good[1,](x[1:], 33, N=512, num_warps=2)),
+    Case("again", "n=34", lambda: faulty.kernels.good[1,](x[2:], 34, N=512, num_warps=2)),
+    Case("spilling", "", lambda: faulty.kernels.spilling[1,](x, 8, N=1024, num_warps=1, maxnreg=32)),
+    Case("ill_typed", "", lambda: faulty.kernels.ill_typed[1,](x, 8, N=1024)),
+]
+if __name__ == "__main__":
+    sys.exit(report(cases, faulty, ["sm_80"], quick=False, out=Path(sys.argv[1])))
+"""
+
+
+def run_compiled(*command: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, path)))
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def read_report(folder: Path) -> dict:
+    (file,) = folder.glob("*.json")
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    out = tmp_path_factory.mktemp("library")
+    done = run_compiled("-m", "benchmarks", "compile", "--quick", "--out", str(out))
+    assert "written to" in done.stdout, done.stderr
+    return done, read_report(out)
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "faulty").mkdir()
+    (folder / "faulty/__init__.py").touch()
+    (folder / "faulty/kernels.py").write_text(FAULTY_PACKAGE)
+    (folder / "faulty_report.py").write_text(FAULTY_REPORT)
+    done = run_compiled(str(folder / "faulty_report.py"), str(folder), path=folder)
+    assert "written to" in done.stdout, done.stderr
+    return done, read_report(folder)
+
+
+@pytest.mark.slow
+def test_no_kernel_spills(library):
+    done, report = library
+    assert report["failures"] == []
+    assert all(row["spills"] == 0 and not row["error"] for row in report["rows"])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_every_kernel_is_covered_on_every_target(library):
+    _, report = library
+    assert [failure for failure in report["failures"] if "no case launches it" in failure] == []
+    kernels = Counter((row["module"], row["kernel"]) for row in report["rows"])
+    assert len(kernels) > 5
+    assert set(kernels.values()) == {len(TARGETS)}
+    assert all(row["registers"] > 0 for row in report["rows"])
+
+
+@pytest.mark.slow
+def test_faults_are_reported(faulty):
+    done, report = faulty
+    spill, error, forgotten = report["failures"]
+    assert "spilling" in spill
+    assert "spills" in spill
+    assert "ill_typed" in error
+    assert "CompilationError" in error
+    assert forgotten == "faulty.kernels.forgotten: no case launches it"  # helper runs inside good
+    assert all(failure in done.stderr for failure in report["failures"])
+    assert done.returncode == 1
+
+
+@pytest.mark.slow
+def test_rows_are_what_was_launched(faulty):
+    _, report = faulty
+    aligned, unaligned = (row for row in report["rows"] if row["kernel"] == "good")  # "again" shares a binary
+    assert (aligned["num_warps"], aligned["constants"]["N"]) == (2, 512)
+    assert aligned["signature"] == {"x_ptr": "*fp32", "n": "i32", "N": "constexpr"}
+    assert aligned["aligned_arguments"] == [0, 1]
+    assert unaligned["aligned_arguments"] == []
+    (spilling,) = (row for row in report["rows"] if row["kernel"] == "spilling")
+    assert spilling["spills"] == spilling["stack"] / 4 > 0
+    assert spilling["registers"] <= 32
+
+
+def test_cuobjdump_is_read():
+    text = " Function f:\n  REG:255 STACK:1990 SHARED:0 LOCAL:2 CONSTANT[0]:392 TEXTURE:0\n"
+    assert parse_cuobjdump(text) == {"registers": 255, "spills": 498, "stack": 1992}
+
+
+def test_amd_metadata_is_read():
+    text = """
+      .amdhsa_private_segment_fixed_size 1
+    .private_segment_fixed_size: 6224
+    .sgpr_count:     26
+    .sgpr_spill_count: 5
+    .vgpr_count:     512
+    .vgpr_spill_count: 3445
+    """
+    assert parse_amdgcn(text) == {"registers": 512, "spills": 3450, "stack": 6224}
+
+
+def row(target: str, **fields) -> Row:
+    options = {"num_warps": 8, "num_stages": 3}
+    return Row(Launch("operation", "a long case " * 9, "module", "_kernel", target, {}, {}, {}, options), **fields)
+
+
+def test_shared_memory_is_held_against_the_limit_of_the_target():
+    needs = 100 * 1024
+    assert row("sm_80", shared=needs).failure() == ""
+    assert "shared memory" in row("gfx942", shared=needs).failure()
+
+
+def test_table_fits_the_terminal():
+    lines = table([row("sm_100", registers=255, spills=99_999, shared=232_448, stack=99_999), row("gfx942")]).split(
+        "\n"
+    )
+    assert max(map(len, lines)) <= 120
+    assert lines[2].split()[-5:] == ["sm_100", "255", "99999", "232448", "99999"]
+    assert lines[3].split() == ["gfx942", "0", "0", "0", "0"]  # what repeats is left out
+
+
+def test_suites_are_listed(capsys):
+    assert main([]) == 0
+    assert "compile" in capsys.readouterr().out
+
+
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit):
+        main(["compile", "--help"])
+    out = capsys.readouterr().out
+    assert all(option in out for option in ("--arch", "--quick", "--out"))
+
+
+def test_interpreted_kernels_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["compile"]) == 2
+    assert "unset it" in capsys.readouterr().err
