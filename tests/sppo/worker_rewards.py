@@ -1,0 +1,33 @@
+"""Rewards for tests, good and bad, in a module that a worker imports at once."""
+
+import os
+
+
+def length(prompts, completions, **columns):
+    return [float(len(completion)) for completion in completions]
+
+
+def misbehave(prompts, completions, *, how, **columns):
+    for completion in completions:
+        if completion == "bb":
+            if how == "raise":
+                raise KeyError("no such thing")
+            if how == "loop":
+                while True:
+                    pass
+            if how == "hang in C":
+                return sum(iter(int, 1))  # never back in the interpreter's loop, deaf to signals
+            if how == "exit":
+                os._exit(3)
+            if how == "short":
+                return [1.0] * (len(completions) - 1)
+    print("noise on standard output")
+    return [1.0] * len(completions)
+
+
+def pid(prompts, completions):
+    return [os.getpid()] * len(completions)
+
+
+def sees(prompts, completions, **columns):
+    return [float("good" in columns and "bad" not in columns)] * len(completions)
