@@ -1,0 +1,161 @@
+"""Causal attention over packed sequences, registered with transformers under the name ``sppo_packed``.
+
+Sequences lie behind each other in one row of N tokens; ``cu_seq_lens_q`` int32 ``[S + 1]`` says where each begins. No
+token is padding and no mask of N x N elements exists. Kernels, best first: flash-attn's variable-length one where it
+is installed, PyTorch's own on CUDA, else one ``scaled_dot_product_attention`` a sequence.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+
+NAME = "sppo_packed"
+
+
+@contextmanager
+def use_attention(model: nn.Module, implementation: str) -> Iterator[None]:
+    """Let every layer of ``model`` use an attention implementation of transformers, and what it had before afterwards.
+
+    It must stay in force until backward is done: activation checkpointing runs the layers again there.
+    """
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = implementation
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each sequence; signature of transformers' attention functions.
+
+    Args:
+        query: ``[1, heads, N, D]``; key and value: ``[1, kv_heads, N, D]`` with kv_heads a divisor of heads.
+        cu_seq_lens_q: int32 ``[S + 1]``, from 0 to N.
+        max_length_q: tokens of the longest sequence, or more.
+        scaling: factor on the scores; None for ``D ** -0.5``.
+        sliding_window: a token sees this many tokens, itself among them; None for all before it.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+
+    Returns:
+        ``[1, N, heads, D]`` and None, for the attention weights that no kernel here keeps.
+    """
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        left = sliding_window - 1 if sliding_window else -1
+        if flash := _flash():
+            out = flash(
+                q, k, v, *lengths, softmax_scale=scale, causal=True, window_size=(left, 0), softcap=softcap or 0.0
+            )
+            return out[None], None
+        if (varlen := _torch_varlen()) and not softcap:
+            gqa = q.shape[1] != k.shape[1]
+            return varlen(q, k, v, *lengths, scale=scale, window_size=(left, 0), enable_gqa=gqa)[None], None
+    sizes = cu_seq_lens_q.diff().tolist()
+    parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    out = torch.cat([_attend(q, k, v, scale, sliding_window, softcap) for q, k, v in parts], 2)
+    return out.transpose(1, 2), None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int | None, softcap: float | None) -> Tensor:
+    """One sequence, ``[1, heads, T, D]``."""
+    n, gqa = q.shape[2], q.shape[1] != k.shape[1]
+    if not softcap and (sliding_window is None or sliding_window >= n):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    i = torch.arange(n, device=q.device)
+    seen = (i <= i[:, None]) & (i > i[:, None] - (sliding_window or n))
+    if not softcap:
+        return scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=gqa)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scale / softcap)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+@cache
+def _flash() -> Any:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+@cache
+def _torch_varlen() -> Any:
+    """PyTorch's variable-length attention, once it knows windows and grouped heads (older ones know neither)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+
+class Packed(NamedTuple):
+    """Sequences behind each other: ``input_ids`` and ``position_ids`` ``[1, N]``, ``cu_seqlens`` int32 ``[S + 1]``."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+
+
+def pack(sequences: Sequence[Sequence[int]]) -> Packed:
+    """Lay token sequences behind each other, with positions that start at 0 in each."""
+    return Packed(
+        torch.tensor([[token for sequence in sequences for token in sequence]]),
+        torch.tensor([[position for sequence in sequences for position in range(len(sequence))]]),
+        cumulative([len(sequence) for sequence in sequences]),
+    )
+
+
+def cumulative(lengths: Sequence[int]) -> Tensor:
+    """Boundaries of sequences of these lengths: int32 ``[len(lengths) + 1]``, from 0."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def packed_hidden(model: PreTrainedModel, packed: Packed, max_length: int) -> Tensor:
+    """Last hidden states ``[N, H]`` of the backbone; ``use_attention(model, NAME)`` must be in force."""
+    output = model.base_model(
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        use_cache=False,
+        cu_seq_lens_q=packed.cu_seqlens,
+        cu_seq_lens_k=packed.cu_seqlens,
+        max_length_q=max_length,
+        max_length_k=max_length,
+    )
+    return output.last_hidden_state[0]

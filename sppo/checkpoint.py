@@ -1,0 +1,201 @@
+"""Checkpoints that are whole or absent, and what they hold besides what transformers saves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import get_last_checkpoint
+
+from sppo.actor_critic import ActorCritic
+from sppo.config import SPPOConfig
+from sppo.experience import ExperienceStream, Progress, Update
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+STAGING = ".staging"
+"""Folder beside the checkpoints in which the next one is written; at the start it holds what a crash left."""
+
+_IDENTITY = "sppo_run.json"
+_SETTINGS = (
+    "algorithm",
+    "seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_iterations",
+    "num_generations",
+    "shuffle_dataset",
+    "max_prompt_length",
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "ratio_level",
+    "aggregation",
+    "world_size",
+)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Move a finished folder to its name in one step that a crash cannot cut in two, once its bytes are on the disk."""
+    for path in [*staged.rglob("*"), staged]:
+        _sync(path)
+    if final.exists():  # an older run of the same step: set aside, so that the name is free
+        os.replace(final, staged.parent / f"replaced-{final.name}")
+    os.replace(staged, final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_experience(stream: ExperienceStream, folder: Path) -> None:
+    """Write a process's place in the run, with the rest of its rollout when it is in the middle of one."""
+    midway = stream.progress.updates % stream.args.updates_per_rollout != 0
+    updates = stream.updates if midway else []
+    tensors = {
+        f"{i}.{j}.{name}": tensor
+        for i, update in enumerate(updates)
+        for j, batch in enumerate(update.micro_batches)
+        for name, tensor in batch.items()
+    }
+    facts = [{k: v for k, v in vars(update).items() if k != "micro_batches"} for update in updates]
+    save_file(tensors, folder / f"experience_{stream.rank}.safetensors")
+    state = {"progress": asdict(stream.progress), "updates": facts}
+    (folder / f"experience_{stream.rank}.json").write_text(json.dumps(state, indent=1))
+
+
+def load_experience(stream: ExperienceStream, folder: Path) -> None:
+    """Undo :func:`save_experience`."""
+    state = json.loads((folder / f"experience_{stream.rank}.json").read_text())
+    batches: dict[int, dict[int, dict[str, Any]]] = {}
+    for key, tensor in load_file(folder / f"experience_{stream.rank}.safetensors").items():
+        i, j, name = key.split(".", 2)
+        batches.setdefault(int(i), {}).setdefault(int(j), {})[name] = tensor
+    updates = [
+        Update(micro_batches=[batches[i][j] for j in sorted(batches[i])], **facts)
+        for i, facts in enumerate(state["updates"])
+    ]
+    stream.restart(Progress(**state["progress"]), updates)
+
+
+def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset) -> dict[str, Any]:
+    """What makes two runs the same run, as far as going on with one from the other's checkpoint is concerned."""
+    return {
+        **{name: getattr(args, name) for name in _SETTINGS},
+        "model": _digest(_architecture(model.policy.config)),
+        "critic": _digest(_architecture(model.critic.config)) if model.critic is not None else None,
+        "dataset": _digest(
+            [len(dataset), *(dataset[i]["prompt"] for i in range(0, len(dataset), len(dataset) // 64 + 1))]
+        ),
+    }
+
+
+def save_identity(run: dict[str, Any], folder: Path) -> None:
+    """Write a run's identity into its checkpoint."""
+    (folder / _IDENTITY).write_text(json.dumps(run, indent=1))
+
+
+def find_checkpoint(output_dir: Path, resume: str | bool | None) -> str | None:
+    """The checkpoint to resume from, or None.
+
+    Raises:
+        ValueError: there is none although one was asked for, or there are some and nobody said to resume.
+    """
+    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if not resume:
+        if last is not None:
+            raise ValueError(
+                f"output_dir={str(output_dir)!r} holds a checkpoint of an earlier run ({os.path.basename(last)}); "
+                "pass resume_from_checkpoint=True to go on with it, or choose another output_dir"
+            )
+        return None
+    folder = _last_whole(output_dir) if resume is True else str(resume)
+    if folder is None or not os.path.isdir(folder):
+        raise ValueError(f"resume_from_checkpoint={resume!r}: no checkpoint in {folder or output_dir} to resume from")
+    return folder
+
+
+def _last_whole(output_dir: Path) -> str | None:
+    """The newest checkpoint of this trainer; folders of another program beside it are passed over."""
+    numbered = [
+        (int(path.parent.name.removeprefix("checkpoint-")), str(path.parent))
+        for path in output_dir.glob(f"checkpoint-*/{_IDENTITY}")
+        if path.parent.name.removeprefix("checkpoint-").isdecimal()
+    ]
+    return max(numbered)[1] if numbered else None
+
+
+def check_identity(run: dict[str, Any], folder: str) -> None:
+    """Refuse to go on from another run's checkpoint, or from one that has lost a file.
+
+    Raises:
+        ValueError: names what differs, or what is missing.
+    """
+    for name in (_IDENTITY, "trainer_state.json", "optimizer.pt", "scheduler.pt", "experience_0.json"):
+        if not Path(folder, name).exists():
+            raise ValueError(
+                f"{folder!r} is no whole checkpoint of SPPOTrainer ({name} is missing, as after save_only_model=True); "
+                "resume from another one, or start over with model= this folder"
+            )
+    saved = json.loads(Path(folder, _IDENTITY).read_text())
+    differing = [
+        f"{name}: {saved.get(name)!r} there, {run[name]!r} here" for name in run if saved.get(name) != run[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder!r} is a checkpoint of another run ({'; '.join(differing)}); "
+            "start it with the settings it had, or choose another output_dir"
+        )
+
+
+@contextmanager
+def sole_run(output_dir: Path) -> Iterator[None]:
+    """Hold a folder for one run at a time. The lock is the system's: it goes with the process, however that ends.
+
+    Raises:
+        ValueError: another process trains into the folder.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / ".lock").open("w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(
+                    f"output_dir={str(output_dir)!r} is being trained into by another process; choose another one"
+                ) from None
+        yield
+
+
+def clear_staging(output_dir: Path) -> None:
+    """Remove what a crash left of an unfinished checkpoint."""
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+
+
+def _architecture(config: Any) -> dict[str, Any]:
+    """A model's configuration without what loading and saving change in it."""
+    volatile = {"_name_or_path", "transformers_version", "dtype", "use_cache", "architectures"}
+    return {key: value for key, value in config.to_dict().items() if key not in volatile and "token_id" not in key}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,233 @@
+"""Settings of a run: transformers' TrainingArguments, TRL's field names where TRL has one, and a few of SPPO's own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+RATIO_LEVELS = ("token", "sequence_mean", "sequence_sum")
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+
+_PUBLISHED = {
+    "1.5b": {"gradient_accumulation_steps": 128, "steps_per_generation": 256, "critic_learning_rate": 1e-5},
+    "7b": {"gradient_accumulation_steps": 32, "steps_per_generation": 512, "critic_learning_rate": 5e-6},
+}
+
+
+@dataclass
+class SPPOConfig(TrainingArguments):
+    """Arguments of :class:`sppo.SPPOTrainer`; those of ``transformers.TrainingArguments`` hold too.
+
+    A rollout makes ``per_device_train_batch_size * steps_per_generation`` completions on each process; they are trained
+    on in ``num_iterations * steps_per_generation / gradient_accumulation_steps`` updates. Micro-batches are cut by
+    tokens, so ``per_device_train_batch_size`` is their mean number of sequences. An epoch is rounded up to whole
+    rollouts.
+
+    Differences from ``TrainingArguments``: every update is logged, the learning rate is constant unless asked
+    otherwise, and the place in the data is restored by the trainer itself (``ignore_data_skip`` is always True).
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of the policy."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of both learning rates."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many updates."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Columns go to the rewards; keep them."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace non-finite losses in the log; costs a device sync a micro-batch."}
+    )
+
+    algorithm: str = field(default="sppo", metadata={"help": "What turns outcomes into a loss; 'sppo'."})
+
+    # Rollout
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Training prompts with more tokens than this are left out. None: no limit."}
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "Most tokens a completion may have."})
+    num_generations: int = field(default=1, metadata={"help": "Completions sampled for each prompt."})
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={"help": "Micro-batches a rollout serves. None: gradient_accumulation_steps, one update a rollout."},
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Times each rollout is trained on."})
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions generated at once on a process. None: the whole rollout."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of the trained log-probabilities."})
+    top_p: float = field(
+        default=1.0,
+        metadata={"help": "Nucleus sampling. Below 1, samples leave the distribution that is trained."},
+    )
+    top_k: int = field(default=0, metadata={"help": "Sample among the k likeliest tokens; 0: all. See top_p."})
+    shuffle_dataset: bool = field(default=True, metadata={"help": "A new order of the prompts each epoch."})
+    use_vllm: bool = field(default=False, metadata={"help": "Not available yet."})
+
+    # Reward
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function. None: all 1. The sum must stay in [0, 1]."}
+    )
+    reward_timeout: float = field(default=30.0, metadata={"help": "Seconds a reward function may take for a rollout."})
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Leave completions without an end-of-sequence token out of the update."}
+    )
+
+    # Loss
+    epsilon: float = field(default=0.2, metadata={"help": "Lower clip range of the ratio."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range. None: epsilon."})
+    dual_clip: float | None = field(
+        default=3.0, metadata={"help": "Bound on the loss of negative advantages (arXiv 1912.09729); None: no bound."}
+    )
+    ratio_level: str = field(default="token", metadata={"help": "token, sequence_mean or sequence_sum."})
+    aggregation: str = field(
+        default="seq-mean-token-mean",
+        metadata={"help": "token-mean, seq-mean-token-mean or seq-mean-token-sum; for token ratios."},
+    )
+    beta: float = field(
+        default=0.0, metadata={"help": "Weight of the KL to the initial policy; above 0 a frozen copy of it is kept."}
+    )
+
+    # Critic
+    critic_learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the critic."})
+    critic_max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm the critic is clipped at."})
+    critic_warmup_steps: int = field(default=0, metadata={"help": "First updates in which the critic learns alone."})
+
+    # Evaluation and log
+    eval_temperature: float = field(default=0.0, metadata={"help": "Temperature of evaluate(); 0 is greedy."})
+    log_completions: bool = field(default=False, metadata={"help": "Print sample completions whenever metrics are."})
+    num_completions_to_print: int = field(default=3, metadata={"help": "How many of them."})
+
+    def __post_init__(self) -> None:
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers wants it said; there is nothing else to run on
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model, self.greater_is_better = "reward", True  # there is no evaluation loss
+        super().__post_init__()
+        self.ignore_data_skip = True
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        if self.epsilon_high is None:
+            self.epsilon_high = self.epsilon
+        self._check_choices()
+        self._check_ranges()
+        self._check_shapes()
+
+    @classmethod
+    def paper(cls, size: str = "1.5b", **overrides: Any) -> SPPOConfig:
+        """The published values (arXiv 2604.08865, released implementation).
+
+        Args:
+            size: ``"1.5b"`` (256 prompts in 2 updates a rollout) or ``"7b"`` (512 in 16). One sequence a micro-batch
+                on one
+                process: on ``n`` processes divide both ``gradient_accumulation_steps`` and ``steps_per_generation``
+                    by n.
+            **overrides: any field, ``output_dir`` for one.
+        """
+        if size not in _PUBLISHED:
+            raise ValueError(f"size must be one of {', '.join(_PUBLISHED)}, got {size!r}")
+        published: dict[str, Any] = {
+            "num_train_epochs": 1,
+            "optim": "adamw_torch",
+            "learning_rate": 1e-6,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 1.0,
+            "critic_max_grad_norm": 1.0,
+            "per_device_train_batch_size": 1,
+            "num_generations": 1,
+            "num_iterations": 1,
+            "temperature": 0.6,
+            "epsilon": 0.2,
+            "epsilon_high": 0.2,
+            "dual_clip": 3.0,
+            "ratio_level": "token",
+            "aggregation": "seq-mean-token-mean",
+            "beta": 0.0,
+            **_PUBLISHED[size],
+        }
+        return cls(**(published | overrides))
+
+    @property
+    def rollout_size(self) -> int:
+        """Completions a process makes in one rollout."""
+        assert self.steps_per_generation is not None
+        return self.per_device_train_batch_size * self.steps_per_generation
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps that one rollout serves."""
+        assert self.steps_per_generation is not None
+        return self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps
+
+    def _check_choices(self) -> None:
+        choices = {"algorithm": ("sppo",), "ratio_level": RATIO_LEVELS, "aggregation": AGGREGATIONS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        unavailable = {
+            "use_vllm": "leave it False: completions come from transformers' generate()",
+            "fp16": "use bf16=True, or neither: log-ratios need more range than a float16 loss scale leaves",
+            "auto_find_batch_size": "set per_device_train_batch_size: a rollout cannot be cut again half way",
+            "neftune_noise_alpha": "leave it None: noise on the embeddings belongs to supervised training",
+            "label_smoothing_factor": "leave it 0: there are no labels to smooth",
+            "deepspeed": "launch with plain data parallelism (accelerate launch --multi_gpu)",
+            "fsdp": "launch with plain data parallelism (accelerate launch --multi_gpu)",
+        }
+        if self.max_steps == 0:
+            raise ValueError(
+                "max_steps must be at least 1, or -1 to count epochs, got 0; to evaluate only, call evaluate()"
+            )
+        for name, remedy in unavailable.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not available in this version; {remedy}")
+
+    def _check_ranges(self) -> None:
+        at_least_one = (
+            "max_completion_length",
+            "num_generations",
+            "steps_per_generation",
+            "num_iterations",
+            "per_device_train_batch_size",
+            "max_prompt_length",
+            "rollout_batch_size",
+        )
+        not_negative = (
+            "epsilon",
+            "epsilon_high",
+            "beta",
+            "eval_temperature",
+            "top_k",
+            "critic_warmup_steps",
+            "critic_learning_rate",
+            "num_completions_to_print",
+        )
+        positive = ("temperature", "reward_timeout", "critic_max_grad_norm", "max_grad_norm")
+        rules = [(name, lambda x: x >= 1, "at least 1") for name in at_least_one]
+        rules += [(name, lambda x: x >= 0, "0 or more") for name in not_negative]
+        rules += [(name, lambda x: x > 0, "greater than 0 (float('inf') for no limit)") for name in positive]
+        rules += [
+            ("top_p", lambda x: 0 < x <= 1, "in (0, 1]"),
+            ("dual_clip", lambda x: x > 1, "greater than 1, or None for no dual clip"),
+        ]
+        for name, holds, wanted in rules:
+            value = getattr(self, name)
+            if value is not None and (math.isnan(value) or not holds(value)):
+                raise ValueError(f"{name} must be {wanted}, got {value}")
+
+    def _check_shapes(self) -> None:
+        assert self.steps_per_generation is not None
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation must be a multiple of gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}, got {self.steps_per_generation}"
+            )
+        if self.rollout_size % self.num_generations:
+            raise ValueError(
+                "num_generations must divide per_device_train_batch_size * steps_per_generation = "
+                f"{self.rollout_size}, got {self.num_generations}"
+            )
+        if self.rollout_size * self.world_size < 2:
+            raise ValueError(
+                "per_device_train_batch_size * steps_per_generation is 1: a rollout of one completion has equal "
+                "outcomes, which never move the policy; make one of the two larger"
+            )

@@ -1,0 +1,99 @@
+"""Metrics between two logs, and the table of sample completions."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sppo.rollout import Sample
+
+Gather = Callable[[list[Any]], list[Any]]
+"""Gives the concatenation of every process's list."""
+
+
+class Meter:
+    """Collects weighted means, extremes, sums and seconds; tensors stay on their device until :meth:`read`."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, and count seconds from now."""
+        self._means: dict[str, list[tuple[float | Tensor, float]]] = defaultdict(list)
+        self._sums: dict[str, float] = defaultdict(float)
+        self._since = time.perf_counter()
+
+    def mean(self, values: Mapping[str, float | Tensor], weight: float = 1.0) -> None:
+        """Take values into the means of their names; of names ending in ``_min`` or ``_max``, into the extremes."""
+        for name, value in values.items():
+            self._means[name].append((value.detach() if isinstance(value, Tensor) else value, weight))
+
+    def sum(self, name: str, value: float) -> None:
+        """Add to a sum."""
+        self._sums[name] += value
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds of a block as ``seconds/<name>``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.sum(f"seconds/{name}", time.perf_counter() - start)
+
+    def read(self, gather: Gather) -> dict[str, float]:
+        """Everything since the last read, over all processes. Seconds of no phase are the update's."""
+        elapsed = time.perf_counter() - self._since
+        phases = sum(value for name, value in self._sums.items() if name.startswith("seconds/"))
+        self._sums["seconds/update"] = elapsed - phases
+        self._sums["tokens_per_second"] = self._sums["generated_tokens"] / elapsed
+        mine: list[tuple[str, float, float]] = [(name, value, 1.0) for name, value in self._sums.items()]
+        for name, pairs in self._means.items():
+            values = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value, _ in pairs]).tolist()
+            mine += [(name, value, weight) for value, (_, weight) in zip(values, pairs, strict=True)]
+        self.clear()
+        columns: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for name, value, weight in gather(mine):
+            columns[name].append((value, weight))
+        return {name: _reduce(name, pairs) for name, pairs in columns.items()}
+
+
+def _reduce(name: str, pairs: list[tuple[float, float]]) -> float:
+    if name.endswith("_min"):
+        return min(value for value, _ in pairs)
+    if name.endswith("_max"):
+        return max(value for value, _ in pairs)
+    weights = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / weights if weights else 0.0
+
+
+def print_completions(samples: Sequence[Sample], step: int) -> None:
+    """Show samples of the last rollout: a table with rich where that is installed, plain lines elsewhere."""
+    rows = [
+        (_text(s.prompt), _text(s.completion), "-" if s.reward is None else f"{s.reward:.2f}", f"{s.advantage:+.2f}")
+        for s in samples
+    ]
+    header = ("prompt", "completion", "reward", "advantage")
+    if find_spec("rich") is None:
+        for row in rows:
+            print(f"[update {step}] " + " | ".join(f"{name}: {cell!r}" for name, cell in zip(header, row, strict=True)))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*header, title=f"update {step}", show_lines=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

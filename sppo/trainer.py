@@ -1,0 +1,401 @@
+"""SPPOTrainer: transformers' Trainer, fed with experience through its data loader."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+
+from sppo import checkpoint
+from sppo.actor_critic import ActorCritic
+from sppo.algorithm import SPPO, Algorithm
+from sppo.attention import NAME, use_attention
+from sppo.config import SPPOConfig
+from sppo.critic import build_critic, load_critic
+from sppo.experience import ExperienceStream, Progress, Prompts, score_samples
+from sppo.inputs import check_dataset, check_tokenizer, load_policy, named, short_enough
+from sppo.metrics import Meter, print_completions
+from sppo.rewards import Reward, resolve
+from sppo.rollout import HFRollout, RolloutEngine, rollout_seed
+from sppo_kernels import policy_loss
+
+RewardFunction = Reward | Callable[..., Any] | str
+
+
+class SPPOTrainer(Trainer):
+    """Trains a causal language model on verifiable rewards by Sequence-Level PPO (arXiv 2604.08865).
+
+    Args:
+        model: model of ``AutoModelForCausalLM``, or a folder or hub name (loaded in float32; ``bf16=True`` in
+            ``args`` then computes in bfloat16).
+        reward_funcs: one reward or a list: ``f(prompts, completions, **columns) -> list[float | None]``, a built-in's
+            name or ``"module:function"``. Their weighted sum must stay in [0, 1].
+        args: settings.
+        critic: what reads the prompt and predicts success: a sequence-classification model with one label, a folder
+            or hub name of one, or None for a copy of the policy's backbone.
+        train_dataset: column ``prompt`` (text or chat messages); the other columns go to the rewards. None: only
+            evaluate.
+        eval_dataset: the same, or a dict of such by name.
+        processing_class: tokenizer; None: that of ``model``.
+        callbacks: as in transformers.
+        peft_config: not available yet.
+        rollout_engine, algorithm: stages of your own in place of ``generate()`` and SPPO.
+    """
+
+    args: SPPOConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        *,
+        args: SPPOConfig | None = None,
+        critic: PreTrainedModel | str | None = None,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: Any = None,
+        rollout_engine: RolloutEngine | None = None,
+        algorithm: Algorithm | None = None,
+    ) -> None:
+        args = args or SPPOConfig(output_dir="sppo_output")
+        if peft_config is not None:
+            raise ValueError(
+                "peft_config is not available in this version; train all weights, or merge the adapter first"
+            )
+        if args.n_gpu > 1:
+            raise ValueError(f"{args.n_gpu} GPUs in one process; start with accelerate launch, or show one GPU only")
+        policy = load_policy(model)
+        tokenizer = check_tokenizer(policy, processing_class)
+        funcs = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [cast(RewardFunction, reward_funcs)]
+        self.reward_funcs = [resolve(func) for func in funcs]
+        if args.reward_weights is not None and len(args.reward_weights) != len(funcs):
+            raise ValueError(f"reward_weights has {len(args.reward_weights)} values for {len(funcs)} reward_funcs")
+        if train_dataset is not None:
+            train_dataset = short_enough(
+                check_dataset("train_dataset", train_dataset, tokenizer), tokenizer, args.max_prompt_length
+            )
+        for name, dataset in named(eval_dataset).items():
+            check_dataset(f"eval_dataset {name}".strip(), dataset, tokenizer)
+
+        self.algorithm: Algorithm = algorithm or SPPO(args)
+        judged = self.algorithm.needs_critic and train_dataset is not None
+        pair = ActorCritic(policy, build_critic(critic, policy, tokenizer) if judged else None)
+        super().__init__(
+            model=pair,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[_EpochCallback(), *(callbacks or [])],
+            compute_loss_func=policy_loss,  # tells Trainer that compute_loss has divided by the whole update's count
+        )
+        pair.check_packing()
+        self.rollout_engine: RolloutEngine = rollout_engine or HFRollout(
+            policy, tokenizer, max_completion_length=args.max_completion_length, top_p=args.top_p, top_k=args.top_k
+        )
+        self.tokenizer = tokenizer
+        self.meter = Meter()
+        if train_dataset is not None:
+            reference = copy.deepcopy(policy).eval().requires_grad_(False) if args.beta > 0 else None
+            self.experience = ExperienceStream(
+                Prompts(train_dataset, seed=args.seed, shuffle=args.shuffle_dataset),
+                self.rollout_engine,
+                self.reward_funcs,
+                pair,
+                self.algorithm,
+                args,
+                self.meter,
+                gather=self._gather,
+                rank=args.process_index,
+                world=args.world_size,
+                reference=reference,
+                autocast=self.accelerator.autocast,
+            )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train to the end; see ``transformers.Trainer.train``.
+
+        Args:
+            resume_from_checkpoint: True for the last whole checkpoint in ``output_dir``, or a folder. Resuming gives
+                the same weights, to the bit, as a run that was never stopped.
+
+        Raises:
+            ValueError: ``output_dir`` holds another run's checkpoint, or there is none to resume from.
+        """
+        if self.train_dataset is None:
+            raise ValueError("train_dataset is None; give one to train on")
+        with checkpoint.sole_run(self.output_dir) if self.args.should_save else nullcontext():
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
+        folder = checkpoint.find_checkpoint(self.output_dir, resume_from_checkpoint)
+        self.identity = checkpoint.identity(self.args, self._pair, self.train_dataset)
+        if folder is not None:
+            checkpoint.check_identity(self.identity, folder)
+        if self.args.should_save:
+            checkpoint.clear_staging(self.output_dir)
+        self.accelerator.wait_for_everyone()
+        self.experience.restart(Progress(), [])
+        self.meter.clear()
+        if folder is not None and self._load_finished(folder):
+            return TrainOutput(self.state.global_step, 0.0, {})
+        with use_attention(self._pair, NAME):
+            return super().train(folder, *args, **kwargs)
+
+    def _load_finished(self, folder: str) -> bool:
+        """Where a checkpoint has all updates of the run, load it: transformers would add another update."""
+        state = TrainerState.load_from_json(os.path.join(folder, "trainer_state.json"))
+        epochs = self.args.num_train_epochs * self.experience.updates_per_epoch
+        if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else math.ceil(epochs)):
+            return False
+        self.state = state
+        checkpoint.load_experience(self.experience, Path(folder))
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or folder)
+        return True
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Experience, one micro-batch after the other; each rollout is made when its first micro-batch is read."""
+        # Its own generator: a loader draws a seed from the global one otherwise, one more each time it is made.
+        return DataLoader(self.experience, batch_size=None, generator=torch.Generator())
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The micro-batch's share of the update's loss."""
+        update, args = self.experience.update, self.args
+        output = model(
+            inputs,
+            temperature=args.temperature,
+            max_length=update.max_length,
+            critic_normalizer=update.critic_normalizer,
+        )
+        policy = policy_loss(
+            output.logprobs,
+            inputs.get("old_logprobs", output.logprobs.detach()),
+            inputs["advantages"],
+            cu_seqlens=inputs["response_cu_seqlens"],
+            normalizer=update.policy_normalizer,
+            ref_logprobs=inputs.get("ref_logprobs"),
+            **self.algorithm.loss_arguments,
+        )
+        loss = policy.loss if output.critic_loss is None else policy.loss + output.critic_loss
+        self._measure(output, policy)
+        return (loss, output) if return_outputs else loss
+
+    def _measure(self, output: Any, policy: Any) -> None:
+        parts = self.args.gradient_accumulation_steps  # micro-batches add up to an update; their mean does not
+        self.meter.mean({"policy_loss": policy.loss * parts})
+        if output.critic_loss is not None:
+            self.meter.mean({"critic_loss": output.critic_loss * parts})
+        if tokens := output.logprobs.numel():
+            unused = {"rollout_kl", "rollout_weight_mean"} | (set() if self.args.beta else {"kl"})
+            metrics = {name: value for name, value in policy.metrics.items() if name not in unused}
+            self.meter.mean(metrics | {"entropy": output.entropy.mean()}, weight=tokens)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One optimizer; policy and critic have parameter groups, learning rates and clipping of their own."""
+        if self.optimizer is None:
+            decaying = set(self.get_decay_parameter_names(self._pair))
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, self._pair))
+            groups = []
+            for part, rate in (("policy.", self.args.learning_rate), ("critic.", self.args.critic_learning_rate)):
+                for decays in (True, False):
+                    params = [
+                        p
+                        for name, p in self._pair.named_parameters()
+                        if name.startswith(part) and p.requires_grad and (name in decaying) == decays
+                    ]
+                    weight_decay = self.args.weight_decay if decays else 0.0
+                    groups.append({"params": params, "lr": rate, "weight_decay": weight_decay})
+            self.optimizer = kind([group for group in groups if group["params"]], **settings)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip policy and critic apart. What may not learn, and both where a gradient is not finite, get no gradient.
+
+        Optimizers leave parameters without a gradient alone, momentum and weight decay too.
+        """
+        policy, critic = self._pair.policy, self._pair.critic
+        norms = {}
+        for name, part, limit, learns in (
+            ("policy", policy, self.args.max_grad_norm, self.experience.policy_learns),
+            ("critic", critic, self.args.critic_max_grad_norm, self.experience.update.critic_learns),
+        ):
+            if part is not None and not learns:
+                part.zero_grad(set_to_none=True)
+            elif part is not None:
+                norms[f"{name}_grad_norm"] = nn.utils.clip_grad_norm_(part.parameters(), limit)
+        finite = all(torch.isfinite(norm) for norm in norms.values())
+        if finite:
+            self.meter.mean(norms)
+        else:
+            self._pair.zero_grad(set_to_none=True)
+        self.meter.sum("skipped_updates", not finite)
+        return norms.get("policy_grad_norm", torch.zeros((), device=self.args.device))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last log to those of a training step, and show sample completions."""
+        if "loss" in logs:
+            logs |= self.meter.read(self._gather)
+            logs["total_generated_tokens"] = self.experience.progress.generated_tokens
+            if self.args.log_completions and self.is_world_process_zero():
+                print_completions(self.experience.samples[: self.args.num_completions_to_print], self.state.global_step)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Answer held-out prompts and grade the answers; the random state and the metrics of training are left alone.
+
+        Returns:
+            ``eval_success_rate`` (share of answers with the full reward of 1), ``eval_reward``,
+            ``eval_response_length``, ``eval_truncated``, ``eval_problems`` (those that a reward was had for),
+            ``eval_rewards/<name>``.
+        """
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(chosen, str):
+            chosen = named(self.eval_dataset)[chosen]
+        if chosen is None:
+            raise ValueError("eval_dataset is None; give one to evaluate on")
+        if isinstance(chosen, dict):
+            several = [self.evaluate(each, None, f"{metric_key_prefix}_{name}") for name, each in chosen.items()]
+            return {name: value for metrics in several for name, value in metrics.items()}
+        with self.meter.phase("evaluate"):
+            metrics = self._answer(
+                check_dataset("eval_dataset", chosen, cast(PreTrainedTokenizerBase, self.processing_class))
+            )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _answer(self, dataset: datasets.Dataset) -> dict[str, float]:
+        rank, world = self.args.process_index, self.args.world_size
+        rows = [dataset[i] for i in range(rank, len(dataset), world)]
+        meter, facts = Meter(), []
+        if rows:
+            with torch.no_grad(), self.accelerator.autocast():
+                samples = self.rollout_engine.generate(
+                    [row["prompt"] for row in rows],
+                    seed=rollout_seed(self.args.seed, 2**32 - 1, rank),
+                    temperature=self.args.eval_temperature,
+                    batch_size=self.args.per_device_eval_batch_size,
+                )
+            for start in range(0, len(rows), self.args.rollout_size):  # so many at once as reward_timeout is meant for
+                part = slice(start, start + self.args.rollout_size)
+                means = score_samples(samples[part], rows[part], self.reward_funcs, self.args)
+                meter.mean(dict(means), weight=len(rows[part]))
+            facts = [(s.reward, len(s.response_ids), s.truncated) for s in samples]
+        for reward, length, truncated in facts:
+            meter.mean({"response_length": length, "truncated": truncated})
+            if reward is not None:
+                meter.mean({"success_rate": reward >= 1, "reward": reward})
+        problems = len(self._gather([1 for reward, *_ in facts if reward is not None]))
+        read = meter.read(self._gather)
+        wanted = ("response_length", "truncated", "success_rate", "reward")
+        by_reward = {name: value for name, value in read.items() if name.startswith("rewards/")}
+        return {name: read.get(name, 0.0) for name in wanted} | by_reward | {"problems": problems}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The policy as an ordinary model with its tokenizer; the critic, another, in the folder ``critic`` inside."""
+        folder = Path(output_dir or self.output_dir)
+        if self.args.should_save:
+            self._pair.policy.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            if self._pair.critic is not None:
+                self._pair.critic.save_pretrained(folder / "critic")
+                self.tokenizer.save_pretrained(folder / "critic")
+            (folder / "training_args.json").write_text(self.args.to_json_string())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Read in float32 so that no weight of a mixed-precision model is rounded on the way.
+        policy = type(self._pair.policy).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        self._pair.policy.load_state_dict(policy.state_dict())
+        if self._pair.critic is not None:
+            critic = load_critic(Path(resume_from_checkpoint, "critic"), torch.float32)
+            self._pair.critic.load_state_dict(critic.state_dict())
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write the whole checkpoint aside, then give it its name."""
+        output_dir, name = self.output_dir, f"checkpoint-{self.state.global_step}"
+        with self.meter.phase("checkpoint"):
+            self._staging = True
+            super()._save_checkpoint(model, trial)
+            self._staging = False
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                staged = output_dir / checkpoint.STAGING / name
+                checkpoint.save_identity(self.identity, staged)
+                if self.state.best_model_checkpoint == str(staged):
+                    self.state.best_model_checkpoint = str(output_dir / name)
+                    self.state.save_to_json(str(staged / "trainer_state.json"))
+                checkpoint.publish(staged, output_dir / name)
+                checkpoint.clear_staging(output_dir)
+                rotate_checkpoints(str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output_dir / name))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, checkpoint.STAGING) if self._staging else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._staging:  # the folder is about to move
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    _staging = False
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        checkpoint.save_experience(self.experience, Path(output_dir))
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        super()._load_rng_state(checkpoint_folder)
+        if checkpoint_folder is not None:
+            checkpoint.load_experience(self.experience, Path(checkpoint_folder))
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.args.output_dir or ".")
+
+    @property
+    def _pair(self) -> ActorCritic:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _gather(self, items: list[Any]) -> list[Any]:
+        if self.args.world_size == 1:
+            return items
+        everyone: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(everyone, items)
+        return [item for each in everyone for item in each]
+
+
+class _EpochCallback(TrainerCallback):
+    """Epochs as the data has them, also in the epoch that a resumed run begins in the middle of."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        state.epoch = state.global_step / train_dataloader.dataset.updates_per_epoch
+        control.should_log |= state.global_step >= state.max_steps  # so that totals have every update

@@ -1,0 +1,83 @@
+import pytest
+
+from sppo import SPPOConfig
+
+
+def config(**settings):
+    return SPPOConfig(**({"output_dir": "unused", "use_cpu": True, "per_device_train_batch_size": 2} | settings))
+
+
+def test_defaults_follow_from_each_other():
+    args = config(gradient_accumulation_steps=3, epsilon=0.1)
+    assert (args.steps_per_generation, args.epsilon_high, args.rollout_size, args.updates_per_rollout) == (3, 0.1, 6, 1)
+    assert config(gradient_accumulation_steps=2, steps_per_generation=6, num_iterations=2).updates_per_rollout == 6
+
+
+@pytest.mark.parametrize(("size", "prompts", "updates", "critic_rate"), [("1.5b", 256, 2, 1e-5), ("7b", 512, 16, 5e-6)])
+def test_paper_is_the_published_recipe(size, prompts, updates, critic_rate):
+    args = SPPOConfig.paper(size, output_dir="unused", use_cpu=True)
+    assert (args.rollout_size, args.updates_per_rollout, args.critic_learning_rate) == (prompts, updates, critic_rate)
+    expected = {
+        "per_device_train_batch_size": 1,
+        "num_generations": 1,
+        "num_iterations": 1,
+        "num_train_epochs": 1,
+        "ratio_level": "token",
+        "epsilon": 0.2,
+        "epsilon_high": 0.2,
+        "dual_clip": 3.0,
+        "aggregation": "seq-mean-token-mean",
+        "beta": 0.0,
+        "temperature": 0.6,
+        "learning_rate": 1e-6,
+        "max_grad_norm": 1.0,
+        "critic_max_grad_norm": 1.0,
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert args.optim == "adamw_torch"
+
+
+def test_paper_takes_overrides():
+    assert SPPOConfig.paper(output_dir="unused", use_cpu=True, temperature=1.0).temperature == 1.0
+    with pytest.raises(ValueError, match="size must be one of"):
+        SPPOConfig.paper("70b", output_dir="unused")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"algorithm": "ppo"}, "algorithm must be one of sppo, got 'ppo'"),
+        ({"ratio_level": "word"}, "ratio_level must be one of token"),
+        ({"aggregation": "mean"}, "aggregation must be one of"),
+        ({"use_vllm": True}, "use_vllm=True is not available"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 is not available"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"temperature": 0.0}, "temperature must be greater than 0"),
+        ({"temperature": float("nan")}, "temperature must be greater than 0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"top_k": -1}, "top_k must be 0 or more"),
+        ({"epsilon": -0.1}, "epsilon must be 0 or more"),
+        ({"dual_clip": 1.0}, "dual_clip must be greater than 1"),
+        ({"max_completion_length": 0}, "max_completion_length must be at least 1"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be greater than 0"),
+        (
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 3},
+            "multiple of gradient_accumulation_steps=2, got 3",
+        ),
+        ({"num_generations": 3}, "num_generations must divide"),
+        ({"per_device_train_batch_size": 1}, "a rollout of one completion"),
+    ],
+)
+def test_wrong_settings_are_named(settings, says):
+    with pytest.raises(ValueError, match=says):
+        config(**settings)
+
+
+def test_the_best_checkpoint_is_the_one_of_most_reward():
+    args = SPPOConfig("out", use_cpu=True, save_strategy="best", eval_strategy="steps", eval_steps=1)
+    assert (args.metric_for_best_model, args.greater_is_better) == ("reward", True)
+
+
+def test_bf16_needs_no_word_about_the_cpu(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert SPPOConfig("out", bf16=True).use_cpu

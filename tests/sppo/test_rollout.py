@@ -1,0 +1,90 @@
+import pytest
+import torch
+from tiny_models import char_tokenizer, tiny_model
+from transformers import GenerationConfig
+
+from sppo.rollout import HFRollout, encode, rollout_seed
+
+PROMPTS = ["1+2=", "7", "12+34="]
+
+
+def engine(model=None, **settings):
+    return HFRollout(model or tiny_model(), char_tokenizer(), **({"max_completion_length": 8} | settings))
+
+
+def sample(engine, seed=1, prompts=PROMPTS, temperature=1.0, batch_size=3):
+    samples = engine.generate(prompts, seed=seed, temperature=temperature, batch_size=batch_size)
+    return [s.response_ids for s in samples]
+
+
+def test_a_rollout_is_a_function_of_weights_and_seed():
+    rollout = engine()
+    before = torch.random.get_rng_state()
+    first = sample(rollout)
+    assert before.equal(torch.random.get_rng_state())
+    torch.manual_seed(99)
+    assert sample(rollout) == first
+    assert sample(rollout, seed=2) != first
+
+
+def test_responses_end_with_eos_or_are_truncated():
+    rollout = engine(max_completion_length=40)
+    samples = rollout.generate(PROMPTS * 20, seed=0, temperature=2.0, batch_size=60)
+    ended = [s for s in samples if not s.truncated]
+    assert 0 < len(ended) < 60
+    assert all(s.response_ids.index(1) == len(s.response_ids) - 1 for s in ended)
+    assert all(len(s.response_ids) == 40 and 1 not in s.response_ids for s in samples if s.truncated)
+    assert all("<eos>" not in s.completion for s in samples)
+
+
+def test_greedy_does_not_depend_on_padding_or_batch():
+    rollout = engine()
+    together = sample(rollout, temperature=0)
+    assert sample(rollout, temperature=0, batch_size=1) == together
+    model = rollout.policy
+    for prompt, response in zip(PROMPTS, together, strict=True):
+        ids = encode(prompt, rollout.tokenizer)
+        for token in response:
+            assert model(torch.tensor([ids])).logits[0, -1].argmax() == token
+            ids.append(token)
+
+
+def test_the_models_own_sampling_settings_are_set_aside():
+    model = tiny_model()
+    plain = sample(engine(model))
+    own = GenerationConfig(do_sample=True, top_k=1, repetition_penalty=5.0, eos_token_id=[5, 6], pad_token_id=0)
+    model.generation_config = own
+    rollout = engine(model)
+    assert rollout.eos_ids == {1, 5, 6}  # but its other end-of-sequence tokens count
+    rollout.eos_ids = {1}
+    assert sample(rollout) == plain
+    assert model.generation_config is own
+
+
+def test_temperature_one_matches_the_models_probabilities():
+    model = tiny_model()
+    first = [ids[0] for ids in sample(engine(model, max_completion_length=1), prompts=["3+4="] * 4000, batch_size=4000)]
+    expected = model(torch.tensor([encode("3+4=", char_tokenizer())])).logits[0, -1].softmax(-1)
+    seen = torch.bincount(torch.tensor(first), minlength=len(expected)) / 4000
+    assert (seen - expected).abs().max() < 0.04
+
+
+def test_chat_prompts_go_through_the_template():
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    )
+    prompt = [{"role": "user", "content": "1+2"}]
+    assert encode(prompt, tokenizer) == encode("1+2=", tokenizer)
+    rollout = HFRollout(tiny_model(), tokenizer, max_completion_length=3)
+    (sample,) = rollout.generate([prompt], seed=0, temperature=1.0, batch_size=1)
+    assert [m["role"] for m in sample.completion] == ["assistant"]
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="prompt '' has no tokens"):
+        encode("", char_tokenizer())
+
+
+def test_seeds_differ():
+    assert len({rollout_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)}) == 125

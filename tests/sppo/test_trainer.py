@@ -1,0 +1,397 @@
+"""The whole loop on tiny models: it learns, it stands still when it should, and it says what is wrong."""
+
+import time
+
+import datasets
+import pytest
+import torch
+from tiny_models import char_tokenizer, tiny_model
+
+from sppo import SPPOConfig, SPPOTrainer
+
+PROMPTS = [f"{a}+{b}=" for a in range(6) for b in range(6)]
+DATASET = datasets.Dataset.from_dict({"prompt": PROMPTS, "letter": [prompt[0] for prompt in PROMPTS]})
+
+
+def has_a(completions, **_):
+    return [float("a" in completion) for completion in completions]
+
+
+def make(
+    tmp_path, reward=has_a, model=None, dataset=DATASET, tokenizer=None, critic=None, eval_dataset=None, **settings
+):
+    args = SPPOConfig(
+        output_dir=str(tmp_path),
+        **(
+            {
+                "use_cpu": True,
+                "per_device_train_batch_size": 8,
+                "max_completion_length": 4,
+                "learning_rate": 3e-3,
+                "critic_learning_rate": 1e-2,
+                "max_steps": 3,
+                "save_strategy": "no",
+                "disable_tqdm": True,
+            }
+            | settings
+        ),
+    )
+    return SPPOTrainer(
+        tiny_model() if model is None else model,
+        reward,
+        args=args,
+        critic=critic,
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer or char_tokenizer(),
+    )
+
+
+def snapshot(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def changed(before, module):
+    return [name for name, tensor in module.state_dict().items() if not tensor.equal(before[name])]
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def test_learns(tmp_path):
+    trainer = make(tmp_path, max_steps=40, per_device_train_batch_size=16, eval_dataset=DATASET)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_problems"] == len(DATASET)
+    assert before["eval_success_rate"] < 0.5 < 0.9 < after["eval_success_rate"]
+    reward = logged(trainer, "reward")
+    assert sum(reward[-5:]) > sum(reward[:5]) + 1.5
+
+
+def test_critic_learns_which_prompts_succeed(tmp_path):
+    def only_some(prompts, completions, **_):
+        return [float(prompt[0] in "012") for prompt in prompts]
+
+    trainer = make(tmp_path, only_some, max_steps=60, per_device_train_batch_size=18, learning_rate=1e-6)
+    trainer.train()
+    brier, baseline = logged(trainer, "brier"), logged(trainer, "brier_baseline")
+    assert brier[0] == pytest.approx(baseline[0])  # it starts as the constant
+    assert brier[-1] < 0.05 < 0.2 < baseline[-1]
+
+
+@pytest.mark.parametrize(("outcome", "beta"), [(0.0, 0.0), (1.0, 0.0), (0.0, 0.5)])
+def test_equal_outcomes_leave_the_policy_alone(tmp_path, outcome, beta):
+    calls = [0]
+
+    def equal_after_two(completions, **_):
+        calls[0] += 1
+        return has_a(completions) if calls[0] <= 2 else [outcome] * len(completions)
+
+    trainer = make(tmp_path, equal_after_two, max_steps=14, weight_decay=0.1, beta=beta)
+    policies, critics = [], []
+    original = trainer._maybe_log_save_evaluate
+
+    def record(*args, **kwargs):
+        policies.append(snapshot(trainer.model.policy))
+        critics.append(snapshot(trainer.model.critic))
+        return original(*args, **kwargs)
+
+    trainer._maybe_log_save_evaluate = record
+    trainer.train()
+    assert any(not policies[0][name].equal(policies[1][name]) for name in policies[0])  # momentum there is
+    assert changed(policies[1], trainer.model.policy) == []
+    assert changed(critics[1], trainer.model.critic) != []
+    value = logged(trainer, "value")
+    assert abs(value[-1] - outcome) < abs(value[2] - outcome)
+
+
+def gradients(tmp_path, parts, **settings):
+    trainer = make(
+        tmp_path,
+        gradient_accumulation_steps=parts,
+        per_device_train_batch_size=16 // parts,
+        max_steps=1,
+        max_completion_length=12,
+        max_grad_norm=float("inf"),
+        critic_max_grad_norm=float("inf"),
+        **settings,
+    )
+    torch.nn.init.normal_(trainer.model.critic.score.weight, generator=torch.Generator().manual_seed(0))
+    found = {}
+    original = trainer._clip_grad_norm
+
+    def record(model):
+        found.update({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
+        return original(model)
+
+    trainer._clip_grad_norm = record
+    trainer.train()
+    return found
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("ratio_level", ["token", "sequence_mean"])
+def test_gradient_does_not_depend_on_the_cut(tmp_path, aggregation, ratio_level):
+    settings = {"aggregation": aggregation, "ratio_level": ratio_level}
+    whole = gradients(tmp_path, 1, **settings)
+    assert any(name.startswith("policy.") for name in whole)
+    assert any(name.startswith("critic.") for name in whole)
+    for parts in (2, 4):
+        for name, gradient in gradients(tmp_path, parts, **settings).items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_loss_is_that_of_the_whole_update(tmp_path, aggregation):
+    trainer = make(
+        tmp_path, gradient_accumulation_steps=3, max_steps=1, max_completion_length=12, aggregation=aggregation
+    )
+    trainer.train()
+    samples = trainer.experience.samples
+    assert len({len(s.response_ids) for s in samples}) > 1
+    by_token = -sum(s.advantage * len(s.response_ids) for s in samples)  # all ratios are 1
+    expected = {
+        "token-mean": by_token / sum(len(s.response_ids) for s in samples),
+        "seq-mean-token-mean": -sum(s.advantage for s in samples) / len(samples),
+        "seq-mean-token-sum": by_token / len(samples),
+    }
+    assert logged(trainer, "policy_loss")[0] == pytest.approx(expected[aggregation], abs=1e-5)
+    bce = torch.nn.functional.binary_cross_entropy(
+        torch.tensor([s.value for s in samples]), torch.tensor([s.reward for s in samples])
+    )
+    assert logged(trainer, "critic_loss")[0] == pytest.approx(bce.item(), abs=1e-5)
+
+
+def test_first_advantages_are_outcome_minus_mean(tmp_path):
+    trainer = make(tmp_path, max_steps=1, per_device_train_batch_size=36)
+    trainer.train()
+    rewards = torch.tensor([s.reward for s in trainer.experience.samples])
+    advantages = torch.tensor([s.advantage for s in trainer.experience.samples])
+    torch.testing.assert_close(advantages, rewards - (rewards.sum() + 1) / 38)
+
+
+def test_ratio_is_one_until_the_policy_moves(tmp_path):
+    once = make(tmp_path, max_steps=2)
+    once.train()
+    assert logged(once, "ratio_min") == logged(once, "ratio_max") == [1.0, 1.0]
+    twice = make(tmp_path, max_steps=2, num_iterations=2)
+    twice.train()
+    assert logged(twice, "ratio_max")[0] == 1.0  # same op, same micro-batch: the same bits
+    assert logged(twice, "ratio_max")[1] > 1.0
+
+
+def test_a_gradient_that_is_not_finite_costs_the_update(tmp_path):
+    trainer = make(tmp_path, max_steps=3)
+    before = snapshot(trainer.model)
+    original = trainer._clip_grad_norm
+
+    def poison(model):
+        trainer.model.critic.score.weight.grad[:] = torch.inf
+        return original(model)
+
+    trainer._clip_grad_norm = poison
+    trainer.train()
+    assert changed(before, trainer.model) == ["critic.score.bias"]  # set to the prior, not learned
+    assert logged(trainer, "skipped_updates") == [1, 1, 1]
+
+
+def test_critic_warms_up_alone(tmp_path):
+    trainer = make(tmp_path, max_steps=3, critic_warmup_steps=3)
+    before = snapshot(trainer.model.policy)
+    trainer.train()
+    assert changed(before, trainer.model.policy) == []
+    assert trainer.model.critic.score.weight.any()
+
+
+def test_beta_pulls_back_to_the_initial_policy(tmp_path):
+    free, bound = (make(tmp_path, max_steps=12, beta=beta) for beta in (0.0, 5.0))
+    start = snapshot(free.model.policy)
+    distance = []
+    for trainer in (free, bound):
+        trainer.train()
+        now = trainer.model.policy.state_dict()
+        distance.append(sum((now[name] - tensor).square().sum() for name, tensor in start.items()))
+    assert distance[1] < distance[0]
+    assert logged(bound, "kl")[-1] > 0
+
+
+def test_masked_truncated_completions_do_not_count(tmp_path):
+    trainer = make(tmp_path, mask_truncated_completions=True, max_completion_length=1, max_steps=2)
+    before = snapshot(trainer.model)
+    trainer.rollout_engine.eos_ids = {-7}  # nothing ever ends
+    trainer.train()
+    assert set(changed(before, trainer.model)) == set()
+
+
+def test_a_failing_reward_costs_its_samples(tmp_path, caplog):
+    def fussy(prompts, completions, **_):
+        return [
+            None if prompt[0] == "3" else float("a" in text) for prompt, text in zip(prompts, completions, strict=True)
+        ]
+
+    trainer = make(tmp_path, fussy, per_device_train_batch_size=18, gradient_accumulation_steps=2, max_steps=2)
+    trainer.train()
+    assert logged(trainer, "rejected_rewards") == [6, 6]
+    assert "gave no verdict" in caplog.text
+
+
+def test_a_run_in_which_every_reward_fails_goes_on(tmp_path):
+    trainer = make(
+        tmp_path, lambda completions, **_: [None] * len(completions), max_steps=3, gradient_accumulation_steps=2
+    )
+    before = snapshot(trainer.model)
+    trainer.train()
+    assert changed(before, trainer.model) == []
+
+
+def test_columns_reach_the_reward(tmp_path):
+    def matches(prompts, completions, letter, **_):
+        assert [prompt[0] for prompt in prompts] == letter
+        return [float(a in text) for a, text in zip(letter, completions, strict=True)]
+
+    trainer = make(tmp_path, matches, max_steps=1, num_generations=2)
+    trainer.train()
+    assert logged(trainer, "rejected_rewards") == [0]
+    asked = [s.prompt for s in trainer.experience.samples]
+    assert asked[0::2] == asked[1::2]
+
+
+def test_outcomes_outside_zero_and_one_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"reward must be in \[0, 1\].*got 2"):
+        make(tmp_path, lambda completions, **_: [2.0] * len(completions)).train()
+
+
+def test_clipping_is_apart(tmp_path):
+    trainer = make(tmp_path, max_steps=1, max_grad_norm=1e-3, critic_max_grad_norm=float("inf"))
+    norms = {}
+    step = trainer.callback_handler.on_pre_optimizer_step
+
+    def record(args, state, control):
+        for name in ("policy", "critic"):
+            gradients = [p.grad.norm() for p in getattr(trainer.model, name).parameters()]
+            norms[name] = torch.stack(gradients).norm().item()
+        return step(args, state, control)
+
+    trainer.callback_handler.on_pre_optimizer_step = record
+    trainer.train()
+    assert norms["policy"] == pytest.approx(1e-3, rel=1e-2)
+    assert norms["critic"] == pytest.approx(logged(trainer, "critic_grad_norm")[0], rel=1e-4)
+
+
+def test_two_learning_rates(tmp_path):
+    trainer = make(tmp_path, learning_rate=1e-4, critic_learning_rate=2e-3, weight_decay=0.1)
+    rates = {}
+    for group in trainer.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            rates[id(parameter)] = (group["lr"], group["weight_decay"])
+    named = {name: rates[id(p)] for name, p in trainer.model.named_parameters()}
+    assert named["policy.model.layers.0.mlp.up_proj.weight"] == (1e-4, 0.1)
+    assert named["policy.model.norm.weight"] == (1e-4, 0.0)
+    assert named["critic.model.layers.0.mlp.up_proj.weight"] == (2e-3, 0.1)
+    assert named["critic.score.bias"] == (2e-3, 0.0)
+
+
+def test_evaluate_leaves_training_alone(tmp_path):
+    trainers = [
+        make(tmp_path, max_steps=4, eval_dataset=DATASET, **s)
+        for s in ({}, {"eval_strategy": "steps", "eval_steps": 1})
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert changed(snapshot(trainers[0].model), trainers[1].model) == []
+    assert len(logged(trainers[1], "eval_success_rate")) == 4
+
+
+def test_evaluate_several_datasets_and_alone(tmp_path):
+    named = {"easy": DATASET.select(range(3)), "hard": DATASET.select(range(5))}
+    trainer = make(tmp_path, dataset=None, eval_dataset=named)
+    metrics = trainer.evaluate()
+    assert (metrics["eval_easy_problems"], metrics["eval_hard_problems"]) == (3, 5)
+    with pytest.raises(ValueError, match="train_dataset is None"):
+        trainer.train()
+
+
+def test_the_reward_limit_is_for_a_rollout_also_in_evaluation(tmp_path):
+    def slow(completions, **_):
+        time.sleep(0.05 * len(completions))
+        return [1.0] * len(completions)
+
+    trainer = make(tmp_path, slow, eval_dataset=DATASET, per_device_train_batch_size=2, reward_timeout=0.5)
+    assert trainer.evaluate()["eval_problems"] == len(DATASET)  # 0.1 s for each two, 1.8 s in all
+
+
+def test_metrics_and_completions_are_shown(tmp_path, capsys):
+    trainer = make(tmp_path, max_steps=1, log_completions=True, num_completions_to_print=2)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    wanted = """
+        reward rewards/has_a success_rate response_length truncated rejected_rewards advantage advantage_std brier
+        brier_baseline ratio_mean ratio_min ratio_max clip_fraction approx_kl entropy policy_loss critic_loss
+        policy_grad_norm critic_grad_norm tokens_per_second generated_tokens total_generated_tokens
+        seconds/rollout seconds/reward seconds/critic seconds/update
+    """
+    assert set(wanted.split()) <= set(entry)
+    assert entry["generated_tokens"] == sum(len(s.response_ids) for s in trainer.experience.samples)
+    assert capsys.readouterr().out.count("+") >= 2
+
+
+def test_epochs_count_the_data(tmp_path):
+    trainer = make(
+        tmp_path, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=9, gradient_accumulation_steps=2
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4  # 36 prompts, 18 an update
+    assert trainer.state.epoch == 2
+
+
+CHATS = datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": "1"}]]})
+
+
+def no_eos():
+    tokenizer = char_tokenizer()
+    tokenizer.eos_token = None
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda: {"dataset": datasets.Dataset.from_dict({"question": ["1"]})}, "no column 'prompt', only"),
+        (lambda: {"dataset": DATASET.select([])}, "train_dataset is empty"),
+        (lambda: {"eval_dataset": DATASET.select([])}, "eval_dataset is empty"),
+        (
+            lambda: {"dataset": datasets.Dataset.from_dict({"prompt": ["1", ""]})},
+            "train_dataset row 1: prompt must be text",
+        ),
+        (lambda: {"dataset": datasets.Dataset.from_dict({"prompt": [1, 2]})}, "row 0: prompt must be text .* got 1"),
+        (
+            lambda: {"dataset": CHATS},
+            "row 0: prompt is a list of chat messages and processing_class has no chat_template",
+        ),
+        (lambda: {"model": tiny_model(vocab_size=20)}, "27 tokens and model 20 embeddings"),
+        (lambda: {"tokenizer": no_eos()}, "no eos_token"),
+        (lambda: {"max_prompt_length": 1}, "max_prompt_length=1 leaves no prompt"),
+        (lambda: {"reward_weights": [1.0, 2.0]}, "2 values for 1 reward_funcs"),
+        (lambda: {"reward": "no_such_reward"}, "no reward named"),
+    ],
+)
+def test_wrong_input_is_named_before_training(tmp_path, wrong, says):
+    with pytest.raises(ValueError, match=says):
+        make(tmp_path, **wrong())
+
+
+def test_peft_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="peft_config is not available"):
+        SPPOTrainer(tiny_model(), has_a, train_dataset=DATASET, peft_config=object())
+
+
+def test_a_smaller_critic(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    config = tiny_model(hidden_size=16, num_hidden_layers=1).config
+    config.num_labels = 1
+    trainer = make(tmp_path, critic=AutoModelForSequenceClassification.from_config(config))
+    trainer.train()
+    assert trainer.model.critic.score.weight.any()
