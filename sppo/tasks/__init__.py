@@ -1,0 +1,1 @@
+"""What the shipped recipes name: prompts with their rewards, and the models to start from."""

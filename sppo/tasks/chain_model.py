@@ -1,0 +1,210 @@
+"""A small transformer for the task of :mod:`sppo.tasks.chain`, taught just enough for reinforcement learning to go on.
+
+It imitates a teacher who sets out the steps well but mostly subtracts the wrong way round. It learns both ways: about a
+third of its sampled answers are right, and no more of its likeliest ones. Which way is right it can find out only from
+the outcomes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sppo.rollout import HFRollout
+from sppo.tasks import chain
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1  # part of the cache's key: raise it when the same settings no longer give the same weights
+_WARMUP_STEPS = 30
+_CHECK_STEPS = 10
+_CHECK_PROMPTS = 256
+
+
+def warm_started_model(
+    length: int = 5,
+    *,
+    hidden_size: int = 64,
+    num_hidden_layers: int = 2,
+    accuracy: float = 1 / 3,
+    max_steps: int = 400,
+    batch_size: int = 128,
+    learning_rate: float = 4e-3,
+    slip: float = 0.7,
+    seed: int = 0,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Make the model and let it imitate worked examples of training prompts; the next time it is read from a cache.
+
+    The cache is the folder ``sppo-kernels`` in ``XDG_CACHE_HOME`` (default ``~/.cache``).
+
+    Args:
+        length: steps of the task.
+        hidden_size, num_hidden_layers: of the transformer.
+        accuracy: stop as soon as this share of sampled answers (at temperature 1) is right.
+        max_steps: stop at the latest; the learning rate falls to 0 until then.
+        batch_size: worked examples a step.
+        learning_rate: the highest.
+        slip: how often the teacher subtracts the wrong way round.
+        seed: of the weights and the examples. The global random state is left alone.
+
+    Returns:
+        The model, in float32 on the CPU, and its tokenizer, one token a character.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+    settings = locals()
+    for name in ("length", "num_hidden_layers", "max_steps", "batch_size"):
+        if settings[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {settings[name]}")
+    for name in ("accuracy", "slip"):
+        if not 0 <= settings[name] <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {settings[name]}")
+    if hidden_size < 1 or hidden_size % 8:
+        raise ValueError(f"hidden_size must be a multiple of 8 (4 heads of even size), got {hidden_size}")
+    file = _cache_folder() / f"chain-{_digest(settings)}.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _new_model(length, hidden_size, num_hidden_layers)
+    if file.is_file():
+        logger.info(f"warm start: read from {file}")
+        model.load_state_dict(load_file(file))
+        return model.eval(), char_tokenizer()
+    _imitate(
+        model,
+        length,
+        accuracy=accuracy,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        slip=slip,
+        rng=random.Random(seed),
+    )
+    try:
+        _store(model, file)
+    except OSError as error:
+        logger.warning(f"warm start: not kept for the next run: {error}")
+    return model, char_tokenizer()
+
+
+def char_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character of the task, after ``<pad>`` (0) and ``<eos>`` (1)."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *chain.ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()  # without one, text has a space between any two tokens
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def _new_model(length: int, hidden_size: int, num_hidden_layers: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(chain.ALPHABET) + 2,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2 * (chain.prompt_tokens(length) + chain.completion_tokens(length)),
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+        )
+    )
+
+
+def _imitate(
+    model: LlamaForCausalLM,
+    length: int,
+    *,
+    accuracy: float,
+    max_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    slip: float,
+    rng: random.Random,
+) -> None:
+    """Supervised training, each example seen once, until the accuracy is reached."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    nn.Module.to(model, device).train()
+    tokenizer = char_tokenizer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / _WARMUP_STEPS) * (1 - step / max_steps)
+    )
+    reached, engine = 0.0, HFRollout(model, tokenizer, max_completion_length=chain.completion_tokens(length))
+    logger.info(
+        f"warm start: imitating a teacher who subtracts the wrong way round {slip:.0%} of the time, "
+        f"until {accuracy:.0%} of the answers are right"
+    )
+    with tqdm(total=max_steps, desc="warm start", unit="step", mininterval=1) as progress:
+        for step in range(1, max_steps + 1):
+            tokens = _examples(tokenizer, length, batch_size, slip, rng).to(device)
+            loss = _imitation_loss(model, tokens, length)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            progress.update()
+            if step % _CHECK_STEPS == 0:
+                reached = _accuracy(engine, length, rng)
+                progress.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{reached:.2f}", refresh=False)
+                if reached >= accuracy:
+                    break
+    logger.info(f"warm start: {step} steps, accuracy {reached:.2f}")
+    nn.Module.to(model, "cpu").eval()
+
+
+def _examples(tokenizer: PreTrainedTokenizerFast, length: int, count: int, slip: float, rng: random.Random) -> Tensor:
+    """Token ids ``[count, T]`` of training prompts with what the teacher wrote; all are of one length."""
+    prompts = [chain.random_prompt(length, "train", rng) for _ in range(count)]
+    texts = [f"{prompt}{chain.worked(prompt, slip, rng)}<eos>" for prompt in prompts]
+    return torch.tensor(tokenizer(texts)["input_ids"])
+
+
+def _imitation_loss(model: LlamaForCausalLM, tokens: Tensor, length: int) -> Tensor:
+    """Cross-entropy of the completions, 0-d."""
+    begin = chain.prompt_tokens(length)
+    logits = model(tokens[:, :-1]).logits[:, begin - 1 :]
+    return cross_entropy(logits.flatten(0, 1), tokens[:, begin:].flatten())
+
+
+def _accuracy(engine: HFRollout, length: int, rng: random.Random) -> float:
+    """Of sampled answers to fresh training prompts: the held-out ones decide nothing here."""
+    prompts = [chain.random_prompt(length, "train", rng) for _ in range(_CHECK_PROMPTS)]
+    samples = engine.generate(prompts, seed=rng.getrandbits(32), temperature=1.0, batch_size=_CHECK_PROMPTS)
+    answers = [chain.answer(prompt) for prompt in prompts]
+    return sum(chain.reward(prompts, [sample.completion for sample in samples], answers)) / _CHECK_PROMPTS
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sppo-kernels"
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return sha256(json.dumps(settings | {"version": _VERSION}, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _store(model: LlamaForCausalLM, file: Path) -> None:
+    """Write beside ``file`` and rename, so that it is whole or absent."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staged = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        staged.write_bytes(save(model.state_dict()))
+        os.replace(staged, file)
+    finally:
+        staged.unlink(missing_ok=True)

@@ -1,0 +1,224 @@
+"""The command line: recipes and overrides of the right types, one clear line for a mistake, and whole runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sppo.cli import main
+from sppo.recipe import config_from, convert, override, read_recipe, shipped_recipes
+
+HERE = Path(__file__).parent / "cli_run.py"
+
+RECIPE = {
+    "model": f"{HERE}:policy",
+    "critic": f"{HERE}:critic",
+    "train_dataset": {"name": f"{HERE}:sums", "count": 20},
+    "eval_dataset": {"name": f"{HERE}:sums", "count": 4, "start": 20},
+    "reward": f"{HERE}:letter",
+    "args": {
+        "max_steps": 4,
+        "save_steps": 2,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 5,
+        "learning_rate": "1e-3",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    },
+}
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return str(path)
+
+
+# Reading values
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "wanted"),
+    [
+        ("1e-5", float, 1e-5),
+        (3, float, 3.0),
+        ("7", int, 7),
+        ("true", bool, True),
+        ("none", int | None, None),
+        (None, float | None, None),
+        ("none", str | None, "none"),
+        ("[0.5, 1]", list[float] | None, [0.5, 1.0]),
+        ("{a: 1}", dict | str, {"a": 1}),
+        ("linear", str, "linear"),
+        ("12", int | str, 12),
+    ],
+)
+def test_values_take_the_type_of_their_field(value, kind, wanted):
+    read = convert("x", value, kind)
+    assert read == wanted
+    assert type(read) is type(wanted)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [("fast", float), ("1.5", int), (1.5, int), (True, int), ("maybe", bool), (None, int), ([1], str)],
+)
+def test_values_of_another_type_are_named(value, kind):
+    with pytest.raises(ValueError, match="learning_rate must be"):
+        convert("learning_rate", value, kind)
+
+
+def test_overrides_reach_every_part_of_a_recipe(recipe):
+    read = read_recipe(recipe)
+    assert read["args"]["output_dir"] == "runs/tiny"
+    for name, text in {
+        "learning_rate": "1e-5",
+        "args.max_steps": "3",
+        "train_dataset.count": "7",
+        "train_dataset.drop_duplicates": "true",
+        "eval_dataset": "test.parquet",
+        "eval_dataset.limit": "2",
+        "critic.seed": "3",
+        "reward_funcs": "[exact, math]",
+        "model_kwargs.seed": "5",
+        "args": "{seed: 3}",
+    }.items():
+        override(read, name, text)
+    assert read["train_dataset"] == {"name": f"{HERE}:sums", "count": 7, "drop_duplicates": True}
+    assert read["eval_dataset"] == {"name": "test.parquet", "limit": 2}
+    assert read["critic"] == {"model": f"{HERE}:critic", "seed": 3}
+    assert read["reward"] == ["exact", "math"]
+    assert read["model_kwargs"] == {"seed": 5}
+    args = config_from(read["args"])
+    assert (args.learning_rate, args.max_steps, args.max_completion_length, args.seed) == (1e-5, 3, 5, 3)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_sound(name, tmp_path):
+    recipe = read_recipe(name)
+    config_from({**recipe["args"], "output_dir": str(tmp_path), "use_cpu": True})
+    assert {"model", "train_dataset", "eval_dataset", "reward"} <= recipe.keys()
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "tinny"], "no recipe 'tinny'"),
+        (["train", "RECIPE", "--learning_rat", "1e-5"], "'learning_rat'; did you mean 'learning_rate'"),
+        (["train", "RECIPE", "--learning_rate", "fast"], "learning_rate must be float, got 'fast'"),
+        (["train", "RECIPE", "--epsilon", "-1"], "epsilon must be 0 or more"),
+        (["train", "RECIPE", "--train_dataset.cuont", "3"], "no option 'cuont'; did you mean 'count'"),
+        (["train", "RECIPE", "--train_dataset.count", "many"], "train_dataset.count must be int, got 'many'"),
+        (["train", "RECIPE", "--train_dataset.count", "0"], "is empty"),
+        (["train", "RECIPE", "--train_dataset", "no/such.jsonl"], "there is no such file"),
+        (["train", "RECIPE", "--reward", "exat"], "no reward named 'exat'; did you mean 'exact'"),
+        (["train", "RECIPE", "--model", "nowhere:policy"], "cannot import 'nowhere:policy'"),
+        (["train", "RECIPE", "--model", f"{HERE}:sums", "--model_kwargs.count", "1"], "returns (model, tokenizer)"),
+        (["train", "RECIPE", "--model", "7"], "model must be a folder, a hub name or module:function, got 7"),
+        (["train", "RECIPE", "--critic", "7"], "critic must be a folder"),
+        (["train", "RECIPE", "--critic", "{seed: 7}"], "the critic's model must be a folder"),
+        (["train", "RECIPE", "--train_dataset", "5"], "train_dataset must be a source of prompts"),
+        (["train", "RECIPE", "--args", "3"], "args must be a mapping of settings, got 3"),
+        (["train", "RECIPE", "--args", "{max_step: 3}"], "'max_step'; did you mean 'max_steps'"),
+        (["train", "RECIPE", "stray"], "unexpected argument 'stray'"),
+        (["eval"], "nothing says which model"),
+        (["eval", "--model", "m", "--reward", "exact"], "give --dataset"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(recipe, capsys, arguments, says):
+    assert main([recipe if argument == "RECIPE" else argument for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def test_a_wrong_recipe_is_named(tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    for text, says in (
+        (b"modle: a", "did you mean 'model'"),
+        (b"7: a", "no key 7"),
+        (b"[1]", "give a mapping"),
+        (b"a: b: c", "is not YAML"),
+        (b"args: 5", "args must be a mapping of settings, got 5"),
+        (b"model: 7", "model must be a folder"),
+        ("model: süß".encode("latin-1"), "bad.yaml' is not UTF-8"),
+    ):
+        path.write_bytes(text)
+        assert main(["train", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1
+
+
+def test_traceback_on_request(recipe, monkeypatch):
+    with pytest.raises(ValueError, match="unexpected"):
+        main(["train", recipe, "stray", "--traceback"])
+    monkeypatch.setenv("SPPO_DEBUG", "1")
+    with pytest.raises(ValueError, match="unexpected"):
+        main(["train", recipe, "stray"])
+
+
+def test_help_answers_without_torch():
+    script = (
+        "import sys; from sppo.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    for arguments, says in (
+        (["--help"], "train"),
+        (["train", "--help"], "--critic_learning_rate"),
+        (["eval", "-h"], "--limit"),
+    ):
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+        assert says in done.stdout
+
+
+# Whole runs
+
+
+def test_train_evaluate_resume_and_refuse(recipe, capsys):
+    assert main(["train", recipe]) == 0
+    said = capsys.readouterr().out
+    assert "4, of 4 completions of at most 5 tokens" in said
+    out = Path("runs/tiny")
+    assert (out / "summary.json").exists()
+    assert (out / "checkpoint-4").is_dir()
+    assert (out / "config.json").is_file()
+
+    assert main(["train", recipe]) == 0
+    said = capsys.readouterr().out
+    assert "finished run" in said
+    assert "--output_dir" in said
+
+    (out / "summary.json").unlink()
+    assert main(["train", recipe]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["train", recipe, "--resume", "--temperature", "0.5"]) == 2
+    assert "another run" in capsys.readouterr().err
+    before = (out / "eval_before.json").read_text()
+    assert main(["train", recipe, "--resume", "--max_steps", "6"]) == 0
+    assert "resuming" in capsys.readouterr().out
+    assert (out / "checkpoint-6").is_dir()
+    assert (out / "eval_before.json").read_text() == before
+
+    assert main(["eval", recipe, "--limit", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "evaluating runs/tiny" in said
+    assert "accuracy" in said
+    results = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in results] == [0, 1, 2]
+    assert results[0]["prompt"] == "6+0="
+    assert all(0 <= row["reward"] <= 1 for row in results)
+
+    command = ["eval", "runs/tiny/checkpoint-6", "--dataset", f"{HERE}:sums?count=2", "--reward", "exact", "--use_cpu"]
+    assert main([*command, "--output", "here/results.jsonl", "--max_completion_length", "3"]) == 0
+    assert len(Path("here/results.jsonl").read_text().splitlines()) == 2
