@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-RATIO_LEVELS = ("token", "sequence_mean", "sequence_sum")
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+from sppo_kernels.ops.policy_loss import AGGREGATIONS, RATIO_LEVELS
 
 _PUBLISHED = {
     "1.5b": {"gradient_accumulation_steps": 128, "steps_per_generation": 256, "critic_learning_rate": 1e-5},
