@@ -1,5 +1,6 @@
 """Tests marked ``gpu`` need compiled kernels; random tensors are the same on every run, in hypothesis' examples too."""
 
+import interpreter
 import pytest
 import torch
 from hypothesis import register_random
@@ -12,6 +13,8 @@ class TorchRandom:
     getstate = staticmethod(torch.get_rng_state)
     setstate = staticmethod(torch.set_rng_state)
 
+
+interpreter.round_to_nearest()
 
 TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference
 register_random(TORCH_RANDOM)
