@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
 import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 import torch
@@ -55,6 +58,18 @@ def check_tensor(**tensors: Tensor | None) -> None:
             reject(name, type(x).__name__, "a torch.Tensor", TypeError)
         if x is not None and x.is_complex():
             reject(name, x.dtype, "a tensor of real numbers", TypeError)
+        if x is not None and _is_dtensor(x):
+            want = (
+                "a plain tensor: inside the forward of an FSDP2 module its parameters are; of a tensor-parallel weight "
+                "pass weight.to_local() with group=mesh.get_group() where the operation takes a group, of any other "
+                "x.full_tensor()"
+            )
+            reject(name, f"a DTensor of shape {tuple(x.shape)}", want, TypeError)
+
+
+def _is_dtensor(x: object) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # where there is one, it has been imported
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def check_floating(**tensors: Tensor | None) -> None:
@@ -93,6 +108,20 @@ def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None
         reject(argument, repr(value), "one of " + ", ".join(repr(c) for c in choices))
 
 
+def check_number(argument: str, value: object) -> None:
+    """``value`` is a number, numpy's too, not a string, a list or True."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        reject(argument, repr(value), "a number", TypeError)
+
+
+def check_whole_number(argument: str, value: object, least: int) -> None:
+    """``value`` is an int, at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        reject(argument, repr(value), "an int", TypeError)
+    if not least <= value < 2**63:
+        reject(argument, value, f"at least {least}" if value < least else "below 2**63")
+
+
 def values_are_checked(x: Tensor) -> bool:
     """Whether to look at the values of ``x``: that costs a device sync, so off a CPU only under SPPO_KERNELS_CHECK=1.
 
@@ -128,9 +157,12 @@ def autocast_is_on(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Matrix products in the dtype of their factors: autocast must not round logits to half precision."""
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in the dtype of its factors: autocast, where it is on, must not round logits to half precision."""
-    if not autocast_is_on(a.device):
-        return a @ b
-    with torch.autocast(a.device.type, enabled=False):
+    """``a @ b`` whether autocast is on or not."""
+    with without_autocast(a.device):
         return a @ b

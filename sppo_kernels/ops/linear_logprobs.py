@@ -210,7 +210,8 @@ def _linear_logprobs_backward(
     has_gradient = (labels != ignore_index) & ((grad_logprobs != 0) | (grad_entropy != 0))
     for index in _chunks(has_gradient, weight.shape[0]):
         h = hidden[index]
-        e = ROW_PASSES[backend].backward(
+        e = project.weight.new_empty(len(index), weight.shape[0])
+        ROW_PASSES[backend].backward(
             grad_logprobs[index],
             grad_entropy[index],
             project(h),
@@ -220,8 +221,8 @@ def _linear_logprobs_backward(
             stats[:, index],
             softcap,
             ignore_index,
-            project.weight.dtype,
-        )[0]
+            e.unsqueeze(0),
+        )
         if needs_hidden:
             dh[index] = project.product(e, project.weight).to(dh.dtype)
         if needs_weight:

@@ -24,6 +24,7 @@ from sppo_kernels._common import (
     check_device,
     check_floating,
     check_integer,
+    check_number,
     check_shape,
     pick_backend,
     reject,
@@ -129,14 +130,19 @@ def check_temperature(temperature: float | Tensor, labels: Tensor) -> None:
         check_floating(temperature=temperature)
         check_shape(labels.shape, "one a label", temperature=temperature)
         check_device(labels.device, temperature=temperature)
-    elif not temperature > 0:
+        return
+    check_number("temperature", temperature)
+    if not temperature > 0:
         reject("temperature", temperature, "greater than 0 (for greedy decoding score with temperature=1.0)")
 
 
 def check_softcap(softcap: float | None) -> None:
     """None, or a float greater than 0."""
-    if softcap is not None and not softcap > 0:
-        reject("softcap", softcap, "greater than 0, or None for no cap")
+    if softcap is None:
+        return
+    check_number("softcap", softcap)
+    if not 0 < softcap < float("inf"):
+        reject("softcap", softcap, "greater than 0 and finite, or None for no cap")
 
 
 def temperature_per_row(temperature: float | Tensor, labels: Tensor) -> Tensor:
@@ -190,9 +196,11 @@ def _selective_logprobs_backward(
     ignore_index: int,
     backend: str,
 ) -> Tensor:
-    return ROW_PASSES[backend].backward(
-        grad_logprobs, grad_entropy, logits, labels, temperature, entropy, stats, softcap, ignore_index, logits.dtype
+    dx = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    ROW_PASSES[backend].backward(
+        grad_logprobs, grad_entropy, logits, labels, temperature, entropy, stats, softcap, ignore_index, dx
     )
+    return dx
 
 
 @_selective_logprobs_backward.register_fake
@@ -217,7 +225,7 @@ class RowPass(NamedTuple):
     """The two passes over rows of logits that a backend provides."""
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    backward: Callable[..., Tensor]
+    backward: Callable[..., None]
 
 
 # PyTorch backend: a block of rows at a time, so that its float32 temporaries stay in the cache
@@ -226,10 +234,29 @@ _BLOCK_ELEMENTS = 1 << 20
 _LOG_ZERO = -200.0  # exp is 0 in float32 below -104; a finite stand-in keeps 0 * -inf out of p log p
 
 
+def rows_per_block(vocab: int) -> int:
+    """Rows of about _BLOCK_ELEMENTS elements together."""
+    return max(1, _BLOCK_ELEMENTS // vocab)
+
+
+def scaled_rows(x: Tensor, temperature: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """z of rows x [R, V], and tanh(x / s) where there is a cap."""
+    if not softcap:
+        return x / temperature[:, None], None
+    capped = torch.tanh(x / softcap)
+    return softcap * capped / temperature[:, None], capped
+
+
+def safe_labels(labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """Which labels are columns, and the labels with column 0 in place of those that are not."""
+    inside = (labels >= 0) & (labels < vocab)
+    return inside, torch.where(inside, labels, 0)
+
+
 def _row_blocks(rows: Tensor, labels: Tensor, ignore_index: int):
-    """Indices of the rows that bear loss, in blocks of about _BLOCK_ELEMENTS elements."""
+    """Indices of the rows that bear loss, in blocks."""
     keep = (labels != ignore_index).nonzero().squeeze(-1)
-    return keep.split(max(1, _BLOCK_ELEMENTS // rows.shape[-1]))
+    return keep.split(rows_per_block(rows.shape[-1]))
 
 
 def _block_of_rows(logits: Tensor, index: Tensor) -> Tensor:
@@ -241,14 +268,12 @@ def _torch_forward(logits, labels, temperature, softcap, ignore_index):
     n = labels.shape[0]
     logprobs, entropy, stats = (logits.new_zeros(shape, dtype=torch.float32) for shape in ((n,), (n,), (2, n)))
     for index in _row_blocks(logits, labels, ignore_index):
-        z = _block_of_rows(logits, index)
-        if softcap:
-            z = z.div_(softcap).tanh_().mul_(softcap)
-        z /= temperature[index, None]
+        z, _ = scaled_rows(_block_of_rows(logits, index), temperature[index], softcap)
         maximum = z.amax(-1)
         # A row of -inf alone has no distribution: NaN, as in PyTorch.
         z -= maximum[:, None]
-        target = z.gather(-1, labels[index, None]).squeeze(-1)
+        inside, label = safe_labels(labels[index], z.shape[-1])
+        target = torch.where(inside, z.gather(-1, label[:, None]).squeeze(-1), float("nan"))
         e = z.exp()
         total = e.sum(-1)
         weighted = e.mul_(z.clamp_(min=_LOG_ZERO)).sum(-1)
@@ -260,24 +285,21 @@ def _torch_forward(logits, labels, temperature, softcap, ignore_index):
 
 
 def _torch_backward(
-    grad_logprobs, grad_entropy, logits, labels, temperature, entropy, stats, softcap, ignore_index, out_dtype
+    grad_logprobs, grad_entropy, logits, labels, temperature, entropy, stats, softcap, ignore_index, dx
 ):
-    dx = torch.zeros(logits.shape, dtype=out_dtype, device=logits.device)
-    rows_out = dx.view(-1, logits.shape[-1])
+    rows_out = dx.zero_().view(-1, logits.shape[-1])
     live = torch.where((grad_logprobs != 0) | (grad_entropy != 0), labels, ignore_index)
     for index in _row_blocks(logits, live, ignore_index):
-        x = _block_of_rows(logits, index)
-        slope = 1.0 / temperature[index, None]
-        if softcap:
-            capped = torch.tanh(x / softcap)
-            x, slope = softcap * capped, slope * (1 - capped.square_())
-        logp = x / temperature[index, None] - stats[0, index, None] - stats[1, index, None]
+        z, capped = scaled_rows(_block_of_rows(logits, index), temperature[index], softcap)
+        logp = z - stats[0, index, None] - stats[1, index, None]
         p = logp.exp()
-        logp.clamp_(min=_LOG_ZERO)
-        g = -p * (grad_logprobs[index, None] + grad_entropy[index, None] * (logp + entropy[index, None]))
-        g.scatter_add_(-1, labels[index, None], grad_logprobs[index, None].float())
-        rows_out[index] = (g * slope).to(out_dtype)
-    return dx
+        inside, label = safe_labels(labels[index], z.shape[-1])
+        e = (-p).scatter_add_(-1, label[:, None], inside[:, None].float())  # 1 - p first: it is exact near p = 1
+        spread = logp.clamp_(min=_LOG_ZERO) + entropy[index, None]
+        g = grad_logprobs[index, None] * e - grad_entropy[index, None] * p * spread
+        if capped is not None:
+            g *= 1 - capped.square_()
+        rows_out[index] = (g / temperature[index, None]).to(dx.dtype)
 
 
 ROW_PASSES: dict[str, RowPass] = {"torch": RowPass(_torch_forward, _torch_backward)}
@@ -288,7 +310,7 @@ ROW_PASSES: dict[str, RowPass] = {"torch": RowPass(_torch_forward, _torch_backwa
 if triton is not None:
 
     @triton.jit
-    def _scaled_logits(x_ptr, col, stride_v, V, softcap, tau, HAS_SOFTCAP: tl.constexpr):
+    def scaled_logits(x_ptr, col, stride_v, V, softcap, tau, HAS_SOFTCAP: tl.constexpr):
         """z of a block of columns, float32, and tanh(x / s). Columns past V are -inf after the cap, not before it."""
         x = tl.load(x_ptr + col.to(tl.int64) * stride_v, mask=col < V, other=0.0).to(tl.float32)
         capped = x
@@ -339,7 +361,7 @@ if triton is not None:
         s = tl.zeros([BLOCK], tl.float32)
         t = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
-            z, _ = _scaled_logits(x_ptr, start + tl.arange(0, BLOCK), stride_v, V, softcap, tau, HAS_SOFTCAP)
+            z, _ = scaled_logits(x_ptr, start + tl.arange(0, BLOCK), stride_v, V, softcap, tau, HAS_SOFTCAP)
             m_new = tl.maximum(m, tl.max(z, 0))
             base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing finite so far: keep -inf - -inf out
             shift = tl.where(m == float("-inf"), 0.0, m - base)
@@ -353,7 +375,7 @@ if triton is not None:
         log_total = tl.log(total)
         in_range = (label >= 0) & (label < V)
         safe_label = tl.where(in_range, label, 0)
-        target, _ = _scaled_logits(x_ptr, safe_label, stride_v, V, softcap, tau, HAS_SOFTCAP)
+        target, _ = scaled_logits(x_ptr, safe_label, stride_v, V, softcap, tau, HAS_SOFTCAP)
         target = tl.where(in_range, target, float("nan"))
         tl.store(logprob_ptr + row, target - m - log_total)
         tl.store(entropy_ptr + row, log_total - tl.sum(t, 0) / total)
@@ -394,16 +416,17 @@ if triton is not None:
             return
         tau = tl.load(tau_ptr + row * stride_tau)
         x_ptr += (row // T) * stride_b + (row % T) * stride_t
-        z, capped = _scaled_logits(x_ptr, col, stride_v, V, softcap, tau, HAS_SOFTCAP)
+        z, capped = scaled_logits(x_ptr, col, stride_v, V, softcap, tau, HAS_SOFTCAP)
         logp = z - tl.load(stat_ptr + row) - tl.load(stat_ptr + N + row)
         p = tl.exp(logp)
-        g = tl.where(p > 0.0, -p * (g_logprob + g_entropy * (logp + tl.load(entropy_ptr + row))), 0.0)
-        g = tl.where(col == label, g + g_logprob, g) / tau
+        e = tl.where(col == label, 1.0 - p, -p)  # before it is multiplied: 1 - p is exact near p = 1
+        g = g_logprob * e - tl.where(p > 0.0, g_entropy * p * (logp + tl.load(entropy_ptr + row)), 0.0)
+        g = g / tau
         if HAS_SOFTCAP:
             g *= 1.0 - capped * capped
         tl.store(dx_ptr, g, mask=col < V)
 
-    def _launch(V: int) -> dict:
+    def launch_shape(V: int) -> dict:
         # Eight elements a thread: 16 bytes of a half-precision row in one load, and registers left for s and t.
         block = min(2048, triton.next_power_of_2(V))
         return {"BLOCK": block, "num_warps": max(1, block // 256)}
@@ -427,17 +450,16 @@ if triton is not None:
                 softcap,
                 ignore_index,
                 HAS_SOFTCAP=softcap > 0,
-                **_launch(vocab),
+                **launch_shape(vocab),
             )
         return logprobs, entropy, stats
 
     def _triton_backward(
-        grad_logprobs, grad_entropy, logits, labels, temperature, entropy, stats, softcap, ignore_index, out_dtype
+        grad_logprobs, grad_entropy, logits, labels, temperature, entropy, stats, softcap, ignore_index, dx
     ):
         n, vocab = labels.shape[0], logits.shape[-1]
-        dx = torch.empty(logits.shape, dtype=out_dtype, device=logits.device)
         if n:
-            launch = _launch(vocab)
+            launch = launch_shape(vocab)
             _backward_kernel[(n, triton.cdiv(vocab, launch["BLOCK"]))](
                 grad_logprobs.contiguous(),
                 grad_entropy.contiguous(),
@@ -457,6 +479,5 @@ if triton is not None:
                 HAS_SOFTCAP=softcap > 0,
                 **launch,
             )
-        return dx
 
     ROW_PASSES["triton"] = RowPass(_triton_forward, _triton_backward)

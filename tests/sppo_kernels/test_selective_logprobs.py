@@ -302,7 +302,7 @@ X, LABELS = torch.zeros(2, 5), torch.tensor([0, 4])
         ({"temperature": torch.ones(2, device="meta")}, ValueError, "temperature must be on cpu.*got meta"),
         ({"temperature": torch.tensor([1.0, 0.0])}, ValueError, "temperature must be greater than 0, got 0.0"),
         ({"temperature": torch.tensor([1.0, float("nan")])}, ValueError, "temperature must be greater than 0, got nan"),
-        ({"softcap": 0.0}, ValueError, "softcap must be greater than 0, or None for no cap, got 0.0"),
+        ({"softcap": 0.0}, ValueError, "softcap must be greater than 0 and finite, or None for no cap, got 0.0"),
         ({"softcap": -3.0}, ValueError, "softcap must be greater than 0.*got -3.0"),
         ({"backend": "cuda"}, ValueError, "backend must be one of reference, torch, triton.*got 'cuda'"),
     ],
