@@ -18,7 +18,6 @@ import importlib
 import json
 import os
 import pkgutil
-import platform
 import re
 import subprocess
 import sys
@@ -26,7 +25,6 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,6 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import sppo_kernels
+from benchmarks import results
 from sppo_kernels import _common
 
 
@@ -309,7 +308,9 @@ def report(cases: Iterable[Case], package: ModuleType, targets: list[str], quick
     ]  # fmt: skip
     print(table(rows))
     path = out / f"compile-triton-{triton.__version__}.json"
-    _write(path, rows, failures, targets, quick)
+    results.write(
+        path, "compile", quick=quick, targets=targets, failures=failures, rows=[_as_json(row) for row in rows]
+    )
     print(f"\n{len(rows)} compiled, {len(failures)} failures; written to {path}")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
@@ -319,26 +320,6 @@ def report(cases: Iterable[Case], package: ModuleType, targets: list[str], quick
 def _place(launch: Launch) -> tuple[str, str, str]:
     """Rows that differ in the target alone stand together."""
     return launch.operation, launch.kernel, launch.case
-
-
-def _write(path: Path, rows: list[Row], failures: list[str], targets: list[str], quick: bool) -> None:
-    versions = {
-        "sppo_kernels": sppo_kernels.__version__,
-        "triton": triton.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    content = {
-        "suite": "compile",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions,
-        "quick": quick,
-        "targets": targets,
-        "failures": failures,
-        "rows": [_as_json(row) for row in rows],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
 def _as_json(row: Row) -> dict[str, Any]:
@@ -353,9 +334,7 @@ def _as_json(row: Row) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPUs to compile for (all)")
     parser.add_argument("--quick", action="store_true", help="one configuration of each kernel instead of all of them")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/benchmarks"), metavar="DIR", help="where the JSON goes (%(default)s)"
-    )
+    results.add_out(parser)
 
 
 def run(args: argparse.Namespace) -> int:
