@@ -382,14 +382,17 @@ def _selective_logprobs_cases() -> Iterator[Case]:
 
 
 def _linear_logprobs_cases() -> Iterator[Case]:
-    def call(dtype: torch.dtype, vocab: int, softcap: float | None) -> None:
+    def call(dtype: torch.dtype, vocab: int, softcap: float | None, backward: str) -> None:
         hidden, weight = (torch.zeros(n, 64, dtype=dtype, requires_grad=True) for n in (16, vocab))
         labels = torch.zeros(16, dtype=torch.int64)
-        _backward(*sppo_kernels.linear_logprobs(hidden, weight, labels, softcap=softcap, backend="triton"))
+        settings = {"softcap": softcap, "backward": backward, "backend": "triton"}
+        _backward(*sppo_kernels.linear_logprobs(hidden, weight, labels, **settings))
 
-    for (name, dtype), vocab, softcap in product(DTYPES.items(), VOCABULARIES, (30.0, None)):
-        label = f"{name} V={vocab}{' softcap' if softcap else ''}"
-        yield Case("linear_logprobs", label, functools.partial(call, dtype, vocab, softcap))
+    for (name, dtype), vocab, softcap, backward in product(
+        DTYPES.items(), VOCABULARIES, (30.0, None), ("recompute", "cache")
+    ):
+        label = f"{name} V={vocab}{' softcap' if softcap else ''} {backward}"
+        yield Case("linear_logprobs", label, functools.partial(call, dtype, vocab, softcap, backward))
 
 
 def _policy_loss_cases() -> Iterator[Case]:

@@ -1,0 +1,173 @@
+"""What test_vocab_parallel.py runs with torchrun: linear_logprobs with its vocabulary split over the ranks."""
+
+from unittest import mock
+
+import interpreter
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+from sppo_kernels import linear_logprobs
+
+TOKENS, WIDTH, RANK_OF_ADAPTER = 9, 6, 2
+# Uneven, and in each a shard that has few rows: with 4 ranks a single one.
+SHARDS = {2: (24, 5), 4: (12, 1, 6, 10)}
+NAMES = ("hidden", "weight", "bias", "u", "b")
+
+
+def inputs(dtype, vocab):
+    """The same on every rank."""
+    g = torch.Generator().manual_seed(0)
+    shapes = ((TOKENS, WIDTH), (vocab, WIDTH), (vocab,), (TOKENS, RANK_OF_ADAPTER), (vocab, RANK_OF_ADAPTER))
+    tensors = {name: torch.randn(shape, generator=g).to(dtype) for name, shape in zip(NAMES, shapes, strict=True)}
+    labels = torch.randint(vocab, (TOKENS,), generator=g)
+    labels[0], labels[1], labels[2], labels[3] = 0, vocab - 1, -100, SHARDS[dist.get_world_size()][0]
+    return tensors, labels
+
+
+def run(tensors, labels, *, extras, upstream, **settings):
+    """Results and gradients; bias and adapter are there if ``extras``, and the last token's upstream gradient is 0."""
+    leaves = {k: x.detach().requires_grad_() for k, x in tensors.items() if extras or k in ("hidden", "weight")}
+    more = {"bias": leaves["bias"], "adapter": (leaves["u"], leaves["b"])} if extras else {}
+    logprobs, entropy = linear_logprobs(leaves["hidden"], leaves["weight"], labels, **more, **settings)
+    coefficient = torch.linspace(-1, 1, TOKENS).index_fill(0, torch.tensor([TOKENS - 1]), 0.0)
+    loss = (coefficient * (logprobs + (0.3 * entropy if upstream == "both" else 0.0))).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return logprobs.detach(), entropy.detach(), dict(zip(leaves, grads, strict=True))
+
+
+def shard(tensors, sizes, rank):
+    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    return {k: x[rows] if k in ("weight", "bias", "b") else x for k, x in tensors.items()}, rows
+
+
+def check_equal_to_one_process(dtype, **settings):
+    group, rank, sizes = dist.group.WORLD, dist.get_rank(), SHARDS[dist.get_world_size()]
+    tensors, labels = inputs(dtype, sum(sizes))
+    if settings.pop("forbid_a_shard"):
+        tensors["bias"][: sizes[0]] = float("-inf")
+        labels = torch.where((labels >= 0) & (labels < sizes[0]), sizes[0], labels)
+    whole = run(tensors, labels, **settings)
+    part, rows = shard(tensors, sizes, rank)
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+        ours = run(part, labels, **settings, group=group)
+    # Forward: the sizes of the shards, then two for the one chunk; backward: one for each factor of the logits.
+    assert all_reduce.call_count == 3 + (2 if settings["extras"] else 1)
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (0.03, 0.01)
+    for x, y in zip(ours[:2], whole[:2], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    for name, grad in ours[2].items():
+        want = whole[2][name]
+        torch.testing.assert_close(grad, want[rows] if name in ("weight", "bias", "b") else want, rtol=rtol, atol=atol)
+    for x in (*ours[:2], *(ours[2][name] for name in ("hidden", "u") if name in ours[2])):
+        others = [torch.empty_like(x) for _ in sizes]
+        dist.all_gather(others, x)
+        assert all(torch.equal(x, other) for other in others), "ranks differ"
+
+
+def check_many_chunks():
+    """Shards of unlike size cut the tokens alike, or a rank would wait for ever."""
+    group, rank, shards = dist.group.WORLD, dist.get_rank(), [40 * (r + 1) for r in range(dist.get_world_size())]
+    hidden, weight = torch.randn(700, WIDTH), torch.randn(sum(shards), WIDTH)
+    labels = torch.randint(sum(shards), (700,))
+    for x in (hidden, weight, labels):
+        dist.broadcast(x, 0)
+    rows = slice(sum(shards[:rank]), sum(shards[: rank + 1]))
+    chunk_bytes = 5 * shards[-1] * 256  # 64 tokens of the largest shard, of a smaller one more
+    ours = linear_logprobs(hidden, weight[rows].contiguous(), labels, group=group, chunk_bytes=chunk_bytes)
+    for x, y in zip(ours, linear_logprobs(hidden, weight, labels), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def check_errors():
+    sizes = SHARDS[dist.get_world_size()]
+    tensors, labels = inputs(torch.float32, sum(sizes))
+    part, _ = shard(tensors, sizes, dist.get_rank())
+    for bad in (sum(sizes), -1):
+        wrong = labels.clone()
+        wrong[4] = bad
+        says = rf"labels must be in \[0, {sum(sizes)}\) or ignore_index=-100, got {bad}"
+        with pytest.raises(ValueError, match=says):
+            linear_logprobs(part["hidden"], part["weight"], wrong, group=dist.group.WORLD)
+
+
+def check_tensor_parallel_dtensor():
+    """A weight that DTensor shards by rows goes in as its local part; its gradient comes back as a DTensor's."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    tensors, labels = inputs(torch.float32, 29)
+    weight = nn.Parameter(distribute_tensor(tensors["weight"], mesh, [Shard(0)]))
+    with pytest.raises(
+        TypeError, match=r"weight must be a plain tensor.* weight.to_local\(\) with group=mesh.get_group"
+    ):
+        linear_logprobs(tensors["hidden"], weight, labels)
+    linear_logprobs(tensors["hidden"], weight.to_local(), labels, group=mesh.get_group()).logprobs.sum().backward()
+    whole = tensors["weight"].requires_grad_()
+    linear_logprobs(tensors["hidden"], whole, labels).logprobs.sum().backward()
+    assert isinstance(weight.grad, DTensor)
+    torch.testing.assert_close(weight.grad.full_tensor(), whole.grad, rtol=1e-4, atol=1e-5)
+
+
+class Model(nn.Module):
+    """The operation inside the forward of the module that owns the head, where FSDP2 has gathered the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 29, bias=False)
+
+    def forward(self, x, labels):
+        return linear_logprobs(self.body(x), self.head.weight, labels).logprobs
+
+
+def check_fsdp2():
+    """Data parallel: each rank has its own tokens, gradients are means over the ranks."""
+    torch.manual_seed(0)
+    model, alone = Model(), Model()
+    alone.load_state_dict(model.state_dict())
+    fully_shard(model)
+    x = torch.randn(dist.get_world_size(), TOKENS, WIDTH)
+    labels = torch.randint(29, x.shape[:2])
+    rank = dist.get_rank()
+    model(x[rank], labels[rank]).sum().backward()
+    (alone(x, labels).sum() / dist.get_world_size()).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def main():
+    interpreter.round_to_nearest()
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    cases = 0
+    for backend in ("torch", "triton"):
+        for backward in ("recompute", "cache"):
+            for dtype in (torch.float32, torch.bfloat16):
+                for extras, upstream, softcap, temperature, forbid_a_shard in (
+                    (False, "logprobs", None, 1.0, False),
+                    (True, "both", 4.0, 0.6, False),
+                    (True, "both", None, torch.linspace(0.5, 2.0, TOKENS), True),
+                ):
+                    check_equal_to_one_process(
+                        dtype,
+                        backend=backend,
+                        backward=backward,
+                        extras=extras,
+                        upstream=upstream,
+                        softcap=softcap,
+                        temperature=temperature,
+                        forbid_a_shard=forbid_a_shard,
+                    )
+                    cases += 1
+    check_many_chunks()
+    check_errors()
+    check_tensor_parallel_dtensor()
+    check_fsdp2()
+    if dist.get_rank() == 0:
+        print(f"{cases} cases passed")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
