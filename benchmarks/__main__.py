@@ -9,8 +9,9 @@ import argparse
 import sys
 
 import benchmarks.compile
+import benchmarks.memory
 
-SUITES = {"compile": benchmarks.compile}
+SUITES = {"compile": benchmarks.compile, "memory": benchmarks.memory}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,216 @@
+"""Peak memory of linear_logprobs, and of eager PyTorch beside it, at real sizes and without any GPU.
+
+The bodies of the registered operations run on fake tensors, which have sizes and no data, with the Triton backend,
+whose kernels allocate nothing and are left out. Every storage that PyTorch makes counts until it is let go of.
+Peaks are what is needed at once beyond the inputs and the returned gradients, in bfloat16, when every token bears loss
+and only the log-probabilities have gradients (in one of eager PyTorch's rows the entropies do too).
+
+Not counted: the workspace of the vendor's matrix products (tens of MiB) and what the allocator loses by rounding. The
+default, backward="auto", keeps a quarter of the device memory that is free at the time, beyond the peak of "recompute".
+The exit code is 1 when a peak passes its limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate, count
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import results
+from sppo_kernels.ops import linear_logprobs as linear
+from sppo_kernels.ops import selective_logprobs as selective
+
+GIB = 1 << 30
+
+
+class Size(NamedTuple):
+    """Tokens, hidden size and vocabulary."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+
+
+FULL = Size(32_768, 3584, 151_936)  # a 7B policy
+SMALL = Size(8192, 4096, 151_936)
+
+
+class Allocations(TorchDispatchMode):
+    """Notes each storage that comes into being under this mode, and each of those that goes."""
+
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._inputs = {x.untyped_storage() for x in inputs}
+        self._serial = count()
+        self._alive = {storage._cdata: next(self._serial) for storage in self._inputs}
+        self._events: list[tuple[int, int]] = []  # which storage; its bytes, negative when it goes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.addmm.dtype_out:  # it exists for CUDA alone, and writes in place
+            return kwargs["out"]
+        out = func(*args, **kwargs)
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._note(x.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._alive:
+            self._alive[storage._cdata] = next(self._serial)
+            self._events.append((self._alive[storage._cdata], storage.nbytes()))
+            weakref.finalize(storage, self._note_end, storage._cdata, storage.nbytes())
+
+    def _note_end(self, cdata: int, size: int) -> None:
+        self._events.append((self._alive.pop(cdata), -size))
+
+    def peak(self, apart_from: Iterable[Tensor] = ()) -> int:
+        """Most bytes at one time, the storages of some tensors not among them."""
+        left_out = {self._alive[x.untyped_storage()._cdata] for x in apart_from}
+        return max(accumulate(size for serial, size in self._events if serial not in left_out), default=0)
+
+
+class Setting(NamedTuple):
+    """How linear_logprobs is called, and the most that it may take at the full size, in bytes."""
+
+    limit: int | None = None
+    backward: str = "recompute"
+    logits_budget_bytes: int | None = None
+    chunk_bytes: int = linear._CHUNK_BYTES_ACCELERATOR
+    gradients: bool = True
+
+
+SETTINGS = {
+    "forward without gradients": Setting(1 * GIB, gradients=False),
+    "recompute": Setting(5 * GIB),
+    "recompute, chunk_bytes=2**28": Setting(5 * GIB // 2, chunk_bytes=2**28),
+    "cache, everything kept": Setting(backward="cache"),
+    "cache, logits_budget_bytes=2**32": Setting(backward="cache", logits_budget_bytes=2**32),
+}
+
+
+class _NoKernel:
+    """Stands for a Triton kernel: it takes a launch and does nothing."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+class _ProjectionOnCUDA(linear._Projection):
+    """As on a CUDA device. Fake tensors say they are on the CPU: PyTorch built without CUDA refuses to index others."""
+
+    def __init__(self, weights, bias) -> None:
+        self.mixed, self.weights, self.bias = True, weights, bias
+
+
+@contextmanager
+def _without_values(tokens: int, kept: int) -> Iterator[None]:
+    """What has to look at values is told: every token bears loss, the first ``kept`` are kept, no entropy gradient."""
+    spans = iter([(0, tokens), (0, kept), (kept, tokens)] if kept else [(0, tokens), (0, tokens)])
+    stand_ins: dict[str, Any] = {
+        "_where": lambda mask: torch.arange(*next(spans)),
+        "_Projection": _ProjectionOnCUDA,
+    }
+    kernels = {
+        module: {name: _NoKernel() for name in vars(module) if name.endswith("_kernel")}
+        for module in (linear, selective)
+    }
+    with (
+        mock.patch.multiple(linear, **stand_ins, **kernels[linear]),
+        mock.patch.multiple(selective, **kernels[selective]),
+    ):
+        yield
+
+
+def _inputs(size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.empty(size.tokens, size.hidden, dtype=torch.bfloat16)
+    weight = torch.empty(size.vocab, size.hidden, dtype=torch.bfloat16)
+    return hidden, weight, torch.empty(size.tokens, dtype=torch.int64)
+
+
+def linear_logprobs_peak(size: Size, setting: Setting) -> tuple[int, int]:
+    """Peak bytes, and how many of them are kept for backward."""
+    _, backward, budget, chunk_bytes, gradients = setting
+    with FakeTensorMode():
+        hidden, weight, labels = _inputs(size)
+        temperature, *upstream = (torch.empty(size.tokens) for _ in range(3))
+        row_bytes = size.vocab * weight.dtype.itemsize
+        to_keep = linear._tokens_to_keep(backward, budget, size.tokens, row_bytes, hidden.device)
+        with (
+            _without_values(size.tokens, to_keep),
+            Allocations([hidden, weight, labels, temperature, *upstream]) as allocations,
+        ):
+            given = [hidden], [weight], None, labels, temperature
+            made = linear._forward(*given, 0.0, -100, backward, budget, chunk_bytes, "", "triton")
+            grads: list[Tensor] = []
+            if gradients:
+                needs = [True, True, False]
+                grads = linear._backward(*upstream, *given, *made[1:], needs, 0.0, -100, chunk_bytes, "", "triton")
+        return allocations.peak(apart_from=grads), made[3].untyped_storage().nbytes()
+
+
+def eager_peak(size: Size, entropy_gradient: bool) -> int:
+    """Peak bytes of the same in plain PyTorch, logits in the dtype of the inputs, then float32."""
+    with FakeTensorMode():
+        hidden, weight, labels = _inputs(size)
+        leaves = hidden.requires_grad_(), weight.requires_grad_()
+        with Allocations([*leaves, labels]) as allocations:
+            logp = torch.nn.functional.linear(*leaves).float().log_softmax(-1)
+            total = logp.gather(-1, labels[:, None]).sum()
+            with torch.set_grad_enabled(entropy_gradient):
+                entropy = -(logp.exp() * logp).sum(-1)
+            del logp
+            grads = torch.autograd.grad(total + entropy.sum(), leaves)
+        return allocations.peak(apart_from=grads)
+
+
+def _rows(sizes: Iterable[Size]) -> Iterator[dict[str, Any]]:
+    for size in sizes:
+        print(f"{size.tokens} tokens, hidden size {size.hidden}, vocabulary {size.vocab}", file=sys.stderr)
+        for case, entropy_gradient in (("eager", False), ("eager, gradient of entropy too", True)):
+            peak = eager_peak(size, entropy_gradient)
+            yield {**size._asdict(), "case": case, "peak_bytes": peak, "kept_bytes": 0, "limit_bytes": None}
+        for case, setting in SETTINGS.items():
+            peak, kept = linear_logprobs_peak(size, setting)
+            limit = setting.limit if size == FULL else None
+            yield {**size._asdict(), "case": case, "peak_bytes": peak, "kept_bytes": kept, "limit_bytes": limit}
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """A line a row, in GiB."""
+    line = "{:>7} {:>6} {:>7} {:34} {:>6} {:>12} {:>6}"
+    gib = lambda size: f"{size / GIB:.2f}" if size else ""
+    lines = [line.format("tokens", "hidden", "vocab", "case", "peak", "of it, kept", "limit")]
+    for row in rows:
+        *size, case, peak, kept, limit = row.values()
+        lines.append(line.format(*size, case, gib(peak), gib(kept), gib(limit)).rstrip())
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="the smaller size alone, for which there are no limits")
+    results.add_out(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of the suite."""
+    rows = list(_rows([SMALL] if args.quick else [FULL, SMALL]))
+    over = [row for row in rows if row["limit_bytes"] and row["peak_bytes"] > row["limit_bytes"]]
+    failures = [f"{row['case']}: {row['peak_bytes']} bytes, the limit is {row['limit_bytes']}" for row in over]
+    path = args.out / "memory.json"
+    results.write(path, "memory", device="none (fake tensors)", quick=args.quick, failures=failures, rows=rows)
+    print(f"{table(rows)}\n\nGiB; {len(failures)} failures; written to {path}")
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0

@@ -1,0 +1,109 @@
+"""The memory report: its limits hold, bytes are counted right, and it would say so if a limit were passed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton")
+
+from benchmarks import memory
+from benchmarks.__main__ import main
+from benchmarks.memory import FULL, GIB, SETTINGS, Allocations, Setting, Size, eager_peak, linear_logprobs_peak
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, torch.enable_grad], ids=["fake", "real"])
+def test_bytes_are_counted(mode):
+    with mode():
+        x = torch.empty(1000, requires_grad=True)
+        with Allocations([x]) as allocations:
+            a = x.detach() * 2  # 4,000 bytes
+            b = a + 1  # 8,000
+            del a  # 4,000
+            b.view(10, 100).mul_(2)  # neither a view nor writing in place takes any
+            assert allocations.peak() == 8000
+            saved = x.exp()  # 8,000
+            total = saved.sum()  # 8,004
+            del saved  # autograd still has it
+            c = b.double()  # 16,004
+            assert allocations.peak() == 16_004
+            assert allocations.peak(apart_from=[c]) == 8004
+            assert allocations.peak(apart_from=[b, c, total]) == 4000
+            del b, c, total  # 0
+            d = torch.empty(3000)  # 12,000, be it where something was before
+            assert allocations.peak(apart_from=[d]) == 8004 + 8000
+
+
+def test_recompute_holds_a_block_and_the_gradient_of_the_weight():
+    """In one block: E in bfloat16, float32 logits of a quarter of it, d weight in float32; little else."""
+    tokens, hidden, vocab = size = Size(1024, 64, 50_000)
+    peak, kept = linear_logprobs_peak(size, Setting(chunk_bytes=1024 * vocab * 3))
+    assert kept == 0
+    least = tokens * vocab * 2 + tokens // 4 * vocab * 4
+    assert least < peak < least + vocab * hidden * 4 + 20 * tokens * hidden
+
+
+def test_one_block_and_one_chunk_are_alive_at_a_time():
+    """Four blocks take what one takes, and the weight's gradient; forward alone one chunk of logits."""
+    tokens, hidden, vocab = size = Size(4096, 64, 50_000)
+    block = 1024 * vocab * 3
+    least = block + vocab * hidden * 4
+    peak, _ = linear_logprobs_peak(size, Setting(chunk_bytes=block))
+    assert least < peak < least + 20 * tokens * hidden
+    peak, _ = linear_logprobs_peak(size, Setting(chunk_bytes=block, gradients=False))
+    assert block // 3 < peak < block // 3 + 20 * tokens * hidden
+
+
+def test_cache_holds_what_it_keeps():
+    tokens, _, vocab = size = Size(1024, 64, 50_000)
+    peak, kept = linear_logprobs_peak(size, Setting(backward="cache"))
+    assert kept == tokens * vocab * 2
+    assert kept < peak < kept + tokens * vocab * 4 + 1e6  # while the one chunk of logits is there
+    _, part = linear_logprobs_peak(size, Setting(backward="cache", logits_budget_bytes=300 * 50_000 * 2 + 1))
+    assert part == 300 * 50_000 * 2
+
+
+def test_kept_blocks_are_bounded_by_the_chunk_too():
+    """Of a small vocabulary the hidden states are most of what a block holds."""
+    tokens, hidden, vocab = size = Size(65_536, 4096, 1000)
+    chunk = 2**26
+    peak, kept = linear_logprobs_peak(size, Setting(backward="cache", chunk_bytes=chunk))
+    assert kept == tokens * vocab * 2
+    assert peak < kept + 4 * vocab * hidden + chunk + 60 * tokens
+
+
+def test_eager_needs_three_float32_tensors_of_logits():
+    logits = FULL.tokens * FULL.vocab * 4
+    assert 3 * logits < eager_peak(FULL, entropy_gradient=False) < 3.01 * logits
+    assert eager_peak(FULL, entropy_gradient=True) > 4 * logits
+
+
+def test_limits_hold(tmp_path, capsys):
+    assert main(["memory", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "memory.json").read_text())
+    assert report["failures"] == []
+    limited = {row["case"]: row for row in report["rows"] if row["limit_bytes"]}
+    assert {case: row["limit_bytes"] / GIB for case, row in limited.items()} == {
+        "forward without gradients": 1,
+        "recompute": 5,
+        "recompute, chunk_bytes=2**28": 2.5,
+    }
+    assert all(0 < row["peak_bytes"] <= row["limit_bytes"] for row in limited.values())
+    assert "of it, kept" in capsys.readouterr().out
+
+
+def test_a_passed_limit_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "SETTINGS", {"too large": SETTINGS["recompute"]._replace(chunk_bytes=2**34)})
+    assert main(["memory", "--out", str(tmp_path)]) == 1
+    (failure,) = json.loads((tmp_path / "memory.json").read_text())["failures"]
+    assert failure.startswith("too large")
+    assert failure in capsys.readouterr().err
+
+
+def test_quick_is_the_smaller_size(tmp_path):
+    assert main(["memory", "--quick", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    assert {row["tokens"] for row in rows} == {8192}
