@@ -10,8 +10,9 @@ import sys
 
 import benchmarks.compile
 import benchmarks.memory
+import benchmarks.products
 
-SUITES = {"compile": benchmarks.compile, "memory": benchmarks.memory}
+SUITES = {"compile": benchmarks.compile, "memory": benchmarks.memory, "products": benchmarks.products}
 
 
 def main(argv: list[str] | None = None) -> int:
