@@ -45,7 +45,13 @@ class ActorCritic(nn.Module):
                     setattr(module, name, 0.0)
 
     def forward(
-        self, batch: dict[str, Tensor], *, temperature: float, max_length: int, critic_normalizer: float
+        self,
+        batch: dict[str, Tensor],
+        *,
+        temperature: float,
+        max_length: int,
+        critic_normalizer: float,
+        logits_budget_bytes: int | None = None,
     ) -> ActorCriticOutput:
         """Log-probabilities of the responses, and the critic's loss on their prompts.
 
@@ -54,8 +60,15 @@ class ActorCritic(nn.Module):
             temperature: of sampling.
             max_length: tokens of the longest packed sequence, or more.
             critic_normalizer: samples of the whole update.
+            logits_budget_bytes: as of ``linear_logprobs``.
         """
-        logprobs, entropy = policy_logprobs(self.policy, batch, temperature=temperature, max_length=max_length)
+        logprobs, entropy = policy_logprobs(
+            self.policy,
+            batch,
+            temperature=temperature,
+            max_length=max_length,
+            logits_budget_bytes=logits_budget_bytes,
+        )
         if self.critic is None:
             return ActorCriticOutput(logprobs, entropy, None)
         packed = Packed(batch["prompt_ids"], batch["prompt_position_ids"], batch["prompt_cu_seqlens"])
@@ -123,7 +136,12 @@ class ActorCritic(nn.Module):
 
 
 def policy_logprobs(
-    policy: PreTrainedModel, batch: dict[str, Tensor], *, temperature: float, max_length: int
+    policy: PreTrainedModel,
+    batch: dict[str, Tensor],
+    *,
+    temperature: float,
+    max_length: int,
+    logits_budget_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy ``[R]`` of each response token; only the positions that predict one are projected."""
     packed = Packed(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"])
@@ -136,6 +154,7 @@ def policy_logprobs(
         bias=lm_head.bias,
         temperature=temperature,
         softcap=getattr(policy.config.get_text_config(), "final_logit_softcapping", None),
+        logits_budget_bytes=logits_budget_bytes,
     )
 
 

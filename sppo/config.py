@@ -87,6 +87,14 @@ class SPPOConfig(TrainingArguments):
         default=0.0, metadata={"help": "Weight of the KL to the initial policy; above 0 a frozen copy of it is kept."}
     )
 
+    logits_budget_bytes: int = field(
+        default=2**30,
+        metadata={
+            "help": "Memory in which a micro-batch keeps the gradient of its log-probabilities by the logits; the rest "
+            "is computed twice. A fixed amount, not what is free, so that a resumed run has the same bits."
+        },
+    )
+
     # Critic
     critic_learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the critic."})
     critic_max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm the critic is clipped at."})
@@ -199,6 +207,7 @@ class SPPOConfig(TrainingArguments):
             "critic_warmup_steps",
             "critic_learning_rate",
             "num_completions_to_print",
+            "logits_budget_bytes",
         )
         positive = ("temperature", "reward_timeout", "critic_max_grad_norm", "max_grad_norm")
         rules = [(name, lambda x: x >= 1, "at least 1") for name in at_least_one]

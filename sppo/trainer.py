@@ -182,6 +182,7 @@ class SPPOTrainer(Trainer):
             temperature=args.temperature,
             max_length=update.max_length,
             critic_normalizer=update.critic_normalizer,
+            logits_budget_bytes=args.logits_budget_bytes,
         )
         policy = policy_loss(
             output.logprobs,

@@ -1,5 +1,6 @@
 """The whole loop on tiny models: it learns, it stands still when it should, and it says what is wrong."""
 
+import logging
 import time
 
 import datasets
@@ -278,6 +279,15 @@ def test_clipping_is_apart(tmp_path):
     trainer.train()
     assert norms["policy"] == pytest.approx(1e-3, rel=1e-2)
     assert norms["critic"] == pytest.approx(logged(trainer, "critic_grad_norm")[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(0, False), (2**30, True)])
+def test_logits_budget_reaches_the_log_probabilities(tmp_path, caplog, budget, kept):
+    with caplog.at_level(logging.DEBUG, logger="sppo_kernels"):
+        make(tmp_path, max_steps=1, logits_budget_bytes=budget).train()
+    (update,) = (x for x in caplog.messages if x.startswith("backward"))
+    assert update.startswith("backward: 0 tokens from kept E") != kept
+    assert update.endswith(" 0 recomputed") == kept
 
 
 def test_two_learning_rates(tmp_path):
