@@ -21,8 +21,9 @@ from typing import Any
 
 _MARKER = re.compile(r"(?:####|\b(?:final\s+)?answer\s*(?:is\b|:|=)[:*\s]*)\s*([^\n]*)", re.IGNORECASE)
 # Policies repeat themselves for thousands of characters, so no pattern may take time quadratic in the text: those
-# below start where nothing before could have (lookbehind), and do not backtrack (possessive ++ and *+).
-_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*+)</answer>", re.DOTALL | re.IGNORECASE)
+# below start where nothing before could have (lookbehind), and do not backtrack (possessive ++ and *+). A possessive
+# group inside a group is wrong before Python 3.11.5; the tag does without, since what it repeats ends at the next tag.
+_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL | re.IGNORECASE)
 _NUMBER = re.compile(
     r"(?:(?<![\w)])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d*)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?"
 )
