@@ -294,8 +294,9 @@ def runs(pid):
 
 
 def test_a_worker_started_in_a_thread_outlasts_it():
-    Worker.current().process.kill()
-    Worker.current().process.wait()
+    former = Worker.current().process  # asked for again it may be another, started because this one has died
+    former.kill()
+    former.wait()
     thread = threading.Thread(target=resolve, args=("exact",))
     thread.start()
     thread.join()
