@@ -475,7 +475,7 @@ def _count(mask: Tensor, without_values: int | None = None) -> int:
     return int(mask.sum())
 
 
-# Which tokens, and how many at a time. These are the only places where the host waits for the device.
+# Which tokens, and how many at a time. The host waits for the device in _where, and for the sizes of shards, alone.
 
 
 def _where(mask: Tensor) -> Tensor:
