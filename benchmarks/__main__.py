@@ -12,7 +12,11 @@ import benchmarks.compile
 import benchmarks.memory
 import benchmarks.products
 
-SUITES = {"compile": benchmarks.compile, "memory": benchmarks.memory, "products": benchmarks.products}
+SUITES = {
+    "compile": benchmarks.compile,
+    "memory": benchmarks.memory,
+    "products": benchmarks.products,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

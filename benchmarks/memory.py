@@ -198,6 +198,12 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def chart(rows: Iterable[dict[str, Any]]) -> results.Chart:
+    """Peaks of the cases, size by size."""
+    bars = [(f"{row['tokens']} tokens: {row['case']}", row["peak_bytes"] / GIB) for row in rows]
+    return results.Chart("peak beyond inputs and returned gradients, GiB", bars)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the smaller size alone, for which there are no limits")
     results.add_out(parser)
@@ -209,7 +215,8 @@ def run(args: argparse.Namespace) -> int:
     over = [row for row in rows if row["limit_bytes"] and row["peak_bytes"] > row["limit_bytes"]]
     failures = [f"{row['case']}: {row['peak_bytes']} bytes, the limit is {row['limit_bytes']}" for row in over]
     path = args.out / "memory.json"
-    results.write(path, "memory", device="none (fake tensors)", quick=args.quick, failures=failures, rows=rows)
+    device = "none (fake tensors)"
+    results.write(path, "memory", chart(rows), device=device, quick=args.quick, failures=failures, rows=rows)
     print(f"{table(rows)}\n\nGiB; {len(failures)} failures; written to {path}")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)

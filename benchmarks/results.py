@@ -1,28 +1,56 @@
-"""What every suite does with its results: where they go, and what stands at their head."""
+"""What every suite does with its results: where they go, what stands at their head, tables and charts of them.
+
+Results are a JSON file with all of them, a CSV file of the rows, and where a suite has a chart a PNG of it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import os
 import platform
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 import sppo_kernels
 
+Row = dict[str, Any]
+Columns = dict[str, Callable[[Row], object]]
+
+
+class Chart(NamedTuple):
+    """Horizontal bars, one a label; a line at the limit where there is one."""
+
+    unit: str
+    bars: list[tuple[str, float]]
+    limit: float | None = None
+
 
 def add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/benchmarks"), metavar="DIR", help="where the JSON goes (%(default)s)"
+        "--out", type=Path, default=Path("runs/benchmarks"), metavar="DIR", help="where the results go (%(default)s)"
     )
 
 
-def write(path: Path, suite: str, **content: Any) -> None:
-    """The results of a suite, with date and versions, as JSON."""
+def device_name(device: torch.device) -> str:
+    """As its maker calls it; of a CPU the model, where the system tells it."""
+    if device.type != "cpu":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", about.read_text(), re.M) if about.exists() else None
+    return f"{model[1] if model else platform.processor() or 'CPU'}, {os.cpu_count()} cores"
+
+
+def write(path: Path, suite: str, chart: Chart | None = None, **content: Any) -> None:
+    """The results of a suite, with date and versions: JSON at ``path``, CSV and PNG beside it, each written whole."""
     versions = {
         "sppo_kernels": sppo_kernels.__version__,
         "triton": triton.__version__,
@@ -31,4 +59,85 @@ def write(path: Path, suite: str, **content: Any) -> None:
     }
     head = {"suite": suite, "date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**head, **content}, indent=1, default=str) + "\n")
+    _replace(path, lambda file: file.write_text(json.dumps({**head, **content}, indent=1, default=str) + "\n"))
+    if rows := content.get("rows"):
+        _replace(path.with_suffix(".csv"), lambda file: _write_csv(file, rows))
+    if chart and chart.bars:
+        draw(path.with_suffix(".png"), chart)
+
+
+def _replace(path: Path, save: Callable[[Path], object]) -> None:
+    """Whoever reads ``path`` finds what was there or what is new, never half of it."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    save(unfinished)
+    unfinished.replace(path)
+
+
+def _write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """A column for each key of any row; what is nested in a row is spelled out as ``outer.inner``."""
+    flat = [dict(_flat(row)) for row in rows]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def _flat(row: Row, prefix: str = "") -> Iterable[tuple[str, object]]:
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def draw(path: Path, chart: Chart) -> None:
+    """A chart as a PNG file; without matplotlib, a word about it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no chart: matplotlib is not installed (pip install 'sppo-kernels[bench]')", file=sys.stderr)
+        return
+    labels, values = zip(*chart.bars, strict=True)
+    figure = Figure(figsize=(9, 1 + 0.22 * len(labels)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(labels)), values, color="#4477aa")
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(chart.unit)
+    if chart.limit is not None:
+        axes.axvline(chart.limit, color="#cc3311", linewidth=1)
+    _replace(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def table(rows: Iterable[Row], columns: Columns) -> str:
+    """A line a row: numbers to the right, words to the left."""
+    cells = [[cell(value(row)) for value in columns.values()] for row in rows]
+    lines = [list(columns), *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    right = [all(_is_number(line[i]) for line in cells) for i in range(len(columns))]
+    align = lambda text, i: text.rjust(widths[i]) if right[i] else text.ljust(widths[i])
+    return "\n".join("  ".join(align(text, i) for i, text in enumerate(line)).rstrip() for line in lines)
+
+
+def markdown(rows: Iterable[Row], columns: Columns) -> str:
+    """The same as a table of a Markdown page."""
+    line: Callable[[Sequence[str]], str] = lambda texts: f"| {' | '.join(texts)} |"
+    cells = [line([cell(value(row)) for value in columns.values()]) for row in rows]
+    return "\n".join([line(list(columns)), f"|{'---|' * len(columns)}", *cells])
+
+
+def cell(value: object) -> str:
+    """Three or four digits of a number; nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        size = abs(value)
+        if size and (size < 1e-3 or size >= 1e5):
+            return f"{value:.1e}"
+        return f"{value:.{0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 1 else 3}f}"
+    return str(value)
+
+
+def _is_number(text: str) -> bool:
+    return not text or re.fullmatch(r"[-+.\de]+", text) is not None

@@ -1,0 +1,73 @@
+"""What every suite writes: JSON, CSV and PNG, whole or not at all, and tables that a terminal can show."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import results
+
+ROWS = [{"a": 1, "b": {"c": 2.5, "d": None}}, {"a": "word, word", "e": 3}]
+
+
+def test_rows_are_written_as_csv_and_drawn(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    results.write(path, "suite", results.Chart("ms", [("one", 1.0), ("two", 2.0)], limit=1.5), rows=ROWS)
+    report = json.loads(path.read_text())
+    assert report["rows"] == ROWS
+    assert report["suite"] == "suite"
+    assert report["versions"].keys() == {"sppo_kernels", "triton", "torch", "python"}
+    with path.with_suffix(".csv").open() as file:
+        first, second = csv.DictReader(file)
+    assert first == {"a": "1", "b.c": "2.5", "b.d": "", "e": ""}
+    assert second == {"a": "word, word", "b.c": "", "b.d": "", "e": "3"}
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(path.parent.iterdir())) == 3
+
+
+def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "x.json"
+    results.write(path, "suite", rows=ROWS)
+    before = path.read_text()
+
+    class Unwritable:
+        def __str__(self):
+            raise RuntimeError("no such luck")
+
+    with pytest.raises(RuntimeError):
+        results.write(path, "suite", rows=[Unwritable()])
+    assert path.read_text() == before
+
+
+def test_columns_of_numbers_stand_to_the_right():
+    columns = {"name": lambda row: row["name"], "ms": lambda row: row["ms"]}
+    rows = [{"name": "long name", "ms": 1.0}, {"name": "x", "ms": 123.456}, {"name": "none", "ms": None}]
+    assert results.table(rows, columns).split("\n") == [
+        "name          ms",
+        "long name   1.00",
+        "x          123.5",
+        "none",
+    ]
+    assert results.markdown(rows, columns).split("\n")[:3] == ["| name | ms |", "|---|---|", "| long name | 1.00 |"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, ""),
+        (0.0, "0.000"),
+        (0.5, "0.500"),
+        (2.345, "2.35"),
+        (123.45, "123.5"),
+        (4567.8, "4568"),
+        (1e-5, "1.0e-05"),
+        (3, "3"),
+        ("x", "x"),
+    ],
+)
+def test_numbers_are_short(value, shown):
+    assert results.cell(value) == shown
