@@ -41,6 +41,7 @@ from triton.runtime.jit import JITFunction
 import sppo_kernels
 from benchmarks import results
 from sppo_kernels import _common
+from sppo_kernels.tuning import TUNABLES, Config, Tunable
 
 
 class Target(NamedTuple):
@@ -308,9 +309,8 @@ def report(cases: Iterable[Case], package: ModuleType, targets: list[str], quick
     ]  # fmt: skip
     print(table(rows))
     path = out / f"compile-triton-{triton.__version__}.json"
-    results.write(
-        path, "compile", quick=quick, targets=targets, failures=failures, rows=[_as_json(row) for row in rows]
-    )
+    lines = [_as_json(row) for row in rows]
+    results.write(path, "compile", chart(lines), quick=quick, targets=targets, failures=failures, rows=lines)
     print(f"\n{len(rows)} compiled, {len(failures)} failures; written to {path}")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
@@ -329,6 +329,15 @@ def _as_json(row: Row) -> dict[str, Any]:
     aligned = [i for (i,), hints in launch.pop("attributes").items() if hints]
     warps_and_stages = {name: options[name] for name in ("num_warps", "num_stages")}
     return {**launch, **warps_and_stages, "aligned_arguments": aligned, **fields}
+
+
+def chart(rows: list[dict[str, Any]]) -> results.Chart:
+    """The most registers that a kernel takes on any target, against those that a thread of NVIDIA's may have."""
+    most: dict[str, float] = {}
+    for row in rows:
+        name = f"{row['module'].rpartition('.')[2]}.{row['kernel']}: {row['target']}"
+        most[name] = max(most.get(name, 0), row["registers"])
+    return results.Chart("registers a thread", sorted(most.items()), limit=255)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -359,6 +368,7 @@ def all_cases() -> Iterator[Case]:
     yield from _policy_loss_cases()
     yield from _prompt_value_cases()
     yield from _advantage_cases()
+    yield from _candidate_cases()
 
 
 def _selective_logprobs_cases() -> Iterator[Case]:
@@ -458,6 +468,27 @@ def _advantage_cases() -> Iterator[Case]:
         given = torch.zeros(size), torch.zeros(size, dtype=torch.int64)
         call = functools.partial(sppo_kernels.group_advantages, *given, estimator=estimator, backend="triton")
         yield Case("group_advantages", f"{estimator} B={size}", call)
+
+
+def _candidate_cases() -> Iterator[Case]:
+    """Each operation's fullest case again with every configuration that its kernels may be tuned to."""
+    fullest = {
+        "selective_logprobs": lambda case: case.label.endswith("V=151936 softcap"),
+        "linear_logprobs": lambda case: case.label.endswith("V=151936 softcap cache"),
+        "policy_loss": lambda case: case.label.startswith("all "),
+    }
+    cases = [*_selective_logprobs_cases(), *_linear_logprobs_cases(), *_policy_loss_cases()]
+
+    def call(tunable: Tunable, config: Config, case: Case) -> None:
+        with tunable.using(config):
+            case.call()
+
+    for name, tunable in TUNABLES.items():
+        operation = name.partition(".")[0]
+        for config, case in product(tunable.candidates[1:], filter(fullest[operation], cases)):
+            if case.operation == operation:
+                label = f"{case.label} tuned {config.block}/{config.num_warps}"
+                yield Case(operation, label, functools.partial(call, tunable, config, case))
 
 
 def _backward(*outputs: Tensor) -> None:

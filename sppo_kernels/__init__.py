@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from sppo_kernels import reference
+from sppo_kernels import reference, tuning
 from sppo_kernels.ops.gae import gae
 from sppo_kernels.ops.group_advantages import group_advantages
 from sppo_kernels.ops.linear_logprobs import linear_logprobs
@@ -23,5 +23,6 @@ __all__ = [
     "prompt_value_loss",
     "reference",
     "selective_logprobs",
+    "tuning",
     "whiten",
 ]

@@ -67,6 +67,7 @@ from sppo_kernels.ops.selective_logprobs import (
     temperature_per_row,
 )
 from sppo_kernels.ops.selective_logprobs import reference as selective_reference
+from sppo_kernels.tuning import Config, Tunable
 
 try:
     import triton
@@ -641,11 +642,14 @@ if triton is not None:
             e *= 1.0 - capped * capped
         tl.store(kept_ptr + row * V + col, e, mask=col < V)
 
+    # As selective_logprobs's backward, which does the same to the same rows.
+    KEEP_CONFIGS = Tunable("linear_logprobs.keep", Config(2048, 8), Config(1024, 4), Config(2048, 4), Config(4096, 8))
+
     def _triton_keep(logits, labels, temperature, stats, softcap, kept):
         """As _torch_keep."""
         n, vocab = kept.shape
         if n:
-            shape = launch_shape(vocab)
+            shape = launch_shape(KEEP_CONFIGS, logits)
             _keep_kernel[(n, triton.cdiv(vocab, shape["BLOCK"]))](
                 logits, labels, temperature, stats, kept, temperature.stride(0), stats.shape[1], vocab, softcap,
                 HAS_SOFTCAP=softcap > 0, **shape,

@@ -41,6 +41,7 @@ from sppo_kernels._common import (
     reject,
     values_are_checked,
 )
+from sppo_kernels.tuning import Config, Tunable
 
 try:
     import triton
@@ -741,6 +742,9 @@ if triton is not None:
         tl.store(metric_ptr + 9, _column(partial_ptr, 10, B, BLOCK) / tokens)
         tl.store(metric_ptr + 10, weight_mean)
 
+    # At most two elements a thread: twelve sums and a dozen terms of each fill its registers, and four spill.
+    CONFIGS = Tunable("policy_loss", Config(512, 8), Config(512, 16), Config(256, 4), Config(256, 8))
+
     def _triton_policy_loss(
         logprobs, old_logprobs, advantages, mask, cu_seqlens, normalizer, ref_logprobs, rollout_logprobs, per_token, s
     ):
@@ -751,6 +755,7 @@ if triton is not None:
         new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=logprobs.device)
         loss, metrics, gradient, scale = new(), new(len(METRICS)), new(logprobs.shape[0]), new()
         masked_mean = mask is not None and s.mean_in_sequence
+        config = CONFIGS.config(logprobs.shape[0] // sequences, logprobs.itemsize)
         _kernel[(sequences,)](
             *(None if x is None else x.contiguous() for x in inputs),
             loss,
@@ -773,8 +778,8 @@ if triton is not None:
             CORRECTION=s.rollout_correction,
             TWO_PASSES=s.sequence_level or masked_mean or s.rollout_correction.startswith("sequence"),
             MAX_LOG=MAX_LOG,
-            BLOCK=512,  # two elements a thread: twelve sums and a dozen terms of each fill its registers
-            num_warps=8,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
         )
         return loss, metrics, gradient, scale
 

@@ -30,6 +30,7 @@ from sppo_kernels._common import (
     reject,
     values_are_checked,
 )
+from sppo_kernels.tuning import Config, Tunable
 
 try:
     import triton
@@ -426,10 +427,25 @@ if triton is not None:
             g *= 1.0 - capped * capped
         tl.store(dx_ptr, g, mask=col < V)
 
-    def launch_shape(V: int) -> dict:
-        # Eight elements a thread: 16 bytes of a half-precision row in one load, and registers left for s and t.
-        block = min(2048, triton.next_power_of_2(V))
-        return {"BLOCK": block, "num_warps": max(1, block // 256)}
+    # Eight elements a thread: 16 bytes of a half-precision row in one load, and registers left for s and t. The others
+    # trade bytes in flight (a larger block) for programs side by side (a smaller one).
+    FORWARD = Tunable(
+        "selective_logprobs.forward",
+        Config(2048, 8),
+        Config(1024, 4),
+        Config(4096, 8),
+        Config(4096, 16),
+        Config(8192, 16),
+    )
+    BACKWARD = Tunable(
+        "selective_logprobs.backward", Config(2048, 8), Config(1024, 4), Config(2048, 4), Config(4096, 8)
+    )
+
+    def launch_shape(tunable: Tunable, rows: Tensor) -> dict[str, int]:
+        """For rows ``[..., V]``; one shorter than a block gets the smallest that holds it, with as much a thread."""
+        config = tunable.config(rows.shape[-1], rows.itemsize)
+        block = min(config.block, triton.next_power_of_2(rows.shape[-1]))
+        return {"BLOCK": block, "num_warps": max(1, config.num_warps * block // config.block)}
 
     def _triton_forward(logits, labels, temperature, softcap, ignore_index):
         n, vocab = labels.shape[0], logits.shape[-1]
@@ -450,7 +466,7 @@ if triton is not None:
                 softcap,
                 ignore_index,
                 HAS_SOFTCAP=softcap > 0,
-                **launch_shape(vocab),
+                **launch_shape(FORWARD, logits),
             )
         return logprobs, entropy, stats
 
@@ -459,7 +475,7 @@ if triton is not None:
     ):
         n, vocab = labels.shape[0], logits.shape[-1]
         if n:
-            launch = launch_shape(vocab)
+            launch = launch_shape(BACKWARD, logits)
             _backward_kernel[(n, triton.cdiv(vocab, launch["BLOCK"]))](
                 grad_logprobs.contiguous(),
                 grad_entropy.contiguous(),

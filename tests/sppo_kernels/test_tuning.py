@@ -1,0 +1,155 @@
+"""Launch configurations: all candidates give right results, and a file chooses among them or changes nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from against_float64 import DEVICE, assert_close_to_float64, randint, randn
+
+pytest.importorskip("triton")
+
+import sppo_kernels
+from sppo_kernels import reference, tuning
+from sppo_kernels.ops import selective_logprobs as selective
+from sppo_kernels.tuning import TUNABLES, Config, shape_class
+
+KERNELS = ["selective_logprobs.forward", "selective_logprobs.backward", "linear_logprobs.keep", "policy_loss"]
+CANDIDATES = [(name, config) for name in KERNELS for config in TUNABLES[name].candidates]
+
+
+@pytest.fixture(autouse=True)
+def _defaults_again():
+    yield
+    tuning.reset()
+
+
+def selective_tensors(vocab=5003):
+    return {"logits": randn(3, vocab, scale=3.0, grad=True), "labels": randint(0, vocab, 3)}
+
+
+def test_these_kernels_are_tunable():
+    assert sorted(TUNABLES) == sorted(KERNELS)
+    assert all(2 <= len(tunable.candidates) <= 5 for tunable in TUNABLES.values())
+
+
+@pytest.mark.parametrize(("name", "config"), CANDIDATES, ids=str)
+def test_every_candidate_is_right(name, config):
+    """On rows of several blocks and a ragged end."""
+    with TUNABLES[name].using(config):
+        if name.startswith("selective"):
+            assert_close_to_float64(
+                sppo_kernels.selective_logprobs, reference.selective_logprobs, "triton", selective_tensors(9001)
+            )
+        elif name.startswith("linear"):
+            tensors = {
+                "hidden": randn(3, 8, grad=True), "weight": randn(9001, 8, grad=True), "labels": randint(0, 9001, 3),
+            }  # fmt: skip
+            ours = lambda **given: sppo_kernels.linear_logprobs(**given, backward="cache")
+            plain = lambda **given: reference.linear_logprobs(**given)
+            assert_close_to_float64(ours, plain, "triton", tensors, upstream=["logprobs"])
+        else:
+            tensors = {"logprobs": randn(1300, grad=True), "old_logprobs": randn(1300), "advantages": randn(2)}
+            cu_seqlens = torch.tensor([0, 1, 1300], dtype=torch.int32, device=DEVICE)
+            assert_close_to_float64(
+                sppo_kernels.policy_loss, reference.policy_loss, "triton", tensors, cu_seqlens=cu_seqlens, term=1.0,
+                upstream=["loss"],
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["selective_logprobs.forward", "selective_logprobs.backward"])
+def test_what_is_chosen_is_launched(name):
+    rows = torch.empty(1, 2, 5003)
+    tunable = TUNABLES[name]
+    assert selective.launch_shape(tunable, rows) == {"BLOCK": 2048, "num_warps": 8}
+    tunable.choose(shape_class(5003, 4), Config(1024, 4))
+    assert selective.launch_shape(tunable, rows) == {"BLOCK": 1024, "num_warps": 4}
+    assert selective.launch_shape(tunable, rows.bfloat16()) == {"BLOCK": 2048, "num_warps": 8}
+    assert selective.launch_shape(tunable, rows[..., :4096]) == {"BLOCK": 2048, "num_warps": 8}
+    with tunable.using(Config(4096, 8)):
+        assert selective.launch_shape(tunable, rows)["BLOCK"] == 4096
+    assert selective.launch_shape(tunable, rows)["BLOCK"] == 1024
+    tuning.reset()
+    assert selective.launch_shape(tunable, rows)["BLOCK"] == 2048
+
+
+def test_short_rows_get_a_block_that_holds_them():
+    rows = torch.empty(1, 2, 97)
+    assert selective.launch_shape(TUNABLES["selective_logprobs.forward"], rows) == {"BLOCK": 128, "num_warps": 1}
+
+
+def test_a_block_size_changes_last_bits_only_where_it_is_chosen():
+    tensors = selective_tensors()
+    before = sppo_kernels.selective_logprobs(**tensors, backend="triton").logprobs
+    TUNABLES["selective_logprobs.forward"].choose(shape_class(9999, 4), Config(1024, 4))  # another class
+    assert torch.equal(before, sppo_kernels.selective_logprobs(**tensors, backend="triton").logprobs)
+
+
+def test_saved_choices_are_loaded(tmp_path):
+    path = tmp_path / "new" / "tuning.json"
+    TUNABLES["policy_loss"].choose("64 x 4 bytes", Config(256, 4))
+    tuning.save(path)
+    tuning.reset()
+    TUNABLES["linear_logprobs.keep"].choose("64 x 4 bytes", Config(1024, 4))
+    tuning.load(path)
+    assert TUNABLES["policy_loss"].config(33, 4) == Config(256, 4)
+    assert TUNABLES["policy_loss"].config(32, 4) == Config(512, 8)
+    assert TUNABLES["linear_logprobs.keep"].chosen == {}  # the file says nothing of it
+    assert [file.name for file in path.parent.iterdir()] == ["tuning.json"]
+
+
+def saved(path, **changes):
+    TUNABLES["policy_loss"].choose("64 x 4 bytes", Config(256, 4))
+    tuning.save(path)
+    tuning.reset()
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"format": 2}, "format 2"),
+        ({"choices": {"policy_loss": {}, "no_such_kernel": {}}}, "no_such_kernel"),
+        (
+            {"choices": {"policy_loss": {"64 x 4 bytes": [256, 4]}, "linear_logprobs.keep": {"64": [64, 1]}}},
+            "candidates",
+        ),
+        ({"choices": {"policy_loss": {"64 x 4 bytes": [1, 2, 3]}}}, "tuning.json"),
+        ({"choices": {"policy_loss": [256, 4]}}, "tuning.json"),
+        ({"choices": None}, "tuning.json"),
+        ({"device": "another one"}, "another one"),
+    ],
+)
+def test_a_wrong_file_changes_nothing(tmp_path, changes, names):
+    path = tmp_path / "tuning.json"
+    saved(path, **changes)
+    TUNABLES["policy_loss"].choose("128 x 4 bytes", Config(256, 8))
+    with pytest.raises(ValueError, match=r"tuning\.json") as error:
+        tuning.load(path)
+    assert names in str(error.value)
+    assert "benchmarks tune" in str(error.value)
+    assert TUNABLES["policy_loss"].chosen == {"128 x 4 bytes": Config(256, 8)}
+
+
+def test_what_is_not_json_is_refused(tmp_path):
+    path = tmp_path / "tuning.json"
+    path.write_text("block = 64")
+    with pytest.raises(ValueError, match="benchmarks tune"):
+        tuning.load(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="benchmarks tune"):
+        tuning.load(path)
+
+
+def test_another_device_is_taken_on_demand(tmp_path):
+    saved(tmp_path / "tuning.json", device="another one")
+    tuning.load(tmp_path / "tuning.json", any_device=True)
+    assert TUNABLES["policy_loss"].config(64, 4) == Config(256, 4)
+
+
+def test_what_is_no_candidate_is_refused():
+    with pytest.raises(ValueError, match="candidates"):
+        TUNABLES["policy_loss"].choose("64 x 4 bytes", Config(64, 1))
+    with pytest.raises(ValueError, match="candidates"), TUNABLES["policy_loss"].using(Config(64, 1)):
+        pass
