@@ -9,13 +9,13 @@ import argparse
 import sys
 
 import benchmarks.compile
+import benchmarks.kernels
 import benchmarks.memory
-import benchmarks.products
 
 SUITES = {
+    "kernels": benchmarks.kernels,
     "compile": benchmarks.compile,
     "memory": benchmarks.memory,
-    "products": benchmarks.products,
 }
 
 

@@ -1,0 +1,40 @@
+"""Micro-benchmarks for pytest-benchmark: ``pytest benchmarks --benchmark-only``.
+
+For its comparisons over time: ``--benchmark-autosave`` keeps a run, ``--benchmark-compare`` holds the next one against
+it, ``--benchmark-histogram`` draws both. Every way was checked against float64 by the time it is clocked. Sizes are
+small; ``python -m benchmarks kernels`` has the real ones, and peaks and rates.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import kernels, timing
+from benchmarks.operations import OPERATIONS, Point
+from benchmarks.peers import PEERS
+
+pytest.importorskip("pytest_benchmark")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+POINT = Point(4096, 1024, 32_768) if DEVICE.type == "cuda" else Point(512, 64, 4096)
+
+
+@pytest.mark.parametrize("way", ["ours", "eager PyTorch"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_step(benchmark, name, way):
+    """Forward and backward of one operation."""
+    operation = OPERATIONS[name]
+    torch.manual_seed(0)
+    problem = operation.make(POINT, DEVICE, DTYPE)
+    function = PEERS[name][way](DEVICE) if way in PEERS[name] else next(iter(operation.ours(None).values()))
+    truth, allowed = kernels.truth_and_tolerance(operation, problem)
+    assert kernels.check(problem, function, truth, allowed)["passed"]
+
+    def step() -> None:
+        problem.results(function)
+        timing.synchronize(DEVICE)
+
+    benchmark.group = name
+    benchmark(step)

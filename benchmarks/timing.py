@@ -1,0 +1,119 @@
+"""Times and peaks of calls, and what the device itself can do: its copy bandwidth and its rate of matrix products.
+
+On a GPU each repetition first writes a large buffer several times over: that empties the cache of what the last
+repetition left in it, and keeps the device busy while the host queues the call, so that the time between two events is
+the device's own. How long the host takes to queue a call is measured beside it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLUSHED_BYTES = 1 << 28  # several times any cache
+FLUSHES = 6  # about half a millisecond on an H100: longer than it takes to queue a few dozen launches
+
+
+class Clock:
+    """Marks of time on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type != "cpu"
+        self._flushed = torch.empty(FLUSHED_BYTES if self.on_gpu else 0, dtype=torch.uint8, device=device)
+
+    def settle(self) -> None:
+        """Empty the cache and give the host a start."""
+        for _ in range(FLUSHES if self.on_gpu else 0):
+            self._flushed.zero_()
+
+    def mark(self) -> Any:
+        """Now, in the order of the device's work."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """Between two marks; the device has to be through with both."""
+        return start.elapsed_time(end) if self.on_gpu else 1000 * (end - start)
+
+
+def spread(times: Iterable[float]) -> dict[str, float]:
+    """Median and interquartile range."""
+    low, median, high = statistics.quantiles(times, n=4)
+    return {"ms": median, "iqr_ms": high - low}
+
+
+def measure(call: Callable[[], object], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median and interquartile range of a call, in ms, after a warm-up of two calls."""
+    parts = measure_parts({"call": call}, device, repeats, warmup=2)
+    return parts["call"]
+
+
+def measure_parts(
+    parts: dict[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int
+) -> dict[str, dict[str, float]]:
+    """Of calls that follow one another in each repetition: those of each, and of ``"all"`` where there are several."""
+    clock = Clock(device)
+    marks = []
+    for _ in range(warmup + repeats):
+        clock.settle()
+        row = [clock.mark()]
+        for call in parts.values():
+            call()
+            row.append(clock.mark())
+        marks.append(row)
+    synchronize(device)
+    marks = marks[warmup:]
+    results = {name: spread(clock.milliseconds(row[i], row[i + 1]) for row in marks) for i, name in enumerate(parts)}
+    if len(parts) > 1:
+        results["all"] = spread(clock.milliseconds(row[0], row[-1]) for row in marks)
+    return results
+
+
+def host_ms(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time until a call returns to the host, in ms; the device is idle before, and may be at work after."""
+    times = []
+    for _ in range(repeats):
+        synchronize(device)  # else the host ends up waiting for room in the queue
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is through with everything."""
+    if device.type != "cpu":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Most memory that PyTorch had allocated during a call, beyond what it had before; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    synchronize(device)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Measured here and now: copying, in GB/s read plus written, and a large matrix product, in TFLOP/s."""
+    size, n = (1 << 30, 8192) if device.type != "cpu" else (1 << 27, 2048)
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    copy: Callable[[], Tensor] = lambda: target.copy_(source)
+    return {
+        "copy_gb_s": 2 * size / measure(copy, device, 10)["ms"] / 1e6,
+        "matmul_tflops": 2 * n**3 / measure(lambda: a @ b, device, 10)["ms"] / 1e9,
+    }
