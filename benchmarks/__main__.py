@@ -11,10 +11,12 @@ import sys
 import benchmarks.compile
 import benchmarks.kernels
 import benchmarks.memory
+import benchmarks.traffic
 
 SUITES = {
     "kernels": benchmarks.kernels,
     "compile": benchmarks.compile,
+    "traffic": benchmarks.traffic,
     "memory": benchmarks.memory,
 }
 

@@ -1,0 +1,317 @@
+"""Bytes that every Triton kernel loads and stores, counted in Triton's interpreter, over the least possible.
+
+The least is each input that the result depends on read once and each result written once. What one instruction asks for
+twice counts once, as it does on a GPU; what another program or another instruction asks for again counts again, though
+a cache may well have it. Where a kernel is designed to move more than the least, the column "designed" says how much
+more, and the comment beside its case why. Matrix products and elementwise steps that PyTorch does are not counted.
+
+The exit code is 1 when a kernel moves over 5 percent more than it is designed to, or is launched by no case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+import sppo_kernels
+from benchmarks import results
+from benchmarks.operations import OPERATIONS, Point, Problem
+from benchmarks.results import Row
+from sppo_kernels import _common
+
+SLACK = 1.05
+CPU = torch.device("cpu")
+
+
+# The counter
+
+
+class Traffic(NamedTuple):
+    """Bytes by kernel."""
+
+    loaded: Counter[str]
+    stored: Counter[str]
+
+
+@contextmanager
+def counted() -> Iterator[Traffic]:
+    """Counts what kernels load and store while this lasts; an atomic operation does both."""
+    traffic = Traffic(Counter(), Counter())
+    running = [""]
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    launch, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
+    update, swap = builder.create_atomic_rmw, builder.create_atomic_cas
+
+    def note_launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        running[0] = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
+        launch(self, *args, **kwargs)
+
+    def note_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        traffic.loaded[running[0]] += _bytes(pointers, mask.data)
+        return load(self, pointers, mask, *rest)
+
+    def note_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        traffic.stored[running[0]] += _bytes(pointers, mask.data)
+        return store(self, pointers, value, mask, *rest)
+
+    def note_update(self: Any, how: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        for direction in traffic:
+            direction[running[0]] += _bytes(pointers, mask.data)
+        return update(self, how, pointers, value, mask, *rest)
+
+    def note_swap(self: Any, pointers: Any, *rest: Any) -> Any:
+        for direction in traffic:
+            direction[running[0]] += _bytes(pointers, np.ones_like(pointers.data, dtype=bool))
+        return swap(self, pointers, *rest)
+
+    notes = {
+        "create_masked_load": note_load,
+        "create_masked_store": note_store,
+        "create_atomic_rmw": note_update,
+        "create_atomic_cas": note_swap,
+    }
+    with mock.patch.multiple(builder, **notes), mock.patch.object(executor, "__call__", note_launch):
+        yield traffic
+
+
+def _bytes(pointers: Any, mask: np.ndarray) -> int:
+    """Of the distinct addresses that are not masked off."""
+    size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    return size * len(np.unique(pointers.data[np.broadcast_to(mask, pointers.data.shape)]))
+
+
+# The cases
+
+
+class Kernel(NamedTuple):
+    """Bytes that one kernel cannot do without, and those that it is designed to move where these are more."""
+
+    name: str
+    least: float
+    designed: float | None = None
+
+
+class Case(NamedTuple):
+    """A call, and the kernels that it launches."""
+
+    operation: str
+    label: str
+    call: Callable[[], object]
+    kernels: tuple[Kernel, ...]
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """Every kernel, on rows and responses of real lengths."""
+    vocab = 30_011 if quick else 151_936
+    yield from _row_cases(vocab)
+    yield from _linear_cases(vocab)
+    yield from _policy_cases(8192 if quick else 40_000)
+    yield from _prompt_value_cases()
+    yield from _advantage_cases(2048 if quick else 8192)
+
+
+def _row_cases(vocab: int) -> Iterator[Case]:
+    """Four rows: one without loss, which nothing reads, and one without a gradient, which backward does not."""
+    rows = 4
+    for dtype in (torch.bfloat16, torch.float32):
+        problem = OPERATIONS["selective_logprobs"].make(Point(rows, 0, vocab), CPU, dtype)
+        problem.tensors["labels"][0] = -100
+        problem.upstream["logprobs"][1] = 0.0
+        work = lambda clipped, dtype=dtype: OPERATIONS["selective_logprobs"].work(
+            Point(rows, 0, vocab, ignored=1 / rows, clipped=clipped), dtype
+        )
+        yield Case(
+            "selective_logprobs",
+            f"{_name(dtype)}, 1 of 4 rows ignored, 1 without gradient",
+            _step(problem, OPERATIONS["selective_logprobs"].ours("triton")[""]),
+            (
+                Kernel("selective_logprobs._forward_kernel", work(0.0).forward_bytes),
+                Kernel("selective_logprobs._backward_kernel", work(1 / 3).backward_bytes),
+            ),
+        )
+
+
+def _linear_cases(vocab: int) -> Iterator[Case]:
+    """The row passes over a chunk of logits, which are float32; E and the gradient have the inputs' dtype."""
+    tokens, dtype = 3, torch.bfloat16
+    logits, gradient = tokens * vocab * 4, tokens * vocab * dtype.itemsize
+    passes = {
+        "recompute": Kernel("selective_logprobs._backward_kernel", logits + gradient),
+        "cache": Kernel("linear_logprobs._keep_kernel", logits + gradient),
+    }
+    for mode, kernel in passes.items():
+        problem = OPERATIONS["linear_logprobs"].make(Point(tokens, 8, vocab), CPU, dtype)
+        forward = Kernel("selective_logprobs._forward_kernel", logits)
+        call = _step(problem, OPERATIONS["linear_logprobs"].ours("triton")[mode])
+        yield Case("linear_logprobs", f"{mode}, {_name(dtype)}", call, (forward, kernel))
+
+
+def _policy_cases(tokens: int) -> Iterator[Case]:
+    """Forward and gradient in one launch; a ratio of the whole sequence has to be known before its first token's loss,
+    so the two inputs go by twice."""
+    point = Point(tokens, 0, 0)
+    for level, rereads in (("token", 0), ("sequence_mean", 1)):
+        name = f"policy_loss, {level}"
+        problem, work = OPERATIONS[name].make(point, CPU, torch.float32), OPERATIONS[name].work(point, torch.float32)
+        least = work.forward_bytes + work.backward_bytes
+        kernel = Kernel("policy_loss._kernel", least, least + rereads * work.forward_bytes)
+        yield Case("policy_loss", level, _step(problem, OPERATIONS[name].ours("triton")[""]), (kernel,))
+
+
+def _prompt_value_cases() -> Iterator[Case]:
+    """Of 1,024 tokens the last of each prompt. Every program reads the weight, or the gradients and indices of all
+    prompts, again: kilobytes, which the cache has."""
+    tokens, hidden, dtype = 1024, 1536, torch.bfloat16
+    prompts = tokens // 256
+    rows, weight = prompts * hidden * dtype.itemsize, hidden * dtype.itemsize
+    problem = OPERATIONS["prompt_value_loss"].make(Point(tokens, hidden, 0), CPU, dtype)
+    programs = prompts * -(-hidden // 1024)  # of the gradient of hidden; 24 of that of the weight
+    yield Case(
+        "prompt_value_loss",
+        _name(dtype),
+        _step(problem, OPERATIONS["prompt_value_loss"].ours("triton")[""]),
+        (
+            Kernel("prompt_value._forward_kernel", rows + weight, rows + prompts * weight),
+            Kernel(
+                "prompt_value._grad_hidden_kernel", rows + weight, rows + prompts * weight + programs * prompts * 12
+            ),
+            Kernel("prompt_value._grad_weight_kernel", rows + weight, rows + weight + hidden // 64 * prompts * 12),
+        ),
+    )
+
+
+def _advantage_cases(length: int) -> Iterator[Case]:
+    """Padded responses: what the mask leaves out has a result, but need not be read."""
+    point, tokens = Point(2 * length, 0, 0), 2 * length
+    gae, whiten = (OPERATIONS[name].make(point, CPU, torch.float32) for name in ("gae", "whiten"))
+    kept = {name: int(problem.tensors["mask"].sum()) for name, problem in (("gae", gae), ("whiten", whiten))}
+    # Reward and value are read whatever the mask says, and value and mask of the next token besides: the same lines of
+    # memory again, one element on.
+    kernel = Kernel("gae._kernel", tokens + 8 * kept["gae"] + 8 * tokens, (1 + 8 + 8 + 5) * tokens)
+    yield Case("gae", "", _step(gae, OPERATIONS["gae"].ours("triton")[""]), (kernel,))
+    moments = tokens + 4 * kept["whiten"]
+    kernels = Kernel("whiten._moments_kernel", moments), Kernel("whiten._normalize_kernel", moments + 4 * tokens)
+    yield Case("whiten", "", _step(whiten, OPERATIONS["whiten"].ours("triton")[""]), kernels)
+    # Each program of 32 responses reads all of them twice, to find those of its groups: kilobytes again.
+    rewards, groups = torch.rand(512), torch.arange(512) // 8
+    call = lambda: sppo_kernels.group_advantages(rewards, groups, backend="triton")
+    kernel = Kernel("group_advantages._kernel", 512 * (4 + 8 + 4), 512 * (4 + 8 + 4) + 512 // 32 * 2 * 512 * (4 + 8))
+    yield Case("group_advantages", "512 responses", call, (kernel,))
+
+
+def _step(problem: Problem, function: Callable[..., dict[str, Tensor]]) -> Callable[[], object]:
+    return lambda: problem.results(function)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# The suite
+
+
+def measure(case: Case) -> list[Row]:
+    """A row for each kernel that the case launches, in the order in which it is expected."""
+    with counted() as traffic:
+        case.call()
+    expected = {kernel.name: kernel for kernel in case.kernels}
+    return [
+        _row(case, expected.get(name) or Kernel(name, 0.0), traffic)
+        for name in dict.fromkeys([*expected, *traffic.loaded, *traffic.stored])
+    ]
+
+
+def _row(case: Case, kernel: Kernel, traffic: Traffic) -> Row:
+    loaded, stored = traffic.loaded[kernel.name], traffic.stored[kernel.name]
+    ratio = (loaded + stored) / kernel.least if kernel.least else float("inf")
+    designed = 1.0 if kernel.designed is None else kernel.designed / kernel.least
+    return {
+        "operation": case.operation,
+        "case": case.label,
+        "kernel": kernel.name,
+        "loaded": loaded,
+        "stored": stored,
+        "least": kernel.least,
+        "ratio": ratio,
+        "designed": designed,
+        "passed": 0.9 * designed < ratio <= SLACK * designed,  # much less would be a wrong count
+    }
+
+
+def launched_by_none(rows: list[Row]) -> list[str]:
+    """Kernels of the package that no case launches."""
+    modules = [
+        importlib.import_module(m.name)
+        for m in pkgutil.walk_packages(sppo_kernels.__path__, f"{sppo_kernels.__name__}.")
+    ]
+    kernels = {
+        f"{module.__name__.rpartition('.')[2]}.{name}"
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, interpreter.InterpretedFunction) and name.endswith("kernel")
+    }
+    return sorted(kernels - {row["kernel"] for row in rows})
+
+
+def _title(row: Row) -> str:
+    return ", ".join(filter(None, [row["operation"], row["case"]]))
+
+
+COLUMNS: results.Columns = {
+    "operation": lambda row: _title(row),
+    "kernel": lambda row: row["kernel"],
+    "loaded": lambda row: row["loaded"],
+    "stored": lambda row: row["stored"],
+    "over the least": lambda row: f"{row['ratio']:.3f}",
+    "designed": lambda row: f"{row['designed']:.3f}",
+}
+
+
+def chart(rows: list[Row]) -> results.Chart:
+    """Ratios of the kernels."""
+    bars = [(f"{_title(row)}: {row['kernel']}", row["ratio"]) for row in rows]
+    return results.Chart("bytes loaded and stored, over the least possible", bars, limit=SLACK)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="shorter rows and responses")
+    results.add_out(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of the suite. The interpreter is chosen before Triton is imported: where it is not, in another process."""
+    if not _common.INTERPRETED:
+        command = [sys.executable, "-m", "benchmarks", "traffic", "--out", str(args.out), *["--quick"] * args.quick]
+        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    np.seterr(all="ignore")  # of what masked lanes hold
+    rows: list[Row] = []
+    torch.manual_seed(0)
+    for case in cases(args.quick):
+        print(f"{case.operation} {case.label}", file=sys.stderr, flush=True)
+        rows += measure(case)
+    failures = [
+        f"{_title(row)}, {row['kernel']}: {row['ratio']:.3f} times the least, not {row['designed']:.3f}"
+        for row in rows
+        if not row["passed"]
+    ]
+    failures += [f"{name}: no case launches it" for name in launched_by_none(rows)]
+    path = args.out / "traffic.json"
+    results.write(path, "traffic", chart(rows), quick=args.quick, failures=failures, rows=rows)
+    print(f"{results.table(rows, COLUMNS)}\n\nbytes; {len(failures)} failures; written to {path}")
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0

@@ -1,0 +1,99 @@
+"""The traffic suite: bytes are counted right, kernels move what they are designed to, and more is reported."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import traffic_kernels as kernels
+
+from benchmarks import traffic
+from benchmarks.__main__ import main
+from benchmarks.traffic import Case, Kernel, counted, measure
+from sppo_kernels import _common
+
+pytestmark = pytest.mark.skipif(not _common.INTERPRETED, reason="counts in Triton's interpreter")
+NAME = "traffic_kernels.copy_kernel"
+TWICE = "traffic_kernels.copy_twice_read_kernel"
+
+
+def copy(kernel, n=100, dtype=torch.float32, block=64):
+    x = torch.ones(n).to(dtype)
+    kernel[(-(-n // block),)](x, torch.empty_like(x), n, BLOCK=block)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.int64, 8), (torch.int8, 1), (torch.bool, 1)]
+)
+def test_each_element_counts_once_and_masked_lanes_do_not(dtype, size):
+    with counted() as seen:
+        copy(kernels.copy_kernel, dtype=dtype)
+    assert (seen.loaded, seen.stored) == ({NAME: 100 * size}, {NAME: 100 * size})
+
+
+def test_what_is_read_again_counts_again():
+    with counted() as seen:
+        copy(kernels.copy_twice_read_kernel)
+    assert sum(seen.loaded.values()) == 800
+    assert sum(seen.stored.values()) == 400
+
+
+def test_lanes_that_ask_for_the_same_element_count_once():
+    with counted() as seen:
+        kernels.broadcast_kernel[(3,)](torch.ones(1), torch.empty(64), BLOCK=64)
+    assert sum(seen.loaded.values()) == 3 * (4 + 4)
+    assert sum(seen.stored.values()) == 3 * 64 * 4
+
+
+def test_an_atomic_operation_loads_and_stores():
+    with counted() as seen:
+        kernels.count_kernel[(5,)](torch.zeros((), dtype=torch.int32))
+    assert (sum(seen.loaded.values()), sum(seen.stored.values())) == (20, 20)
+
+
+def test_nothing_is_counted_afterwards():
+    with counted() as seen:
+        pass
+    copy(kernels.copy_kernel)
+    assert not seen.loaded
+    assert not seen.stored
+
+
+def test_more_than_designed_fails_and_so_does_a_count_that_is_too_low():
+    twice = Case("copy", "", lambda: copy(kernels.copy_twice_read_kernel), (Kernel(TWICE, 800),))
+    (row,) = measure(twice)
+    assert (row["ratio"], row["passed"]) == (1.5, False)
+    (row,) = measure(twice._replace(kernels=(Kernel(row["kernel"], 800, designed=1200),)))
+    assert row["passed"]
+    (row,) = measure(twice._replace(kernels=(Kernel(row["kernel"], 1600),)))
+    assert not row["passed"]
+
+
+def test_a_kernel_that_was_not_expected_fails():
+    (row,) = measure(Case("copy", "", lambda: copy(kernels.copy_kernel), ()))
+    assert (row["kernel"], row["passed"]) == (NAME, False)
+
+
+def test_every_kernel_moves_what_it_is_designed_to(tmp_path, capsys):
+    assert main(["traffic", "--quick", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "traffic.json").read_text())
+    assert report["failures"] == []
+    rows = report["rows"]
+    row_passes = [row for row in rows if "logprobs" in row["kernel"]]
+    assert len(row_passes) == 8
+    assert all(row["designed"] == 1.0 and row["ratio"] <= 1.05 for row in row_passes)
+    assert "over the least" in capsys.readouterr().out
+
+
+def test_failures_are_reported(tmp_path, monkeypatch, capsys):
+    case = Case("copy", "", lambda: copy(kernels.copy_kernel), (Kernel(NAME, 400),))
+    monkeypatch.setattr(traffic, "cases", lambda quick: [case])
+    assert main(["traffic", "--out", str(tmp_path)]) == 1
+    failures = json.loads((tmp_path / "traffic.json").read_text())["failures"]
+    assert failures[0] == f"copy, {NAME}: 2.000 times the least, not 1.000"
+    assert "gae._kernel: no case launches it" in failures
+    assert all(failure in capsys.readouterr().err for failure in failures[:1])
