@@ -9,6 +9,7 @@ import argparse
 import sys
 
 import benchmarks.compile
+import benchmarks.flops
 import benchmarks.kernels
 import benchmarks.memory
 import benchmarks.traffic
@@ -17,6 +18,7 @@ SUITES = {
     "kernels": benchmarks.kernels,
     "compile": benchmarks.compile,
     "traffic": benchmarks.traffic,
+    "flops": benchmarks.flops,
     "memory": benchmarks.memory,
 }
 

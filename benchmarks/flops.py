@@ -1,0 +1,161 @@
+"""Passes over the vocabulary that linear_logprobs takes, counted while it runs on a CPU, and those it is designed to.
+
+A pass is one product of all tokens with the output embedding, 2 N H V operations: the forward needs one, the gradients
+of hidden and weight one each. They are counted twice over: by FlopCounterMode, which takes the operation's own word for
+it, and by the profiler, which sees the matrix products themselves. The exit code is 1 when either differs from the
+design by more than a hundredth of a pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import operations, results
+from benchmarks.operations import IGNORED
+from benchmarks.results import Row
+from sppo_kernels import linear_logprobs
+
+FULL, QUICK = (1536, 64, 4096), (384, 16, 128)  # tokens, hidden size, vocabulary
+RANK = 1 / 16  # of the adapter, over the hidden size
+
+
+class Case(NamedTuple):
+    """A call, and the passes that it should take."""
+
+    name: str
+    passes: float
+    backward: str | None = "recompute"  # None: eager PyTorch
+    keep: float | None = None  # share of the tokens whose gradient of the logits may be kept
+    ignored: float = 0.0
+    clipped: float = 0.0
+    frozen: str = ""
+    adapter: bool = False
+    entropy: bool = False
+    gradients: bool = True
+
+
+CASES = [
+    Case("eager PyTorch", 3, backward=None),
+    Case("recompute", 4),
+    Case("cache", 3, "cache"),
+    Case("cache, a budget for half of the tokens", 3.5, "cache", keep=0.5),
+    Case("auto, a budget for half of the tokens", 3.5, "auto", keep=0.5),
+    Case("forward alone", 1, gradients=False),
+    Case("recompute, a third of the tokens without loss", 4 * 2 / 3, ignored=1 / 3),
+    Case("cache, a third of the tokens without loss", 3 * 2 / 3, "cache", ignored=1 / 3),
+    Case("recompute, a third of the tokens clipped", 1 + 3 * 2 / 3, clipped=1 / 3),
+    Case("cache, a third of the tokens clipped", 1 + 2 * 2 / 3, "cache", clipped=1 / 3),
+    Case("recompute, weight frozen", 3, frozen="weight"),
+    Case("cache, weight frozen", 2, "cache", frozen="weight"),
+    Case("cache, hidden frozen", 2, "cache", frozen="hidden"),
+    Case("cache, weight frozen, low-rank adapter", 2 + 3 * RANK, "cache", frozen="weight", adapter=True),
+    Case("recompute, gradient of the entropy", 4, entropy=True),
+    Case("cache, gradient of the entropy: nothing kept is of use", 4, "cache", entropy=True),
+]
+
+
+def step(case: Case, size: tuple[int, int, int]) -> Callable[[], object]:
+    """Forward and backward, in several blocks."""
+    tokens, hidden_size, vocab = size
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(tokens, hidden_size), torch.randn(vocab, hidden_size)
+    labels = torch.randint(vocab, (tokens,))
+    labels[: round(case.ignored * tokens)] = IGNORED
+    upstream = torch.randn(tokens)
+    upstream[: round(case.clipped * tokens)] = 0.0
+    leaves = {"hidden": hidden, "weight": weight}
+    if case.adapter:
+        rank = round(RANK * hidden_size)
+        leaves |= {"u": torch.randn(tokens, rank), "b": torch.randn(vocab, rank)}
+    wanted = [x.requires_grad_() for name, x in leaves.items() if name != case.frozen and case.gradients]
+
+    def run() -> None:
+        logprobs, entropy = _call(case, size, labels, **leaves)
+        if wanted:
+            loss = (logprobs * upstream).sum() + (entropy.sum() if case.entropy else 0.0)
+            torch.autograd.grad(loss, wanted)
+
+    return run
+
+
+def _call(
+    case: Case, size: tuple[int, int, int], labels: Tensor, hidden: Tensor, weight: Tensor, **adapter: Tensor
+) -> Any:
+    if case.backward is None:
+        return operations.eager_linear_logprobs(hidden, weight, labels).values()
+    tokens, _, vocab = size
+    return linear_logprobs(
+        hidden,
+        weight,
+        labels,
+        adapter=(adapter["u"], adapter["b"]) if adapter else None,
+        backward=case.backward,
+        logits_budget_bytes=None if case.keep is None else round(case.keep * tokens) * vocab * hidden.itemsize,
+        chunk_bytes=1,  # the least there is, so that several blocks of tokens go by
+        backend="torch",
+    )
+
+
+def count(case: Case, size: tuple[int, int, int]) -> Row:
+    """The row of a case."""
+    tokens, hidden, vocab = size
+    one = 2 * tokens * hidden * vocab
+    run = step(case, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that what was kept was of no use: a case is just that
+        with FlopCounterMode(display=False) as counter:
+            run()
+        with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
+            run()
+    products = sum(event.flops for event in profiler.events() if event.name in ("aten::mm", "aten::addmm"))
+    counted, seen = counter.get_total_flops() / one, products / one
+    return {"case": case.name, "designed": float(case.passes), "counted": counted, "products": seen}
+
+
+COLUMNS: results.Columns = {
+    "case": lambda row: row["case"],
+    "designed": lambda row: row["designed"],
+    "counted": lambda row: row["counted"],
+    "seen by the profiler": lambda row: row["products"],
+}
+
+
+def chart(rows: list[Row]) -> results.Chart:
+    """Passes of the cases."""
+    return results.Chart("passes over the vocabulary", [(row["case"], row["counted"]) for row in rows])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    results.add_out(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of the suite."""
+    size = QUICK if args.quick else FULL
+    rows: list[Row] = []
+    for i, case in enumerate(CASES):
+        print(f"[{i + 1}/{len(CASES)}] {case.name}", file=sys.stderr, flush=True)
+        rows.append(count(case, size))
+    failures = [
+        f"{row['case']}: {row['counted']:.3f} passes counted, {row['products']:.3f} seen, not {row['designed']:.3f}"
+        for row in rows
+        if max(abs(row[key] - row["designed"]) for key in ("counted", "products")) > 0.01
+    ]
+    names = dict(zip(("tokens", "hidden", "vocab"), size, strict=True))
+    results.write(
+        args.out / "flops.json", "flops", chart(rows), quick=args.quick, **names, failures=failures, rows=rows
+    )
+    print(f"{results.table(rows, COLUMNS)}\n\n{len(failures)} failures; written to {args.out / 'flops.json'}")
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0
