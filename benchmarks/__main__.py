@@ -13,6 +13,7 @@ import benchmarks.flops
 import benchmarks.kernels
 import benchmarks.memory
 import benchmarks.traffic
+import benchmarks.tune
 
 SUITES = {
     "kernels": benchmarks.kernels,
@@ -20,6 +21,7 @@ SUITES = {
     "traffic": benchmarks.traffic,
     "flops": benchmarks.flops,
     "memory": benchmarks.memory,
+    "tune": benchmarks.tune,
 }
 
 

@@ -1,0 +1,184 @@
+"""Which launch configuration of each kernel is fastest on this device, measured a class of shapes at a time.
+
+A kernel runs through its operation, forward or backward, with each of its candidates. One whose results stray from
+float64 further than the kernels suite allows has no time. The fastest is chosen where it saves at least 2 percent over
+the default. The choices are written to tuning.json, for ``sppo_kernels.tuning.load``, after each shape, so that a
+killed run leaves what it had; all times are in tune.json.
+
+Needs a GPU, or TRITON_INTERPRET=1 to try the suite with tiny sizes, where nothing is chosen: an interpreter's times say
+nothing. The exit code is 1 when a candidate is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import kernels, results, timing
+from benchmarks.kernels import MILLION
+from benchmarks.operations import OPERATIONS, Outputs, Point, Problem
+from benchmarks.results import Row
+from sppo_kernels import _common, tuning
+from sppo_kernels.tuning import TUNABLES, Config, Tunable
+
+GAIN = 0.02  # a configuration that saves less is as good as noise
+
+
+class Shape(NamedTuple):
+    """A kernel where it is tuned: the mode of its operation, the part of it that is timed, the length of its rows."""
+
+    kernel: str
+    operation: str
+    mode: str
+    part: str  # "forward" or "backward"
+    point: Point
+    dtype: torch.dtype
+    length: int
+    itemsize: int
+
+
+def shapes(tiny: bool) -> list[Shape]:
+    """Rows of logits of the usual vocabularies: half-precision ones that are given, float32 ones that are made."""
+    found = []
+    for vocab in (97,) if tiny else (151_936, 128_256, 49_152):
+        given, made = (
+            (Point(8, 8, vocab), Point(8, 8, vocab)) if tiny else (Point(4096, 0, vocab), Point(4096, 64, vocab))
+        )
+        for part in ("forward", "backward"):
+            kernel = f"selective_logprobs.{part}"
+            for dtype in (torch.bfloat16, torch.float32):
+                found.append(Shape(kernel, "selective_logprobs", "", part, given, dtype, vocab, dtype.itemsize))
+        # Of a small hidden size, so that the products beside the row pass are short.
+        found.append(
+            Shape("linear_logprobs.keep", "linear_logprobs", "cache", "forward", made, torch.bfloat16, vocab, 4)
+        )
+    tokens = 256 if tiny else MILLION
+    loss = Point(tokens, 0, 0)
+    found.append(
+        Shape(
+            "policy_loss", "policy_loss, token", "", "forward", loss, torch.float32, tokens // max(4, tokens // 8192), 4
+        )
+    )
+    return found
+
+
+class Tuner:
+    """Measures the candidates of one shape after another."""
+
+    def __init__(self, device: torch.device, out: Path) -> None:
+        self.device, self.out = device, out
+        self.judged = device.type != "cpu"
+        self.rows: list[Row] = []
+        self.failures: list[str] = []
+
+    def run(self, planned: list[Shape]) -> None:
+        tuning.reset()
+        for i, shape in enumerate(planned):
+            where = tuning.shape_class(shape.length, shape.itemsize)
+            print(f"[{i + 1}/{len(planned)}] {shape.kernel}, {where}", file=sys.stderr, flush=True)
+            self._tune(shape, where)
+            self.save()
+
+    def _tune(self, shape: Shape, where: str) -> None:
+        tunable = TUNABLES[shape.kernel]
+        operation = OPERATIONS[shape.operation]
+        torch.manual_seed(0)
+        problem = operation.make(shape.point, self.device, shape.dtype)
+        function = operation.ours("triton")[shape.mode]
+        truth, allowed = kernels.truth_and_tolerance(operation, problem)
+        rows: list[Row] = [{"kernel": shape.kernel, "shapes": where, **c._asdict()} for c in tunable.candidates]
+        for config, row in zip(tunable.candidates, rows, strict=True):
+            with tunable.using(config):
+                row |= kernels.check(problem, function, truth, allowed)
+        del truth
+        for config, row in zip(tunable.candidates, rows, strict=True):
+            if row["passed"]:
+                with tunable.using(config):
+                    row |= self._time(problem, function, shape.part)
+            else:
+                self._fail(f"{shape.kernel}, {where}, {tuple(config)}: errors {row['errors']}, allowed {allowed}")
+        self._choose(tunable, where, rows)
+        self.rows += rows
+
+    def _time(self, problem: Problem, function: Callable[..., Outputs], part: str) -> dict[str, float]:
+        repeats = 30 if self.judged else 2
+        if part == "forward":
+            return timing.measure(lambda: problem.forward(function), self.device, repeats)
+        outputs: list[Outputs] = []
+        step = {
+            "forward": lambda: outputs.append(problem.forward(function)),
+            "backward": self._backward(problem, outputs),
+        }
+        return timing.measure_parts(step, self.device, repeats, warmup=2)["backward"]
+
+    def _backward(self, problem: Problem, outputs: list[Outputs]) -> Callable[[], object]:
+        return lambda: problem.backward(outputs.pop())
+
+    def _choose(self, tunable: Tunable, where: str, rows: list[Row]) -> None:
+        """The first candidate is the default."""
+        timed = [row for row in rows if "ms" in row]
+        if not self.judged or not timed:
+            return
+        best = min(timed, key=lambda row: row["ms"])
+        default = rows[0].get("ms", float("inf"))
+        if best["ms"] < (1 - GAIN) * default:
+            tunable.choose(where, Config(best["block"], best["num_warps"]))
+            best["chosen"] = True
+        else:
+            rows[0]["chosen"] = True
+
+    def _fail(self, why: str) -> None:
+        self.failures.append(why)
+        print(f"FAILED {why}", file=sys.stderr)
+
+    def save(self) -> None:
+        tuning.save(self.out / "tuning.json")
+        results.write(
+            self.out / "tune.json",
+            "tune",
+            chart(self.rows),
+            device=results.device_name(self.device),
+            failures=self.failures,
+            rows=self.rows,
+        )
+
+
+COLUMNS: results.Columns = {
+    "kernel": lambda row: row["kernel"],
+    "rows up to": lambda row: row["shapes"],
+    "block": lambda row: row["block"],
+    "warps": lambda row: row["num_warps"],
+    "ms": lambda row: row.get("ms"),
+    "iqr": lambda row: row.get("iqr_ms"),
+    "": lambda row: "chosen" if row.get("chosen") else "wrong" if not row["passed"] else "",
+}
+
+
+def chart(rows: list[Row]) -> results.Chart:
+    """Times of the candidates."""
+    name = lambda row: f"{row['kernel']}, {row['shapes']}: {row['block']}/{row['num_warps']}"
+    return results.Chart("ms", [(name(row), row["ms"]) for row in rows if "ms" in row])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    results.add_out(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of the suite."""
+    if not torch.cuda.is_available() and not _common.INTERPRETED:
+        print("there is no GPU here; TRITON_INTERPRET=1 tries the suite in Triton's interpreter", file=sys.stderr)
+        return 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tuner = Tuner(device, args.out)
+    tuner.run(shapes(tiny=args.quick or device.type == "cpu"))
+    print(results.table(tuner.rows, COLUMNS))
+    judged = "" if tuner.judged else " (interpreted: times say nothing and nothing is chosen)"
+    print(f"\n{results.device_name(device)}{judged}; {len(tuner.failures)} failures; written to {args.out}/tuning.json")
+    return 1 if tuner.failures else 0

@@ -1,0 +1,109 @@
+"""The tuning suite: every candidate is checked and timed, the fastest chosen, and a killed run leaves what it had."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import timing, tune
+from benchmarks.__main__ import main
+from benchmarks.tune import Tuner, shapes
+from sppo_kernels import _common, tuning
+from sppo_kernels.tuning import TUNABLES, Config
+
+CPU = torch.device("cpu")
+POLICY = [shape for shape in shapes(tiny=True) if shape.kernel == "policy_loss"]
+needs_interpreter = pytest.mark.skipif(not _common.INTERPRETED, reason="tries the suite in Triton's interpreter")
+
+
+@pytest.fixture(autouse=True)
+def _defaults_again():
+    yield
+    tuning.reset()
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Candidates take as long as is said, in their order."""
+
+    def set_times(*ms):
+        times = iter(ms)
+        monkeypatch.setattr(timing, "measure", lambda *_: {"ms": next(times), "iqr_ms": 0.1})
+
+    return set_times
+
+
+@needs_interpreter
+def test_every_candidate_of_every_kernel_is_measured(tmp_path, capsys):
+    assert main(["tune", "--quick", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "tune.json").read_text())["rows"]
+    for name, tunable in TUNABLES.items():
+        measured = {(row["block"], row["num_warps"]) for row in rows if row["kernel"] == name}
+        assert measured == {tuple(config) for config in tunable.candidates}
+    assert all(row["passed"] and row["ms"] > 0 and "chosen" not in row for row in rows)
+    tuning.load(tmp_path / "tuning.json")
+    assert all(tunable.chosen == {} for tunable in TUNABLES.values())
+    assert "interpreted" in capsys.readouterr().out
+
+
+def test_real_shapes_are_the_usual_vocabularies():
+    planned = shapes(tiny=False)
+    assert {shape.kernel for shape in planned} == set(TUNABLES)
+    assert {shape.point.vocab for shape in planned if shape.point.vocab} == {151_936, 128_256, 49_152}
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("ms", "chosen"), [((2.0, 1.9, 1.0, 3.0), 2), ((2.0, 1.97, 3.0, 3.0), 0)])
+def test_the_fastest_is_chosen_where_it_gains(tmp_path, timed, ms, chosen):
+    timed(*ms)
+    tuner = Tuner(CPU, tmp_path)
+    tuner.judged = True
+    tuner.run(POLICY)
+    tuning.reset()
+    tuning.load(tmp_path / "tuning.json")
+    assert TUNABLES["policy_loss"].config(POLICY[0].length, 4) == TUNABLES["policy_loss"].candidates[chosen]
+    assert [row.get("chosen", False) for row in tuner.rows] == [i == chosen for i in range(4)]
+
+
+@needs_interpreter
+def test_a_wrong_candidate_is_withheld(tmp_path, timed, monkeypatch, capsys):
+    timed(2.0, 1.0, 1.5)
+    right = tune.kernels.check
+    wrong = Config(512, 16)
+
+    def check(problem, function, truth, allowed):
+        outcome = right(problem, function, truth, allowed)
+        return {**outcome, "passed": TUNABLES["policy_loss"].config(1, 4) != wrong}
+
+    monkeypatch.setattr(tune.kernels, "check", check)
+    tuner = Tuner(CPU, tmp_path)
+    tuner.judged = True
+    tuner.run(POLICY)
+    (withheld,) = (row for row in tuner.rows if not row["passed"])
+    assert (withheld["block"], withheld["num_warps"]) == wrong
+    assert "ms" not in withheld
+    assert "512, 16" in tuner.failures[0]
+    assert tuner.failures[0] in capsys.readouterr().err
+    assert TUNABLES["policy_loss"].config(POLICY[0].length, 4) == Config(256, 4)
+
+
+@needs_interpreter
+def test_a_killed_run_leaves_what_it_had(tmp_path, timed):
+    timed(2.0, 1.0, 1.5, 1.5)  # and no more: the second shape raises
+    tuner = Tuner(CPU, tmp_path)
+    tuner.judged = True
+    with pytest.raises(StopIteration):
+        tuner.run(POLICY * 2)
+    tuning.load(tmp_path / "tuning.json")
+    assert TUNABLES["policy_loss"].config(POLICY[0].length, 4) == Config(512, 16)
+
+
+def test_without_a_gpu_it_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_common, "INTERPRETED", False)
+    assert main(["tune", "--out", str(tmp_path)]) == 2
+    assert "TRITON_INTERPRET=1" in capsys.readouterr().err
