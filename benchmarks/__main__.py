@@ -10,6 +10,7 @@ import sys
 
 import benchmarks.compile
 import benchmarks.flops
+import benchmarks.gpu
 import benchmarks.kernels
 import benchmarks.memory
 import benchmarks.traffic
@@ -22,6 +23,7 @@ SUITES = {
     "flops": benchmarks.flops,
     "memory": benchmarks.memory,
     "tune": benchmarks.tune,
+    "gpu": benchmarks.gpu,
 }
 
 
