@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-gpu lint format compile-report clean
+.PHONY: quickstart test test-gpu lint format bench bench-gpu clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/sppo train quickstart
@@ -26,8 +26,13 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-compile-report: $(VENV)/ready
-	$(BIN)/python -m benchmarks compile
+# Every benchmark suite in its quick form, without a GPU, in under 10 minutes; bench-gpu is all that wants a GPU, in 8.
+bench: $(VENV)/ready
+	for suite in compile traffic flops memory kernels gpu report; do $(BIN)/python -m benchmarks $$suite --quick || exit 1; done
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-max-time=0.1 --benchmark-columns=median,iqr,rounds
+
+bench-gpu: $(VENV)/ready
+	$(BIN)/python -m benchmarks gpu
 
 # Made again when what is to be installed changes; the stamp is written last, so a broken install is not taken for a whole one.
 $(VENV)/ready: setup.py pyproject.toml

@@ -13,6 +13,7 @@ import benchmarks.flops
 import benchmarks.gpu
 import benchmarks.kernels
 import benchmarks.memory
+import benchmarks.report
 import benchmarks.traffic
 import benchmarks.tune
 
@@ -24,6 +25,7 @@ SUITES = {
     "memory": benchmarks.memory,
     "tune": benchmarks.tune,
     "gpu": benchmarks.gpu,
+    "report": benchmarks.report,
 }
 
 

@@ -1,0 +1,186 @@
+"""The tables of README and docs, and the charts, made of the committed results.
+
+A table stands in a page between ``<!-- table: NAME DEVICE -->`` and ``<!-- end -->``; what is between is made of the
+files in benchmarks/results/DEVICE and is not to be edited. Without options pages and charts are brought up to date;
+``--check`` changes nothing, and the exit code is 1 when a page is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import compile, flops, kernels, memory, results, traffic, tune
+from benchmarks.results import Row, markdown
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+PAGES = ("README.md", "docs/results.md", "docs/log-probabilities.md")
+GIB = 1 << 30
+_TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
+
+Report = dict[str, Any]
+
+
+def load(folder: Path, suite: str) -> list[Report]:
+    """The reports of a suite in a folder, in the order of their names."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [report for report in reports if report.get("suite") == suite]
+
+
+def _one(folder: Path, suite: str) -> Report:
+    reports = load(folder, suite)
+    if len(reports) != 1:
+        raise ValueError(f"{folder} holds {len(reports)} reports of the suite {suite}, where a table needs one")
+    return reports[0]
+
+
+# The tables
+
+
+def memory_table(folder: Path) -> str:
+    """A line a case, a column a size."""
+    sizes: dict[str, dict[str, Row]] = {}
+    for row in _one(folder, "memory")["rows"]:
+        size = f"{row['tokens']:,} tokens, `H` = {row['hidden']:,}, `V` = {row['vocab']:,}"
+        sizes.setdefault(size, {})[row["case"]] = row
+    cases = list(dict.fromkeys(case for found in sizes.values() for case in found))
+    columns: results.Columns = {"peak, GiB": lambda row: row["case"]}
+    for size, found in sizes.items():
+        columns[size] = lambda row, found=found: _peak(found.get(row["case"]))
+    return markdown([{"case": case} for case in cases], columns)
+
+
+def _peak(row: Row | None) -> str:
+    if row is None:
+        return ""
+    kept = f" ({row['kept_bytes'] / GIB:.2f} kept)" if row["kept_bytes"] else ""
+    return f"{row['peak_bytes'] / GIB:.2f}{kept}"
+
+
+def compile_table(folder: Path) -> str:
+    """A line a kernel: the most registers that any of its launches takes, on each target."""
+    report = _one(folder, "compile")
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in report["rows"]:
+        found.setdefault((row["module"].rpartition(".")[2], row["kernel"]), []).append(row)
+    lines = [
+        {
+            "kernel": f"`{module}.{kernel}`",
+            "launches": len(rows),
+            "spills": sum(row["spills"] for row in rows),
+            **{
+                target: max(row["registers"] for row in rows if row["target"] == target) for target in report["targets"]
+            },
+        }
+        for (module, kernel), rows in found.items()
+    ]
+    return markdown(lines, {key: lambda row, key=key: row[key] for key in lines[0]})
+
+
+def passes_table(folder: Path) -> str:
+    return markdown(_one(folder, "flops")["rows"], flops.COLUMNS)
+
+
+def traffic_table(folder: Path) -> str:
+    return markdown(_one(folder, "traffic")["rows"], traffic.COLUMNS)
+
+
+def kernels_table(folder: Path) -> str:
+    """A table for each operation at each point, and the claims that were judged."""
+    texts = []
+    for report in load(folder, "kernels"):
+        for title, rows in kernels.by_item(report["rows"]).items():
+            texts.append(f"**{title}**\n\n{markdown(rows, kernels.COLUMNS)}")
+        if report["claims"]:
+            texts.append(
+                markdown(report["claims"], {key: lambda row, key=key: row[key] for key in report["claims"][0]})
+            )
+    return "\n\n".join(texts)
+
+
+def ways_table(folder: Path) -> str:
+    """A line a point: ours beside the others, forward and backward together."""
+    rows = [row for report in load(folder, "kernels") for row in report["rows"]]
+    return markdown(kernels.summaries(rows), kernels.SUMMARY)
+
+
+def quickstart_table(folder: Path) -> str:
+    """A line a seed."""
+    rows = [{"seed": path.stem.removeprefix("quickstart-seed"), **json.loads(path.read_text())}
+            for path in sorted(folder.glob("quickstart-seed*.json"))]  # fmt: skip
+    columns: results.Columns = {
+        "seed": lambda row: row["seed"],
+        "accuracy before": lambda row: f"{row['accuracy_before']:.3f}",
+        "after": lambda row: f"{row['accuracy_after']:.3f}",
+        "generated tokens": lambda row: f"{row['generated_tokens']:,}",
+    }
+    return markdown(rows, columns)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "memory": memory_table,
+    "compile": compile_table,
+    "passes": passes_table,
+    "traffic": traffic_table,
+    "quickstart": quickstart_table,
+    "kernels": kernels_table,
+    "ways": ways_table,
+}
+CHARTS = {"kernels": kernels, "memory": memory, "flops": flops, "traffic": traffic, "compile": compile, "tune": tune}
+
+
+# Into the pages
+
+
+def render(page: str, folder: Path) -> str:
+    """A page with its tables made anew of the results under ``folder``."""
+
+    def made(match: re.Match[str]) -> str:
+        head, name, device, end = match.groups()
+        if name not in TABLES:
+            raise ValueError(f"there is no table {name!r}, only {', '.join(TABLES)}")
+        return f"{head}{TABLES[name](folder / device)}\n{end}"
+
+    return _TABLE.sub(made, page)
+
+
+def draw_charts(folder: Path) -> None:
+    """The chart of each report beside it."""
+    for path in sorted(folder.glob("*/*.json")):
+        report = json.loads(path.read_text())
+        if report.get("suite") in CHARTS:
+            results.draw(path.with_suffix(".png"), CHARTS[report["suite"]].chart(report["rows"]))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--check", "--quick", action="store_true", help="change nothing, say which pages are out of date"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT, metavar="DIR", help="where the pages are (the repository)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of the suite."""
+    stale = []
+    for name in PAGES:
+        page = args.out / name
+        old = page.read_text()
+        new = render(old, args.out / RESULTS.relative_to(ROOT))
+        if new != old:
+            stale.append(name)
+            if not args.check:
+                page.write_text(new)
+        tables = len(_TABLE.findall(new))
+        print(f"{name}: {tables} tables{', out of date' if new != old and args.check else ''}")
+    if not args.check:
+        draw_charts(args.out / RESULTS.relative_to(ROOT))
+        return 0
+    if stale:
+        print(f"run python -m benchmarks report: {', '.join(stale)}", file=sys.stderr)
+    return 1 if stale else 0

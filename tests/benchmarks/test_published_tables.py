@@ -1,0 +1,91 @@
+"""The report: the committed pages are what the committed results make of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import report
+from benchmarks.__main__ import main
+from benchmarks.report import PAGES, RESULTS, ROOT, TABLES, render
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The pages and their results somewhere else."""
+    for name in PAGES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(RESULTS, tmp_path / RESULTS.relative_to(ROOT))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_committed_tables_are_what_the_results_make(name):
+    page = (ROOT / name).read_text()
+    assert "<!-- table: " in page
+    assert page == render(page, RESULTS), f"{name} is out of date: run python -m benchmarks report"
+
+
+def test_every_table_is_in_a_page():
+    pages = "".join((ROOT / name).read_text() for name in PAGES)
+    without_a_device_yet = {"kernels"}
+    assert {name for name in TABLES if f"<!-- table: {name} " in pages} == set(TABLES) - without_a_device_yet
+
+
+def test_an_edited_table_is_found_and_made_again(copy, capsys):
+    page = copy / "docs/results.md"
+    right = page.read_text()
+    page.write_text(right.replace("0.828", "0.999"))
+    assert main(["report", "--check", "--out", str(copy)]) == 1
+    assert "docs/results.md" in capsys.readouterr().err
+    assert "0.999" in page.read_text()
+    assert main(["report", "--out", str(copy)]) == 0
+    assert page.read_text() == right
+    assert main(["report", "--check", "--out", str(copy)]) == 0
+
+
+def test_a_changed_result_is_found(copy):
+    file = copy / "benchmarks/results/cpu/memory.json"
+    content = json.loads(file.read_text())
+    content["rows"][0]["peak_bytes"] *= 2
+    file.write_text(json.dumps(content))
+    assert main(["report", "--check", "--out", str(copy)]) == 1
+
+
+def test_charts_are_drawn_of_every_report_that_has_one(copy):
+    folder = copy / "benchmarks/results/cpu"
+    for chart in folder.glob("*.png"):
+        chart.unlink()
+    assert main(["report", "--out", str(copy)]) == 0
+    assert {chart.stem for chart in folder.glob("*.png")} == {
+        file.stem for file in folder.glob("*.json") if "suite" in json.loads(file.read_text())
+    }
+
+
+def test_the_table_of_a_gpu_run_has_parts_and_claims(tmp_path):
+    row = {"operation": "gae", "tokens": 8, "hidden": 1, "vocab": 0, "ignored": 0, "clipped": 0, "logits": "peaked"}
+    rows = [
+        {**row, "part": "headline", "way": way, "both_ms": ms} for way, ms in (("ours", 2.0), ("eager PyTorch", 9.0))
+    ]
+    claims = [{"part": "headline", "claim": "fast", "measured": 4.5, "held": True}]
+    (tmp_path / "h100").mkdir()
+    (tmp_path / "h100/kernels.json").write_text(json.dumps({"suite": "kernels", "rows": rows, "claims": claims}))
+    page = render("<!-- table: kernels h100 -->\n<!-- end -->\n<!-- table: ways h100 -->\nold\n<!-- end -->", tmp_path)
+    assert "**gae: 8 tokens (headline)**" in page
+    assert "| ours |  |  | 2.00 |" in page
+    assert "| headline | fast | 4.50 | True |" in page
+    assert "| gae: 8 tokens (headline) | ours | 2.00 | eager PyTorch | 9.00 | 9.00 |  |" in page
+    assert "old" not in page
+
+
+def test_what_cannot_be_made_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no table 'none'"):
+        render("<!-- table: none cpu -->\n<!-- end -->", RESULTS)
+    with pytest.raises(ValueError, match="holds 0 reports of the suite memory"):
+        render("<!-- table: memory cpu -->\n<!-- end -->", tmp_path)
+    assert report.render("no tables", tmp_path) == "no tables"
