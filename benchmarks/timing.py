@@ -108,7 +108,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Measured here and now: copying, in GB/s read plus written, and a large matrix product, in TFLOP/s."""
-    size, n = (1 << 30, 8192) if device.type != "cpu" else (1 << 27, 2048)
+    size, n = (1 << 30, 8192) if device.type != "cpu" else (1 << 26, 1024)
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
