@@ -163,7 +163,7 @@ def _make_selective(point: Point, device: torch.device, dtype: torch.dtype) -> P
 
 def _make_policy_loss(point: Point, device: torch.device, dtype: torch.dtype) -> Problem:
     """Packed responses of very different lengths; log-probabilities are float32 whatever the model's dtype."""
-    n, sequences = point.tokens, max(4, point.tokens // _LENGTH)
+    n, sequences = point.tokens, responses(point.tokens)
     cuts = torch.randint(n + 1, (sequences - 1,), device=device, dtype=torch.int32).sort().values
     old = torch.randn(n, device=device).abs().neg()
     logprobs = old + 0.2 * torch.randn(n, device=device)
@@ -178,7 +178,7 @@ def _make_policy_loss(point: Point, device: torch.device, dtype: torch.dtype) ->
 
 def _make_prompt_value(point: Point, device: torch.device, dtype: torch.dtype) -> Problem:
     """Packed prompts of 256 tokens."""
-    prompts = max(1, point.tokens // 256)
+    prompts = _prompts(point)
     tensors = {
         "hidden": torch.randn(point.tokens, point.hidden, device=device, dtype=dtype).requires_grad_(),
         "weight": torch.randn(1, point.hidden, device=device, dtype=dtype).mul_(point.hidden**-0.5).requires_grad_(),
@@ -201,9 +201,21 @@ def _make_whiten(point: Point, device: torch.device, dtype: torch.dtype) -> Prob
 
 def _make_group_advantages(point: Point, device: torch.device, dtype: torch.dtype) -> Problem:
     """As many responses as a step has, not tokens: groups of 8."""
-    responses = max(8, point.tokens // _LENGTH * 8)
-    rewards = torch.rand(responses, device=device)
-    return Problem({"rewards": rewards, "group_ids": torch.arange(responses, device=device) // 8})
+    rewards = torch.rand(_group_members(point), device=device)
+    return Problem({"rewards": rewards, "group_ids": torch.arange(len(rewards), device=device) // 8})
+
+
+def responses(tokens: int) -> int:
+    """Packed responses that policy_loss's tokens are cut into."""
+    return max(4, tokens // _LENGTH)
+
+
+def _prompts(point: Point) -> int:
+    return max(1, point.tokens // 256)
+
+
+def _group_members(point: Point) -> int:
+    return max(8, point.tokens // _LENGTH * 8)
 
 
 def _rows_of_responses(point: Point) -> tuple[int, int]:
@@ -259,7 +271,8 @@ def _evaluate_linear(problem: Problem, dtype: torch.dtype, finish: Function) -> 
     return {**outputs, "d hidden": torch.cat(dh), "d weight": dw.to(dtype)}
 
 
-def _values(logprobs: Tensor, entropy: Tensor, **_: Tensor) -> Outputs:
+def values(logprobs: Tensor, entropy: Tensor, **_: Tensor) -> Outputs:
+    """The outputs of linear_logprobs itself."""
     return {"logprobs": logprobs, "entropy": entropy}
 
 
@@ -312,12 +325,9 @@ def named(function: Callable[..., Any], *names: str, **settings: Any) -> Functio
 
     def call(**tensors: Tensor) -> Outputs:
         out = function(**tensors, **settings)
-        out = (
-            out._asdict()
-            if hasattr(out, "_asdict")
-            else dict(zip(names, [out] if len(names) == 1 else out, strict=True))
-        )
-        return {name: x for name, x in out.items() if isinstance(x, Tensor)}
+        if hasattr(out, "_asdict"):
+            return {name: x for name, x in out._asdict().items() if isinstance(x, Tensor)}
+        return dict(zip(names, (out,) if isinstance(out, Tensor) else out, strict=True))
 
     return call
 
@@ -345,21 +355,22 @@ def _policy_loss_work(point: Point, dtype: torch.dtype) -> Work:
 
 def _prompt_value_work(point: Point, dtype: torch.dtype) -> Work:
     """The last token of each prompt; the gradient of all hidden states, most of it zeros."""
-    read = point.tokens // 256 * point.hidden * dtype.itemsize
+    read = _prompts(point) * point.hidden * dtype.itemsize
     return Work(forward_bytes=read, backward_bytes=read + point.tokens * point.hidden * dtype.itemsize)
 
 
 def _gae_work(point: Point, dtype: torch.dtype) -> Work:
+    """As if the mask left nothing out."""
     return Work(forward_bytes=(4 + 4 + 1 + 4 + 4) * math.prod(_rows_of_responses(point)))
 
 
 def _whiten_work(point: Point, dtype: torch.dtype) -> Work:
-    """Read twice: mean and variance come before the first result."""
+    """Read twice, since mean and variance come before the first result; as if the mask left nothing out."""
     return Work(forward_bytes=(2 * (4 + 1) + 4) * math.prod(_rows_of_responses(point)))
 
 
 def _group_work(point: Point, dtype: torch.dtype) -> Work:
-    return Work(forward_bytes=(4 + 8 + 4) * max(8, point.tokens // _LENGTH * 8))
+    return Work(forward_bytes=(4 + 8 + 4) * _group_members(point))
 
 
 # Ours, on a given backend
@@ -393,7 +404,7 @@ def _small(
 
 
 OPERATIONS: dict[str, Operation] = {
-    "linear_logprobs": _linear(_make_linear_logprobs, _values, _values),
+    "linear_logprobs": _linear(_make_linear_logprobs, values, values),
     "linear_logprobs, mean NLL": _linear(_make_linear_nll, mean_nll, mean_nll),
     "linear_logprobs + policy_loss": _linear(
         _make_linear_policy_loss,

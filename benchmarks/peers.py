@@ -79,27 +79,18 @@ def _torch_chunked(reduction: str) -> Maker:
 # TRL's
 
 
-def _of_kept(function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, labels: Tensor) -> Outputs:
-    """For a function without an ``ignore_index``: only the tokens that bear loss are given to it."""
-    keep = labels != IGNORED
-    logprobs, entropy = function(x[keep], labels[keep])
-    zeros = torch.zeros(len(labels), dtype=torch.float32, device=labels.device)
-    return {"logprobs": zeros.masked_scatter(keep, logprobs.float()), "entropy": entropy}
-
-
 def _trl_chunked(finish: Function) -> Maker:
-    """With the vocabulary in tiles of 32,768, as its trainers call it."""
+    """As its trainers call it: with the vocabulary in tiles of 32,768, on the tokens that bear loss alone."""
 
     def make(device: torch.device) -> Function:
         from trl.kernels import ChunkedLogProbFunction
 
         def call(hidden: Tensor, weight: Tensor, labels: Tensor, **other: Tensor) -> Outputs:
-            score = lambda h, y: ChunkedLogProbFunction.apply(h, weight, None, y, 1.0, 32_768, None, 1.0, ("entropy",))[
-                :2
-            ]
-            out = _of_kept(score, hidden, labels)
-            entropy = torch.zeros_like(out["logprobs"]).masked_scatter(labels != IGNORED, out["entropy"])
-            return finish(logprobs=out["logprobs"], entropy=entropy, labels=labels, **other)
+            keep = labels != IGNORED
+            settings = (1.0, 32_768, None, 1.0, ("entropy",))  # temperature, tile, softcap, scale, what to give
+            found = ChunkedLogProbFunction.apply(hidden[keep], weight, None, labels[keep], *settings)
+            logprobs, entropy = (x.new_zeros(keep.shape).masked_scatter(keep, x) for x in found[:2])
+            return finish(logprobs=logprobs, entropy=entropy, labels=labels, **other)
 
         return call
 
@@ -188,9 +179,7 @@ PEERS: dict[str, dict[str, Maker]] = {
     "linear_logprobs": {
         **_of_pytorch(operations.eager_linear_logprobs),
         "torch linear_cross_entropy": _torch_chunked("none"),
-        "TRL ChunkedLogProbFunction": _trl_chunked(
-            lambda logprobs, entropy, **_: {"logprobs": logprobs, "entropy": entropy}
-        ),
+        "TRL ChunkedLogProbFunction": _trl_chunked(operations.values),
         "Liger FLCE": _liger_cross_entropy("none"),
         "cut-cross-entropy": _cut_cross_entropy("none"),
     },

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compile, flops, kernels, memory, results, traffic, tune
+from benchmarks import claims, compile, flops, kernels, memory, results, traffic, tune
 from benchmarks.results import Row, markdown
 
 ROOT = Path(__file__).parents[1]
@@ -98,9 +98,7 @@ def kernels_table(folder: Path) -> str:
         for title, rows in kernels.by_item(report["rows"]).items():
             texts.append(f"**{title}**\n\n{markdown(rows, kernels.COLUMNS)}")
         if report["claims"]:
-            texts.append(
-                markdown(report["claims"], {key: lambda row, key=key: row[key] for key in report["claims"][0]})
-            )
+            texts.append(markdown(report["claims"], claims.COLUMNS))
     return "\n\n".join(texts)
 
 

@@ -40,6 +40,11 @@ def add_out(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def this_device() -> torch.device:
+    """The GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def device_name(device: torch.device) -> str:
     """As its maker calls it; of a CPU the model, where the system tells it."""
     if device.type != "cpu":

@@ -10,13 +10,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import kernels, timing
+from benchmarks import checking, results, timing
 from benchmarks.operations import OPERATIONS, Point
 from benchmarks.peers import PEERS
 
 pytest.importorskip("pytest_benchmark")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = results.this_device()
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 POINT = Point(4096, 1024, 32_768) if DEVICE.type == "cuda" else Point(512, 64, 4096)
 
@@ -29,8 +29,8 @@ def test_step(benchmark, name, way):
     torch.manual_seed(0)
     problem = operation.make(POINT, DEVICE, DTYPE)
     function = PEERS[name][way](DEVICE) if way in PEERS[name] else next(iter(operation.ours(None).values()))
-    truth, allowed = kernels.truth_and_tolerance(operation, problem)
-    assert kernels.check(problem, function, truth, allowed)["passed"]
+    truth, allowed = checking.truth_and_tolerance(operation, problem)
+    assert checking.check(problem, function, truth, allowed)["passed"]
 
     def step() -> None:
         problem.results(function)

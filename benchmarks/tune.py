@@ -14,14 +14,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from benchmarks import kernels, results, timing
-from benchmarks.kernels import MILLION
-from benchmarks.operations import OPERATIONS, Outputs, Point, Problem
+from benchmarks import checking, results, timing
+from benchmarks.operations import OPERATIONS, Outputs, Point, Problem, responses
+from benchmarks.plans import MILLION
 from benchmarks.results import Row
 from sppo_kernels import _common, tuning
 from sppo_kernels.tuning import TUNABLES, Config, Tunable
@@ -46,24 +47,17 @@ def shapes(tiny: bool) -> list[Shape]:
     """Rows of logits of the usual vocabularies: half-precision ones that are given, float32 ones that are made."""
     found = []
     for vocab in (97,) if tiny else (151_936, 128_256, 49_152):
-        given, made = (
-            (Point(8, 8, vocab), Point(8, 8, vocab)) if tiny else (Point(4096, 0, vocab), Point(4096, 64, vocab))
-        )
-        for part in ("forward", "backward"):
+        # Of a small hidden size, so that linear_logprobs' products beside the row pass are short.
+        point = Point(8 if tiny else 4096, 8 if tiny else 64, vocab)
+        for part, dtype in product(("forward", "backward"), (torch.bfloat16, torch.float32)):
             kernel = f"selective_logprobs.{part}"
-            for dtype in (torch.bfloat16, torch.float32):
-                found.append(Shape(kernel, "selective_logprobs", "", part, given, dtype, vocab, dtype.itemsize))
-        # Of a small hidden size, so that the products beside the row pass are short.
-        found.append(
-            Shape("linear_logprobs.keep", "linear_logprobs", "cache", "forward", made, torch.bfloat16, vocab, 4)
-        )
+            found.append(Shape(kernel, "selective_logprobs", "", part, point, dtype, vocab, dtype.itemsize))
+        kernel = "linear_logprobs.keep"
+        found.append(Shape(kernel, "linear_logprobs", "cache", "forward", point, torch.bfloat16, vocab, 4))
     tokens = 256 if tiny else MILLION
-    loss = Point(tokens, 0, 0)
-    found.append(
-        Shape(
-            "policy_loss", "policy_loss, token", "", "forward", loss, torch.float32, tokens // max(4, tokens // 8192), 4
-        )
-    )
+    length = tokens // responses(tokens)
+    point = Point(tokens, 0, 0)
+    found.append(Shape("policy_loss", "policy_loss, token", "", "forward", point, torch.float32, length, 4))
     return found
 
 
@@ -90,11 +84,11 @@ class Tuner:
         torch.manual_seed(0)
         problem = operation.make(shape.point, self.device, shape.dtype)
         function = operation.ours("triton")[shape.mode]
-        truth, allowed = kernels.truth_and_tolerance(operation, problem)
+        truth, allowed = checking.truth_and_tolerance(operation, problem)
         rows: list[Row] = [{"kernel": shape.kernel, "shapes": where, **c._asdict()} for c in tunable.candidates]
         for config, row in zip(tunable.candidates, rows, strict=True):
             with tunable.using(config):
-                row |= kernels.check(problem, function, truth, allowed)
+                row |= checking.check(problem, function, truth, allowed)
         del truth
         for config, row in zip(tunable.candidates, rows, strict=True):
             if row["passed"]:
@@ -110,14 +104,10 @@ class Tuner:
         if part == "forward":
             return timing.measure(lambda: problem.forward(function), self.device, repeats)
         outputs: list[Outputs] = []
-        step = {
-            "forward": lambda: outputs.append(problem.forward(function)),
-            "backward": self._backward(problem, outputs),
-        }
+        forward = lambda: outputs.append(problem.forward(function))
+        backward = lambda: problem.backward(outputs.pop())
+        step = {"forward": forward, "backward": backward}
         return timing.measure_parts(step, self.device, repeats, warmup=2)["backward"]
-
-    def _backward(self, problem: Problem, outputs: list[Outputs]) -> Callable[[], object]:
-        return lambda: problem.backward(outputs.pop())
 
     def _choose(self, tunable: Tunable, where: str, rows: list[Row]) -> None:
         """The first candidate is the default."""
@@ -175,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available() and not _common.INTERPRETED:
         print("there is no GPU here; TRITON_INTERPRET=1 tries the suite in Triton's interpreter", file=sys.stderr)
         return 2
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = results.this_device()
     tuner = Tuner(device, args.out)
     tuner.run(shapes(tiny=args.quick or device.type == "cpu"))
     print(results.table(tuner.rows, COLUMNS))

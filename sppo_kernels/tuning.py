@@ -48,17 +48,17 @@ class Tunable:
         TUNABLES[name] = self
 
     def config(self, length: int, itemsize: int) -> Config:
-        """For rows of ``length`` elements of ``itemsize`` bytes."""
+        """What to launch for rows of ``length`` elements of ``itemsize`` bytes."""
         return self._forced or self.chosen.get(shape_class(length, itemsize), self.default)
 
     def choose(self, shapes: str, config: Config) -> None:
-        """Launch ``config`` for a class of shapes from now on."""
+        """Launch ``config`` for a class of shapes (see ``shape_class``) from now on. ValueError: no candidate."""
         self._check(config)
         self.chosen = {**self.chosen, shapes: config}
 
     @contextlib.contextmanager
     def using(self, config: Config) -> Iterator[None]:
-        """Launch ``config`` whatever the shape, in all threads, while this lasts."""
+        """Launch ``config`` whatever the shape, in all threads, while this lasts. ValueError: no candidate."""
         self._check(config)
         before, self._forced = self._forced, config
         try:
@@ -86,7 +86,7 @@ def reset() -> None:
 
 
 def save(path: str | os.PathLike[str]) -> None:
-    """Write what is chosen, and on which device it was measured, to a JSON file, whole or not at all."""
+    """Write what is chosen, and the name of this device, to a JSON file, whole or not at all. OSError: it cannot be."""
     content = {
         "format": _FORMAT,
         "device": _device_name(),

@@ -34,11 +34,15 @@ def run_parts(tmp_path, monkeypatch):
 
 
 def is_running(pid):
-    """A process that nobody has waited for yet (an orphan's new parent may take a while) is not."""
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
+    """Still, after a while: a killed process takes a moment, and is a zombie until its new parent has waited for it."""
+    for _ in range(50):
+        try:
+            if "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text():
+                return False
+        except FileNotFoundError:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 ROW = {"operation": "gae", "tokens": 8, "hidden": 1, "vocab": 0, "ignored": 0, "clipped": 0, "logits": "peaked"}
@@ -82,7 +86,7 @@ time.sleep(99)
     code, report = run_parts(("saving", SAVE + hang, 6))
     assert time.monotonic() - start < 60
     assert not is_running(int(pid.read_text()))  # what a part started ends with it
-    assert (code, report["failures"]) == (0, [])
+    assert (code, report["failures"]) == (1, ["saving: stopped at its limit"])
     assert report["parts"][0]["outcome"] == "stopped at its limit"
     out = tmp_path / "out"
     merged = json.loads((out / "kernels.json").read_text())
@@ -132,6 +136,19 @@ def test_no_part_begins_after_the_deadline(tmp_path, monkeypatch):
     session.deadline = time.monotonic() + 1
     session.run()
     assert [row["outcome"] for row in session.done] == ["no time left"]
+    assert session.failures == ["late: no time left"]
+
+
+def test_the_last_part_takes_what_time_is_left(tmp_path, monkeypatch):
+    command = ["-c", "import time; time.sleep(99)"]
+    made = lambda folder, dry: [Part("first", command, 6, open_ended=True), Part("second", command, 6, open_ended=True)]
+    monkeypatch.setattr(gpu, "parts", made)
+    session = Session(tmp_path, dry=True)
+    session.deadline = time.monotonic() + 7
+    session.run()
+    assert [row["outcome"] for row in session.done] == ["stopped at its limit", "no time left"]
+    assert session.failures == []
+    assert [part.open_ended for part in parts(tmp_path, dry=False)] == [False] * 6 + [True]
 
 
 def test_the_most_valuable_fits_into_the_time(tmp_path):

@@ -72,14 +72,14 @@ def test_the_fastest_is_chosen_where_it_gains(tmp_path, timed, ms, chosen):
 @needs_interpreter
 def test_a_wrong_candidate_is_withheld(tmp_path, timed, monkeypatch, capsys):
     timed(2.0, 1.0, 1.5)
-    right = tune.kernels.check
+    right = tune.checking.check
     wrong = Config(512, 16)
 
     def check(problem, function, truth, allowed):
         outcome = right(problem, function, truth, allowed)
         return {**outcome, "passed": TUNABLES["policy_loss"].config(1, 4) != wrong}
 
-    monkeypatch.setattr(tune.kernels, "check", check)
+    monkeypatch.setattr(tune.checking, "check", check)
     tuner = Tuner(CPU, tmp_path)
     tuner.judged = True
     tuner.run(POLICY)
