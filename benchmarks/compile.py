@@ -396,10 +396,12 @@ def _linear_logprobs_cases() -> Iterator[Case]:
         hidden, weight = (torch.zeros(n, 64, dtype=dtype, requires_grad=True) for n in (16, vocab))
         labels = torch.zeros(16, dtype=torch.int64)
         settings = {"softcap": softcap, "backward": backward, "backend": "triton"}
-        _backward(*sppo_kernels.linear_logprobs(hidden, weight, labels, **settings))
+        out = sppo_kernels.linear_logprobs(hidden, weight, labels, **settings)
+        out.logprobs.sum().backward(retain_graph=True)
+        out.entropy.sum().backward()
 
     for (name, dtype), vocab, softcap, backward in product(
-        DTYPES.items(), VOCABULARIES, (30.0, None), ("recompute", "cache")
+        DTYPES.items(), VOCABULARIES, (30.0, None), ("recompute", "cache", "sparse")
     ):
         label = f"{name} V={vocab}{' softcap' if softcap else ''} {backward}"
         yield Case("linear_logprobs", label, functools.partial(call, dtype, vocab, softcap, backward))

@@ -152,12 +152,13 @@ def linear_logprobs_peak(size: Size, setting: Setting) -> tuple[int, int]:
             Allocations([hidden, weight, labels, temperature, *upstream]) as allocations,
         ):
             given = [hidden], [weight], None, labels, temperature
-            made = linear._forward(*given, 0.0, -100, backward, budget, chunk_bytes, "", "triton")
+            made = linear._forward(*given, 0.0, -100, backward, budget, chunk_bytes, 1e-4, 1, "", "triton")
             grads: list[Tensor] = []
             if gradients:
                 needs = [True, True, False]
-                grads = linear._backward(*upstream, *given, *made[1:], needs, 0.0, -100, chunk_bytes, "", "triton")
-        return allocations.peak(apart_from=grads), made[3].untyped_storage().nbytes()
+                saved = *made[1:3], *made[5:]
+                grads = linear._backward(*upstream, *given, *saved, needs, 0.0, -100, chunk_bytes, "", "triton")
+        return allocations.peak(apart_from=grads), made[5].untyped_storage().nbytes()
 
 
 def eager_peak(size: Size, entropy_gradient: bool) -> int:

@@ -6,8 +6,10 @@ Only tokens that bear loss are projected. They go by in chunks; of each chunk th
 logits in float32, and a row pass takes from them what is needed:
 
     forward     hidden --(W^T)--> logits --(row pass)--> logprob, entropy, row maximum, log-sum
-                                  logits --(row pass)--> E, of as many tokens as may be kept
+                                  logits --(row pass)--> E, of as many tokens as may be kept; or the few entries of E
+                                                         that matter, of every token
     backward    of a token whose E was kept:    E, c
+                of a token whose entries were:  the entries, c    (see _sparse.py)
                 of any other:    hidden --(W^T)--> logits --(row pass)--> c E, and the entropy's part
                 E --(W)--> d hidden            E^T --(hidden)--> d weight, added up in float32
 
@@ -16,7 +18,7 @@ t's logits as c_t E_t / tau, with c_t its upstream gradient, and c_t goes on to 
 the entropy's gradient is not of this form: a token that has one is done again from its logits.
 
 A pass is 2 N H V operations. Forward 1, d hidden 1, d weight 1: three with ``backward="cache"``; ``"recompute"`` makes
-the logits again, four.
+the logits again, four. ``"sparse"`` takes one, and three more for the tokens whose probability is too spread out.
 
 E has the dtype of the inputs, as the gradient of the logits has in eager PyTorch, and d weight takes its own dtype
 once, at the end. Gradients go through here divided by the power of two next to the largest of them: a loss averaged
@@ -32,7 +34,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,6 +42,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from sppo_kernels import _sparse as sparse
 from sppo_kernels import _vocab_shard as vocab_shard
 from sppo_kernels._common import (
     autocast_is_on,
@@ -77,12 +80,56 @@ try:
 except ImportError:
     triton = None
 
-BACKWARDS = ("auto", "recompute", "cache")
+BACKWARDS = ("auto", "recompute", "cache", "sparse")
 _CHUNK_BYTES_CPU = 1 << 28
 _CHUNK_BYTES_ACCELERATOR = 1 << 31
 _AUTO_BUDGET_CPU = 1 << 30
 
 _log = logging.getLogger(__name__)
+
+
+class Certificate(NamedTuple):
+    """What ``backward="sparse"`` left out of the gradient of each token; nothing here waits for the device.
+
+    ``dropped_mass`` ``[...]`` float32: the probability that is in none of a token's entries; 0 where the gradient is
+    exact. The gradient of the loss by a token's logits is off by at most ``|c| dropped_mass / temperature`` in the L1
+    norm. ``entries`` ``[...]`` int32: how many entries; -1 for a token on an exact path, 0 for one without loss.
+    """
+
+    dropped_mass: Tensor
+    entries: Tensor
+
+    @property
+    def mean_dropped_mass(self) -> Tensor:
+        """Over the tokens that bear loss, 0-d."""
+        return self.dropped_mass.sum() / (self.entries != 0).sum().clamp(min=1)
+
+    @property
+    def max_dropped_mass(self) -> Tensor:
+        """0-d; 0 without tokens."""
+        return torch.cat([self.dropped_mass.flatten(), self.dropped_mass.new_zeros(1)]).amax()
+
+    @property
+    def sparse_share(self) -> Tensor:
+        """How many of the tokens that bear loss have entries, 0-d in [0, 1]."""
+        return (self.entries > 0).sum() / (self.entries != 0).sum().clamp(min=1)
+
+    @property
+    def mean_entries(self) -> Tensor:
+        """Of the tokens that have some, 0-d."""
+        return self.entries.clamp(min=0).sum() / (self.entries > 0).sum().clamp(min=1)
+
+
+class LinearLogprobOutput(LogprobOutput):
+    """``LogprobOutput(logprobs, entropy)`` with a ``certificate`` beside the two."""
+
+    certificate: Certificate
+
+
+def _with_certificate(logprobs: Tensor, entropy: Tensor, dropped: Tensor, entries: Tensor) -> LinearLogprobOutput:
+    output = LinearLogprobOutput(logprobs, entropy)
+    output.certificate = Certificate(dropped, entries)
+    return output
 
 
 def linear_logprobs(
@@ -99,9 +146,10 @@ def linear_logprobs(
     logits_budget_bytes: int | None = None,
     chunk_bytes: int | None = None,
     mass_tolerance: float = 1e-4,
+    max_entries: int = 512,
     group: dist.ProcessGroup | None = None,
     backend: str | None = None,
-) -> LogprobOutput:
+) -> LinearLogprobOutput:
     """Log-probability of each label and entropy of each token, from hidden states and the output embedding.
 
     Under autocast, ``hidden``, ``weight``, ``bias`` and ``adapter`` are cast as ``torch.nn.functional.linear`` would
@@ -121,16 +169,21 @@ def linear_logprobs(
         ignore_index: marks a token without loss: it is not projected, its results and gradients are exactly 0.
         backward: ``"recompute"`` makes each chunk of logits again in backward; ``"cache"`` keeps the gradient of the
             log-probabilities by the logits, ``V`` elements a token of the dtype of ``hidden``, and saves a quarter of
-            the work; ``"auto"`` keeps it for as many tokens as the budget allows. A token whose entropy has a gradient
-            is recomputed all the same, with a warning where that makes what was kept useless. Nothing is kept where
-            nothing requires a gradient.
+            the work; ``"sparse"`` keeps only the few largest entries of it, and saves nearly all of backward's work for
+            tokens whose distribution is peaked (the others are recomputed); ``"auto"`` is ``"cache"`` for as many
+            tokens as the budget allows. A token whose entropy has a gradient is recomputed all the same, with a warning
+            where that makes what was kept useless. Nothing is kept where nothing requires a gradient.
         logits_budget_bytes: how much ``"cache"`` and ``"auto"`` may keep; the tokens beyond it are recomputed. None:
             everything in ``"cache"``; in ``"auto"`` a quarter of the device memory that is free at the time, 1 GiB on
             a CPU. The last bits of gradients depend on how many tokens are kept: give a number for the same bits
             whatever else is in memory.
         chunk_bytes: memory for a block of tokens under way, at least 256 tokens; None: 2 GiB on an accelerator, 256 MiB
             on a CPU. The last bits of results depend on it.
-        mass_tolerance: for a later mode that drops small probabilities, in (0, 1); the present ones are exact.
+        mass_tolerance: of ``"sparse"``: the most probability that a token's entries may leave out, in (0, 1). The
+            gradient of the loss by a token's logits is then off by at most ``|c| mass_tolerance / temperature``, summed
+            over the vocabulary, with ``c`` the upstream gradient; what was left out is in ``certificate``.
+        max_entries: of ``"sparse"``: the most entries of a token, 1 to 1024, 8 bytes each; one that needs more is
+            recomputed.
         group: the process group over which ``weight``, ``bias`` and ``adapter[1]`` are split by rows, in the order of
             the ranks, at least one row each. ``hidden``, ``labels``, ``adapter[0]``, what requires a gradient, every
             setting, and what is done with the results, must be the same on each rank: else gradients are silently
@@ -139,7 +192,7 @@ def linear_logprobs(
 
     Returns:
         ``LogprobOutput(logprobs, entropy)``: both ``[...]``, float32, differentiable in ``hidden``, ``weight``,
-        ``bias`` and both of ``adapter``.
+        ``bias`` and both of ``adapter``. Its attribute ``certificate`` tells what ``"sparse"`` left out.
 
     Raises:
         ValueError: a wrong shape, device or bound; a label outside ``[0, V)`` (looked at on a CPU, and elsewhere under
@@ -174,6 +227,9 @@ def linear_logprobs(
     check_number("mass_tolerance", mass_tolerance)
     if not 0 < mass_tolerance < 1:
         reject("mass_tolerance", mass_tolerance, "in (0, 1)")
+    check_whole_number("max_entries", max_entries, least=1)
+    if max_entries > sparse.MAX_CAPACITY:
+        reject("max_entries", max_entries, f"at most {sparse.MAX_CAPACITY} (more would cost what they save)")
     backend = pick_backend(backend, hidden)
     group_name = _name_of(group, backend)
     labels = labels.long()
@@ -189,7 +245,7 @@ def linear_logprobs(
         want = "float16, bfloat16 or float32 (float64: backend='reference')"
         reject("hidden", hiddens[0].dtype, want, TypeError)
     if backend == "reference":
-        return reference(
+        exact = reference(
             hiddens[0],
             weights[0],
             labels,
@@ -199,12 +255,14 @@ def linear_logprobs(
             softcap=softcap,
             ignore_index=ignore_index,
         )
+        nothing = torch.zeros(labels.shape, device=labels.device)
+        return _with_certificate(*exact, nothing, nothing.int() - (labels != ignore_index).int())
     differentiated = torch.is_grad_enabled() and any(
         x.requires_grad for x in (*hiddens, *weights, bias) if x is not None
     )
     if chunk_bytes is None:
         chunk_bytes = _CHUNK_BYTES_CPU if hidden.device.type == "cpu" else _CHUNK_BYTES_ACCELERATOR
-    logprobs, entropy, *_ = _linear_logprobs(
+    logprobs, entropy, _, dropped, entries, *_ = _linear_logprobs(
         [x.reshape(-1, x.shape[-1]) for x in hiddens],
         weights,
         bias,
@@ -215,10 +273,12 @@ def linear_logprobs(
         backward if differentiated else "recompute",
         logits_budget_bytes,
         chunk_bytes,
+        float(mass_tolerance),
+        max_entries,
         group_name,
         backend,
     )
-    return LogprobOutput(logprobs.view(labels.shape), entropy.view(labels.shape))
+    return _with_certificate(*(x.view(labels.shape) for x in (logprobs, entropy, dropped.detach(), entries)))
 
 
 def reference(
@@ -282,11 +342,16 @@ def _forward(
     backward: str,
     logits_budget_bytes: int | None,
     chunk_bytes: int,
+    mass_tolerance: float,
+    max_entries: int,
     group: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hiddens [N, H] and weights [V, H] (then those of the adapter), bias [V], labels and temperature [N]
-    -> logprobs, entropy [N], stats [2, N] (row maximum, log-sum), kept [tokens, V], first_row [1] (of the shard)."""
+    -> logprobs, entropy [N], stats [2, N] (row maximum, log-sum), dropped, entries [N] (of the certificate),
+    kept [tokens, V], slot_index and slot_value [tokens, K], count [N] (of slots, on this rank), first_row [1] (of the
+    shard).
+    """
     n, vocab, dtype = labels.shape[0], weights[0].shape[0], weights[0].dtype
     shards = vocab_shard.sizes(group, vocab, labels.device)
     check_label_and_temperature_values(labels, temperature, sum(shards), ignore_index)
@@ -299,20 +364,42 @@ def _forward(
         _tokens_to_keep(backward, logits_budget_bytes, len(tokens), vocab * dtype.itemsize, labels.device), vocab
     )
     _log.debug("forward: %d of %d tokens bear loss, E of %d is kept (%s)", len(tokens), n, len(kept), backward)
+    dropped, count = torch.zeros_like(logprobs), torch.zeros_like(labels, dtype=torch.int32)
+    count[tokens] = -1
+    slots = len(tokens) if backward == "sparse" else 0, max_entries
+    slot_index, slot_value = labels.new_empty(slots, dtype=torch.int32), logprobs.new_empty(slots)
     project = _Projection(weights, bias)
     done = 0
     # As many chunks on each rank, whatever the size of its shard: they meet in every one.
     for index in _split(tokens, _block_size(chunk_bytes, max(shards), dtype) // 4):
         logits = project([hidden[index] for hidden in hiddens])
-        row = labels[index], temperature[index]
-        results = ROW_PASSES[backend].forward(logits, *row, softcap, ignore_index)
-        if group:
-            results = vocab_shard.combine(group, *results, here=row[0] < vocab)
-        logprobs[index], entropy[index], stats[:, index] = results
-        KEEP[backend](logits, *row, results[2], softcap, kept[done : done + len(index)])
+        row, rows = (labels[index], temperature[index]), slice(done, done + len(index))
+        whole: tuple[Tensor, ...] = ()
+        if group or backward != "sparse":
+            found = ROW_PASSES[backend].forward(logits, *row, softcap, ignore_index)
+            whole = vocab_shard.combine(group, *found, here=row[0] < vocab) if group else found
+        if backward == "sparse":  # in the same read of the logits, unless the whole row's sum comes from other ranks
+            known, share = whole[2] if whole else None, mass_tolerance / len(shards)
+            room = slot_index[rows], slot_value[rows]
+            selected = sparse.SELECT[backend](logits, *row, softcap, share, known, *room)
+            count[index], dropped[index] = selected[3:]
+            whole = whole or selected[:3]
+        else:
+            KEEP[backend](logits, *row, whole[2], softcap, kept[rows])
+        logprobs[index], entropy[index], stats[:, index] = whole
         done += len(index)
         del logits  # before the next chunk's
-    return logprobs, entropy, stats, kept, first_row
+    entries = count.clone()
+    if group and backward == "sparse":
+        entries, dropped = _over_ranks(group, count, dropped)
+    return logprobs, entropy, stats, dropped, entries, kept, slot_index, slot_value, count, first_row
+
+
+def _over_ranks(group: str, count: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries and dropped mass of all ranks; a token that is exact on one of them is called exact."""
+    sums = torch.stack([count.clamp(min=0).float(), (count < 0).float(), dropped])
+    total, exact, dropped = vocab_shard.all_reduce(sums, group)
+    return torch.where(exact > 0, -1, total.int()), dropped
 
 
 _linear_logprobs = torch.library.custom_op("sppo_kernels::linear_logprobs", _forward, mutates_args=())
@@ -321,9 +408,13 @@ _linear_logprobs = torch.library.custom_op("sppo_kernels::linear_logprobs", _for
 @_linear_logprobs.register_fake
 def _(hiddens, weights, bias, labels, temperature, softcap, ignore_index, backward, *settings):
     n = labels.shape[0]
-    kept = 0 if backward == "recompute" else _size_known_when_run(at_most=n)
-    logprobs, entropy, stats = (labels.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (2, n)))
-    return logprobs, entropy, stats, weights[0].new_empty(kept, weights[0].shape[0]), labels.new_empty(1)
+    kept = _size_known_when_run(at_most=n) if backward in ("cache", "auto") else 0
+    slots = (_size_known_when_run(at_most=n) if backward == "sparse" else 0), settings[3]
+    new = lambda *shape, dtype=torch.float32: labels.new_empty(shape, dtype=dtype)
+    return (
+        new(n), new(n), new(2, n), new(n), new(n, dtype=torch.int32), weights[0].new_empty(kept, weights[0].shape[0]),
+        new(*slots, dtype=torch.int32), new(*slots), new(n, dtype=torch.int32), labels.new_empty(1),
+    )  # fmt: skip
 
 
 def _size_known_when_run(at_most: int):
@@ -344,6 +435,9 @@ def _backward(
     entropy: Tensor,
     stats: Tensor,
     kept: Tensor,
+    slot_index: Tensor,
+    slot_value: Tensor,
+    count: Tensor,
     first_row: Tensor,
     needs: list[bool],
     softcap: float,
@@ -365,9 +459,13 @@ def _backward(
     kept_row = bears_loss.cumsum(0) - 1  # of a token in kept, if it is there
     # Kept E knows nothing of the entropy: a token whose entropy has a gradient needs its logits again.
     in_kept = live & (kept_row < len(kept)) & (grad_entropy == 0)
+    in_slots = live & (count >= 0) & (grad_entropy == 0)
     from_kept = _where(in_kept) if len(kept) else labels[:0]
-    again = _where(live & ~in_kept)
-    _log.debug("backward: %d tokens from kept E, %d recomputed", len(from_kept), len(again))
+    from_slots = _where(in_slots) if len(slot_index) else labels[:0]
+    again = _where(live & ~in_kept & ~in_slots)
+    _log.debug(
+        "backward: %d tokens from kept E, %d recomputed, %d from entries", len(from_kept), len(again), len(from_slots)
+    )
     if len(kept) and not len(from_kept) and len(_where(live & (kept_row < len(kept)))):
         warnings.warn(
             f"linear_logprobs kept {kept.nbytes} bytes for nothing: the entropies have gradients, for which the logits "
@@ -385,6 +483,12 @@ def _backward(
         e = kept[i * size : (i + 1) * size] if in_place else kept[kept_row[index]]
         sums.add(index, e, (grad_logprobs[index] / temperature[index]).unsqueeze(-1))
         del e  # before the next block's
+
+    if len(from_slots):
+        filled = kept_row[from_slots]
+        coefficient = grad_logprobs[from_slots] / temperature[from_slots]
+        entries = sparse.entries_of(slot_index[filled], slot_value[filled], count[from_slots], coefficient)
+        sums.add_entries(from_slots, entries, sparse.WEIGHTED_ROWS[backend])
 
     for index in _split(again, block):
         e = weights[0].new_empty(len(index), vocab)
@@ -418,17 +522,19 @@ _linear_logprobs_backward = torch.library.custom_op(
 
 
 @_linear_logprobs_backward.register_fake
-def _(grad_logprobs, grad_entropy, hiddens, weights, bias, labels, tau, entropy, stats, kept, row, needs, *_):
+def _(grad_logprobs, grad_entropy, hiddens, weights, bias, labels, tau, entropy, stats, kept, slots, value, count, row,
+      needs, *_):  # fmt: skip
     inputs = (*hiddens, *weights, weights[0][:, 0] if bias is None else bias)
     return [x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True)]
 
 
 def _save(ctx, inputs, output):
     hiddens, weights, bias, labels, temperature, *settings = inputs
-    ctx.softcap, ctx.ignore_index, _, _, *ctx.rest = settings
+    ctx.softcap, ctx.ignore_index, _, _, chunk_bytes, _, _, *rest = settings
+    ctx.rest = chunk_bytes, *rest
     ctx.pairs = len(hiddens)
     ctx.set_materialize_grads(False)  # or there were one for kept, of its size
-    ctx.save_for_backward(*hiddens, *weights, bias, labels, temperature, *output[1:])
+    ctx.save_for_backward(*hiddens, *weights, bias, labels, temperature, *output[1:3], *output[5:])
 
 
 def _grad(ctx, grad_logprobs, grad_entropy, *_):
@@ -441,7 +547,7 @@ def _grad(ctx, grad_logprobs, grad_entropy, *_):
     grad_logprobs, grad_entropy = (no_gradient if g is None else g for g in (grad_logprobs, grad_entropy))
     grads = _linear_logprobs_backward(grad_logprobs, grad_entropy, hiddens, weights, *others, needs, *settings)
     grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return grads[:n], grads[n:-1], grads[-1], *[None] * 9
+    return grads[:n], grads[n:-1], grads[-1], *[None] * 11
 
 
 _linear_logprobs.register_autograd(_grad, setup_context=_save)
@@ -457,16 +563,17 @@ def _forward_flops(hiddens, weights, bias, labels, temperature, softcap, ignore_
 
 @register_flop_formula(torch.ops.sppo_kernels.linear_logprobs_backward, get_raw=True)
 def _backward_flops(
-    grad_logprobs, grad_entropy, hiddens, weights, bias, labels, tau, entropy, stats, kept, row, needs,
-    softcap, ignore_index, *_, **__,
+    grad_logprobs, grad_entropy, hiddens, weights, bias, labels, tau, entropy, stats, kept, slots, value, count, row,
+    needs, softcap, ignore_index, *_, **__,
 ) -> int:  # fmt: skip
     bears_loss = labels != ignore_index
     live = bears_loss & ((grad_logprobs != 0) | (grad_entropy != 0))
-    again = live & ((bears_loss.cumsum(0) > len(kept)) | (grad_entropy != 0))
-    again = _count(again, without_values=len(labels) - len(kept))
+    there = (bears_loss.cumsum(0) <= len(kept)) | (count >= 0)
+    again = _count(live & ~(there & (grad_entropy == 0)), without_values=len(labels) - len(kept) - len(slots))
+    dense = _count(live & ~((count >= 0) & (grad_entropy == 0)), without_values=len(labels) - len(slots))
     sizes = [weight.numel() for weight in weights]
     products = sum(size for size, need in zip((*sizes, *sizes), needs[:-1], strict=True) if need)
-    return 2 * (again * sum(sizes) + _count(live) * products)
+    return 2 * (again * sum(sizes) + dense * products)  # a few entries a token are not worth counting
 
 
 def _count(mask: Tensor, without_values: int | None = None) -> int:
@@ -493,7 +600,7 @@ def _block_size(chunk_bytes: int, vocab: int, dtype: torch.dtype) -> int:
 
 
 def _tokens_to_keep(backward: str, budget: int | None, tokens: int, bytes_a_token: int, device: torch.device) -> int:
-    if backward == "recompute":
+    if backward in ("recompute", "sparse"):
         return 0
     if budget is None and backward == "cache":
         return tokens
@@ -597,6 +704,24 @@ class _Gradients:
             high = coefficient.to(e.dtype)
             parts = torch.cat([high, (coefficient - high).to(e.dtype)], 1)
             self.db += self.project.product(factor.t(), self.project.factor(parts)).sum(1)
+
+    def add_entries(self, index: Tensor, entries: sparse.Entries, weighted_rows: Callable[..., None]) -> None:
+        """Entries of the gradient of the logits of tokens ``index``, coefficients in them."""
+        columns = sparse.by_column(entries)
+        token, weight = entries.token[columns.order], entries.weight[columns.order]
+        for i, (hidden, factor) in enumerate(zip(self.hiddens, self.project.weights, strict=True)):
+            if self.needs_hiddens[i]:
+                dh = self.scale.new_zeros(len(index), hidden.shape[1])
+                tokens = torch.arange(len(index), device=index.device)
+                weighted_rows(dh, tokens, entries.column, entries.weight, entries.bounds, factor)
+                self.dh[i][index] = dh.mul_(self.scale).to(self.dh[i].dtype)
+            if self.needs_weights[i]:
+                if self.dw[i] is None:
+                    self.dw[i] = self.scale.new_zeros(self.weights[i].shape)
+                weighted_rows(self.dw[i], columns.column, index[token], weight, columns.bounds, hidden)
+        if self.needs_bias:
+            ones = self.scale.new_ones(1, 1)
+            weighted_rows(self.db[:, None], columns.column, torch.zeros_like(token), weight, columns.bounds, ones)
 
     def results(self) -> list[Tensor]:
         """Of hiddens, weights, bias; an empty tensor for one that is not needed."""

@@ -231,7 +231,7 @@ class RowPass(NamedTuple):
 
 # PyTorch backend: a block of rows at a time, so that its float32 temporaries stay in the cache
 
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 19  # 2 MB, and as much again for exp of it
 _LOG_ZERO = -200.0  # exp is 0 in float32 below -104; a finite stand-in keeps 0 * -inf out of p log p
 
 
@@ -241,11 +241,11 @@ def rows_per_block(vocab: int) -> int:
 
 
 def scaled_rows(x: Tensor, temperature: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
-    """z of rows x [R, V], and tanh(x / s) where there is a cap."""
+    """z of rows x [R, V], which is written over x, and tanh(x / s) where there is a cap."""
     if not softcap:
-        return x / temperature[:, None], None
+        return x.div_(temperature[:, None]), None
     capped = torch.tanh(x / softcap)
-    return softcap * capped / temperature[:, None], capped
+    return torch.mul(capped, softcap, out=x).div_(temperature[:, None]), capped
 
 
 def safe_labels(labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
@@ -261,8 +261,22 @@ def _row_blocks(rows: Tensor, labels: Tensor, ignore_index: int):
 
 
 def _block_of_rows(logits: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` of ``[B, T, V]`` seen as ``[B * T, V]``, float32, without copying the whole."""
+    """A copy of rows ``index`` of ``[B, T, V]`` seen as ``[B * T, V]``, float32, without copying the whole."""
     return logits[index // logits.shape[1], index % logits.shape[1]].float()
+
+
+def row_statistics(z: Tensor, labels: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of scaled rows z [R, V]: maximum, z[label] - maximum, sum of exp(z - maximum).
+
+    z is overwritten with z - maximum, ``e`` with exp(z - maximum).
+    """
+    maximum = z.amax(-1)
+    # A row of -inf alone has no distribution: NaN, as in PyTorch.
+    z -= maximum[:, None]
+    inside, label = safe_labels(labels, z.shape[-1])
+    target = torch.where(inside, z.gather(-1, label[:, None]).squeeze(-1), float("nan"))
+    torch.exp(z.clamp_(min=_LOG_ZERO), out=e)
+    return maximum, target, e.sum(-1)
 
 
 def _torch_forward(logits, labels, temperature, softcap, ignore_index):
@@ -270,17 +284,11 @@ def _torch_forward(logits, labels, temperature, softcap, ignore_index):
     logprobs, entropy, stats = (logits.new_zeros(shape, dtype=torch.float32) for shape in ((n,), (n,), (2, n)))
     for index in _row_blocks(logits, labels, ignore_index):
         z, _ = scaled_rows(_block_of_rows(logits, index), temperature[index], softcap)
-        maximum = z.amax(-1)
-        # A row of -inf alone has no distribution: NaN, as in PyTorch.
-        z -= maximum[:, None]
-        inside, label = safe_labels(labels[index], z.shape[-1])
-        target = torch.where(inside, z.gather(-1, label[:, None]).squeeze(-1), float("nan"))
-        e = z.exp()
-        total = e.sum(-1)
-        weighted = e.mul_(z.clamp_(min=_LOG_ZERO)).sum(-1)
+        e = torch.empty_like(z)
+        maximum, target, total = row_statistics(z, labels[index], e)
         log_total = total.log()
         logprobs[index] = target - log_total
-        entropy[index] = log_total - weighted / total
+        entropy[index] = log_total - z.mul_(e).sum(-1) / total
         stats[0, index], stats[1, index] = maximum, log_total
     return logprobs, entropy, stats
 
@@ -320,7 +328,7 @@ if triton is not None:
             x = softcap * capped
         return tl.where(col < V, x / tau, float("-inf")), capped
 
-    # One program a row; the row goes by once:
+    # A row goes by once:
     #
     #   block of x --> z --> m' = max(m, max z)         one reduction over the block
     #                        e = exp(z - m')            one exp an element
@@ -328,6 +336,20 @@ if triton is not None:
     #                        t = exp(m - m') (t + (m - m') s_old) + e (z - m')  /  added up once, after the last block
     #
     #   logprob = z[label] - m - log s      entropy = log s - t / s      t = sum e (z - m): no cancellation at 1e4
+    @triton.jit
+    def add_block(z, m, s, t):
+        """m, s, t with a block more; e, and what sums up to now are multiplied by."""
+        m_new = tl.maximum(m, tl.max(z, 0))
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing finite so far: keep -inf - -inf out
+        shift = tl.where(m == float("-inf"), 0.0, m - base)
+        scale = tl.where(m == float("-inf"), 0.0, tl.exp(shift))
+        z -= base
+        e = tl.exp(z)
+        t = scale * (t + shift * s) + tl.where(e > 0.0, e * z, 0.0)
+        s = scale * s + e
+        return m_new, s, t, e, scale
+
+    # One program a row.
     @triton.jit
     def _forward_kernel(
         x_ptr,
@@ -363,15 +385,7 @@ if triton is not None:
         t = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             z, _ = scaled_logits(x_ptr, start + tl.arange(0, BLOCK), stride_v, V, softcap, tau, HAS_SOFTCAP)
-            m_new = tl.maximum(m, tl.max(z, 0))
-            base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing finite so far: keep -inf - -inf out
-            shift = tl.where(m == float("-inf"), 0.0, m - base)
-            scale = tl.where(m == float("-inf"), 0.0, tl.exp(shift))
-            z -= base
-            e = tl.exp(z)
-            t = scale * (t + shift * s) + tl.where(e > 0.0, e * z, 0.0)
-            s = scale * s + e
-            m = m_new
+            m, s, t, _, _ = add_block(z, m, s, t)
         total = tl.sum(s, 0)
         log_total = tl.log(total)
         in_range = (label >= 0) & (label < V)

@@ -671,7 +671,7 @@ def test_reference_is_its_own_derivative():
 def test_registration(backend, backward):
     hidden, weight, labels, bias, u, b = inputs(4, 6, 11, bias=True, rank=2).values()
     tau = torch.ones(4, device=DEVICE)
-    settings = backward, None, 1000, "", backend
+    settings = backward, None, 1000, 1e-4, 8, "", backend
     pairs = [hidden, u], [weight, b]
     # With a size that is known only when it runs, the checks of autograd and of dynamic shapes do not get along.
     tests = ["test_schema", "test_faketensor"] + ["test_autograd_registration", "test_aot_dispatch_dynamic"] * (
@@ -687,7 +687,9 @@ def test_registration(backend, backward):
         [True, False, False, True, False],
         [False, True, True, False, False],
     ):
-        given = randn(4), randn(4), *pairs, None, labels, tau, *outputs[1:], needs, 0.0, IGNORED, *settings[2:]
+        saved = *outputs[1:3], *outputs[5:]
+        rest = needs, 0.0, IGNORED, settings[2], *settings[5:]
+        given = randn(4), randn(4), *pairs, None, labels, tau, *saved, *rest
         # Inputs that are no leaves: the backward itself has no derivative to check.
         torch.library.opcheck(module._linear_logprobs_backward, given, test_utils=("test_schema", "test_faketensor"))
 

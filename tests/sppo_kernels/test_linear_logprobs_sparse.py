@@ -1,0 +1,136 @@
+"""linear_logprobs with backward="sparse": what it leaves out is bounded, measured, and the rest exact."""
+
+import pytest
+import torch
+from against_float64 import BACKENDS, DEVICE, ragged_shapes, randint, randn
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sppo_kernels import _sparse, linear_logprobs, reference
+
+IGNORED = -100
+
+
+def inputs(n, width, vocab, spread, dtype=torch.float32):
+    """Logits of standard deviation ``spread``; every other label is the likeliest token."""
+    hidden = randn(n, width, dtype=dtype, scale=spread)
+    weight = randn(vocab, width, dtype=dtype, scale=width**-0.5)
+    labels = randint(0, vocab, n)
+    labels[::2] = (hidden.float() @ weight.float().t()).argmax(-1)[::2]
+    return hidden, weight, labels
+
+
+def gradients(op, hidden, weight, labels, **settings):
+    """By the logits of each token too: they are what an identity for a weight makes of hidden."""
+    leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    out = op(*leaves, labels, **settings)
+    upstream = torch.linspace(-1, 2, len(labels), device=DEVICE, dtype=out.logprobs.dtype)
+    return out, upstream, torch.autograd.grad((out.logprobs * upstream).sum(), leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@ragged_shapes
+@given(
+    n=st.integers(1, 5),
+    vocab=st.integers(2, 400),
+    spread=st.sampled_from([0.1, 3.0, 10.0, 40.0]),
+    temperature=st.sampled_from([0.3, 0.6, 1.0]),
+    softcap=st.sampled_from([None, 20.0]),
+    tolerance=st.sampled_from([1e-2, 1e-4]),
+    capacity=st.sampled_from([1, 7, 64]),
+    ignored=st.integers(0, 2),
+)
+def test_the_bound_holds_and_is_what_was_left_out(
+    backend, n, vocab, spread, temperature, softcap, tolerance, capacity, ignored
+):
+    """The weight is the identity, so that the gradient of hidden is that of the logits."""
+    hidden, weight, labels = randn(n, vocab, scale=spread), torch.eye(vocab, device=DEVICE), randint(0, vocab, n)
+    labels[:ignored] = IGNORED
+    settings = {"temperature": temperature, "softcap": softcap}
+    sparse = {"backward": "sparse", "mass_tolerance": tolerance, "max_entries": capacity, "backend": backend}
+    out, upstream, (got, _) = gradients(linear_logprobs, hidden, weight, labels, **settings, **sparse)
+    double = hidden.double(), weight.double(), labels
+    exact, _, (want, _) = gradients(reference.linear_logprobs, *double, **settings)
+    error = (got - want).abs().sum(-1)
+    dropped, entries = out.certificate
+    rounding = 1e-5 * upstream.abs() / temperature
+    assert (error <= upstream.abs() * dropped / temperature + rounding).all()
+    if softcap is None:  # and no larger than what is measured: it is the very mass
+        assert (error >= upstream.abs() * dropped / temperature - rounding).all()
+    assert (dropped <= tolerance).all()
+    assert (dropped[entries <= 0] == 0).all()
+    assert torch.equal(entries == 0, labels == IGNORED)
+    assert (entries <= capacity).all()
+    torch.testing.assert_close(out.logprobs.double(), exact.logprobs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_few_entries_as_will_do(backend):
+    """No fewer would leave out at most the tolerance, and none is turned away that would do."""
+    hidden, weight, labels = inputs(12, 16, 3000, 8.0)
+    capacity, tolerance = 40, 1e-3
+    sparse = {"backward": "sparse", "mass_tolerance": tolerance, "max_entries": capacity, "backend": backend}
+    entries = linear_logprobs(hidden, weight.requires_grad_(), labels, **sparse).certificate.entries
+    p = (hidden.double() @ weight.double().t()).softmax(-1)
+    p = p.scatter(1, labels[:, None], 0.0).sort(-1).values
+    needed = (p.cumsum(-1) > tolerance).sum(-1) + 1
+    assert torch.equal(entries.long(), torch.where(needed <= capacity, needed, -1))
+    assert 0 < (entries > 0).sum() < 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_peaked_logits_against_float64(backend, dtype):
+    given = inputs(40, 32, 5000, 12.0, dtype)
+    _, _, exact = gradients(reference.linear_logprobs, *(x.double() if x.is_floating_point() else x for x in given))
+    error = lambda grads: [float((x - y).norm() / y.norm()) for x, y in zip(grads, exact, strict=True)]
+    out, _, got = gradients(linear_logprobs, *given, backward="sparse", backend=backend)
+    _, _, cached = gradients(linear_logprobs, *given, backward="cache", backend=backend)
+    assert out.certificate.sparse_share > 0.9
+    for sparse, cache in zip(error(got), error(cached), strict=True):
+        assert sparse < (1e-3 if dtype == torch.float32 else cache)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flat_rows_and_gradients_of_the_entropy_are_exact(backend):
+    hidden, weight, labels = inputs(6, 16, 900, 0.2)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    results = []
+    for backward in ("sparse", "recompute"):
+        out = linear_logprobs(*leaves, labels, backward=backward, backend=backend)
+        results.append(torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), leaves))
+        assert (out.certificate.entries == -1).all()
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_as_without_and_every_run(backend):
+    """Log-probabilities of a forward without gradients are those of one that selects."""
+    hidden, weight, labels = inputs(50, 16, 700, 10.0)
+    first, _, grads = gradients(linear_logprobs, hidden, weight, labels, backward="sparse", backend=backend)
+    _, _, again = gradients(linear_logprobs, hidden, weight, labels, backward="sparse", backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(grads, again, strict=True))
+    with torch.no_grad():
+        assert torch.equal(first.logprobs, linear_logprobs(hidden, weight, labels, backend=backend).logprobs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_many_entries_are_summed_in_pieces(backend):
+    """More than fit into one piece, none, and one."""
+    bounds = torch.tensor([0, 2500, 2500, 2501], device=DEVICE)
+    index, weight, rows = randint(0, 9, 2501), randn(2501), randn(9, 5)
+    out = randn(4, 5)
+    place = torch.tensor([3, 0, 1], device=DEVICE)
+    want = out.double()
+    for i in range(3):
+        part = slice(int(bounds[i]), int(bounds[i + 1]))
+        want[place[i]] += weight[part].double() @ rows[index[part]].double()
+    _sparse.WEIGHTED_ROWS[backend](out, place, index, weight, bounds, rows)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("value", "says"), [(0, "at least 1, got 0"), (2000, "at most 1024.*got 2000")])
+def test_wrong_capacity_is_named(value, says):
+    with pytest.raises(ValueError, match=f"max_entries must be {says}"):
+        linear_logprobs(torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 4]), max_entries=value)
