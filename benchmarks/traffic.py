@@ -159,6 +159,36 @@ def _linear_cases(vocab: int) -> Iterator[Case]:
         forward = Kernel("selective_logprobs._forward_kernel", logits)
         call = _step(problem, OPERATIONS["linear_logprobs"].ours("triton")[mode])
         yield Case("linear_logprobs", f"{mode}, {_name(dtype)}", call, (forward, kernel))
+    yield _sparse_case(tokens, vocab, dtype)
+
+
+def _sparse_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
+    """Selection reads the logits once, as the pass without it does. Each entry gathers a row of the weight, which no
+    other has, and one of the hidden states, which lies in cache; a gradient's row is added to in place."""
+    hidden_size, entries = 64, 2 * tokens
+    labels, others = torch.arange(tokens), torch.arange(tokens, 2 * tokens)
+    weight = torch.zeros(vocab, hidden_size, dtype=dtype)
+    weight[: 2 * tokens, : 2 * tokens] = torch.eye(2 * tokens, dtype=dtype)
+    hidden = torch.zeros(tokens, hidden_size, dtype=dtype)
+    hidden[labels, labels], hidden[labels, others] = 40.0, 38.0  # all mass is on two columns
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+
+    def call() -> None:
+        out = sppo_kernels.linear_logprobs(*leaves, labels, backward="sparse", backend="triton")
+        torch.autograd.grad(out.logprobs.sum(), leaves)
+
+    lists = 2 * entries * (8 + 4)  # index and weight, once by token and once by column
+    gathered = entries * hidden_size * (4 + dtype.itemsize)  # on a CPU the weight is a float32 copy
+    sums = 2 * 4 * hidden_size * (tokens + entries)
+    return Case(
+        "linear_logprobs",
+        f"sparse, {_name(dtype)}",
+        call,
+        (
+            Kernel("_sparse._select_kernel", tokens * vocab * 4),
+            Kernel("_sparse._weighted_rows_kernel", lists + gathered + sums + 24 * (tokens + entries)),
+        ),
+    )
 
 
 def _policy_cases(tokens: int) -> Iterator[Case]:

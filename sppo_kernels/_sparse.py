@@ -222,7 +222,7 @@ if triton is not None:
         label = tl.load(label_ptr + row)
         tau = tl.load(tau_ptr + row * stride_tau)
         in_range = (label >= 0) & (label < V)
-        target, _ = scaled_logits(x_ptr, tl.where(in_range, label, 0), 1, V, softcap, tau, HAS_SOFTCAP)
+        target, _target_capped = scaled_logits(x_ptr, tl.where(in_range, label, 0), 1, V, softcap, tau, HAS_SOFTCAP)
         lanes = tl.arange(0, BLOCK)
         found = tl.zeros([], tl.int32)
         left_out = 0.0
