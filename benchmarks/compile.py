@@ -474,10 +474,13 @@ def _advantage_cases() -> Iterator[Case]:
 
 def _candidate_cases() -> Iterator[Case]:
     """Each operation's fullest case again with every configuration that its kernels may be tuned to."""
+    rows = lambda case: case.operation == "selective_logprobs" and case.label.endswith("V=151936 softcap")
+    linear = lambda case, mode: case.operation == "linear_logprobs" and case.label.endswith(f"V=151936 softcap {mode}")
     fullest = {
-        "selective_logprobs": lambda case: case.label.endswith("V=151936 softcap"),
-        "linear_logprobs": lambda case: case.label.endswith("V=151936 softcap cache"),
-        "policy_loss": lambda case: case.label.startswith("all "),
+        "selective_logprobs.forward": lambda case: rows(case) or linear(case, "sparse"),  # which selects in its blocks
+        "selective_logprobs.backward": rows,
+        "linear_logprobs.keep": lambda case: linear(case, "cache"),
+        "policy_loss": lambda case: case.operation == "policy_loss" and case.label.startswith("all "),
     }
     cases = [*_selective_logprobs_cases(), *_linear_logprobs_cases(), *_policy_loss_cases()]
 
@@ -486,11 +489,9 @@ def _candidate_cases() -> Iterator[Case]:
             case.call()
 
     for name, tunable in TUNABLES.items():
-        operation = name.partition(".")[0]
-        for config, case in product(tunable.candidates[1:], filter(fullest[operation], cases)):
-            if case.operation == operation:
-                label = f"{case.label} tuned {config.block}/{config.num_warps}"
-                yield Case(operation, label, functools.partial(call, tunable, config, case))
+        for config, case in product(tunable.candidates[1:], filter(fullest[name], cases)):
+            label = f"{case.label} tuned {config.block}/{config.num_warps}"
+            yield Case(case.operation, label, functools.partial(call, tunable, config, case))
 
 
 def _backward(*outputs: Tensor) -> None:

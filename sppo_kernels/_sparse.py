@@ -11,16 +11,17 @@ Selection, row by row of a chunk of logits [C, V]:
        a floor: floor = log(tolerance / K) below the largest logit so far, the label's to begin with. That is never
        above the true log-sum-exp, so all of p > tolerance / K is noted, and little else as soon as the top of the row
        is known. What is passed over adds up beside the sum of all.
-    2  among the entries noted the largest threshold is found, by bisection, below which not too much lies. They number
-       2 K to 4 K at most: registers, not memory.
+    2  among the entries noted the largest threshold is found, by bisection, below which not too much lies. There is
+       room for 4 K of them or more: registers, not memory.
     3  entries above it are written, in the order of the vocabulary.
 
     traffic a row   read 4 V bytes, as without selection; 8 bytes for each entry noted, out and (from cache) in again;
                     8 for each entry kept. A dense E is 4 V read again and 2 V written.
 
 Where more was noted than there is room for, because the row's top came late, the row is read a second time, with the
-floor below its true log-sum-exp; not if it is so flat that K entries could not suffice anyway. A token that needs more
-than K entries, or whose noted entries leave out too much, has a count of -1: it goes the exact way.
+floor below its true log-sum-exp; not if it is so flat that K entries could not suffice anyway. (The PyTorch backend,
+which has a block of rows in the cache, takes the true log-sum-exp at once, and has room for all.) A token that needs
+more than K entries, or whose noted entries leave out too much, has a count of -1: it goes the exact way.
 
 Products, with the entries of all tokens in one list of (token, column, weight = c e / tau):
 
@@ -63,8 +64,8 @@ class Selected(NamedTuple):
     logprobs: Tensor  # [C]
     entropy: Tensor  # [C]
     stats: Tensor  # [2, C]
-    count: Tensor  # type: ignore[assignment]  # [C] int32: how many entries; -1 where they would not do
-    dropped: Tensor  # [C]: the mass of p left out; 0 where count is -1
+    entries: Tensor  # [C] int32: how many; -1 where they would not do
+    dropped: Tensor  # [C]: the mass of p left out; 0 where there are no entries
 
 
 class Entries(NamedTuple):
@@ -223,6 +224,7 @@ if triton is not None:
         tau = tl.load(tau_ptr + row * stride_tau)
         in_range = (label >= 0) & (label < V)
         target, _target_capped = scaled_logits(x_ptr, tl.where(in_range, label, 0), 1, V, softcap, tau, HAS_SOFTCAP)
+        label = tl.where(in_range, label, -1)  # one on another rank is no column here, not even a masked one past V
         lanes = tl.arange(0, BLOCK)
         found = tl.zeros([], tl.int32)
         left_out = 0.0

@@ -93,7 +93,8 @@ class Certificate(NamedTuple):
 
     ``dropped_mass`` ``[...]`` float32: the probability that is in none of a token's entries; 0 where the gradient is
     exact. The gradient of the loss by a token's logits is off by at most ``|c| dropped_mass / temperature`` in the L1
-    norm. ``entries`` ``[...]`` int32: how many entries; -1 for a token on an exact path, 0 for one without loss.
+    norm. ``entries`` ``[...]`` int32: how many entries; -1 for a token on an exact path (with ``group``: on one rank or
+    more), 0 for one without loss.
     """
 
     dropped_mass: Tensor
@@ -396,7 +397,8 @@ def _forward(
 
 
 def _over_ranks(group: str, count: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-    """Entries and dropped mass of all ranks; a token that is exact on one of them is called exact."""
+    """Entries and dropped mass of all ranks. A token that is exact on one of them is called exact, though others may
+    have left out a part of it."""
     sums = torch.stack([count.clamp(min=0).float(), (count < 0).float(), dropped])
     total, exact, dropped = vocab_shard.all_reduce(sums, group)
     return torch.where(exact > 0, -1, total.int()), dropped
@@ -488,7 +490,7 @@ def _backward(
         filled = kept_row[from_slots]
         coefficient = grad_logprobs[from_slots] / temperature[from_slots]
         entries = sparse.entries_of(slot_index[filled], slot_value[filled], count[from_slots], coefficient)
-        sums.add_entries(from_slots, entries, sparse.WEIGHTED_ROWS[backend])
+        sums.add_entries(from_slots, entries, sparse.WEIGHTED_ROWS[backend], max(256, chunk_bytes // (16 * width)))
 
     for index in _split(again, block):
         e = weights[0].new_empty(len(index), vocab)
@@ -705,16 +707,22 @@ class _Gradients:
             parts = torch.cat([high, (coefficient - high).to(e.dtype)], 1)
             self.db += self.project.product(factor.t(), self.project.factor(parts)).sum(1)
 
-    def add_entries(self, index: Tensor, entries: sparse.Entries, weighted_rows: Callable[..., None]) -> None:
-        """Entries of the gradient of the logits of tokens ``index``, coefficients in them."""
+    def add_entries(
+        self, index: Tensor, entries: sparse.Entries, weighted_rows: Callable[..., None], size: int
+    ) -> None:
+        """Entries of the gradient of the logits of tokens ``index``, coefficients in them; ``size`` tokens at once."""
         columns = sparse.by_column(entries)
         token, weight = entries.token[columns.order], entries.weight[columns.order]
         for i, (hidden, factor) in enumerate(zip(self.hiddens, self.project.weights, strict=True)):
             if self.needs_hiddens[i]:
-                dh = self.scale.new_zeros(len(index), hidden.shape[1])
-                tokens = torch.arange(len(index), device=index.device)
-                weighted_rows(dh, tokens, entries.column, entries.weight, entries.bounds, factor)
-                self.dh[i][index] = dh.mul_(self.scale).to(self.dh[i].dtype)
+                for first in range(0, len(index), size):
+                    part = index[first : first + size]
+                    dh = self.scale.new_zeros(len(part), hidden.shape[1])
+                    bounds = entries.bounds[first : first + len(part) + 1]
+                    place = torch.arange(len(part), device=index.device)
+                    weighted_rows(dh, place, entries.column, entries.weight, bounds, factor)
+                    self.dh[i][part] = dh.mul_(self.scale).to(self.dh[i].dtype)
+                    del dh  # before the next block's
             if self.needs_weights[i]:
                 if self.dw[i] is None:
                     self.dw[i] = self.scale.new_zeros(self.weights[i].shape)

@@ -5,6 +5,8 @@ import torch
 from against_float64 import BACKENDS, DEVICE, ragged_shapes, randint, randn
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from sppo_kernels import _sparse, linear_logprobs, reference
 
@@ -21,7 +23,7 @@ def inputs(n, width, vocab, spread, dtype=torch.float32):
 
 
 def gradients(op, hidden, weight, labels, **settings):
-    """By the logits of each token too: they are what an identity for a weight makes of hidden."""
+    """Results, the upstream gradient, and the gradients of hidden and weight."""
     leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     out = op(*leaves, labels, **settings)
     upstream = torch.linspace(-1, 2, len(labels), device=DEVICE, dtype=out.logprobs.dtype)
@@ -102,6 +104,47 @@ def test_flat_rows_and_gradients_of_the_entropy_are_exact(backend):
         assert (out.certificate.entries == -1).all()
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(60.0, 1), (0.1, 4)])
+def test_passes_over_the_vocabulary(spread, expected):
+    """One where all is peaked, and as many as with recompute where nothing is."""
+    hidden, weight, labels = inputs(300, 64, 2000, spread)
+    labels = (hidden @ weight.t()).argmax(-1)
+    hidden, weight = (10 * hidden if expected == 1 else hidden).requires_grad_(), weight.requires_grad_()
+    settings = {"backward": "sparse", "chunk_bytes": 1, "backend": "torch"}
+    run = lambda: linear_logprobs(hidden, weight, labels, **settings).logprobs.sum().backward()
+    with FlopCounterMode(display=False) as counter:
+        run()
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
+        run()
+    seen = sum(event.flops for event in profiler.events() if event.name in ("aten::mm", "aten::addmm"))
+    assert counter.get_total_flops() == seen
+    assert seen / (2 * 300 * 64 * 2000) == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_everything_at_once_a_few_tokens_at_a_time(backend):
+    """Adapter, bias, a temperature a token, tokens without loss or gradient; several blocks; frozen parts."""
+    n, vocab = 600, 300
+    hidden, weight, labels = inputs(n, 16, vocab, 10.0)
+    labels[::7] = IGNORED
+    leaves = {"hidden": hidden, "weight": weight, "bias": randn(vocab), "u": randn(n, 3), "b": randn(vocab, 3)}
+    temperature = 0.5 + torch.rand(n).to(DEVICE)
+    upstream = torch.linspace(-1, 2, n, device=DEVICE)
+    upstream[1::5] = 0.0
+
+    def grads(op, dtype, frozen, **settings):
+        given = {name: x.detach().to(dtype).requires_grad_(name not in frozen) for name, x in leaves.items()}
+        h, w, bias, u, b = given.values()
+        out = op(h, w, labels, bias=bias, adapter=(u, b), temperature=temperature.to(dtype), **settings)
+        return torch.autograd.grad((out.logprobs * upstream).sum(), [x for x in given.values() if x.requires_grad])
+
+    for frozen in ((), ("weight", "b"), ("hidden", "u", "bias")):
+        sparse = {"backward": "sparse", "mass_tolerance": 1e-5, "max_entries": 64, "chunk_bytes": 1}
+        exact = grads(reference.linear_logprobs, torch.float64, frozen)
+        for x, y in zip(grads(linear_logprobs, torch.float32, frozen, backend=backend, **sparse), exact, strict=True):
+            assert (x - y).norm() <= 1e-4 * y.norm()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -24,7 +24,7 @@ def test_equal_to_one_process(ranks):
     env = {**os.environ, **settings}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "24 cases passed" in done.stdout
+    assert "36 cases passed" in done.stdout
 
 
 def test_group_of_one():
