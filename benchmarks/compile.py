@@ -477,7 +477,7 @@ def _candidate_cases() -> Iterator[Case]:
     rows = lambda case: case.operation == "selective_logprobs" and case.label.endswith("V=151936 softcap")
     linear = lambda case, mode: case.operation == "linear_logprobs" and case.label.endswith(f"V=151936 softcap {mode}")
     fullest = {
-        "selective_logprobs.forward": lambda case: rows(case) or linear(case, "sparse"),  # which selects in its blocks
+        "selective_logprobs.forward": rows,
         "selective_logprobs.backward": rows,
         "linear_logprobs.keep": lambda case: linear(case, "cache"),
         "policy_loss": lambda case: case.operation == "policy_loss" and case.label.startswith("all "),

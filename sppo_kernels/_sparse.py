@@ -15,8 +15,8 @@ Selection, row by row of a chunk of logits [C, V]:
        room for 4 K of them or more: registers, not memory.
     3  entries above it are written, in the order of the vocabulary.
 
-    traffic a row   read 4 V bytes, as without selection; 8 bytes for each entry noted, out and (from cache) in again;
-                    8 for each entry kept. A dense E is 4 V read again and 2 V written.
+    traffic a row   read 4 V bytes, as without selection; for each entry noted its column out and in, and its logit
+                    once more; 8 bytes for each entry kept. A dense E is 4 V read again and 2 V written.
 
 Where more was noted than there is room for, because the row's top came late, the row is read a second time, with the
 floor below its true log-sum-exp; not if it is so flat that K entries could not suffice anyway. (The PyTorch backend,
@@ -48,7 +48,7 @@ try:
     import triton
     import triton.language as tl
 
-    from sppo_kernels.ops.selective_logprobs import FORWARD, add_block, launch_shape, scaled_logits
+    from sppo_kernels.ops.selective_logprobs import FORWARD, add_block, fitted, scaled_logits
 except ImportError:
     triton = None
 
@@ -208,23 +208,21 @@ WEIGHTED_ROWS: dict[str, Callable[..., None]] = {"torch": _torch_weighted_rows}
 
 
 if triton is not None:
-    # One program a row: the three steps above.
+    # Step 1, one program a row. In a launch of its own, since the other steps want as many threads for a short row.
     @triton.jit
-    def _select_kernel(
-        x_ptr, label_ptr, tau_ptr, logprob_ptr, entropy_ptr, stat_ptr, noted_z_ptr, noted_column_ptr,
-        index_ptr, value_ptr, count_ptr, dropped_ptr, stride_tau, N, V, softcap, tolerance, log_tolerance, log_floor, K,
-        KNOWN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROOM: tl.constexpr, STEPS: tl.constexpr,
-        NATS_BELOW_FLOOR: tl.constexpr, BLOCK: tl.constexpr,
+    def _note_kernel(
+        x_ptr, label_ptr, tau_ptr, logprob_ptr, entropy_ptr, stat_ptr, noted_ptr, found_ptr,
+        left_out_ptr, stride_tau, N, V, softcap, tolerance, log_floor, K,
+        KNOWN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         x_ptr += row * V
-        noted_z_ptr += row * ROOM
-        noted_column_ptr += row * ROOM
+        noted_ptr += row * ROOM
         label = tl.load(label_ptr + row)
         tau = tl.load(tau_ptr + row * stride_tau)
         in_range = (label >= 0) & (label < V)
         target, _target_capped = scaled_logits(x_ptr, tl.where(in_range, label, 0), 1, V, softcap, tau, HAS_SOFTCAP)
-        label = tl.where(in_range, label, -1)  # one on another rank is no column here, not even a masked one past V
+        label = tl.where(in_range, label, -1).to(tl.int32)  # on another rank: no column, not even a masked one past V
         lanes = tl.arange(0, BLOCK)
         found = tl.zeros([], tl.int32)
         left_out = 0.0
@@ -239,14 +237,13 @@ if triton is not None:
             beyond = tl.zeros([BLOCK], tl.float32)
             least_top = tl.where(in_range, target, float("-inf"))
             for start in range(0, V, BLOCK):
-                column = start + lanes
-                z, _ = scaled_logits(x_ptr, column, 1, V, softcap, tau, HAS_SOFTCAP)
+                z, _ = scaled_logits(x_ptr, start + lanes, 1, V, softcap, tau, HAS_SOFTCAP)
                 m, s, t, e, scale = add_block(z, m, s, t)
                 floor = tl.maximum(m, least_top) + log_floor
-                near = (z > floor) | (column == label)
+                near = (z > floor) | (lanes == label - start)
                 beyond = scale * beyond + tl.where(near, 0.0, e)
                 if (tl.max(z, 0) > floor) | ((label >= start) & (label < start + BLOCK)):
-                    found = _note(noted_z_ptr, noted_column_ptr, z, column, near, found, ROOM)
+                    found = _note(noted_ptr, start + lanes, near, found, ROOM)
             total = tl.sum(s, 0)
             log_total = tl.log(total)
             tl.store(logprob_ptr + row, tl.where(in_range, target, float("nan")) - m - log_total)
@@ -259,19 +256,33 @@ if triton is not None:
             found = tl.zeros([], tl.int32)
             beyond = tl.zeros([BLOCK], tl.float32)
             for start in range(0, V, BLOCK):
-                column = start + lanes
-                z, _ = scaled_logits(x_ptr, column, 1, V, softcap, tau, HAS_SOFTCAP)
+                z, _ = scaled_logits(x_ptr, start + lanes, 1, V, softcap, tau, HAS_SOFTCAP)
                 log_p = z - m - log_total
-                near = (log_p > log_floor) | (column == label)
+                near = (log_p > log_floor) | (lanes == label - start)
                 beyond += tl.where(near, 0.0, tl.exp(log_p))
-                found = _note(noted_z_ptr, noted_column_ptr, z, column, near, found, ROOM)
+                found = _note(noted_ptr, start + lanes, near, found, ROOM)
             left_out = tl.sum(beyond, 0)
-        tl.debug_barrier()  # what was noted was noted by other threads
+        tl.store(found_ptr + row, found)
+        tl.store(left_out_ptr + row, left_out)
 
+    # Steps 2 and 3, one program a row.
+    @triton.jit
+    def _fill_kernel(
+        x_ptr, label_ptr, tau_ptr, stat_ptr, noted_ptr, found_ptr, left_out_ptr, index_ptr, value_ptr,
+        count_ptr, dropped_ptr, stride_tau, N, V, softcap, tolerance, log_tolerance, log_floor, K,
+        HAS_SOFTCAP: tl.constexpr, ROOM: tl.constexpr, STEPS: tl.constexpr, NATS_BELOW_FLOOR: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        label = tl.load(label_ptr + row)
+        found = tl.load(found_ptr + row)
+        left_out = tl.load(left_out_ptr + row)
+        m = tl.load(stat_ptr + row)
+        log_total = tl.load(stat_ptr + N + row)
         lane = tl.arange(0, ROOM)
         noted = lane < found
-        z = tl.load(noted_z_ptr + lane, mask=noted, other=float("-inf"))
-        column = tl.load(noted_column_ptr + lane, mask=noted, other=-1)
+        column = tl.load(noted_ptr + row * ROOM + lane, mask=noted, other=V)
+        tau = tl.load(tau_ptr + row * stride_tau)
+        z, capped = scaled_logits(x_ptr + row * V, column, 1, V, softcap, tau, HAS_SOFTCAP)
         p = tl.where(noted, tl.exp(z - m - log_total), 0.0)
         is_label = noted & (column == label)
         loose = tl.where(is_label, 0.0, p)
@@ -291,7 +302,6 @@ if triton is not None:
         enough = (found <= ROOM) & (dropped <= tolerance) & (count <= K)  # NaN is not at most anything
         entry = tl.where(is_label, 1.0 - p, -p)
         if HAS_SOFTCAP:
-            capped = z * tau / softcap
             entry *= 1.0 - capped * capped
         keep &= place <= tl.where(enough, K, 0)
         slot = row * K + place - 1
@@ -301,11 +311,10 @@ if triton is not None:
         tl.store(dropped_ptr + row, tl.where(enough, dropped, 0.0))
 
     @triton.jit
-    def _note(noted_z_ptr, noted_column_ptr, z, column, near, found, ROOM: tl.constexpr):
+    def _note(noted_ptr, column, near, found, ROOM: tl.constexpr):
         """Stores those that are near behind the ``found`` ones as far as there is room; how many there are then."""
         place = found + tl.cumsum(near.to(tl.int32), 0) - 1
-        tl.store(noted_z_ptr + place, z, mask=near & (place < ROOM))
-        tl.store(noted_column_ptr + place, column, mask=near & (place < ROOM))
+        tl.store(noted_ptr + place, column, mask=near & (place < ROOM))
         return tl.max(place, 0) + 1
 
     # One program a range of the list and block of columns; 32 rows of the range at a time.
@@ -329,8 +338,8 @@ if triton is not None:
         out_ptr += tl.load(place_ptr + i) * H + column
         tl.store(out_ptr, tl.load(out_ptr, mask=column < H, other=0.0) + total, mask=column < H)
 
-    # In the blocks of selective_logprobs's forward, so that log-probabilities have the bits that they have without
-    # selection.
+    # In the blocks that selective_logprobs's forward has unless it is tuned, so that log-probabilities have the bits
+    # that they have without selection. Its larger candidates leave selection no registers.
     def _triton_select(logits, labels, temperature, softcap, tolerance, known, index, value):
         """As _torch_select; the logits stay as they are."""
         (n, capacity), vocab = index.shape, logits.shape[-1]
@@ -338,13 +347,18 @@ if triton is not None:
         logprobs, entropy, dropped, count = new(n), new(n), new(n), new(n, dtype=torch.int32)
         stats = new(2, n) if known is None else known.contiguous()
         room = 4 * triton.next_power_of_2(capacity)
+        noted = new(n, room, dtype=torch.int32), new(n, dtype=torch.int32), new(n)
+        log_floor, has_softcap = math.log(tolerance / capacity), softcap > 0
         if n:
-            _select_kernel[(n,)](
-                logits, labels, temperature, logprobs, entropy, stats, new(n, room), new(n, room, dtype=torch.int32),
-                index, value, count, dropped, temperature.stride(0), n, vocab, softcap, tolerance,
-                math.log(tolerance), math.log(tolerance / capacity), capacity, KNOWN=known is not None,
-                HAS_SOFTCAP=softcap > 0, ROOM=room,
-                STEPS=_BISECTIONS, NATS_BELOW_FLOOR=_NATS_BELOW_FLOOR, **launch_shape(FORWARD, logits),
+            _note_kernel[(n,)](
+                logits, labels, temperature, logprobs, entropy, stats, *noted, temperature.stride(0), n, vocab, softcap,
+                tolerance, log_floor, capacity, KNOWN=known is not None, HAS_SOFTCAP=has_softcap, ROOM=room,
+                **fitted(FORWARD.default, vocab),
+            )  # fmt: skip
+            _fill_kernel[(n,)](
+                logits, labels, temperature, stats, *noted, index, value, count, dropped, temperature.stride(0), n,
+                vocab, softcap, tolerance, math.log(tolerance), log_floor, capacity, HAS_SOFTCAP=has_softcap, ROOM=room,
+                STEPS=_BISECTIONS, NATS_BELOW_FLOOR=_NATS_BELOW_FLOOR, num_warps=max(1, room // 256),
             )  # fmt: skip
         return Selected(logprobs, entropy, stats, count, dropped)
 

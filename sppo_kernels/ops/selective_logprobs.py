@@ -456,9 +456,12 @@ if triton is not None:
     )
 
     def launch_shape(tunable: Tunable, rows: Tensor) -> dict[str, int]:
-        """For rows ``[..., V]``; one shorter than a block gets the smallest that holds it, with as much a thread."""
-        config = tunable.config(rows.shape[-1], rows.itemsize)
-        block = min(config.block, triton.next_power_of_2(rows.shape[-1]))
+        """For rows ``[..., V]``."""
+        return fitted(tunable.config(rows.shape[-1], rows.itemsize), rows.shape[-1])
+
+    def fitted(config: Config, length: int) -> dict[str, int]:
+        """A row shorter than a block gets the smallest that holds it, with as much a thread."""
+        block = min(config.block, triton.next_power_of_2(length))
         return {"BLOCK": block, "num_warps": max(1, config.num_warps * block // config.block)}
 
     def _triton_forward(logits, labels, temperature, softcap, ignore_index):

@@ -80,6 +80,24 @@ def test_as_few_entries_as_will_do(backend):
     assert 0 < (entries > 0).sum() < 12
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_top_that_comes_late_and_is_not_the_label(backend):
+    """Until it is known, noise that is next to impossible stands out, and more of it than there is room for."""
+    vocab, peak = 5000, 4990
+    hidden, weight, labels = (
+        randn(3, vocab),
+        torch.eye(vocab, device=DEVICE),
+        torch.tensor([7, 100, 4000], device=DEVICE),
+    )
+    hidden[:, peak] = 60.0
+    sparse = {"backward": "sparse", "max_entries": 8, "backend": backend}
+    out, upstream, (got, _) = gradients(linear_logprobs, hidden, weight, labels, **sparse)
+    assert out.certificate.entries.tolist() == [2, 2, 2]
+    want = torch.zeros_like(got)
+    want[range(3), labels], want[:, peak] = upstream, -upstream
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_peaked_logits_against_float64(backend, dtype):
