@@ -465,9 +465,8 @@ def _backward(
     from_kept = _where(in_kept) if len(kept) else labels[:0]
     from_slots = _where(in_slots) if len(slot_index) else labels[:0]
     again = _where(live & ~in_kept & ~in_slots)
-    _log.debug(
-        "backward: %d tokens from kept E, %d recomputed, %d from entries", len(from_kept), len(again), len(from_slots)
-    )
+    source, used = ("entries", from_slots) if len(slot_index) else ("kept E", from_kept)
+    _log.debug("backward: %d tokens from %s, %d recomputed", len(used), source, len(again))
     if len(kept) and not len(from_kept) and len(_where(live & (kept_row < len(kept)))):
         warnings.warn(
             f"linear_logprobs kept {kept.nbytes} bytes for nothing: the entropies have gradients, for which the logits "
