@@ -16,7 +16,7 @@ import argparse
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate, count
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,7 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import results
+from sppo_kernels import _head as head
 from sppo_kernels.ops import linear_logprobs as linear
+from sppo_kernels.ops import linear_policy_loss as linear_policy
+from sppo_kernels.ops import policy_loss as policy
 from sppo_kernels.ops import selective_logprobs as selective
 
 GIB = 1 << 30
@@ -107,7 +110,7 @@ class _NoKernel:
         return lambda *args, **kwargs: None
 
 
-class _ProjectionOnCUDA(linear._Projection):
+class _ProjectionOnCUDA(head.Projection):
     """As on a CUDA device. Fake tensors say they are on the CPU: PyTorch built without CUDA refuses to index others."""
 
     def __init__(self, weights, bias) -> None:
@@ -115,21 +118,22 @@ class _ProjectionOnCUDA(linear._Projection):
 
 
 @contextmanager
-def _without_values(tokens: int, kept: int) -> Iterator[None]:
-    """What has to look at values is told: every token bears loss, the first ``kept`` are kept, no entropy gradient."""
-    spans = iter([(0, tokens), (0, kept), (kept, tokens)] if kept else [(0, tokens), (0, tokens)])
-    stand_ins: dict[str, Any] = {
-        "_where": lambda mask: torch.arange(*next(spans)),
-        "_Projection": _ProjectionOnCUDA,
-    }
-    kernels = {
-        module: {name: _NoKernel() for name in vars(module) if name.endswith("_kernel")}
-        for module in (linear, selective)
-    }
-    with (
-        mock.patch.multiple(linear, **stand_ins, **kernels[linear]),
-        mock.patch.multiple(selective, **kernels[selective]),
-    ):
+def _without_values(*spans: tuple[int, int]) -> Iterator[None]:
+    """What has to look at values is told which tokens they would single out, one question after the other."""
+    answers = iter(spans)
+    where = lambda mask: torch.arange(*next(answers))
+    modules = (head, linear, linear_policy, policy, selective)
+    patches = [mock.patch.object(head, "Projection", _ProjectionOnCUDA)]
+    patches += [mock.patch.object(module, "where", where) for module in (head, linear, linear_policy)]
+    patches += [
+        mock.patch.object(module, name, _NoKernel())
+        for module in modules
+        for name in vars(module)
+        if name.endswith("_kernel")
+    ]
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
         yield
 
 
@@ -146,9 +150,11 @@ def linear_logprobs_peak(size: Size, setting: Setting) -> tuple[int, int]:
         hidden, weight, labels = _inputs(size)
         temperature, *upstream = (torch.empty(size.tokens) for _ in range(3))
         row_bytes = size.vocab * weight.dtype.itemsize
-        to_keep = linear._tokens_to_keep(backward, budget, size.tokens, row_bytes, hidden.device)
+        kept = head.tokens_to_keep(backward, budget, size.tokens, row_bytes, hidden.device)
+        # Which bear loss; in backward the same, of which E is of use, which are left.
+        spans = [(0, size.tokens), (0, size.tokens), *([(0, kept)] if kept else []), (kept, size.tokens)]
         with (
-            _without_values(size.tokens, to_keep),
+            _without_values(*spans),
             Allocations([hidden, weight, labels, temperature, *upstream]) as allocations,
         ):
             given = [hidden], [weight], None, labels, temperature
@@ -157,8 +163,33 @@ def linear_logprobs_peak(size: Size, setting: Setting) -> tuple[int, int]:
             if gradients:
                 needs = [True, True, False]
                 saved = *made[1:3], *made[5:]
-                grads = linear._backward(*upstream, *given, *saved, needs, 0.0, -100, chunk_bytes, "", "triton")
+                rest = needs, 0.0, -100, backward, chunk_bytes, "", "triton"
+                grads = linear._backward(*upstream, *given, *saved, *rest)
         return allocations.peak(apart_from=grads), made[5].untyped_storage().nbytes()
+
+
+def linear_policy_loss_peak(size: Size) -> tuple[int, int]:
+    """The same of the whole token-level loss in one call; kept until backward are the gradients alone."""
+    with FakeTensorMode():
+        hidden, weight, labels = _inputs(size)
+        temperature, old_logprobs, advantages = (torch.empty(size.tokens) for _ in range(3))
+        cu_seqlens = torch.empty(9, dtype=torch.int32)
+        settings = policy.Settings("token", 0.2, 0.2, None, "token-mean", 0.0, "k3", "none", 2.0)
+        given = [hidden], [weight], None, labels, temperature
+        chunk_bytes = linear._CHUNK_BYTES_ACCELERATOR
+        block = head.Head(*given, 0.0, -100, chunk_bytes, "", "triton").block()
+        # Which bear loss; of each block, of which E is of use, which are left.
+        spans = [(0, size.tokens)]
+        for first in range(0, size.tokens, block):
+            spans += [(0, min(block, size.tokens - first)), (0, 0)]
+        with (
+            _without_values(*spans),
+            Allocations([hidden, weight, labels, temperature, old_logprobs, advantages, cu_seqlens]) as allocations,
+        ):
+            of_head = 0.0, -100, "cache", None, chunk_bytes, 1e-4, 1, "", "triton"
+            of_loss = old_logprobs, advantages, None, cu_seqlens, None, None, None, True
+            *_, grads = linear_policy._forward(*given, *of_head, [True, True, False], *of_loss, *settings)
+        return allocations.peak(apart_from=grads), 0
 
 
 def eager_peak(size: Size, entropy_gradient: bool) -> int:
@@ -186,6 +217,11 @@ def _rows(sizes: Iterable[Size]) -> Iterator[dict[str, Any]]:
             peak, kept = linear_logprobs_peak(size, setting)
             limit = setting.limit if size == FULL else None
             yield {**size._asdict(), "case": case, "peak_bytes": peak, "kept_bytes": kept, "limit_bytes": limit}
+        peak, kept = linear_policy_loss_peak(size)
+        limit = 5 * GIB if size == FULL else None
+        yield {
+            **size._asdict(), "case": "linear_policy_loss", "peak_bytes": peak, "kept_bytes": kept, "limit_bytes": limit
+        }  # fmt: skip
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:

@@ -152,7 +152,7 @@ def _linear_cases(vocab: int) -> Iterator[Case]:
     logits, gradient = tokens * vocab * 4, tokens * vocab * dtype.itemsize
     passes = {
         "recompute": Kernel("selective_logprobs._backward_kernel", logits + gradient),
-        "cache": Kernel("linear_logprobs._keep_kernel", logits + gradient),
+        "cache": Kernel("_head._keep_kernel", logits + gradient),
     }
     for mode, kernel in passes.items():
         problem = OPERATIONS["linear_logprobs"].make(Point(tokens, 8, vocab), CPU, dtype)

@@ -45,7 +45,7 @@ def combine(
         here: ``[C]``, whether a token's label is one of this shard's rows.
     """
     maximum, log_sum = stats
-    top = _all_reduce_in_place(maximum.clone(), group, dist.ReduceOp.MAX)
+    top = all_reduce(maximum.clone(), group, dist.ReduceOp.MAX)
     # exp(z - top) summed over the shard, and times (z - top): mean z - m is log_sum - entropy. A shard of forbidden
     # tokens alone has neither a maximum nor a mean.
     share = torch.where(maximum == float("-inf"), 0.0, (maximum - top + log_sum).exp())
@@ -59,12 +59,8 @@ def combine(
     return logprobs, log_total - weighted / share, torch.stack([top, log_total])
 
 
-def all_reduce(x: Tensor, group: str) -> Tensor:
-    """The sum of ``x`` over the ranks, in its place."""
-    return _all_reduce_in_place(x, group, dist.ReduceOp.SUM)
-
-
-def _all_reduce_in_place(x: Tensor, group: str, operation: dist.ReduceOp.RedOpType) -> Tensor:
+def all_reduce(x: Tensor, group: str, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """The sum of ``x``, or what else, over the ranks, in its place."""
     dist.all_reduce(x, operation, group=_members(group))
     return x
 

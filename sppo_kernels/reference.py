@@ -3,6 +3,7 @@
 from sppo_kernels.ops.gae import reference as gae
 from sppo_kernels.ops.group_advantages import reference as group_advantages
 from sppo_kernels.ops.linear_logprobs import reference as linear_logprobs
+from sppo_kernels.ops.linear_policy_loss import reference as linear_policy_loss
 from sppo_kernels.ops.policy_loss import reference as policy_loss
 from sppo_kernels.ops.prompt_value import reference_logits as prompt_value_logits
 from sppo_kernels.ops.prompt_value import reference_loss as prompt_value_loss
@@ -13,6 +14,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "linear_logprobs",
+    "linear_policy_loss",
     "policy_loss",
     "prompt_value_logits",
     "prompt_value_loss",

@@ -141,23 +141,24 @@ def policy_loss(
             at on a CPU, and elsewhere under ``SPPO_KERNELS_CHECK=1``).
         TypeError: a tensor of the wrong kind.
     """
-    _check_tensors(logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, rollout_logprobs)
-    settings = _Settings(
+    check_tensors(logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, rollout_logprobs)
+    settings = Settings.checked(
         ratio_level,
-        float(clip_low),
-        float(clip_high),
-        None if dual_clip is None else float(dual_clip),
+        clip_low,
+        clip_high,
+        dual_clip,
         aggregation,
-        float(kl_coef),
+        ref_logprobs,
+        kl_coef,
         kl_estimator,
-        rollout_correction or "none",
-        float(rollout_cap),
+        rollout_logprobs,
+        rollout_correction,
+        rollout_cap,
     )
-    settings.check(ref_logprobs, rollout_logprobs)
     if normalizer is not None:
         normalizer = as_normalizer(normalizer, logprobs.device)
     backend = pick_backend(backend, logprobs)
-    per_token = _is_per_token(advantages, logprobs, cu_seqlens)
+    per_token = is_per_token(advantages, logprobs, cu_seqlens)
     if cu_seqlens is None:
         # A padded batch is packed sequences of equal length, whose padding the mask takes out.
         rows, length = logprobs.shape
@@ -167,12 +168,17 @@ def policy_loss(
         for x in (logprobs, old_logprobs, advantages, mask, cu_seqlens, normalizer, ref_logprobs, rollout_logprobs)
     ]
     if backend == "reference":
-        _check_values(cu_seqlens, normalizer, logprobs.numel())
+        check_values(cu_seqlens, normalizer, logprobs.numel())
         arguments: Any = (*tensors, per_token, settings)
         terms = _terms(*arguments)
-        return PolicyLossOutput(terms.loss, {name: x.detach() for name, x in zip(METRICS, terms.metrics, strict=True)})
+        return PolicyLossOutput(terms.loss, named(torch.stack(terms.metrics)))
     loss, metrics, _, _ = _policy_loss(*tensors, per_token, *settings, backend)
-    return PolicyLossOutput(loss, dict(zip(METRICS, metrics.detach().unbind(), strict=True)))
+    return PolicyLossOutput(loss, named(metrics))
+
+
+def named(metrics: Tensor) -> dict[str, Tensor]:
+    """``[11]`` by name, detached."""
+    return dict(zip(METRICS, metrics.detach().unbind(), strict=True))
 
 
 def reference(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, **settings: Any) -> PolicyLossOutput:
@@ -180,7 +186,7 @@ def reference(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, **sett
     return policy_loss(logprobs, old_logprobs, advantages, **settings, backend="reference")
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """The arguments that are not tensors, in the order of the registered operation."""
 
     ratio_level: str
@@ -193,7 +199,37 @@ class _Settings(NamedTuple):
     rollout_correction: str
     rollout_cap: float
 
-    def check(self, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None) -> None:
+    @classmethod
+    def checked(
+        cls,
+        ratio_level: str,
+        clip_low: float,
+        clip_high: float,
+        dual_clip: float | None,
+        aggregation: str,
+        ref_logprobs: Tensor | None,
+        kl_coef: float,
+        kl_estimator: str,
+        rollout_logprobs: Tensor | None,
+        rollout_correction: str | None,
+        rollout_cap: float,
+    ) -> Settings:
+        """Of the arguments of the public function. Raises what that says."""
+        settings = cls(
+            ratio_level,
+            float(clip_low),
+            float(clip_high),
+            None if dual_clip is None else float(dual_clip),
+            aggregation,
+            float(kl_coef),
+            kl_estimator,
+            rollout_correction or "none",
+            float(rollout_cap),
+        )
+        settings._check(ref_logprobs, rollout_logprobs)
+        return settings
+
+    def _check(self, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None) -> None:
         check_choice("ratio_level", self.ratio_level, RATIO_LEVELS)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
@@ -225,7 +261,7 @@ class _Settings(NamedTuple):
         return not self.sequence_level and self.aggregation == "token-mean"
 
 
-def _check_tensors(logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, rollout_logprobs) -> None:
+def check_tensors(logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, rollout_logprobs) -> None:
     same = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs}
     check_floating(logprobs=logprobs, advantages=advantages, **same)
     check_integer(cu_seqlens=cu_seqlens)
@@ -246,7 +282,7 @@ def _check_tensors(logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_log
     check_device(logprobs.device, advantages=advantages, mask=mask, cu_seqlens=cu_seqlens, **same)
 
 
-def _check_values(cu_seqlens: Tensor, normalizer: Tensor | None, tokens: int) -> None:
+def check_values(cu_seqlens: Tensor, normalizer: Tensor | None, tokens: int) -> None:
     """``cu_seqlens`` starts at 0, never falls and ends at ``tokens``; ``normalizer`` is positive. Reads the values."""
     if normalizer is not None:
         check_normalizer_value(normalizer)
@@ -256,7 +292,7 @@ def _check_values(cu_seqlens: Tensor, normalizer: Tensor | None, tokens: int) ->
         reject("cu_seqlens", cu_seqlens.tolist()[:16], f"rising from 0 to the number of tokens, {tokens}")
 
 
-def _is_per_token(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> bool:
+def is_per_token(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Packed with as many tokens as sequences, the shapes are the same: then it is one advantage a sequence."""
     return advantages.shape == logprobs.shape and (cu_seqlens is None or advantages.shape[0] != cu_seqlens.shape[0] - 1)
 
@@ -277,7 +313,7 @@ class _Terms(NamedTuple):
     scale: Tensor  # 1 / normalizer
 
 
-def _terms(logprobs, old, advantages, mask, cu_seqlens, normalizer, ref, rollout, per_token, s: _Settings) -> _Terms:
+def _terms(logprobs, old, advantages, mask, cu_seqlens, normalizer, ref, rollout, per_token, s: Settings) -> _Terms:
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     lengths = cu_seqlens.diff().long()
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
@@ -377,7 +413,7 @@ def _kl(ref_gap: Tensor, estimator: str) -> Tensor:
     return _exp(ref_gap) - 1 - ref_gap
 
 
-def _rollout_weight(old, rollout, gap, sum_in_sequence, total, sequence, n, tokens, sequences, s: _Settings):
+def _rollout_weight(old, rollout, gap, sum_in_sequence, total, sequence, n, tokens, sequences, s: Settings):
     """The correction's weight a token, its mean, and KL(rollout || old)."""
     zero = torch.zeros_like(tokens)
     if rollout is None:
@@ -423,9 +459,9 @@ def _policy_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Packed tensors -> loss [], metrics [11], gradient before normalization [N], 1 / normalizer []."""
-    _check_values(cu_seqlens, normalizer, logprobs.shape[0])
+    check_values(cu_seqlens, normalizer, logprobs.shape[0])
     tensors = (logprobs, old_logprobs, advantages, mask, cu_seqlens, normalizer, ref_logprobs, rollout_logprobs)
-    settings = _Settings(
+    settings = Settings(
         ratio_level,
         clip_low,
         clip_high,
@@ -436,7 +472,7 @@ def _policy_loss(
         rollout_correction,
         rollout_cap,
     )
-    return _BACKENDS[backend](*tensors, per_token, settings)
+    return BACKENDS[backend](*tensors, per_token, settings)
 
 
 @_policy_loss.register_fake
@@ -476,7 +512,7 @@ def _torch_policy_loss(*inputs):
     return t.loss, torch.stack(t.metrics), torch.where(t.keep, gradient * t.share, 0.0), t.scale
 
 
-_BACKENDS = {"torch": _torch_policy_loss}
+BACKENDS = {"torch": _torch_policy_loss}
 
 
 # Triton backend: one program a sequence, and the one that comes last adds up what the others left
@@ -783,4 +819,4 @@ if triton is not None:
         )
         return loss, metrics, gradient, scale
 
-    _BACKENDS["triton"] = _triton_policy_loss
+    BACKENDS["triton"] = _triton_policy_loss

@@ -12,7 +12,17 @@ pytest.importorskip("triton")
 
 from benchmarks import memory
 from benchmarks.__main__ import main
-from benchmarks.memory import FULL, GIB, SETTINGS, Allocations, Setting, Size, eager_peak, linear_logprobs_peak
+from benchmarks.memory import (
+    FULL,
+    GIB,
+    SETTINGS,
+    Allocations,
+    Setting,
+    Size,
+    eager_peak,
+    linear_logprobs_peak,
+    linear_policy_loss_peak,
+)
 
 
 @pytest.mark.parametrize("mode", [FakeTensorMode, torch.enable_grad], ids=["fake", "real"])
@@ -75,6 +85,13 @@ def test_kept_blocks_are_bounded_by_the_chunk_too():
     assert peak < kept + 4 * vocab * hidden + chunk + 60 * tokens
 
 
+def test_the_loss_in_one_call_takes_what_recompute_takes():
+    """Three passes, for which cache alone would keep E of all tokens."""
+    recompute, _ = linear_logprobs_peak(FULL, SETTINGS["recompute"])
+    peak, _ = linear_policy_loss_peak(FULL)
+    assert peak <= recompute + 40 * FULL.tokens
+
+
 def test_eager_needs_three_float32_tensors_of_logits():
     logits = FULL.tokens * FULL.vocab * 4
     assert 3 * logits < eager_peak(FULL, entropy_gradient=False) < 3.01 * logits
@@ -90,6 +107,7 @@ def test_limits_hold(tmp_path, capsys):
         "forward without gradients": 1,
         "recompute": 5,
         "recompute, chunk_bytes=2**28": 2.5,
+        "linear_policy_loss": 5,
     }
     assert all(0 < row["peak_bytes"] <= row["limit_bytes"] for row in limited.values())
     assert "of it, kept" in capsys.readouterr().out

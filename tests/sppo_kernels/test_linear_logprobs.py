@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from sppo_kernels import linear_logprobs, reference
+from sppo_kernels import _head, linear_logprobs, reference
 from sppo_kernels.ops import linear_logprobs as module
 
 pytestmark = pytest.mark.filterwarnings("ignore:linear_logprobs kept")  # both outputs are differentiated everywhere
@@ -431,13 +431,13 @@ def test_says_what_it_chose(settings, kept, caplog):
 @pytest.mark.parametrize(("backward", "kept"), [("recompute", 0), ("cache", 10**6), ("auto", 2**30 // 4000)])
 def test_budget_unless_it_is_given(backward, kept):
     """On a CPU; on an accelerator it depends on what is free."""
-    assert module._tokens_to_keep(backward, None, 10**6, 4000, torch.device("cpu")) == kept
+    assert _head.tokens_to_keep(backward, None, 10**6, 4000, torch.device("cpu")) == kept
 
 
 @pytest.mark.gpu
 def test_auto_keeps_a_quarter_of_the_free_memory():
     free, _ = torch.cuda.mem_get_info()
-    kept = module._tokens_to_keep("auto", None, 10**9, 4000, torch.device("cuda"))
+    kept = _head.tokens_to_keep("auto", None, 10**9, 4000, torch.device("cuda"))
     assert kept * 4000 == pytest.approx(free / 4, rel=0.1)
 
 
@@ -688,7 +688,7 @@ def test_registration(backend, backward):
         [False, True, True, False, False],
     ):
         saved = *outputs[1:3], *outputs[5:]
-        rest = needs, 0.0, IGNORED, settings[2], *settings[5:]
+        rest = needs, 0.0, IGNORED, backward, settings[2], *settings[5:]
         given = randn(4), randn(4), *pairs, None, labels, tau, *saved, *rest
         # Inputs that are no leaves: the backward itself has no derivative to check.
         torch.library.opcheck(module._linear_logprobs_backward, given, test_utils=("test_schema", "test_faketensor"))

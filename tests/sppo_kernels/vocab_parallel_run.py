@@ -10,7 +10,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-from sppo_kernels import linear_logprobs
+from sppo_kernels import linear_logprobs, linear_policy_loss
+from sppo_kernels.ops.policy_loss import RATIO_LEVELS
 
 TOKENS, WIDTH, RANK_OF_ADAPTER = 9, 6, 2
 # Uneven, and in each a shard that has few rows: with 4 ranks a single one.
@@ -82,6 +83,49 @@ def check_many_chunks():
     ours = linear_logprobs(hidden, weight[rows].contiguous(), labels, group=group, chunk_bytes=chunk_bytes)
     for x, y in zip(ours, linear_logprobs(hidden, weight, labels), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def check_policy_loss():
+    """In one call, for each ratio level and mode, with several blocks: as on one process, on each rank."""
+    group, rank, shards = dist.group.WORLD, dist.get_rank(), [40 * (r + 1) for r in range(dist.get_world_size())]
+    hidden, weight, old = torch.randn(700, WIDTH), torch.randn(sum(shards), WIDTH), torch.randn(700) - 5
+    labels, advantages = torch.randint(sum(shards), (700,)), torch.randn(5)
+    for x in (hidden, weight, old, labels, advantages):
+        dist.broadcast(x, 0)
+    cu_seqlens = torch.tensor([0, 100, 100, 420, 600, 700], dtype=torch.int32)
+    rows = slice(sum(shards[:rank]), sum(shards[: rank + 1]))
+
+    def results(weight, **settings):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = linear_policy_loss(*leaves, labels, old, advantages, cu_seqlens=cu_seqlens, chunk_bytes=1, **settings)
+        return out.loss.detach(), *torch.autograd.grad(out.loss, leaves)
+
+    for ratio_level in RATIO_LEVELS:
+        for backward in ("cache", "sparse", "auto"):
+            settings = {"ratio_level": ratio_level, "backward": backward, "mass_tolerance": 1e-8, "max_entries": 4}
+            loss, dh, dw = results(weight, **settings)
+            ours = results(weight[rows].contiguous(), **settings, group=group)
+            for x, y in zip(ours, (loss, dh, dw[rows]), strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+def check_auto_agrees():
+    """What one rank's rows look like is not what another's do; still all go the same way."""
+    world = dist.get_world_size()
+    hidden = 60.0 * torch.eye(64)[torch.arange(64) % 8]  # peaked, on rank 0's rows; elsewhere all is flat
+    weight = torch.eye(64)[dist.get_rank() * 64 // world : (dist.get_rank() + 1) * 64 // world].contiguous()
+    shares = []
+    for _ in range(3):
+        out = linear_logprobs(
+            hidden, weight.requires_grad_(), torch.arange(64), max_entries=2, group=dist.group.WORLD, chunk_bytes=1
+        )
+        out.logprobs.sum().backward()
+        shares.append(torch.stack([out.certificate.sparse_share, out.certificate.kept_share]))
+    assert shares[0].tolist() == [0, 1]
+    assert shares[-1][0] == 1
+    others = [torch.empty_like(torch.stack(shares)) for _ in range(world)]
+    dist.all_gather(others, torch.stack(shares))
+    assert all(torch.equal(x, others[0]) for x in others)
 
 
 def check_errors():
@@ -164,6 +208,8 @@ def main():
                     )
                     cases += 1
     check_many_chunks()
+    check_policy_loss()
+    check_auto_agrees()
     check_errors()
     check_tensor_parallel_dtensor()
     check_fsdp2()

@@ -1,0 +1,106 @@
+"""linear_logprobs with backward="auto": which way it takes, and that the way is all that it changes."""
+
+import warnings
+
+import pytest
+import torch
+from against_float64 import BACKENDS, DEVICE, randint, randn
+
+from sppo_kernels import _coverage, linear_logprobs, linear_policy_loss
+
+VOCAB, CAPACITY, TOKENS = 100, 8, 128
+SETTINGS = {"max_entries": CAPACITY, "chunk_bytes": 1, "backward": "auto"}  # 64 tokens a chunk
+
+
+@pytest.fixture(autouse=True)
+def _no_history():
+    _coverage.forget()
+    yield
+    _coverage.forget()
+
+
+def call(flat, entropy=False, op=linear_logprobs, **settings):
+    """Of each four tokens ``flat`` are of a flat distribution, the others of a peaked one. -> certificate, gradients"""
+    hidden = 40.0 * torch.eye(VOCAB, device=DEVICE)[torch.arange(TOKENS) % VOCAB]
+    hidden[torch.arange(TOKENS, device=DEVICE) % 4 < flat] = 0.0
+    leaves = hidden.requires_grad_(), torch.eye(VOCAB, device=DEVICE).requires_grad_()
+    labels = torch.arange(1, TOKENS + 1, device=DEVICE) % VOCAB
+    given = {**SETTINGS, **settings}
+    if op is linear_policy_loss:
+        ends = torch.tensor([0, TOKENS], dtype=torch.int32, device=DEVICE)
+        old_logprobs, advantages = torch.zeros(TOKENS, device=DEVICE), torch.ones(1, device=DEVICE)
+        penalty = {"ref_logprobs": old_logprobs, "kl_coef": 1.0, "kl_estimator": "k1"}
+        out = op(*leaves, labels, old_logprobs, advantages, cu_seqlens=ends, **penalty, **given)
+        loss = out.loss
+    else:
+        out = op(*leaves, labels, **given)
+        loss = out.logprobs.sum() + (out.entropy.sum() if entropy else 0.0)
+    return out.certificate, torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("op", [linear_logprobs, linear_policy_loss])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_entries_once_the_call_before_was_peaked(backend, op):
+    first, exact = call(1, op=op, backend=backend)
+    assert (first.kept_share, first.sparse_share) == (1, 0)
+    second, sparse = call(1, op=op, backend=backend)
+    assert (second.kept_share, second.sparse_share) == (0, 0.75)
+    for x, y in zip(sparse, exact, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4 * float(y.abs().max()))
+    call(4, op=op, backend=backend)  # by entries, of which there are none
+    assert call(4, op=op, backend=backend)[0].kept_share == 1
+
+
+def test_the_way_does_not_flicker():
+    """Between a third and a half of exact tokens it stays as it is."""
+    seen = _coverage.Coverage()
+    ways = []
+    for exact in (40, 34, 33, 40, 50, 51, 40, 33):
+        seen.note(torch.tensor(exact), 100, "")
+        ways.append(seen.take_entries())
+    assert ways == [False, False, True, True, True, False, False, True]
+    assert seen.take_entries()  # nothing new was seen
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_looking_changes_no_bit(backend):
+    """What selection tried on a few rows leaves the others, and theirs, as they were."""
+    for flat in (0, 2, 4):
+        _coverage.forget()
+        certificate, watched = call(flat, backend=backend)
+        assert certificate.kept_share == 1
+        _, plain = call(flat, backend=backend, backward="cache")
+        assert all(torch.equal(x, y) for x, y in zip(watched, plain, strict=True))
+
+
+def test_keeps_nothing_once_entropies_had_gradients():
+    with pytest.warns(UserWarning, match="for nothing"):
+        call(0, entropy=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        certificate, _ = call(0, entropy=True)
+        assert (certificate.kept_share, certificate.sparse_share) == (0, 0)
+        assert call(0)[0].sparse_share == 0
+        assert call(0)[0].sparse_share == 1  # the very first call has seen that they are peaked
+
+
+def test_a_small_vocabulary_is_kept_whole():
+    """Of so few columns entries save next to nothing."""
+    for _ in range(3):
+        certificate, _ = call(0, max_entries=64)
+        assert (certificate.kept_share, certificate.sparse_share) == (1, 0)
+
+
+def test_heads_of_other_shapes_do_not_mix():
+    for _ in range(2):
+        call(0)
+    hidden, weight = randn(5, 3).requires_grad_(), randn(VOCAB, 3)
+    out = linear_logprobs(hidden, weight, randint(0, VOCAB, 5), **SETTINGS)
+    assert out.certificate.kept_share == 1
+
+
+def test_scoring_is_not_looked_at():
+    with torch.no_grad():
+        for _ in range(2):
+            linear_logprobs(40 * torch.eye(VOCAB), torch.eye(VOCAB), torch.arange(VOCAB), **SETTINGS)
+    assert not _coverage._coverages

@@ -1,0 +1,375 @@
+"""linear_policy_loss against float64 and against its two halves; how much it projects and how much it holds."""
+
+import logging
+from itertools import cycle, pairwise, product
+
+import pytest
+import torch
+from against_float64 import BACKENDS, DEVICE, DTYPES, randint, randn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from sppo_kernels import _coverage, linear_logprobs, linear_policy_loss, policy_loss, reference
+from sppo_kernels.ops import linear_policy_loss as module
+from sppo_kernels.ops.policy_loss import AGGREGATIONS, RATIO_LEVELS, ROLLOUT_CORRECTIONS
+
+IGNORED = -100
+MODES = ["recompute", "cache", "sparse"]
+LENGTHS = (3, 0, 1, 9, 4)
+SMALL_CHUNKS = {"chunk_bytes": 1}  # 256 tokens a block: the least there is
+
+
+@pytest.fixture(autouse=True)
+def _no_history():
+    _coverage.forget()
+
+
+def batch(lengths=LENGTHS, width=8, vocab=41, dtype=torch.float32, spread=1.0, drift=0.3, per_token=False, parts=False):
+    """Arguments by name. Old log-probabilities are ``drift`` off, so that some tokens and sequences are clipped."""
+    n = sum(lengths)
+    given = {
+        "hidden": randn(n, width, dtype=dtype, scale=spread, grad=True),
+        "weight": randn(vocab, width, dtype=dtype, scale=width**-0.5, grad=True),
+        "labels": randint(0, vocab, n),
+        "advantages": randn(n if per_token else len(lengths)),
+        "cu_seqlens": torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(),
+    }
+    given["labels"][2::5] = IGNORED
+    with torch.no_grad():
+        exact = reference.linear_logprobs(given["hidden"], given["weight"], given["labels"])
+    of_sequence = torch.repeat_interleave(randn(len(lengths)), torch.tensor(lengths, device=DEVICE, dtype=torch.long))
+    given["old_logprobs"] = exact.logprobs + drift * (randn(n) + of_sequence)
+    if parts:
+        given["mask"] = torch.arange(n, device=DEVICE) % 7 != 3
+        given["bias"] = randn(vocab, dtype=dtype, grad=True)
+        given["adapter"] = (randn(n, 2, dtype=dtype, grad=True), randn(vocab, 2, dtype=dtype, grad=True))
+        given["ref_logprobs"] = given["old_logprobs"] + 0.1 * randn(n)
+        given["rollout_logprobs"] = given["old_logprobs"] + 0.1 * randn(n)
+    return given
+
+
+def leaves_of(given):
+    tensors = [given["hidden"], given["weight"], given.get("bias"), *given.get("adapter", ())]
+    return [x for x in tensors if x is not None and x.requires_grad]
+
+
+def composition(hidden, weight, labels, old_logprobs, advantages, *, mask=None, **settings):
+    """The two operations, one after the other."""
+    of_head = ("bias", "adapter", "temperature", "softcap", "backward", "chunk_bytes", "logits_budget_bytes")
+    of_head += ("mass_tolerance", "max_entries", "backend")
+    head = {name: value for name, value in settings.items() if name in of_head}
+    loss = {name: value for name, value in settings.items() if name not in of_head or name == "backend"}
+    bears_loss = (labels != IGNORED) & (True if mask is None else mask)
+    logprobs = linear_logprobs(hidden, weight, torch.where(bears_loss, labels, IGNORED), **head).logprobs
+    return policy_loss(logprobs, old_logprobs, advantages, mask=bears_loss, **loss)
+
+
+def double(given):
+    cast = lambda x: x.detach().double().requires_grad_(x.requires_grad)
+    floats = {name: cast(x) for name, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    adapter = {"adapter": tuple(map(cast, given["adapter"]))} if "adapter" in given else {}
+    return {**given, **floats, **adapter}
+
+
+def results(op, given, **settings):
+    out = op(**given, **settings)
+    return out, torch.autograd.grad(out.loss, leaves_of(given))
+
+
+def relative(x, y):
+    return float((x.double() - y).norm() / y.norm().clamp(min=1e-30))
+
+
+def check(given, backend, mode, **settings):
+    """As near to float64 as the composition of the two operations, and next to equal to it."""
+    ours, grads = results(linear_policy_loss, given, backend=backend, backward=mode, **settings)
+    theirs, their_grads = results(composition, given, backend=backend, backward=mode, **settings)
+    of_mode = ("chunk_bytes", "logits_budget_bytes", "mass_tolerance", "max_entries")
+    plain = {name: value for name, value in settings.items() if name not in of_mode}
+    exact, exact_grads = results(reference.linear_policy_loss, double(given), **plain)
+    eps = torch.finfo(given["hidden"].dtype).eps
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=1e-4, atol=1e-5)
+    for name, metric in theirs.metrics.items():
+        torch.testing.assert_close(ours.metrics[name], metric, rtol=1e-5, atol=1e-6, msg=name)
+    torch.testing.assert_close(ours.metrics["entropy"].double(), exact.metrics["entropy"], rtol=1e-4, atol=1e-5)
+    for x, y, z, leaf in zip(grads, their_grads, exact_grads, leaves_of(given), strict=True):
+        assert x.dtype == leaf.dtype
+        assert relative(x, z) <= 2 * relative(y, z) + 8 * eps
+    return ours
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_agrees_with_the_two_operations_and_with_float64(backend, ratio_level, mode):
+    """Every aggregation and correction, dual clip, KL; advantages a sequence or a token; mask, bias, adapter."""
+    cases = list(product((False, True), AGGREGATIONS, (None, *ROLLOUT_CORRECTIONS)))
+    if backend == "triton" and DEVICE == "cpu":  # interpreted: each choice once, not with each other
+        cases = list(zip(cycle((False, True)), cycle(AGGREGATIONS), (None, *ROLLOUT_CORRECTIONS), strict=False))
+    for per_token, aggregation, correction in cases:
+        given = batch(per_token=per_token, parts=True)
+        settings = {
+            "ratio_level": ratio_level, "aggregation": aggregation, "dual_clip": 1.5, "kl_coef": 0.1,
+            "rollout_correction": correction, "rollout_cap": 1.1, "softcap": 5.0, "temperature": 0.7, "normalizer": 7.0,
+            "mass_tolerance": 1e-7, "max_entries": 32,
+        }  # fmt: skip
+        check(given, backend, mode, **settings)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_blocks(backend, ratio_level, dtype):
+    """Sequences that share a block, one longer than a block, of which E is kept for all tokens, some, or none."""
+    given = batch(lengths=(100, 120, 0, 300, 5, 90), dtype=dtype)
+    some = 270 * 41 * dtype.itemsize
+    budgets = [("cache", some)] + [("cache", None), ("recompute", None)] * (backend == "torch" or DEVICE == "cuda")
+    for mode, budget in budgets:
+        ours = check(given, backend, mode, ratio_level=ratio_level, logits_budget_bytes=budget, **SMALL_CHUNKS)
+    assert 0 < ours.metrics["clip_fraction"] < 1
+
+
+def passes(given, **settings):
+    """Over the loss-bearing tokens, as the profiler and the flop counter see them."""
+    run = lambda: results(linear_policy_loss, given, backend="torch", **settings)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
+        out, _ = run()
+    seen = sum(event.flops for event in profiler.events() if event.name in ("aten::mm", "aten::addmm"))
+    assert counter.get_total_flops() == seen
+    return out, seen / (2 * int((given["labels"] != IGNORED).sum()) * given["weight"].numel())
+
+
+@pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
+@pytest.mark.parametrize(("mode", "back"), [("cache", 2), ("auto", 2), ("recompute", 3)])
+def test_clipped_tokens_and_sequences_cost_the_forward_alone(ratio_level, mode, back):
+    given = batch(lengths=(100, 120, 0, 300, 5, 90), drift=0.0)
+    given["old_logprobs"][120:] -= 1.0  # the ratio is e
+    given["advantages"].abs_()
+    out, found = passes(given, backward=mode, ratio_level=ratio_level, **SMALL_CHUNKS)
+    bears_loss = given["labels"] != IGNORED
+    clipped = bears_loss.clone()
+    clipped[:120] = False
+    if ratio_level != "token":  # the second sequence is clipped as a whole: most of it has moved
+        clipped[100:] = bears_loss[100:]
+    assert found == pytest.approx(1 + back * (1 - float(clipped.sum() / bears_loss.sum())), abs=0.01)
+    assert out.metrics["clip_fraction"] > 0.5
+
+
+def test_peaked_distributions_take_one_pass():
+    given = batch(lengths=(100, 300), width=64, vocab=3000, spread=400.0, drift=0.0)
+    _, found = passes(given, backward="sparse", **SMALL_CHUNKS)
+    assert found == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
+def test_never_holds_more_than_a_block(ratio_level):
+    given = batch(lengths=[200] * 10, vocab=64)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        results(linear_policy_loss, given, backend="torch", backward="cache", ratio_level=ratio_level, **SMALL_CHUNKS)
+    sizes = [event.nbytes() for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(sizes) <= 4 * 256 * 64
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
+def test_nothing_bears_loss(backend, ratio_level):
+    for lengths in ((4, 3), (0, 0), ()):
+        given = batch(lengths=lengths)
+        given["labels"].fill_(IGNORED)
+        out, grads = results(linear_policy_loss, given, backend=backend, ratio_level=ratio_level)
+        assert out.loss == 0
+        assert out.metrics["ratio_mean"] == 1
+        assert out.metrics["entropy"] == 0
+        assert not any(grad.count_nonzero() for grad in grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_tokens_without_loss_hold_does_not_matter(backend):
+    given = batch(parts=True)
+    given["hidden"].data[2::5] = float("nan")
+    for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
+        given[name][2::5] = float("nan")
+    out, grads = results(linear_policy_loss, given, backend=backend, kl_coef=0.1, rollout_correction="sequence_mask")
+    assert out.loss.isfinite()
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not grads[0][2::5].count_nonzero()
+    assert not out.logprobs[2::5].count_nonzero()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tells_what_was_computed(backend):
+    """Log-probabilities to the bit as linear_logprobs gives them, detached, and the certificate."""
+    given = batch(spread=30.0)
+    out = linear_policy_loss(**given, backend=backend, backward="sparse")
+    alone = linear_logprobs(given["hidden"], given["weight"], given["labels"], backend=backend, backward="sparse")
+    assert torch.equal(out.logprobs, alone.logprobs)
+    assert torch.equal(out.entropy, alone.entropy)
+    assert torch.equal(out.certificate.entries, alone.certificate.entries)
+    assert not any(x.requires_grad for x in (out.logprobs, out.entropy, *out.certificate))
+    assert linear_policy_loss(**given, backend=backend, backward="cache").certificate.kept_share == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_parts_get_no_gradient_and_nothing_is_kept_for_none(backend):
+    given = batch()
+    given["weight"].requires_grad_(False)
+    _, (dh,) = results(linear_policy_loss, given, backend=backend)
+    given["weight"].requires_grad_()
+    _, (want, _) = results(linear_policy_loss, given, backend=backend)
+    torch.testing.assert_close(dh, want)
+    with torch.no_grad():
+        out = linear_policy_loss(**given, backend=backend, backward="cache")
+    assert not out.loss.requires_grad
+    assert out.certificate.kept_share == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loss_scale_for_float16(backend):
+    """Gradients of a mean over so many tokens would underflow before the scale of the loss reaches them."""
+    given = batch(lengths=(40, 40), dtype=torch.float16)
+    scale = 2.0**14
+    out = linear_policy_loss(**given, backend=backend, normalizer=1e6)
+    grads = torch.autograd.grad(out.loss * scale, leaves_of(given))
+    _, exact = results(reference.linear_policy_loss, double(given), normalizer=1e6)
+    for x, y in zip(grads, exact, strict=True):
+        assert relative(x, y * scale) < 5e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_twice_scaled_and_into_a_tied_weight(backend):
+    given = batch()
+    out = linear_policy_loss(**given, backend=backend)
+    leaves = leaves_of(given)
+    once = torch.autograd.grad(out.loss, leaves, retain_graph=True)
+    twice = torch.autograd.grad(3 * out.loss + given["weight"].sum(), leaves)
+    torch.testing.assert_close(twice[0], 3 * once[0])
+    torch.testing.assert_close(twice[1], 3 * once[1] + 1)
+    out = linear_policy_loss(**given, backend=backend)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.loss, leaves, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
+def test_same_bits_every_run(backend, ratio_level):
+    given = batch(lengths=(100, 0, 200, 30) if backend == "torch" else (5, 0, 9), spread=10.0)
+    for mode in MODES:
+        settings = {"backend": backend, "backward": mode, "ratio_level": ratio_level, "max_entries": 16, **SMALL_CHUNKS}
+        (first, grads), (second, again) = (results(linear_policy_loss, given, **settings) for _ in range(2))
+        assert torch.equal(first.loss, second.loss)
+        assert all(torch.equal(x, y) for x, y in zip(grads, again, strict=True))
+
+
+def test_micro_batches_add_up_to_the_update():
+    """With the update's normalizer the gradients of its parts are those of the whole."""
+    lengths = (30, 50, 20)
+    given = batch(lengths=lengths)
+    tokens = int((given["labels"] != IGNORED).sum())
+    whole, (_, want) = results(linear_policy_loss, given)
+    total, loss, ends = 0, 0, [0, 30, 80, 100]
+    for i, (first, last) in enumerate(pairwise(ends)):
+        rows = slice(first, last)
+        part = {name: given[name][rows] for name in ("hidden", "labels", "old_logprobs")}
+        part |= {"advantages": given["advantages"][i : i + 1], "cu_seqlens": torch.tensor([0, last - first]).int()}
+        out = linear_policy_loss(**part, weight=given["weight"], normalizer=tokens)
+        total = total + torch.autograd.grad(out.loss, given["weight"])[0]
+        loss = loss + out.loss
+    torch.testing.assert_close(total, want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss, whole.loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_rounds_inputs_and_not_logits(dtype):
+    given = batch()
+    with torch.autocast(DEVICE, dtype=dtype):
+        out = linear_policy_loss(**given)
+    grads = torch.autograd.grad(out.loss, leaves_of(given))
+    rounded = {**given, **{name: given[name].detach().to(dtype).requires_grad_() for name in ("hidden", "weight")}}
+    want, want_grads = results(linear_policy_loss, rounded)
+    assert torch.equal(out.loss, want.loss)
+    for x, y in zip(grads, want_grads, strict=True):
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x, y.float(), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("backward", [*MODES, "auto"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_whole(backend, backward):
+    torch.compiler.reset()
+    given = batch()
+    leaves = leaves_of(given)
+
+    def loss(**given):
+        out = linear_policy_loss(**given, backend=backend, backward=backward, ratio_level="sequence_mean")
+        return 2 * out.loss, out.metrics["entropy"]
+
+    compiled, entropy = torch.compile(loss, fullgraph=True, backend="aot_eager")(**given)
+    eager, entropy_eager = loss(**given)
+    torch.testing.assert_close((compiled, entropy), (eager, entropy_eager))
+    for x, y in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fake_tensors(backend, dtype):
+    given = batch(dtype=dtype)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = {name: mode.from_tensor(x) for name, x in given.items()}
+        out = linear_policy_loss(**fake, backend=backend)
+        assert out.loss.shape == ()
+        out.loss.backward()
+        for name in ("hidden", "weight"):
+            assert (fake[name].grad.shape, fake[name].grad.dtype) == (given[name].shape, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("needs", [[True, True, True, True, True], [True, False, False, True, False]])
+def test_registration(backend, needs):
+    given = batch(parts=True)
+    u, b = given["adapter"]
+    pairs = [given["hidden"].detach(), u.detach()], [given["weight"].detach(), b.detach()]
+    arguments = (
+        *pairs, given["bias"].detach(), given["labels"], torch.ones_like(given["old_logprobs"]), 2.0, IGNORED, "cache",
+        None, 1000, 1e-4, 8, "", backend, needs, given["old_logprobs"], given["advantages"], given["mask"],
+        given["cu_seqlens"], None, given["ref_logprobs"], given["rollout_logprobs"], False, "sequence_mean", 0.2, 0.2,
+        None, "token-mean", 0.1, "k3", "none", 2.0,
+    )  # fmt: skip
+    torch.library.opcheck(module._linear_policy_loss, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_says_how_it_goes_about_it(caplog):
+    given = batch(lengths=(100, 120, 300))
+    with caplog.at_level(logging.DEBUG, logger="sppo_kernels"):
+        linear_policy_loss(**given, ratio_level="sequence_mean", backward="cache", **SMALL_CHUNKS)
+    assert caplog.messages[0] == "416 of 520 tokens bear loss, in 2 blocks (cache)"
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "says"),
+    [
+        ({"hidden": torch.zeros(1, 17, 8)}, ValueError, r"hidden must be \[N, H\], packed.*got shape \(1, 17, 8\)"),
+        ({"labels": torch.full((17,), 41)}, ValueError, r"labels must be in \[0, 41\)"),
+        ({"old_logprobs": torch.zeros(16)}, ValueError, r"old_logprobs must be of shape \(17,\)"),
+        ({"old_logprobs": None}, TypeError, "old_logprobs must be a torch.Tensor, got None"),
+        ({"advantages": torch.zeros(4)}, ValueError, r"advantages must be of shape \(5,\), one a sequence"),
+        ({"cu_seqlens": None}, TypeError, "cu_seqlens must be a torch.Tensor, got None"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, "cu_seqlens must be int32"),
+        ({"cu_seqlens": torch.tensor([0, 3, 3, 4, 13, 16]).int()}, ValueError, "rising from 0 to .* tokens, 17"),
+        ({"mask": torch.ones(16)}, ValueError, r"mask must be of shape \(17,\)"),
+        ({"ratio_level": "word"}, ValueError, "ratio_level must be one of"),
+        ({"kl_coef": 0.1}, ValueError, "ref_logprobs must be given when kl_coef is not 0"),
+        ({"normalizer": 0}, ValueError, "normalizer must be greater than 0"),
+        ({"backward": "magic"}, ValueError, "backward must be one of"),
+        ({"temperature": 0.0}, ValueError, "temperature must be greater than 0"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_wrong_input_is_named(backend, bad, error, says):
+    given = {name: x.cpu() for name, x in batch().items()}
+    with pytest.raises(error, match=says):
+        linear_policy_loss(**{**given, "backend": backend, **bad})
