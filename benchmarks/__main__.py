@@ -12,8 +12,10 @@ import benchmarks.compile
 import benchmarks.flops
 import benchmarks.gpu
 import benchmarks.kernels
+import benchmarks.learning
 import benchmarks.memory
 import benchmarks.report
+import benchmarks.sparse
 import benchmarks.traffic
 import benchmarks.tune
 
@@ -23,6 +25,8 @@ SUITES = {
     "traffic": benchmarks.traffic,
     "flops": benchmarks.flops,
     "memory": benchmarks.memory,
+    "sparse": benchmarks.sparse,
+    "learning": benchmarks.learning,
     "tune": benchmarks.tune,
     "gpu": benchmarks.gpu,
     "report": benchmarks.report,

@@ -51,7 +51,7 @@ class ActorCritic(nn.Module):
         temperature: float,
         max_length: int,
         critic_normalizer: float,
-        logits_budget_bytes: int | None = None,
+        **of_logprobs: Any,
     ) -> ActorCriticOutput:
         """Log-probabilities of the responses, and the critic's loss on their prompts.
 
@@ -60,14 +60,14 @@ class ActorCritic(nn.Module):
             temperature: of sampling.
             max_length: tokens of the longest packed sequence, or more.
             critic_normalizer: samples of the whole update.
-            logits_budget_bytes: as of ``linear_logprobs``.
+            of_logprobs: for :func:`policy_logprobs`.
         """
         logprobs, entropy = policy_logprobs(
             self.policy,
             batch,
             temperature=temperature,
             max_length=max_length,
-            logits_budget_bytes=logits_budget_bytes,
+            **of_logprobs,
         )
         if self.critic is None:
             return ActorCriticOutput(logprobs, entropy, None)
@@ -141,9 +141,15 @@ def policy_logprobs(
     *,
     temperature: float,
     max_length: int,
+    backward: str = "cache",
     logits_budget_bytes: int | None = None,
+    mass_tolerance: float = 1e-4,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy ``[R]`` of each response token; only the positions that predict one are projected."""
+    """Log-probability and entropy ``[R]`` of each response token; only the positions that predict one are projected.
+
+    ``backward`` and what follows are as of ``linear_logprobs``; "auto" is not for training runs that are to repeat: it
+    goes by what the process has seen.
+    """
     packed = Packed(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"])
     hidden = packed_hidden(policy, packed, max_length)[batch["response_index"]]
     lm_head = cast(nn.Linear, policy.get_output_embeddings())
@@ -154,7 +160,9 @@ def policy_logprobs(
         bias=lm_head.bias,
         temperature=temperature,
         softcap=getattr(policy.config.get_text_config(), "final_logit_softcapping", None),
+        backward=backward,
         logits_budget_bytes=logits_budget_bytes,
+        mass_tolerance=mass_tolerance,
     )
 
 

@@ -87,6 +87,17 @@ class SPPOConfig(TrainingArguments):
         default=0.0, metadata={"help": "Weight of the KL to the initial policy; above 0 a frozen copy of it is kept."}
     )
 
+    logprobs_backward: str = field(
+        default="cache",
+        metadata={
+            "help": "cache, recompute or sparse: what backward knows of the logits, see docs/log-probabilities.md. Not "
+            "auto, so that a resumed run has the same bits."
+        },
+    )
+    mass_tolerance: float = field(
+        default=1e-4,
+        metadata={"help": "Probability that logprobs_backward='sparse' may leave out of a token's gradient."},
+    )
     logits_budget_bytes: int = field(
         default=2**30,
         metadata={
@@ -167,7 +178,12 @@ class SPPOConfig(TrainingArguments):
         return self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps
 
     def _check_choices(self) -> None:
-        choices = {"algorithm": ("sppo",), "ratio_level": RATIO_LEVELS, "aggregation": AGGREGATIONS}
+        choices = {
+            "algorithm": ("sppo",),
+            "ratio_level": RATIO_LEVELS,
+            "aggregation": AGGREGATIONS,
+            "logprobs_backward": ("cache", "recompute", "sparse"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -215,6 +231,7 @@ class SPPOConfig(TrainingArguments):
         rules += [(name, lambda x: x > 0, "greater than 0 (float('inf') for no limit)") for name in positive]
         rules += [
             ("top_p", lambda x: 0 < x <= 1, "in (0, 1]"),
+            ("mass_tolerance", lambda x: 0 < x < 1, "in (0, 1)"),
             ("dual_clip", lambda x: x > 1, "greater than 1, or None for no dual clip"),
         ]
         for name, holds, wanted in rules:

@@ -182,7 +182,9 @@ class SPPOTrainer(Trainer):
             temperature=args.temperature,
             max_length=update.max_length,
             critic_normalizer=update.critic_normalizer,
+            backward=args.logprobs_backward,
             logits_budget_bytes=args.logits_budget_bytes,
+            mass_tolerance=args.mass_tolerance,
         )
         policy = policy_loss(
             output.logprobs,

@@ -127,11 +127,13 @@ class Head(NamedTuple):
         count[tokens] = EXACT
         count[tokens[: plan.dense]] = EXACT_FROM_KEPT
         project = Projection(self.weights, self.bias)
+        chunk = self.block(max(shards)) // 4
+        room = project.room(min(chunk, len(tokens)))
         done = seen = 0
         exact = count.new_zeros((), dtype=torch.int64)  # among those seen
         # As many chunks on each rank, whatever the size of its shard: they meet in every one.
-        for index in split(tokens, self.block(max(shards)) // 4):
-            logits = project([hidden[index] for hidden in self.hiddens])
+        for index in split(tokens, chunk):
+            logits = project([hidden[index] for hidden in self.hiddens], room)
             row, rows = (self.labels[index], self.temperature[index]), slice(done, done + len(index))
             whole: tuple[Tensor, ...] = ()
             if self.group or not plan.entries:
@@ -139,8 +141,8 @@ class Head(NamedTuple):
                 whole = vocab_shard.combine(self.group, *found, here=row[0] < self.vocab) if self.group else found
             if plan.entries:  # in the same read of the logits, unless the whole row's sum comes from other ranks
                 known = whole[2] if whole else None
-                room = kept.slot_index[rows], kept.slot_value[rows]
-                selected = self._select(logits, index, known, plan, len(shards), *room)
+                slots = kept.slot_index[rows], kept.slot_value[rows]
+                selected = self._select(logits, index, known, plan, len(shards), *slots)
                 count[index], dropped[index] = selected[3:]
                 whole = whole or selected[:3]
             else:
@@ -231,10 +233,12 @@ class Head(NamedTuple):
         self, sums: Gradients, tokens: Tensor, results: Results, grad_logprobs: Tensor, grad_entropy: Tensor
     ) -> None:
         block = self.block()
+        room = sums.project.room(min(block // 4, len(tokens)))
+        blocks = self.weights[0].new_empty(min(block, len(tokens)), self.vocab)
         for index in split(tokens, block):
-            e = self.weights[0].new_empty(len(index), self.vocab)
+            e = blocks[: len(index)]
             for part, rows in zip(index.split(block // 4), e.split(block // 4), strict=True):
-                logits = sums.project([hidden[part] for hidden in self.hiddens])
+                logits = sums.project([hidden[part] for hidden in self.hiddens], room)
                 ROW_PASSES[self.backend].backward(
                     grad_logprobs[part],
                     grad_entropy[part],
@@ -249,7 +253,6 @@ class Head(NamedTuple):
                 )
                 del logits  # before the next chunk's, and before the products
             sums.add(index, e)
-            del e, rows
 
     def over_ranks(self, grads: list[Tensor], needs: Sequence[bool], dtype: torch.dtype | None = None) -> list[Tensor]:
         """Whole gradients of the hidden states, in their dtype or another: each rank has what its rows contribute."""
@@ -340,19 +343,26 @@ class Projection:
         """``x`` as ``product`` takes it."""
         return x if self.mixed else x.float()
 
-    def product(self, a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
+    def product(self, a: Tensor, b: Tensor, plus: Tensor | None = None, room: Tensor | None = None) -> Tensor:
         """``a b + plus``, float32, written over ``plus``: no second tensor of that size is ever beside it."""
         out_dtype: dict[str, Any] = {"out_dtype": torch.float32} if self.mixed else {}
         with without_autocast(a.device):
             if plus is None:
-                return torch.mm(a, b, **out_dtype)
+                return torch.mm(a, b, **out_dtype, out=room)
             return torch.addmm(plus, a, b, **out_dtype, out=plus)
 
-    def __call__(self, hiddens: Sequence[Tensor]) -> Tensor:
-        """Logits of a chunk, [1, C, V] float32."""
+    def room(self, tokens: int) -> Tensor | None:
+        """For the logits of one chunk after the other, where an allocator does not hand out the same memory again by
+        itself: on a CPU the system clears each page of it first, which takes a third of the time of the product."""
+        weight = self.weights[0]
+        return weight.new_empty(tokens, len(weight)) if weight.device.type == "cpu" and not self.mixed else None
+
+    def __call__(self, hiddens: Sequence[Tensor], room: Tensor | None = None) -> Tensor:
+        """Logits of a chunk, [1, C, V] float32, in ``room`` if there is some."""
         logits = None
+        room = None if room is None else room[: len(hiddens[0])]
         for hidden, weight in zip(hiddens, self.weights, strict=True):
-            logits = self.product(self.factor(hidden), weight.t(), plus=logits)
+            logits = self.product(self.factor(hidden), weight.t(), plus=logits, room=room)
         assert logits is not None
         return (logits if self.bias is None else logits.add_(self.bias)).unsqueeze(0)
 
@@ -434,11 +444,12 @@ class Gradients:
     def results(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Of hiddens, weights, bias, in their own dtypes or in one; an empty tensor for one that is not needed."""
         bias = self.weights[0] if self.bias is None else self.bias
-        dw = []
-        for total, weight, needed in zip(self.dw, self.weights, self.needs_weights, strict=True):
-            shape = weight.shape if needed else (0,)
-            out = torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)
-            dw.append(out if total is None else torch.mul(total, self.scale, out=out))
+        dw = [
+            weight.new_zeros(weight.shape if needed else (0,), dtype=dtype or weight.dtype)
+            if total is None
+            else total.mul_(self.scale).to(dtype or weight.dtype)
+            for total, weight, needed in zip(self.dw, self.weights, self.needs_weights, strict=True)
+        ]
         return [*self.dh, *dw, (self.db * self.scale).to(dtype or bias.dtype)]
 
 

@@ -142,7 +142,8 @@ def _above(e: Tensor, mass: Tensor, total: Tensor, labels: Tensor, tolerance: fl
     """Row, column, p = e / total and whether it is the label, of the label and of all p above the floor.
 
     They come in the order of the columns, and are zeroed in e. Of a row so flat that ``capacity`` entries could not
-    hold its mass the label alone is taken.
+    hold its mass the label alone is taken, and of one with more than twice as many above the floor nothing: those over
+    the capacity would be more than ``capacity``, each of more than tolerance / capacity.
     """
     height, vocab = e.shape
     width = math.gcd(vocab, 64)
@@ -156,7 +157,10 @@ def _above(e: Tensor, mass: Tensor, total: Tensor, labels: Tensor, tolerance: fl
         at = where_label[:, None]
         x.scatter_(-1, at, torch.where(inside[:, None], float("inf"), x.gather(-1, at)))
     row, group = (highest >= floor[:, None]).nonzero(as_tuple=True)
-    inner, place = (e.view(-1, width)[row * (vocab // width) + group] >= floor[row, None]).nonzero(as_tuple=True)
+    above = e.view(-1, width)[row * (vocab // width) + group] >= floor[row, None]
+    many = torch.zeros_like(label).index_add(0, row, above.sum(-1)) > 2 * capacity
+    row, group, above = (x[~many[row]] for x in (row, group, above))
+    inner, place = above.nonzero(as_tuple=True)
     row, column = row[inner], group[inner] * width + place
     found = e[row, column]
     is_label = found == float("inf")

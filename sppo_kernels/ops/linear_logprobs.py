@@ -520,7 +520,7 @@ _linear_logprobs.register_autograd(_grad, setup_context=_save)
 
 @register_flop_formula(torch.ops.sppo_kernels.linear_logprobs, get_raw=True)
 def _forward_flops(hiddens, weights, bias, labels, temperature, softcap, ignore_index, *_, **__) -> int:
-    return 2 * count(labels != ignore_index) * sum(weight.numel() for weight in weights)
+    return 2 * how_many(labels != ignore_index) * sum(weight.numel() for weight in weights)
 
 
 @register_flop_formula(torch.ops.sppo_kernels.linear_logprobs_backward, get_raw=True)
@@ -531,14 +531,14 @@ def _backward_flops(
     bears_loss = labels != ignore_index
     live = bears_loss & ((grad_logprobs != 0) | (grad_entropy != 0))
     there = (bears_loss.cumsum(0) <= len(kept)) | (count >= 0)
-    again = count(live & ~(there & (grad_entropy == 0)), without_values=len(labels) - len(kept) - len(slots))
-    dense = count(live & ~((count >= 0) & (grad_entropy == 0)), without_values=len(labels) - len(slots))
+    again = how_many(live & ~(there & (grad_entropy == 0)), without_values=len(labels) - len(kept) - len(slots))
+    dense = how_many(live & ~((count >= 0) & (grad_entropy == 0)), without_values=len(labels) - len(slots))
     sizes = [weight.numel() for weight in weights]
     products = sum(size for size, need in zip((*sizes, *sizes), needs[:-1], strict=True) if need)
     return 2 * (again * sum(sizes) + dense * products)  # a few entries a token are not worth counting
 
 
-def count(mask: Tensor, without_values: int | None = None) -> int:
+def how_many(mask: Tensor, without_values: int | None = None) -> int:
     """How many are set. Fake and meta tensors have no values: all, or as many as said."""
     if isinstance(mask, FakeTensor) or mask.is_meta:
         return len(mask) if without_values is None else without_values

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import register_flop_formula
 from sppo_kernels import _vocab_shard as vocab_shard
 from sppo_kernels._common import as_normalizer, check_device, check_floating, check_integer, check_shape, reject
 from sppo_kernels._head import Gradients, Head, plan, split, where
-from sppo_kernels.ops.linear_logprobs import Certificate, checked, count, over_ranks
+from sppo_kernels.ops.linear_logprobs import Certificate, checked, how_many, over_ranks
 from sppo_kernels.ops.linear_logprobs import reference as linear_reference
 from sppo_kernels.ops.policy_loss import (
     BACKENDS,
@@ -373,7 +373,7 @@ def _flops(hiddens, weights, bias, labels, temperature, softcap, ignore_index, *
     needs = rest[7]
     products = sum(size for size, need in zip((*sizes, *sizes), needs[:-1], strict=True) if need)
     live = (coefficient != 0) & (entries < 0)
-    return 2 * (count(entries != 0) + count(live & (entries == -1))) * sum(sizes) + 2 * count(live) * products
+    return 2 * (how_many(entries != 0) + how_many(live & (entries == -1))) * sum(sizes) + 2 * how_many(live) * products
 
 
 def _blocks(tokens: Tensor, cu_seqlens: Tensor | None, size: int) -> Sequence[Tensor]:

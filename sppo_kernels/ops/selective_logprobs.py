@@ -231,7 +231,7 @@ class RowPass(NamedTuple):
 
 # PyTorch backend: a block of rows at a time, so that its float32 temporaries stay in the cache
 
-_BLOCK_ELEMENTS = 1 << 19  # 2 MB, and as much again for exp of it
+_BLOCK_ELEMENTS = 1 << 20  # 4 MB, and as much again for exp of it
 _LOG_ZERO = -200.0  # exp is 0 in float32 below -104; a finite stand-in keeps 0 * -inf out of p log p
 
 

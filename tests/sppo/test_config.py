@@ -49,6 +49,8 @@ def test_paper_takes_overrides():
         ({"algorithm": "ppo"}, "algorithm must be one of sppo, got 'ppo'"),
         ({"ratio_level": "word"}, "ratio_level must be one of token"),
         ({"aggregation": "mean"}, "aggregation must be one of"),
+        ({"logprobs_backward": "auto"}, "logprobs_backward must be one of cache, recompute, sparse, got 'auto'"),
+        ({"mass_tolerance": 0.0}, r"mass_tolerance must be in \(0, 1\), got 0.0"),
         ({"use_vllm": True}, "use_vllm=True is not available"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 is not available"),
         ({"max_steps": 0}, "max_steps must be at least 1"),

@@ -290,6 +290,21 @@ def test_logits_budget_reaches_the_log_probabilities(tmp_path, caplog, budget, k
     assert update.endswith(" 0 recomputed") == kept
 
 
+def test_entries_of_the_gradient_reach_the_log_probabilities(tmp_path, caplog):
+    """A looser tolerance keeps fewer of them, and the update is next to the same."""
+    weights = {}
+    for name, settings in {
+        "cache": {}, "sparse": {"logprobs_backward": "sparse", "mass_tolerance": 1e-6}
+    }.items():  # fmt: skip
+        with caplog.at_level(logging.DEBUG, logger="sppo_kernels"):
+            trainer = make(tmp_path / name, max_steps=1, **settings)
+            trainer.train()
+        weights[name] = torch.cat([p.detach().flatten() for p in trainer.model.policy.parameters()])
+        assert any(f"tokens from {'entries' if settings else 'kept E'}, 0 recomputed" in x for x in caplog.messages)
+        caplog.clear()
+    torch.testing.assert_close(weights["sparse"], weights["cache"], rtol=1e-3, atol=1e-5)
+
+
 def test_two_learning_rates(tmp_path):
     trainer = make(tmp_path, learning_rate=1e-4, critic_learning_rate=2e-3, weight_decay=0.1)
     rates = {}

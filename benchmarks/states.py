@@ -1,0 +1,69 @@
+"""Hidden states of a real model: SmolLM2-135M-Instruct's, before each token of its own answers to reasoning prompts.
+
+Sampling takes minutes on a CPU, so they are kept in a folder and read from there the next time.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+THOUGHT = "Think step by step, then give the answer."  # the system prompt, where a set of prompts has none
+
+
+class States(NamedTuple):
+    """``hidden`` ``[N, H]`` float32 of the positions that predict the sampled tokens ``labels`` ``[N]``."""
+
+    hidden: Tensor
+    weight: Tensor  # [V, H] float32, the output embedding
+    labels: Tensor
+
+
+def states(folder: Path, source: str, temperature: float, prompts: int, tokens: int) -> States:
+    """Of answers of at most ``tokens`` tokens to the first ``prompts`` prompts of ``source`` (see load_prompts).
+
+    Raises:
+        ImportError: the packages that hold the model, or the trainer that samples, are not installed.
+    """
+    from safetensors.torch import load_file, save_file
+
+    name = re.sub(r"[^\w.-]+", "_", f"{source.rpartition('/')[2]}-t{temperature}-{prompts}x{tokens}")
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        print(f"sampling answers to {prompts} prompts of {source} at temperature {temperature}", file=sys.stderr)
+        found = _sample(source, temperature, prompts, tokens)
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".tmp")
+        save_file(found._asdict(), unfinished)
+        unfinished.replace(path)
+    return States(**load_file(path))
+
+
+@torch.no_grad()
+def _sample(source: str, temperature: float, prompts: int, tokens: int) -> States:
+    from sppo.attention import NAME, Packed, packed_hidden, use_attention
+    from sppo.data import load_prompts
+    from sppo.experience import micro_batch
+    from sppo.rollout import HFRollout
+    from sppo.tasks import smollm2
+
+    policy, tokenizer = smollm2.policy()
+    made_here = {"size": prompts, "system_prompt": THOUGHT} if source.startswith("reasoning_gym:") else {}
+    rows = load_prompts(source, seed=0, limit=prompts, **made_here)
+    engine = HFRollout(policy, tokenizer, max_completion_length=tokens)
+    samples = engine.generate([row["prompt"] for row in rows], seed=0, temperature=temperature, batch_size=32)
+    hidden, labels = [], []
+    with use_attention(policy, NAME):
+        for sample in samples:
+            sample.reward = sample.advantage = 0.0
+            batch = micro_batch([sample])
+            packed = Packed(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"])
+            hidden.append(packed_hidden(policy, packed, packed.input_ids.numel())[batch["response_index"]])
+            labels.append(batch["response_ids"])
+    weight = policy.get_output_embeddings().weight.detach().clone()
+    return States(torch.cat(hidden).contiguous(), weight, torch.cat(labels))
