@@ -50,6 +50,7 @@ setup(
             *TRAIN,
             *BENCH,
             "pytest>=8.4",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.130",
             "ruff>=0.17,<0.18",  # a new one formats differently
             "mypy>=1.18",

@@ -12,6 +12,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import operations, results
 from benchmarks.operations import IGNORED
 from benchmarks.results import Row
-from sppo_kernels import linear_logprobs
+from sppo_kernels import linear_logprobs, linear_policy_loss
 
 FULL, QUICK = (1536, 64, 4096), (384, 16, 128)  # tokens, hidden size, vocabulary
 RANK = 1 / 16  # of the adapter, over the hidden size
@@ -41,6 +42,8 @@ class Case(NamedTuple):
     adapter: bool = False
     entropy: bool = False
     gradients: bool = True
+    spread: float = 1.0  # of the logits: large where a few tokens have all of the probability, small where none do
+    loss: bool = False  # the policy's loss in one call
 
 
 CASES = [
@@ -59,6 +62,11 @@ CASES = [
     Case("cache, hidden frozen", 2, "cache", frozen="hidden"),
     Case("cache, weight frozen, low-rank adapter", 2 + 3 * RANK, "cache", frozen="weight", adapter=True),
     Case("recompute, gradient of the entropy", 4, entropy=True),
+    Case("sparse, peaked distributions", 1, "sparse", spread=100.0),
+    Case("sparse, noise", 4, "sparse", spread=0.01),
+    Case("auto, once it has seen peaked distributions", 1, "auto", spread=100.0),
+    Case("linear_policy_loss", 3, "cache", loss=True),
+    Case("linear_policy_loss, a third of the tokens clipped", 1 + 2 * 2 / 3, "cache", clipped=1 / 3, loss=True),
     Case("cache, gradient of the entropy: nothing kept is of use", 4, "cache", entropy=True),
 ]
 
@@ -70,6 +78,7 @@ def step(case: Case, size: tuple[int, int, int]) -> Callable[[], object]:
     hidden, weight = torch.randn(tokens, hidden_size), torch.randn(vocab, hidden_size)
     labels = torch.randint(vocab, (tokens,))
     labels[: round(case.ignored * tokens)] = IGNORED
+    hidden *= case.spread
     upstream = torch.randn(tokens)
     upstream[: round(case.clipped * tokens)] = 0.0
     leaves = {"hidden": hidden, "weight": weight}
@@ -78,7 +87,21 @@ def step(case: Case, size: tuple[int, int, int]) -> Callable[[], object]:
         leaves |= {"u": torch.randn(tokens, rank), "b": torch.randn(vocab, rank)}
     wanted = [x.requires_grad_() for name, x in leaves.items() if name != case.frozen and case.gradients]
 
+    with torch.no_grad():
+        old = linear_logprobs(hidden, weight, labels, backend="torch").logprobs
+    policy_loss = partial(
+        linear_policy_loss,
+        labels=labels,
+        old_logprobs=old,
+        advantages=upstream,
+        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32),
+        **_settings(case, size),
+    )
+
     def run() -> None:
+        if case.loss:
+            torch.autograd.grad(policy_loss(hidden, weight).loss, wanted)
+            return
         logprobs, entropy = _call(case, size, labels, **leaves)
         if wanted:
             loss = (logprobs * upstream).sum() + (entropy.sum() if case.entropy else 0.0)
@@ -92,17 +115,20 @@ def _call(
 ) -> Any:
     if case.backward is None:
         return operations.eager_linear_logprobs(hidden, weight, labels).values()
-    tokens, _, vocab = size
     return linear_logprobs(
-        hidden,
-        weight,
-        labels,
-        adapter=(adapter["u"], adapter["b"]) if adapter else None,
-        backward=case.backward,
-        logits_budget_bytes=None if case.keep is None else round(case.keep * tokens) * vocab * hidden.itemsize,
-        chunk_bytes=1,  # the least there is, so that several blocks of tokens go by
-        backend="torch",
+        hidden, weight, labels, adapter=(adapter["u"], adapter["b"]) if adapter else None, **_settings(case, size)
     )
+
+
+def _settings(case: Case, size: tuple[int, int, int]) -> dict[str, Any]:
+    tokens, _, vocab = size
+    return {
+        "backward": case.backward,
+        "logits_budget_bytes": None if case.keep is None else round(case.keep * tokens) * vocab * 4,
+        "max_entries": vocab // 8,
+        "chunk_bytes": 1,  # the least there is, so that several blocks of tokens go by
+        "backend": "torch",
+    }
 
 
 def count(case: Case, size: tuple[int, int, int]) -> Row:
@@ -112,6 +138,7 @@ def count(case: Case, size: tuple[int, int, int]) -> Row:
     run = step(case, size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that what was kept was of no use: a case is just that
+        run()  # "auto" goes by the call before
         with FlopCounterMode(display=False) as counter:
             run()
         with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:

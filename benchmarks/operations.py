@@ -35,7 +35,7 @@ class Point(NamedTuple):
     vocab: int
     ignored: float = 0.0
     clipped: float = 0.0
-    logits: str = "peaked"  # as a trained model's: most of the mass on a few tokens; or "uniform": noise
+    logits: str = "peaked"  # most of the mass on the label, the rest noise; "uniform": all noise; "sharp": a few tokens
 
 
 class Work(NamedTuple):
@@ -108,11 +108,20 @@ def _labels(point: Point, device: torch.device) -> Tensor:
     return labels
 
 
+def _spread(point: Point) -> float:
+    """Standard deviation of the noise. If it is twice sqrt(2 log V), the k-th largest p of V goes like k ** -2, and
+    some 65 entries a token add up to all but 1e-4, about as many as of a language model at T = 0.6."""
+    return 2.0 * math.sqrt(2.0 * math.log(point.vocab)) if point.logits == "sharp" else 1.0
+
+
 def _margins(point: Point, device: torch.device) -> Tensor:
-    """How far a label's logit stands above noise of variance 1: log V away from its log-sum-exp, more or less."""
+    """How far a label's logit stands above the noise: near the largest of it, or log V away from its log-sum-exp."""
     if point.logits == "uniform":
         return torch.zeros(point.tokens, device=device)
-    return math.log(point.vocab) + 8.0 * torch.rand(point.tokens, device=device) - 2.0
+    shares = torch.rand(point.tokens, device=device)
+    if point.logits == "sharp":
+        return _spread(point) * math.sqrt(2.0 * math.log(point.vocab)) * (0.9 + 0.2 * shares)
+    return math.log(point.vocab) + 8.0 * shares - 2.0
 
 
 def _upstream(point: Point, device: torch.device) -> Tensor:
@@ -122,10 +131,10 @@ def _upstream(point: Point, device: torch.device) -> Tensor:
 
 
 def _make_linear(point: Point, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """hidden and weight whose logits are noise of variance 1, with the label's above it."""
+    """hidden and weight whose logits are noise, with the label's above it."""
     weight = torch.randn(point.vocab, point.hidden, device=device, dtype=dtype).mul_(point.hidden**-0.5)
     labels = _labels(point, device)
-    hidden = torch.randn(point.tokens, point.hidden, device=device)
+    hidden = _spread(point) * torch.randn(point.tokens, point.hidden, device=device)
     hidden += _margins(point, device)[:, None] * weight[labels.clamp(min=0)].float()
     return {"hidden": hidden.to(dtype).requires_grad_(), "weight": weight.requires_grad_(), "labels": labels}
 
@@ -383,7 +392,25 @@ def _ours_linear(finish: Function) -> Callable[[str | None], dict[str, Function]
         out = sppo_kernels.linear_logprobs(hidden, weight, labels, backward=mode, backend=backend)
         return finish(logprobs=out.logprobs, entropy=out.entropy, labels=labels, **other)
 
-    return lambda backend: {mode: partial(call, mode, backend) for mode in ("cache", "recompute", "auto")}
+    return lambda backend: {mode: partial(call, mode, backend) for mode in ("cache", "recompute", "sparse", "auto")}
+
+
+def _ours_in_one_call(ours: Callable[[str | None], dict[str, Function]]) -> Callable[[str | None], dict[str, Function]]:
+    """Beside log-probabilities and loss, one after the other."""
+
+    def call(
+        backend: str | None, mode: str, labels: Tensor, old_logprobs: Tensor, advantages: Tensor, **head: Tensor
+    ) -> Outputs:
+        ends = torch.arange(len(advantages) + 1, dtype=torch.int32, device=labels.device)
+        cu_seqlens = ends * (len(labels) // len(advantages))
+        given = old_logprobs, advantages
+        out = sppo_kernels.linear_policy_loss(
+            head["hidden"], head["weight"], labels, *given, cu_seqlens=cu_seqlens, backward=mode, backend=backend
+        )
+        return {"loss": out.loss}
+
+    modes = {"one call": "cache", "one call, sparse": "sparse"}
+    return lambda backend: {**ours(backend), **{name: partial(call, backend, mode) for name, mode in modes.items()}}
 
 
 def _ours(function: Callable[..., Any], *names: str, **settings: Any) -> Callable[[str | None], dict[str, Function]]:
@@ -403,14 +430,16 @@ def _small(
     return Operation(make, work, _ours(getattr(sppo_kernels, name), *outputs, **settings), evaluate)
 
 
+_POLICY = _linear(
+    _make_linear_policy_loss,
+    partial(token_ppo, sppo_kernels.policy_loss),
+    partial(token_ppo, reference.policy_loss),
+)
+
 OPERATIONS: dict[str, Operation] = {
     "linear_logprobs": _linear(_make_linear_logprobs, values, values),
     "linear_logprobs, mean NLL": _linear(_make_linear_nll, mean_nll, mean_nll),
-    "linear_logprobs + policy_loss": _linear(
-        _make_linear_policy_loss,
-        partial(token_ppo, sppo_kernels.policy_loss),
-        partial(token_ppo, reference.policy_loss),
-    ),
+    "linear_logprobs + policy_loss": _POLICY._replace(ours=_ours_in_one_call(_POLICY.ours)),
     "selective_logprobs": Operation(
         _make_selective, _selective_work, _ours(sppo_kernels.selective_logprobs), _evaluate_selective
     ),

@@ -12,6 +12,7 @@ from benchmarks.results import Row
 HEADS = {"0.5B": (896, 151_936), "1.5B": (1536, 151_936), "7B": (3584, 152_064), "8B": (4096, 151_936)}  # Qwen
 BASE = Point(8192, *HEADS["8B"])
 MILLION = 1 << 20
+SHARP = BASE._replace(logits="sharp")
 BARE = "bare products"  # the way that is no way: see the suite kernels
 
 
@@ -27,7 +28,7 @@ def describe(item: Item) -> str:
     point = item.point
     size = f"{point.tokens} tokens" + (f", H {point.hidden}, V {point.vocab}" if point.vocab else "")
     changed = [f"{name} {getattr(point, name)}" for name in ("ignored", "clipped") if getattr(point, name)]
-    return ", ".join([f"{item.operation}: {size}", *changed, *(["uniform"] if point.logits == "uniform" else [])])
+    return ", ".join([f"{item.operation}: {size}", *changed, *([point.logits] if point.logits != "peaked" else [])])
 
 
 def head_of(item: Item) -> Row:
@@ -66,14 +67,14 @@ _CPU = Point(512, 576, 49_152)  # SmolLM2-135M's head
 
 PLANS: dict[str, list[Item]] = {
     # What the claims are about.
-    "headline": [*_linear(BASE), Item("selective_logprobs", BASE), *_small(POLICY, MILLION)],
+    "headline": [*_linear(BASE, SHARP), Item("selective_logprobs", BASE), *_small(POLICY, MILLION)],
     "shapes": _linear(
         BASE._replace(tokens=4096),
         *(Point(8192, *HEADS[name]) for name in ("0.5B", "1.5B", "7B")),
         BASE._replace(tokens=32_768),
     ),
     "others": [
-        Item("linear_logprobs + policy_loss", BASE),
+        *(Item("linear_logprobs + policy_loss", point) for point in (BASE, SHARP)),
         Item("linear_logprobs, mean NLL", BASE),
         *_small(REST, MILLION),
     ],
@@ -83,7 +84,7 @@ PLANS: dict[str, list[Item]] = {
         *_small((*POLICY, *REST), 8192, 65_536),
     ],
     "quick": [
-        *_linear(_TINY, _TINY._replace(ignored=0.5, clipped=0.5)),
+        *_linear(_TINY, _TINY._replace(ignored=0.5, clipped=0.5), _TINY._replace(logits="sharp")),
         *(Item(name, _TINY) for name in ("linear_logprobs, mean NLL", "linear_logprobs + policy_loss")),
         Item("selective_logprobs", _TINY),
         *_small((*POLICY, *REST), 4096),
@@ -93,7 +94,9 @@ PLANS: dict[str, list[Item]] = {
         *_small((*POLICY, *REST), 64),
     ],
     "cpu": [
-        *_linear(_CPU, _CPU._replace(ignored=0.9), _CPU._replace(clipped=0.9)),
+        *_linear(
+            _CPU, *(_CPU._replace(**change) for change in ({"ignored": 0.9}, {"clipped": 0.9}, {"logits": "sharp"}))
+        ),
         *(Item(name, _CPU) for name in ("linear_logprobs, mean NLL", "linear_logprobs + policy_loss")),
         Item("selective_logprobs", _CPU),
         *_small((*POLICY, *REST), 65_536),

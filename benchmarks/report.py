@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import claims, compile, flops, kernels, memory, results, traffic, tune
+from benchmarks import claims, compile, flops, kernels, learning, memory, results, sparse, traffic, tune
 from benchmarks.results import Row, markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-PAGES = ("README.md", "docs/results.md", "docs/log-probabilities.md")
+PAGES = ("README.md", "docs/results.md", "docs/log-probabilities.md", "docs/few-entries.md")
 GIB = 1 << 30
 _TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -121,6 +121,20 @@ def quickstart_table(folder: Path) -> str:
     return markdown(rows, columns)
 
 
+def _part_of_sparse(part: str) -> Callable[[Path], str]:
+    return lambda folder: markdown(*sparse.tables(_one(folder, "sparse")["rows"])[part])
+
+
+def learning_table(folder: Path) -> str:
+    """A line a mode and recipe."""
+    lines = [
+        {"recipe": report["recipe"], **line}
+        for report in load(folder, "learning")
+        for line in learning.by_mode(report["rows"])
+    ]
+    return markdown(lines, {"recipe": lambda row: f"`{row['recipe']}`", **learning.COLUMNS})
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "memory": memory_table,
     "compile": compile_table,
@@ -129,8 +143,19 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quickstart": quickstart_table,
     "kernels": kernels_table,
     "ways": ways_table,
+    "learning": learning_table,
+    **{f"sparse-{part}": _part_of_sparse(part) for part in sparse.PARTS},
 }
-CHARTS = {"kernels": kernels, "memory": memory, "flops": flops, "traffic": traffic, "compile": compile, "tune": tune}
+CHARTS = {
+    "kernels": kernels,
+    "memory": memory,
+    "flops": flops,
+    "traffic": traffic,
+    "compile": compile,
+    "tune": tune,
+    "sparse": sparse,
+    "learning": learning,
+}
 
 
 # Into the pages

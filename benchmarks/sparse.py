@@ -37,6 +37,7 @@ TEMPERATURES = (0.6, 0.8, 1.0)
 CAPACITIES = (16, 64, 256, 512, 1024)
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 DEFAULT = 512, 1e-4
+PARTS = ("coverage", "bound", "errors", "times")
 CPU = torch.device("cpu")
 
 
@@ -59,10 +60,10 @@ def coverage(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[Row]:
 
 
 def _left_out(logits: Tensor, labels: Tensor) -> Tensor:
-    p = logits.double().softmax(-1)
+    p = logits.softmax(-1)
     p.scatter_(-1, labels[:, None], 0.0)
-    top = p.topk(min(max(CAPACITIES), p.shape[1] - 1)).values.cumsum(-1)
-    return p.sum(-1, keepdim=True) - torch.cat([torch.zeros_like(top[:, :1]), top], 1)
+    top = p.topk(min(max(CAPACITIES), p.shape[1] - 1)).values.double().cumsum(-1)
+    return p.sum(-1, keepdim=True, dtype=torch.float64) - torch.cat([torch.zeros_like(top[:, :1]), top], 1)
 
 
 def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -170,14 +171,14 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             at = {"prompts": source.rpartition("/")[2], "temperature": temperature}
             given = made.hidden / temperature, made.weight, made.labels
             print(f"{at['prompts']} at {temperature}: {len(made.labels)} tokens", file=sys.stderr, flush=True)
+            if temperature == temperatures[0] and source == sources[0]:
+                yield from _timed(given, at, args.quick)
             for row in coverage(*given):
                 yield {"part": "coverage", **at, "tokens": len(made.labels), **row}
             some = [x[:512] if x is not made.weight else x for x in given]
             for row in errors(*some):
                 yield {"part": "errors", **at, **row}
             yield {"part": "bound", **at, **share_of_the_bound(*some)}
-            if temperature == temperatures[0] and source == sources[-1]:
-                yield from _timed(given, at, args.quick)
 
 
 def _timed(given: tuple[Tensor, Tensor, Tensor], at: Row, quick: bool) -> Iterator[Row]:
@@ -291,7 +292,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         action="append",
         metavar="SOURCE",
-        help=f"where prompts come from: a file, or reasoning_gym:TASK; may be repeated, and the last one is timed "
+        help=f"where prompts come from: a file, or reasoning_gym:TASK; may be repeated, and the first one is timed "
         f"(default: {', '.join(PROMPTS)})",
     )
     parser.add_argument(

@@ -209,6 +209,8 @@ class Head(NamedTuple):
         source, used = ("entries", from_slots) if len(kept.slot_index) else ("kept E", from_e)
         _log.debug("backward: %d tokens from %s, %d recomputed", len(used), source, len(again))
         coefficient = grad_logprobs / self.temperature
+        # Those that are recomputed first: the product that is the first to reach d weight need not find it cleared.
+        self._add_again(sums, again, results, grad_logprobs, grad_entropy)
         self._add_kept(sums, tokens, from_e, kept.e, coefficient)
         if len(from_slots):
             index = tokens[from_slots]
@@ -216,7 +218,6 @@ class Head(NamedTuple):
                 kept.slot_index[from_slots], kept.slot_value[from_slots], results.entries[index], coefficient[index]
             )
             sums.add_entries(index, entries, sparse.WEIGHTED_ROWS[self.backend], self._rows_at_once())
-        self._add_again(sums, again, results, grad_logprobs, grad_entropy)
         return len(used)
 
     def _add_kept(self, sums: Gradients, tokens: Tensor, rows: Tensor, e: Tensor, coefficient: Tensor) -> None:
@@ -380,14 +381,14 @@ class Gradients:
             for x, needed in zip(head.hiddens, self.needs_hiddens, strict=True)
         ]
         self.dw: list[Tensor | None] = [None] * n
-        lowest = -100.0 if head.weights[0].dtype == torch.float16 else 0.0
-        self.scale = head.temperature.new_full((), 2.0**lowest)
+        self.scaled = head.weights[0].dtype == torch.float16
+        self.scale = head.temperature.new_full((), 2.0**-100 if self.scaled else 1.0)
         self.db = self.scale.new_zeros(head.vocab if self.needs_bias else 0)
 
     def admit(self, upstream: Tensor) -> Tensor:
         """What upstream gradients are to be divided by before they are added: in float16 a power of two above all that
         have come, and what is there is brought down to it."""
-        if self.weights[0].dtype == torch.float16 and len(upstream):
+        if self.scaled and len(upstream):
             exponent = torch.frexp(upstream.abs().amax()).exponent.clamp(-100, 100)
             scale = torch.maximum(self.scale, torch.ldexp(torch.ones_like(self.scale), exponent))
             for total in (*self.dw, self.db):
@@ -447,7 +448,7 @@ class Gradients:
         dw = [
             weight.new_zeros(weight.shape if needed else (0,), dtype=dtype or weight.dtype)
             if total is None
-            else total.mul_(self.scale).to(dtype or weight.dtype)
+            else (total.mul_(self.scale) if self.scaled else total).to(dtype or weight.dtype)
             for total, weight, needed in zip(self.dw, self.weights, self.needs_weights, strict=True)
         ]
         return [*self.dh, *dw, (self.db * self.scale).to(dtype or bias.dtype)]

@@ -13,10 +13,11 @@ pytest.importorskip("triton")
 
 from benchmarks import checking, kernels, peers
 from benchmarks.__main__ import main
-from benchmarks.checking import check, truth_and_tolerance
+from benchmarks.checking import allowed_of, check, truth_and_tolerance
 from benchmarks.claims import judge
 from benchmarks.operations import OPERATIONS, Point, Problem
 from benchmarks.plans import BARE, BASE, MILLION, PLANS, Item
+from sppo_kernels import linear_logprobs
 
 CPU = torch.device("cpu")
 POINT = Point(24, 16, 97, ignored=0.2, clipped=0.2)
@@ -58,8 +59,9 @@ def test_every_way_is_right(name, dtype):
             continue
     assert len(ways) >= 2
     for way, function in ways.items():
-        outcome = check(problem, function, truth, allowed)
-        assert outcome["passed"], (way, outcome, allowed)
+        bounds = allowed_of(way, dtype, allowed)
+        outcome = check(problem, function, truth, bounds)
+        assert outcome["passed"], (way, outcome, bounds)
 
 
 def test_the_truth_is_the_definition():
@@ -69,6 +71,14 @@ def test_the_truth_is_the_definition():
     whole = problem.cast(torch.float64).results(OPERATIONS["linear_logprobs"].ours("reference")["recompute"])
     for name, x in OPERATIONS["linear_logprobs"].evaluate(problem, torch.float64).items():
         torch.testing.assert_close(x, whole[name], rtol=1e-10, atol=1e-12)
+
+
+def test_sharp_logits_have_their_mass_on_a_few_tokens():
+    problem = OPERATIONS["linear_logprobs"].make(Point(64, 64, 50_000, logits="sharp"), CPU, torch.float32)
+    tensors = problem.tensors
+    certificate = linear_logprobs(**tensors, backward="sparse").certificate
+    assert certificate.sparse_share > 0.9
+    assert 30 < certificate.mean_entries < 130
 
 
 def test_peaked_logits_are_peaked_and_uniform_ones_are_not():
@@ -91,7 +101,7 @@ def test_rows_have_times_rates_and_errors(suite, tmp_path, capsys):
     code, report = suite("linear_logprobs", "selective_logprobs")
     assert (code, report["failures"]) == (0, [])
     rows = {row["way"]: row for row in report["rows"] if row["operation"] == "linear_logprobs"}
-    assert list(rows)[:4] == [BARE, "ours, cache", "ours, recompute", "ours, auto"]
+    assert list(rows)[:4] == [BARE, "ours, cache", "ours, recompute", "ours, sparse"]
     ours = rows["ours, cache"]
     assert all(ours[f"{part}_ms"] > 0 for part in ("forward", "backward", "both"))
     assert ours["errors"].keys() == {"logprobs", "entropy", "d hidden", "d weight"}

@@ -1,0 +1,99 @@
+"""The suites sparse and learning: on made-up states and two short runs, and what they would say of a broken bound."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import learning, sparse, states
+from benchmarks.__main__ import main
+from sppo_kernels import linear_logprobs
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sparse")
+    assert main(["sparse", "--quick", "--out", str(folder)]) == 0
+    assert (folder / "sparse.png").exists()
+    return json.loads((folder / "sparse.json").read_text())
+
+
+def test_each_part_has_its_rows_and_its_table(report):
+    assert report["failures"] == []
+    tables = sparse.tables(report["rows"])
+    assert tuple(tables) == sparse.PARTS
+    for lines, columns in tables.values():
+        assert lines
+        assert all(value(line) is not None for line in lines for name, value in columns.items() if name == "prompts")
+
+
+def test_coverage_is_what_the_operation_keeps(report):
+    """Counted by sorting, in float64; the operation selects in one read, in float32."""
+    hidden, weight, labels = sparse._made_up(256)
+    for row in sparse.of("coverage", report["rows"]):
+        if row["tolerance"] < 1e-4:  # next to what float32 sums are off by
+            continue
+        settings = {"backward": "sparse", "mass_tolerance": row["tolerance"], "max_entries": row["capacity"]}
+        certificate = linear_logprobs(hidden.requires_grad_(), weight, labels, **settings).certificate
+        assert float(certificate.sparse_share) == pytest.approx(row["covered"], abs=0.01)
+        if row["covered"]:
+            assert float(certificate.mean_entries) == pytest.approx(row["mean_entries"], rel=0.02)
+
+
+def test_ways_that_are_timed_say_how_many_passes_they_take(report):
+    rows = {(row["logits"], row["way"]): row for row in sparse.of("times", report["rows"])}
+    assert rows["states", "cache"]["passes"] == pytest.approx(3, abs=0.01)
+    assert rows["states", "sparse"]["passes"] < rows["noise", "sparse"]["passes"]
+    assert rows["noise", "sparse"]["passes"] == pytest.approx(4, abs=0.01)
+    assert all(row["both_ms"] > 0 for row in rows.values() if "note" not in row)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("bound", {"largest": 1.2}, "the error is up to 1.2 of its bound"),
+        ("bound", {"mean": 0.001}, "0.001 in the mean"),
+        ("errors", {"d weight": 0.01}, "error of d weight in float32 0.01, over 0.001"),
+        ("errors", {"d hidden": float("nan")}, "error of d hidden in float32 nan"),
+    ],
+)
+def test_a_broken_promise_is_a_failure(report, part, change, says):
+    rows = [dict(row) for row in report["rows"]]
+    spoilt = next(row for row in sparse.of(part, rows) if part == "bound" or row["way"] == "sparse, tolerance 0.0001")
+    spoilt |= change
+    (failure,) = sparse.failures_of(rows)
+    assert says in failure
+
+
+def test_sampled_states_are_kept(tmp_path, monkeypatch):
+    """The model is asked once; what lies in the folder is read the next time."""
+    made = sparse._made_up(8)
+    asked = []
+    monkeypatch.setattr(states, "_sample", lambda *given: asked.append(given) or made)
+    for _ in range(2):
+        read = states.states(tmp_path, "some/prompts.parquet", 0.6, 4, 2)
+        assert all(torch.equal(x, y) for x, y in zip(read, made, strict=True))
+    assert asked == [("some/prompts.parquet", 0.6, 4, 2)]
+
+
+@pytest.mark.slow
+def test_training_with_entries_is_training(tmp_path):
+    assert main(["learning", "--quick", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "learning-quickstart.json").read_text())
+    assert [(row["backward"], row["seed"]) for row in report["rows"]] == [
+        ("cache", 0), ("sparse", 0), ("cache", 1), ("sparse", 1)
+    ]  # fmt: skip
+    assert all(row["curve"] and 0 < row["accuracy_after"] < 1 for row in report["rows"])
+
+
+def test_a_difference_that_seeds_do_not_explain_is_a_failure():
+    run = lambda mode, after: {"backward": mode, "accuracy_before": 0.3, "accuracy_after": after, "curve": [[1, 0.5]]}
+    same = [run("cache", 0.90), run("cache", 0.80), run("sparse", 0.88), run("sparse", 0.79)]
+    assert learning.failures_of(same) == []
+    worse = [*same[:2], run("sparse", 0.60), run("sparse", 0.59)]
+    (failure,) = learning.failures_of(worse)
+    assert failure.startswith("after: 0.850 and 0.595")
