@@ -51,7 +51,7 @@ CASES = [
     Case("recompute", 4),
     Case("cache", 3, "cache"),
     Case("cache, a budget for half of the tokens", 3.5, "cache", keep=0.5),
-    Case("auto, a budget for half of the tokens", 3.5, "auto", keep=0.5),
+    Case("auto, noise, a budget for half of the tokens", 3.5, "auto", keep=0.5, spread=0.01),
     Case("forward alone", 1, gradients=False),
     Case("recompute, a third of the tokens without loss", 4 * 2 / 3, ignored=1 / 3),
     Case("cache, a third of the tokens without loss", 3 * 2 / 3, "cache", ignored=1 / 3),

@@ -10,7 +10,7 @@ errors     of the gradients against float64, in float32 and bfloat16, beside tho
 times      forward and backward beside other ways, of real states and of logits that are noise, where no entries do
 
 The exit code is 1 when the certified bound is passed, when it is over 100 times what is measured, when a gradient in
-float32 is off by more than a thousandth, or one in bfloat16 by more than with "cache".
+float32 is off by more than a thousandth, or one in bfloat16 by over 5% more than with "cache".
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ TEMPERATURES = (0.6, 0.8, 1.0)
 CAPACITIES = (16, 64, 256, 512, 1024)
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 DEFAULT = 512, 1e-4
+CHANCE = 1.05  # two sums rounded in different places differ by this much without either being the better
 PARTS = ("coverage", "bound", "errors", "times")
 CPU = torch.device("cpu")
 
@@ -103,7 +104,7 @@ def share_of_the_bound(hidden: Tensor, weight: Tensor, labels: Tensor) -> Row:
         )
         filled = torch.arange(capacity) < selected.entries[:, None]
         found = torch.zeros_like(exact).scatter_add_(-1, index.long(), torch.where(filled, value, 0.0).double())
-        there = (selected.entries > 0) & (selected.dropped > 1e-6)  # else rounding is all there is
+        there = (selected.entries > 0) & (selected.dropped > 0.2 * tolerance)  # below, float32's rounding shows
         shares.append(((exact - found).abs().sum(-1) / selected.dropped)[there])
     share = torch.cat(shares)
     return {"largest": float(share.max()), "mean": float(share.mean()), "tokens": len(share)}
@@ -203,7 +204,7 @@ def failures_of(rows: list[Row]) -> list[str]:
         if row["part"] == "errors" and row["way"] == f"sparse, tolerance {DEFAULT[1]:g}":
             cache = next(x for x in rows if {**row, "way": "cache"}.items() >= _head(x).items() and x["way"] == "cache")
             for name in _GRADIENTS:
-                allowed = 1e-3 if row["dtype"] == "float32" else cache[name]
+                allowed = 1e-3 if row["dtype"] == "float32" else CHANCE * cache[name]
                 if not row[name] <= allowed:
                     found.append(f"{at}: error of {name} in {row['dtype']} {row[name]:.3g}, over {allowed:.3g}")
     return found

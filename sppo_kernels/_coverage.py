@@ -8,6 +8,7 @@ about between the two does not change the way, and with it the last bits, every 
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -29,6 +30,8 @@ class Coverage:
 
     def take_entries(self) -> bool:
         """Whether the call that begins should. Waits for the call before."""
+        if _forward_again():
+            return self._by_entries
         if self._exact is not None:
             self._by_entries = float(self._exact) <= (LEAVE if self._by_entries else ENTER) * self._seen
         self._exact, self._seen = None, 0
@@ -36,9 +39,9 @@ class Coverage:
 
     def wants_logits(self) -> bool:
         """Whether most entropies had gradients the last time: then whatever is kept is of no use."""
-        if self._entropies is not None:
+        if self._entropies is not None and not _forward_again():
             self._by_logits = float(self._entropies) > 1 / 2
-        self._entropies = None
+            self._entropies = None
         return self._by_logits
 
     def note(self, exact: Tensor, seen: int, group: str) -> None:
@@ -51,6 +54,12 @@ class Coverage:
     def note_entropies(self, having_gradients: Tensor, all_with_gradients: Tensor) -> None:
         """Masks."""
         self._entropies = having_gradients.sum() / all_with_gradients.sum().clamp(min=1)
+
+
+def _forward_again() -> bool:
+    """Whether this is the second forward of a checkpointed module, which has to keep what the first did: autograd is
+    under way."""
+    return torch._C._current_graph_task_id() != -1
 
 
 _coverages: dict[tuple[object, ...], Coverage] = {}

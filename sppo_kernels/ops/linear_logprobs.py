@@ -57,6 +57,8 @@ _log = logging.getLogger(__name__)
 class Certificate(NamedTuple):
     """Which way each token's gradient takes, and what is left out of it; nothing here waits for the device.
 
+    ``sparse_share``, ``kept_share``, ``mean_entries``, ``mean_dropped_mass`` and ``max_dropped_mass`` sum it up.
+
     ``dropped_mass`` ``[...]`` float32: the probability that is in none of a token's entries; 0 where the gradient is
     exact. The gradient of the loss by a token's logits is off by at most ``|c| dropped_mass / temperature`` in the L1
     norm. ``entries`` ``[...]`` int32: how many entries; 0 for a token without loss; for a token on an exact path -2 if
@@ -130,10 +132,12 @@ def linear_logprobs(
     """Log-probability of each label and entropy of each token, from hidden states and the output embedding.
 
     Under autocast, ``hidden``, ``weight``, ``bias`` and ``adapter`` are cast as ``torch.nn.functional.linear`` would
-    cast them. What each call chose is logged at level DEBUG by the logger ``sppo_kernels.ops.linear_logprobs``.
+    cast them. What each call chose is in its ``certificate``, and logged at level DEBUG below the logger
+    ``sppo_kernels``.
 
     Args:
-        hidden: ``[..., H]``, float16, bfloat16 or float32.
+        hidden: ``[..., H]``, float16, bfloat16 or float32: the last hidden states of the positions that predict
+            ``labels`` (a causal model's position before each of them; nothing is shifted here).
         weight: ``[V, H]``, the dtype of ``hidden``; with ``group`` the rows of this rank.
         labels: ``[...]``, integers in ``[0, V)`` or ``ignore_index``.
         bias: ``[V]`` or None.
@@ -148,18 +152,21 @@ def linear_logprobs(
             log-probabilities by the logits, ``V`` elements a token of the dtype of ``hidden``, and saves a quarter of
             the work; ``"sparse"`` keeps only the few largest entries of it, and saves nearly all of backward's work for
             tokens whose distribution is peaked (the others are recomputed); ``"auto"`` is ``"cache"`` for as many
-            tokens as the budget allows. A token whose entropy has a gradient is recomputed all the same, with a warning
-            where that makes what was kept useless. Nothing is kept where nothing requires a gradient.
-        logits_budget_bytes: how much ``"cache"`` and ``"auto"`` may keep; the tokens beyond it are recomputed. None:
-            everything in ``"cache"``; in ``"auto"`` a quarter of the device memory that is free at the time, 1 GiB on
-            a CPU. The last bits of gradients depend on how many tokens are kept: give a number for the same bits
-            whatever else is in memory.
+            tokens as the budget allows, and ``"sparse"`` once calls before this one were seen to have peaked
+            distributions (of a vocabulary of at least ``8 * max_entries``): name another for gradients that do not
+            depend on those. A token whose entropy has a gradient is recomputed all the same, with a warning where that
+            makes what was kept useless. Nothing is kept where nothing requires a gradient.
+        logits_budget_bytes: how much of that gradient ``"cache"`` and ``"auto"`` may keep; the tokens beyond it are
+            recomputed. None: everything in ``"cache"``; in ``"auto"`` a quarter of the device memory that is free at
+            the time, 1 GiB on a CPU. The last bits of gradients depend on how many tokens are kept. Entries do not
+            count: they are at most ``8 * max_entries`` bytes a token.
         chunk_bytes: memory for a block of tokens under way, at least 256 tokens; None: 2 GiB on an accelerator, 256 MiB
             on a CPU. The last bits of results depend on it.
-        mass_tolerance: of ``"sparse"``: the most probability that a token's entries may leave out, in (0, 1). The
-            gradient of the loss by a token's logits is then off by at most ``|c| mass_tolerance / temperature``, summed
-            over the vocabulary, with ``c`` the upstream gradient; what was left out is in ``certificate``.
-        max_entries: of ``"sparse"``: the most entries of a token, 1 to 1024, 8 bytes each; one that needs more is
+        mass_tolerance: of ``"sparse"``, and ``"auto"`` where it is: the most probability that a token's entries may
+            leave out, in (0, 1). The gradient of the loss by a token's logits is then off by at most
+            ``|c| mass_tolerance / temperature``, summed over the vocabulary, with ``c`` the upstream gradient; what was
+            left out is in ``certificate``.
+        max_entries: likewise the most entries of a token, 1 to 1024, 8 bytes each; one that needs more is
             recomputed.
         group: the process group over which ``weight``, ``bias`` and ``adapter[1]`` are split by rows, in the order of
             the ranks, at least one row each. ``hidden``, ``labels``, ``adapter[0]``, what requires a gradient, every
@@ -168,8 +175,8 @@ def linear_logprobs(
         backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for triton on an accelerator and torch elsewhere.
 
     Returns:
-        ``LogprobOutput(logprobs, entropy)``: both ``[...]``, float32, differentiable in ``hidden``, ``weight``,
-        ``bias`` and both of ``adapter``. Its attribute ``certificate`` tells what ``"sparse"`` left out.
+        ``LinearLogprobOutput(logprobs, entropy)``: both ``[...]``, float32, differentiable in ``hidden``, ``weight``,
+        ``bias`` and both of ``adapter``. Its attribute ``certificate`` is a :class:`Certificate`.
 
     Raises:
         ValueError: a wrong shape, device or bound; a label outside ``[0, V)`` (looked at on a CPU, and elsewhere under
@@ -393,7 +400,7 @@ def _forward(
     head = head.of_rank(first_row)
     tokens = where(head.bears_loss())
     to_keep = plan(head, backward, logits_budget_bytes, len(tokens), mass_tolerance, max_entries, shards)
-    chosen = "a few entries of each are kept" if to_keep.entries else f"E of {to_keep.dense} is kept"
+    chosen = f"up to {max_entries} entries of each are kept" if to_keep.entries else f"E of {to_keep.dense} is kept"
     _log.debug("forward: %d of %d tokens bear loss, %s (%s)", len(tokens), len(labels), chosen, backward)
     results = head.no_results()
     kept = head.forward(tokens, results, to_keep, shards)

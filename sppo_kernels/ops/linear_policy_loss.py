@@ -126,9 +126,10 @@ def linear_policy_loss(
         backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for triton on an accelerator and torch elsewhere.
 
     Returns:
-        ``PolicyLossOutput(loss, metrics)``, ``loss`` differentiable in ``hidden``, ``weight``, ``bias`` and both of
-        ``adapter``; the metrics are those of ``policy_loss`` and ``entropy``, a mean over tokens. Its attributes
-        ``logprobs`` and ``entropy`` ``[N]`` are detached; ``certificate`` is that of ``linear_logprobs``.
+        ``LinearPolicyLossOutput(loss, metrics)``, ``loss`` differentiable in ``hidden``, ``weight``, ``bias`` and both
+        of ``adapter``; the metrics are those of ``policy_loss`` and ``entropy``, a mean over tokens. Its attributes
+        ``logprobs`` and ``entropy`` ``[N]`` are detached, and 0 where a token bears no loss, by its label or by
+        ``mask``; ``certificate`` is that of ``linear_logprobs``.
 
     Raises:
         ValueError, TypeError: as ``linear_logprobs`` and ``policy_loss`` raise.

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from against_float64 import BACKENDS, DEVICE, randint, randn
+from torch.utils.checkpoint import checkpoint
 
 from sppo_kernels import _coverage, linear_logprobs, linear_policy_loss
 
@@ -97,6 +98,23 @@ def test_heads_of_other_shapes_do_not_mix():
     hidden, weight = randn(5, 3).requires_grad_(), randn(VOCAB, 3)
     out = linear_logprobs(hidden, weight, randint(0, VOCAB, 5), **SETTINGS)
     assert out.certificate.kept_share == 1
+
+
+def test_a_checkpointed_forward_is_done_again_as_it_was():
+    """The call that saw peaked distributions has kept E, so its second forward does; the next one keeps entries."""
+    hidden = (40.0 * torch.eye(VOCAB, device=DEVICE)).requires_grad_()
+    weight, labels = torch.eye(VOCAB, device=DEVICE).requires_grad_(), torch.arange(VOCAB, device=DEVICE)
+    certificates = []
+
+    def logprobs(hidden):
+        out = linear_logprobs(hidden, weight, labels, **SETTINGS)
+        certificates.append(out.certificate)
+        return out.logprobs
+
+    for _ in range(2):  # a second forward that kept something else would be refused; it ends before it appends
+        checkpoint(logprobs, hidden, use_reentrant=False).sum().backward()
+    assert [float(x.kept_share) for x in certificates] == [1, 0]
+    assert [float(x.sparse_share) for x in certificates] == [0, 1]
 
 
 def test_scoring_is_not_looked_at():
