@@ -32,15 +32,17 @@ class Coverage:
         """Whether the call that begins should. Waits for the call before."""
         if _forward_again():
             return self._by_entries
-        if self._exact is not None:
-            self._by_entries = float(self._exact) <= (LEAVE if self._by_entries else ENTER) * self._seen
+        exact, seen = self._exact, self._seen
         self._exact, self._seen = None, 0
+        if exact is not None:
+            self._by_entries = float(exact) <= (LEAVE if self._by_entries else ENTER) * seen
         return self._by_entries
 
     def wants_logits(self) -> bool:
         """Whether most entropies had gradients the last time: then whatever is kept is of no use."""
-        if self._entropies is not None and not _forward_again():
-            self._by_logits = float(self._entropies) > 1 / 2
+        entropies = self._entropies
+        if entropies is not None and not _forward_again():
+            self._by_logits = float(entropies) > 1 / 2
             self._entropies = None
         return self._by_logits
 

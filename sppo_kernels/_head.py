@@ -255,11 +255,16 @@ class Head(NamedTuple):
                 del logits  # before the next chunk's, and before the products
             sums.add(index, e)
 
-    def over_ranks(self, grads: list[Tensor], needs: Sequence[bool], dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Whole gradients of the hidden states, in their dtype or another: each rank has what its rows contribute."""
+    def over_ranks(
+        self,
+        grads: list[Tensor],
+        needs: Sequence[bool],
+        dtype_of: Callable[[Tensor], torch.dtype] = lambda x: x.dtype,
+    ) -> list[Tensor]:
+        """Whole gradients of the hidden states: each rank has what its rows contribute."""
         for i, hidden in enumerate(self.hiddens):
             if self.group and needs[i]:
-                grads[i] = vocab_shard.all_reduce(grads[i], self.group).to(dtype or hidden.dtype)
+                grads[i] = vocab_shard.all_reduce(grads[i], self.group).to(dtype_of(hidden))
         return grads
 
     def _rows_at_once(self) -> int:
@@ -278,12 +283,16 @@ def plan(
     tolerance: float,
     capacity: int,
     shards: list[int],
+    entropies: bool,
 ) -> Plan:
-    """What a call with these settings keeps of ``tokens`` tokens. In "auto" it waits for the call before."""
+    """What a call with these settings keeps of ``tokens`` tokens. In "auto" it waits for the call before.
+
+    ``entropies``: whether those can have gradients.
+    """
     watched, entries = None, backward == "sparse"
     if backward == "auto":
         watched = coverage.of(head.weights[0])
-        if watched.wants_logits():
+        if entropies and watched.wants_logits():
             return Plan(False, capacity, tolerance)
         if min(shards) >= coverage.LEAST_VOCAB * capacity:
             entries = watched.take_entries()
@@ -389,7 +398,9 @@ class Gradients:
         """What upstream gradients are to be divided by before they are added: in float16 a power of two above all that
         have come, and what is there is brought down to it."""
         if self.scaled and len(upstream):
-            exponent = torch.frexp(upstream.abs().amax()).exponent.clamp(-100, 100)
+            largest = upstream.abs().amax()
+            exponent = torch.frexp(largest).exponent.clamp(-100, 100)
+            exponent = torch.where(largest == 0, -100, exponent)  # zeros alone ask for nothing
             scale = torch.maximum(self.scale, torch.ldexp(torch.ones_like(self.scale), exponent))
             for total in (*self.dw, self.db):
                 if total is not None:
@@ -442,16 +453,17 @@ class Gradients:
             ones = self.scale.new_ones(1, 1)
             weighted_rows(self.db[:, None], columns.column, torch.zeros_like(token), weight, columns.bounds, ones)
 
-    def results(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Of hiddens, weights, bias, in their own dtypes or in one; an empty tensor for one that is not needed."""
+    def results(self, dtype_of: Callable[[Tensor], torch.dtype] = lambda x: x.dtype) -> list[Tensor]:
+        """Of hiddens, weights, bias; an empty tensor for one that is not needed. ``dtype_of`` what, by default its own,
+        each of the weights and the bias is returned in."""
         bias = self.weights[0] if self.bias is None else self.bias
         dw = [
-            weight.new_zeros(weight.shape if needed else (0,), dtype=dtype or weight.dtype)
+            weight.new_zeros(weight.shape if needed else (0,), dtype=dtype_of(weight))
             if total is None
-            else (total.mul_(self.scale) if self.scaled else total).to(dtype or weight.dtype)
+            else (total.mul_(self.scale) if self.scaled else total).to(dtype_of(weight))
             for total, weight, needed in zip(self.dw, self.weights, self.needs_weights, strict=True)
         ]
-        return [*self.dh, *dw, (self.db * self.scale).to(dtype or bias.dtype)]
+        return [*self.dh, *dw, (self.db * self.scale).to(dtype_of(bias))]
 
 
 # The row pass that keeps E, right after the one that made its statistics. The other two are selective_logprobs's.

@@ -61,9 +61,10 @@ class Certificate(NamedTuple):
 
     ``dropped_mass`` ``[...]`` float32: the probability that is in none of a token's entries; 0 where the gradient is
     exact. The gradient of the loss by a token's logits is off by at most ``|c| dropped_mass / temperature`` in the L1
-    norm. ``entries`` ``[...]`` int32: how many entries; 0 for a token without loss; for a token on an exact path -2 if
-    its gradient by the logits was kept whole, -1 if its logits are made again (with ``group``: of entries -1 if that is
-    so on one rank or more, and -2 as on this one).
+    norm, float32's rounding apart, in which a tolerance below 1e-6 drowns. ``entries`` ``[...]`` int32: how many
+    entries; 0 for a token without loss; for a token on an exact path -2 if its gradient by the logits was kept whole,
+    -1 if its logits are made again (with ``group``: of entries -1 if that is so on one rank or more, and -2 as on this
+    one).
     """
 
     dropped_mass: Tensor
@@ -100,7 +101,11 @@ class Certificate(NamedTuple):
 
 
 class LinearLogprobOutput(LogprobOutput):
-    """``LogprobOutput(logprobs, entropy)`` with a ``certificate`` beside the two."""
+    """``LogprobOutput(logprobs, entropy)`` with a ``certificate`` beside the two.
+
+    Whatever takes tuples apart and makes them anew (``DistributedDataParallel`` with ``find_unused_parameters``, or
+    ``tree_map``) knows of the two alone: take the certificate inside the module.
+    """
 
     certificate: Certificate
 
@@ -336,7 +341,7 @@ def checked(
         backward if differentiated else "recompute",
         logits_budget_bytes,
         chunk_bytes,
-        float(mass_tolerance),
+        max(float(mass_tolerance), 1e-30),  # less is beyond float32
         max_entries,
         group_name,
         backend,
@@ -399,7 +404,8 @@ def _forward(
     head = Head(hiddens, weights, bias, labels, temperature, softcap, ignore_index, chunk_bytes, group, backend)
     head = head.of_rank(first_row)
     tokens = where(head.bears_loss())
-    to_keep = plan(head, backward, logits_budget_bytes, len(tokens), mass_tolerance, max_entries, shards)
+    tolerance = mass_tolerance, max_entries
+    to_keep = plan(head, backward, logits_budget_bytes, len(tokens), *tolerance, shards, entropies=True)
     chosen = f"up to {max_entries} entries of each are kept" if to_keep.entries else f"E of {to_keep.dense} is kept"
     _log.debug("forward: %d of %d tokens bear loss, %s (%s)", len(tokens), len(labels), chosen, backward)
     results = head.no_results()

@@ -175,10 +175,10 @@ def linear_policy_loss(
         rollout_cap,
     )
     if arguments.backend == "reference":
+        pairs = list(zip(arguments.hiddens, arguments.weights, strict=True))
         return reference(
-            hidden,
-            weight,
-            labels,
+            *pairs[0],
+            arguments.labels,
             old_logprobs,
             advantages,
             cu_seqlens=cu_seqlens,
@@ -186,8 +186,8 @@ def linear_policy_loss(
             normalizer=normalizer,
             ref_logprobs=ref_logprobs,
             rollout_logprobs=rollout_logprobs,
-            bias=bias,
-            adapter=adapter,
+            bias=arguments.bias,
+            adapter=pairs[1] if adapter is not None else None,
             temperature=temperature,
             softcap=softcap,
             ignore_index=ignore_index,
@@ -276,10 +276,10 @@ def _forward(
     hiddens, weights and bias, an empty tensor for one that is not needed.
     """
     shards = vocab_shard.sizes(group, weights[0].shape[0], labels.device)
-    check_label_and_temperature_values(labels, temperature, sum(shards), ignore_index)
     check_values(cu_seqlens, normalizer, labels.shape[0])
     bears_loss = labels != ignore_index if mask is None else (labels != ignore_index) & (mask != 0)
     labels = torch.where(bears_loss, labels, ignore_index)
+    check_label_and_temperature_values(labels, temperature, sum(shards), ignore_index)
     head = Head(hiddens, weights, bias, labels, temperature, softcap, ignore_index, chunk_bytes, group, backend)
     head = head.of_rank(labels.new_full((1,), vocab_shard.first_row(group, shards)))
     settings = Settings(
@@ -301,9 +301,7 @@ def _forward(
         return loss, metrics, gradient * scale
 
     results = head.no_results()
-    # In float16 they wait in float32: a loss scale that backward brings comes too late for what has underflowed.
-    dtype = torch.float32 if weights[0].dtype == torch.float16 else weights[0].dtype
-    sums = Gradients(head, needs, torch.float32 if group else dtype)
+    sums = Gradients(head, needs, torch.float32 if group else _held_in(hiddens[0]))
     logprobs, coefficient = old_logprobs.float(), torch.zeros_like(results.logprobs)
     logprobs = logprobs.clone() if logprobs is old_logprobs else logprobs
     no_gradient = torch.zeros_like(coefficient)
@@ -311,7 +309,8 @@ def _forward(
     size = head.block(max(shards)) if any(needs) else len(tokens)
     blocks = _blocks(tokens, cu_seqlens if settings.sequence_level else None, size)
     longest = max(map(len, blocks), default=0)
-    to_keep = plan(head, backward, logits_budget_bytes, longest, mass_tolerance, max_entries, shards)
+    tolerance = mass_tolerance, max_entries
+    to_keep = plan(head, backward, logits_budget_bytes, longest, *tolerance, shards, entropies=False)
     _log.debug("%d of %d tokens bear loss, in %d blocks (%s)", len(tokens), len(labels), len(blocks), backward)
     for block in blocks:
         kept = head.forward(block, results, to_keep._replace(dense=min(to_keep.dense, len(block))), shards)
@@ -325,8 +324,13 @@ def _forward(
     entries, dropped = results.entries, results.dropped
     if group and to_keep.entries:
         entries, dropped = over_ranks(group, entries, dropped)
-    grads = head.over_ranks(sums.results(dtype), needs, dtype)
+    grads = head.over_ranks(sums.results(_held_in), needs, _held_in)
     return loss, metrics, *results[:2], dropped, entries, coefficient, grads
+
+
+def _held_in(x: Tensor) -> torch.dtype:
+    """What a gradient waits for backward in: a loss scale comes too late for what has underflowed in float16."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 _linear_policy_loss = torch.library.custom_op("sppo_kernels::linear_policy_loss", _forward, mutates_args=())
@@ -337,9 +341,8 @@ def _(hiddens, weights, bias, labels, temperature, *settings):
     needs = settings[9]
     n = labels.shape[0]
     new = lambda *shape, dtype=torch.float32: labels.new_empty(shape, dtype=dtype)
-    dtype = torch.float32 if weights[0].dtype == torch.float16 else weights[0].dtype
     inputs = (*hiddens, *weights, weights[0][:, 0] if bias is None else bias)
-    grads = [new(*(x.shape if need else (0,)), dtype=dtype) for x, need in zip(inputs, needs, strict=True)]
+    grads = [new(*(x.shape if need else (0,)), dtype=_held_in(x)) for x, need in zip(inputs, needs, strict=True)]
     return new(), new(len(METRICS)), new(n), new(n), new(n), new(n, dtype=torch.int32), new(n), grads
 
 

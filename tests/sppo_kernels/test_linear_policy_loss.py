@@ -239,6 +239,44 @@ def test_a_loss_scale_for_float16(backend):
         assert relative(x, y * scale) < 5e-3
 
 
+@pytest.mark.parametrize("mode", ["cache", "recompute"])
+@pytest.mark.parametrize("advantages", [[0.0, 1.0], [1.0, 0.0], [1e-4, 1.0]])
+def test_float16_and_a_block_without_gradient_before_another(advantages, mode):
+    """Zeros must not set the scale that later blocks go by."""
+    given = batch(lengths=(256, 256), dtype=torch.float16, vocab=64)
+    given["advantages"] = torch.tensor(advantages, device=DEVICE)
+    settings = {"normalizer": 1e9, "backward": mode, **SMALL_CHUNKS}
+    grads = torch.autograd.grad(linear_policy_loss(**given, **settings).loss * 2.0**30, leaves_of(given))
+    _, exact = results(reference.linear_policy_loss, double(given), normalizer=1e9)
+    for x, y in zip(grads, exact, strict=True):
+        assert relative(x, y * 2.0**30) < 3e-3
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_masked_labels_may_be_anything_and_labels_any_integer(backend):
+    given = batch()
+    want, _ = results(linear_policy_loss, {**given, "mask": given["labels"] != IGNORED}, backend=backend)
+    labels = torch.where(given["labels"] == IGNORED, 200, given["labels"])
+    mask = given["labels"] != IGNORED
+    got, _ = results(linear_policy_loss, {**given, "labels": labels.to(torch.uint8), "mask": mask}, backend=backend)
+    assert torch.equal(got.loss, want.loss)
+
+
+def test_a_float32_bias_of_a_bfloat16_head_keeps_its_gradient():
+    given = {**batch(dtype=torch.bfloat16), "bias": randn(41, grad=True)}
+    _, (*_, got) = results(linear_policy_loss, given)
+    _, (*_, want) = results(composition, given)
+    assert relative(got, want.double()) < 1e-3
+
+
+def test_entropies_of_linear_logprobs_do_not_decide_for_it():
+    given = batch()
+    out = linear_logprobs(given["hidden"], given["weight"], given["labels"])
+    with pytest.warns(UserWarning, match="for nothing"):
+        (out.logprobs.sum() + out.entropy.sum()).backward()
+    assert linear_policy_loss(**given).certificate.kept_share == 1
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_twice_scaled_and_into_a_tied_weight(backend):
     given = batch()
@@ -287,6 +325,8 @@ def test_autocast_rounds_inputs_and_not_logits(dtype):
     given = batch()
     with torch.autocast(DEVICE, dtype=dtype):
         out = linear_policy_loss(**given)
+        defined = linear_policy_loss(**given, backend="reference")
+    torch.testing.assert_close(out.logprobs, defined.logprobs, rtol=1e-5, atol=1e-5)
     grads = torch.autograd.grad(out.loss, leaves_of(given))
     rounded = {**given, **{name: given[name].detach().to(dtype).requires_grad_() for name in ("hidden", "weight")}}
     want, want_grads = results(linear_policy_loss, rounded)
