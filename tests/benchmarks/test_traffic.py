@@ -83,8 +83,8 @@ def test_every_kernel_moves_what_it_is_designed_to(tmp_path, capsys):
     report = json.loads((tmp_path / "traffic.json").read_text())
     assert report["failures"] == []
     rows = report["rows"]
-    row_passes = [row for row in rows if "logprobs" in row["kernel"]]
-    assert len(row_passes) == 8
+    row_passes = [row for row in rows if "logprobs" in row["operation"]]
+    assert len(row_passes) == 11
     assert all(row["designed"] == 1.0 and row["ratio"] <= 1.05 for row in row_passes)
     assert "over the least" in capsys.readouterr().out
 
