@@ -102,6 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
+    if args.seeds < 2:
+        raise SystemExit(f"--seeds must be at least 2, which is the least that has a spread, got {args.seeds}")
     path = args.out / f"learning-{Path(args.recipe).stem}.json"
     rows: list[Row] = []
     failures: list[str] = []

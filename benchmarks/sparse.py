@@ -214,9 +214,12 @@ def _head(row: Row) -> Row:
     return {name: row.get(name) for name in ("part", "prompts", "temperature", "dtype")}
 
 
-COVERAGE: results.Columns = {
+AT: results.Columns = {
     "prompts": lambda row: row["prompts"],
     "temperature": lambda row: row["temperature"],
+}
+COVERAGE: results.Columns = {
+    **AT,
     "tolerance": lambda row: f"{row['tolerance']:g}",
     **{
         f"K = {capacity}": lambda row, capacity=capacity: f"{100 * row[capacity]:.1f}%"  # type: ignore[misc]
@@ -226,15 +229,13 @@ COVERAGE: results.Columns = {
     "passes": lambda row: row["passes"],
 }
 ERRORS: results.Columns = {
-    "prompts": lambda row: row["prompts"],
-    "temperature": lambda row: row["temperature"],
+    **AT,
     "dtype": lambda row: row["dtype"],
     "way": lambda row: row["way"],
     **{name: lambda row, name=name: f"{row[name]:.1e}" for name in _GRADIENTS},  # type: ignore[misc]
 }
 BOUND: results.Columns = {
-    "prompts": lambda row: row["prompts"],
-    "temperature": lambda row: row["temperature"],
+    **AT,
     "tokens": lambda row: row["tokens"],
     "largest share": lambda row: row["largest"],
     "mean share": lambda row: row["mean"],

@@ -122,15 +122,15 @@ class Head(NamedTuple):
 
     def forward(self, tokens: Tensor, results: Results, plan: Plan, shards: list[int]) -> Kept:
         """Results of ``tokens``, into ``results``; rows of the weight on each rank: ``shards``."""
-        logprobs, entropy, stats, dropped, count = results
+        logprobs, entropy, stats, dropped, entries = results
         kept = self._room(len(tokens), plan)
-        count[tokens] = EXACT
-        count[tokens[: plan.dense]] = EXACT_FROM_KEPT
+        entries[tokens] = EXACT
+        entries[tokens[: plan.dense]] = EXACT_FROM_KEPT
         project = Projection(self.weights, self.bias)
         chunk = self.block(max(shards)) // 4
         room = project.room(min(chunk, len(tokens)))
         done = seen = 0
-        exact = count.new_zeros((), dtype=torch.int64)  # among those seen
+        exact = entries.new_zeros((), dtype=torch.int64)  # among those seen
         # As many chunks on each rank, whatever the size of its shard: they meet in every one.
         for index in split(tokens, chunk):
             logits = project([hidden[index] for hidden in self.hiddens], room)
@@ -143,21 +143,19 @@ class Head(NamedTuple):
                 known = whole[2] if whole else None
                 slots = kept.slot_index[rows], kept.slot_value[rows]
                 selected = self._select(logits, index, known, plan, len(shards), *slots)
-                count[index], dropped[index] = selected[3:]
+                entries[index], dropped[index] = selected[3:]
                 whole = whole or selected[:3]
             else:
                 if plan.watched:
                     probed = -(-len(index) // coverage.PROBED)
-                    some = logits[:, :probed].clone(), index[:probed], whole[2][:, :probed]
-                    _, *spare = self._room(probed, plan._replace(entries=True, dense=0))
-                    exact += (self._select(*some, plan, len(shards), *spare).entries < 0).sum()
+                    exact += self._exact_among(probed, logits, index, whole[2], plan, len(shards))
                     seen += probed
                 KEEP[self.backend](logits, *row, whole[2], self.softcap, kept.e[rows])
             logprobs[index], entropy[index], stats[:, index] = whole
             done += len(index)
             del logits  # before the next chunk's
         if plan.watched and plan.entries:
-            exact, seen = (count[tokens] < 0).sum(), len(tokens)
+            exact, seen = (entries[tokens] < 0).sum(), len(tokens)
         if plan.watched and seen:
             plan.watched.note(exact, seen, self.group)
         return kept
@@ -176,6 +174,14 @@ class Head(NamedTuple):
         row = self.labels[tokens], self.temperature[tokens]
         tolerance = plan.tolerance / ranks
         return sparse.SELECT[self.backend](logits, *row, self.softcap, tolerance, known, slot_index, slot_value)
+
+    def _exact_among(
+        self, probed: int, logits: Tensor, tokens: Tensor, stats: Tensor, plan: Plan, ranks: int
+    ) -> Tensor:
+        """Of how many of the first tokens of a chunk entries would not do, tried on a copy of their logits."""
+        _, *slots = self._room(probed, plan._replace(entries=True, dense=0))
+        some = logits[:, :probed].clone(), tokens[:probed], stats[:, :probed]
+        return (self._select(*some, plan, ranks, *slots).entries < 0).sum()
 
     def _room(self, tokens: int, plan: Plan) -> Kept:
         slots = tokens if plan.entries else 0, plan.capacity

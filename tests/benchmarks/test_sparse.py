@@ -90,6 +90,11 @@ def test_training_with_entries_is_training(tmp_path):
     assert all(row["curve"] and 0 < row["accuracy_after"] < 1 for row in report["rows"])
 
 
+def test_one_seed_has_no_spread(tmp_path):
+    with pytest.raises(SystemExit, match=r"at least 2.*got 1"):
+        main(["learning", "--seeds", "1", "--out", str(tmp_path)])
+
+
 def test_a_difference_that_seeds_do_not_explain_is_a_failure():
     run = lambda mode, after: {"backward": mode, "accuracy_before": 0.3, "accuracy_after": after, "curve": [[1, 0.5]]}
     same = [run("cache", 0.90), run("cache", 0.80), run("sparse", 0.88), run("sparse", 0.79)]
