@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from sppo_kernels import _coverage, linear_logprobs, linear_policy_loss
 
 VOCAB, CAPACITY, TOKENS = 100, 8, 128
-SETTINGS = {"max_entries": CAPACITY, "chunk_bytes": 1, "backward": "auto"}  # 64 tokens a chunk
+SETTINGS = {"max_entries": CAPACITY, "chunk_bytes": 1, "backward": "auto"}  # 64 tokens a chunk (torch: all)
 
 
 @pytest.fixture(autouse=True)

@@ -79,7 +79,7 @@ def check_many_chunks():
     for x in (hidden, weight, labels):
         dist.broadcast(x, 0)
     rows = slice(sum(shards[:rank]), sum(shards[: rank + 1]))
-    chunk_bytes = 5 * shards[-1] * 256  # 64 tokens of the largest shard, of a smaller one more
+    chunk_bytes = 5 * shards[-1] * 256  # 128 tokens of the largest shard, of a smaller one more
     ours = linear_logprobs(hidden, weight[rows].contiguous(), labels, group=group, chunk_bytes=chunk_bytes)
     for x, y in zip(ours, linear_logprobs(hidden, weight, labels), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
