@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import kernels, operations, results
+from benchmarks import kernels, operations, results, timing
 from benchmarks.operations import OPERATIONS, Function, Outputs, Problem
 from benchmarks.peers import PEERS
 from benchmarks.results import Row
@@ -128,27 +129,48 @@ def _ours(backward: str, mass_tolerance: float = DEFAULT[1]) -> Function:
 # Times
 
 
-def times(hidden: Tensor, weight: Tensor, labels: Tensor, seconds: float, peers: bool) -> Iterator[Row]:
-    """Forward, backward, both, in ms; passes over the vocabulary as the flop counter has them."""
+def times(hidden: Tensor, weight: Tensor, labels: Tensor, rounds: int, peers: bool) -> Iterator[Row]:
+    """Forward, backward, both, in ms; passes over the vocabulary as the flop counter has them.
+
+    The ways take turns: a machine that others share is slower in one minute than in the next, and so is each of them.
+    """
     problem = _problem(hidden, weight, labels)
     one = 2 * len(labels) * weight.numel()
     ways = {mode: _ours(mode) for mode in ("sparse", "auto", "cache", "recompute")}
     others = ("eager PyTorch", "torch linear_cross_entropy", "TRL ChunkedLogProbFunction")
-    for way in (*ways, *(others if peers else ())):
-        row: Row = {"way": way}
+    rows: dict[str, Row] = {way: {"way": way} for way in (*ways, *(others if peers else ()))}
+    for way, row in rows.items():
         try:
-            function = ways[way] if way in ways else PEERS["linear_logprobs"][way](CPU)
+            function = ways.get(way) or PEERS["linear_logprobs"][way](CPU)
             problem.results(function)  # "auto" looks at this call to choose for the next
             if way in ways:
                 with FlopCounterMode(display=False) as counter:
                     problem.results(function)
                 row["passes"] = counter.get_total_flops() / one
-            row |= kernels.clock(problem, function, CPU, seconds)
+            ways[way] = function
         except Exception as error:  # a package that is not installed, say
             if way in ways:
                 raise
             row["note"] = kernels.explain(error)
-        yield row
+    steps: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    for number in range(rounds):
+        print(f"  {len(labels)} tokens, round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+        for way, function in ways.items():
+            steps[way].append(_step(problem, function))
+    for way, taken in steps.items():
+        forward, backward = zip(*taken, strict=True)
+        for name, each in (("forward", forward), ("backward", backward), ("both", map(sum, taken))):
+            rows[way] |= {f"{name}_{key}": value for key, value in timing.spread(each).items()}
+    yield from rows.values()
+
+
+def _step(problem: Problem, function: Function) -> tuple[float, float]:
+    """Milliseconds of forward and of backward."""
+    start = time.perf_counter()
+    outputs = problem.forward(function)
+    middle = time.perf_counter()
+    problem.backward(outputs)
+    return 1000 * (middle - start), 1000 * (time.perf_counter() - middle)
 
 
 # The suite
@@ -185,12 +207,11 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 def _timed(given: tuple[Tensor, Tensor, Tensor], at: Row, quick: bool) -> Iterator[Row]:
     hidden, weight, labels = given
     noise = torch.randn(1024, hidden.shape[1]) * weight.norm(dim=1).mean() ** -1  # logits of variance 1, about
-    sizes = [(len(labels),)] if quick else [(1024,), (4096,)]
-    cases = [("states", hidden[:n], labels[:n]) for (n,) in sizes]
-    cases += [("noise", noise[: len(labels)], labels[: len(noise)])]
-    for logits, some, some_labels in cases:
-        for row in times(some, weight, some_labels, 0.1 if quick else 12.0, peers=logits == "states"):
-            print(f"  {len(some)} tokens, {logits}, {row['way']}: {row.get('both_ms')}", file=sys.stderr, flush=True)
+    sizes = {len(labels): 3} if quick else {1024: 9, 4096: 5}
+    cases = [("states", hidden[:n], labels[:n], rounds) for n, rounds in sizes.items()]
+    cases += [("noise", noise[: len(labels)], labels[: len(noise)], 3 if quick else 9)]
+    for logits, some, some_labels, rounds in cases:
+        for row in times(some, weight, some_labels, rounds, peers=logits == "states"):
             yield {"part": "times", **at, "logits": logits, "tokens": len(some), **row}
 
 
