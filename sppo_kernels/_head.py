@@ -127,7 +127,8 @@ class Head(NamedTuple):
         entries[tokens] = EXACT
         entries[tokens[: plan.dense]] = EXACT_FROM_KEPT
         project = Projection(self.weights, self.bias)
-        # Products on a CPU lay the weight out anew in each call, so that few tokens cost more each; E has no part here.
+        # Products on a CPU lay the weight out anew in each call, so that few tokens cost more each. Without the E that
+        # backward has beside them, twice as many logits fit.
         chunk = self.block(max(shards)) // (2 if self.backend == "torch" else 4)
         room = project.room(min(chunk, len(tokens)))
         done = seen = 0
