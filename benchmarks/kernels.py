@@ -46,15 +46,11 @@ def clock(problem: Problem, function: Function, device: torch.device, seconds: f
         with torch.no_grad():
             problem.forward(function)
 
-    alive: list[dict[str, torch.Tensor]] = []
-    step: dict[str, Callable[[], object]] = {"forward": lambda: alive.append(problem.forward(function))}
-    if problem.leaves:
-        step["backward"] = lambda: problem.backward(alive.pop())
+    step = problem.step(function)
 
     def both() -> None:
         for part in step.values():
             part()
-        alive.clear()
 
     both()
     timing.synchronize(device)

@@ -70,6 +70,16 @@ class Problem:
             [upstream.to(outputs[name].dtype) for name, upstream in self.upstream.items()],
         )
 
+    def step(self, function: Function) -> dict[str, Callable[[], object]]:
+        """Forward and, where there is one, backward: calls to be made in turn."""
+        if not self.leaves:
+            return {"forward": lambda: self.forward(function)}
+        alive: list[Outputs] = []
+        return {
+            "forward": lambda: alive.append(self.forward(function)),
+            "backward": lambda: self.backward(alive.pop()),
+        }
+
     def results(self, function: Function) -> Outputs:
         """Outputs, and the gradient of each leaf as ``"d <name>"``."""
         outputs = self.forward(function)

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,8 @@ CAPACITIES = (16, 64, 256, 512, 1024)
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 DEFAULT = 512, 1e-4
 CHANCE = 1.05  # two sums rounded in different places differ by this much without either being the better
+OURS = ("sparse", "auto", "cache", "recompute")
+OTHERS = ("eager PyTorch", "torch linear_cross_entropy", "TRL ChunkedLogProbFunction")
 PARTS = ("coverage", "bound", "errors", "times")
 CPU = torch.device("cpu")
 
@@ -136,41 +137,36 @@ def times(hidden: Tensor, weight: Tensor, labels: Tensor, rounds: int, peers: bo
     """
     problem = _problem(hidden, weight, labels)
     one = 2 * len(labels) * weight.numel()
-    ways = {mode: _ours(mode) for mode in ("sparse", "auto", "cache", "recompute")}
-    others = ("eager PyTorch", "torch linear_cross_entropy", "TRL ChunkedLogProbFunction")
-    rows: dict[str, Row] = {way: {"way": way} for way in (*ways, *(others if peers else ()))}
-    for way, row in rows.items():
+    rows: dict[str, Row] = {}
+    steps: dict[str, dict[str, Callable[[], object]]] = {}
+    for way in (*OURS, *(OTHERS if peers else ())):
+        row = rows[way] = {"way": way}
         try:
-            function = ways.get(way) or PEERS["linear_logprobs"][way](CPU)
+            function = _ours(way) if way in OURS else PEERS["linear_logprobs"][way](CPU)
             problem.results(function)  # "auto" looks at this call to choose for the next
-            if way in ways:
+            if way in OURS:
                 with FlopCounterMode(display=False) as counter:
                     problem.results(function)
                 row["passes"] = counter.get_total_flops() / one
-            ways[way] = function
+            steps[way] = problem.step(function)
         except Exception as error:  # a package that is not installed, say
-            if way in ways:
+            if way in OURS:
                 raise
             row["note"] = kernels.explain(error)
-    steps: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    taken: dict[str, list[dict[str, float]]] = {way: [] for way in steps}
     for number in range(rounds):
         print(f"  {len(labels)} tokens, round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-        for way, function in ways.items():
-            steps[way].append(_step(problem, function))
-    for way, taken in steps.items():
-        forward, backward = zip(*taken, strict=True)
-        for name, each in (("forward", forward), ("backward", backward), ("both", map(sum, taken))):
-            rows[way] |= {f"{name}_{key}": value for key, value in timing.spread(each).items()}
+        for way, step in steps.items():
+            taken[way] += timing.durations(step, CPU, repeats=1)
+    for way, times_of_it in taken.items():
+        for name in ("forward", "backward"):
+            rows[way] |= _named(name, (each[name] for each in times_of_it))
+        rows[way] |= _named("both", (sum(each.values()) for each in times_of_it))
     yield from rows.values()
 
 
-def _step(problem: Problem, function: Function) -> tuple[float, float]:
-    """Milliseconds of forward and of backward."""
-    start = time.perf_counter()
-    outputs = problem.forward(function)
-    middle = time.perf_counter()
-    problem.backward(outputs)
-    return 1000 * (middle - start), 1000 * (time.perf_counter() - middle)
+def _named(name: str, milliseconds: Iterable[float]) -> Row:
+    return {f"{name}_{key}": value for key, value in timing.spread(milliseconds).items()}
 
 
 # The suite
@@ -207,10 +203,10 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 def _timed(given: tuple[Tensor, Tensor, Tensor], at: Row, quick: bool) -> Iterator[Row]:
     hidden, weight, labels = given
     noise = torch.randn(1024, hidden.shape[1]) * weight.norm(dim=1).mean() ** -1  # logits of variance 1, about
-    sizes = {len(labels): 3} if quick else {1024: 9, 4096: 5}
-    cases = [("states", hidden[:n], labels[:n], rounds) for n, rounds in sizes.items()]
-    cases += [("noise", noise[: len(labels)], labels[: len(noise)], 3 if quick else 9)]
-    for logits, some, some_labels, rounds in cases:
+    cases = [("states", hidden[:n], labels[:n]) for n in ((len(labels),) if quick else (1024, 4096))]
+    cases += [("noise", noise[: len(labels)], labels[: len(noise)])]
+    for logits, some, some_labels in cases:
+        rounds = 3 if quick else 9 if len(some) <= 1024 else 5
         for row in times(some, weight, some_labels, rounds, peers=logits == "states"):
             yield {"part": "times", **at, "logits": logits, "tokens": len(some), **row}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,21 +61,29 @@ def measure_parts(
     parts: dict[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int
 ) -> dict[str, dict[str, float]]:
     """Of calls that follow one another in each repetition: those of each, and of ``"all"`` where there are several."""
+    rows = durations(parts, device, warmup + repeats)[warmup:]
+    results = {name: spread(row[name] for row in rows) for name in parts}
+    if len(parts) > 1:
+        results["all"] = spread(sum(row.values()) for row in rows)
+    return results
+
+
+def durations(parts: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> list[dict[str, float]]:
+    """Milliseconds of each of the calls that follow one another, repetition by repetition."""
     clock = Clock(device)
-    marks = []
-    for _ in range(warmup + repeats):
+    rows = []
+    for _ in range(repeats):
         clock.settle()
-        row = [clock.mark()]
+        marks = [clock.mark()]
         for call in parts.values():
             call()
-            row.append(clock.mark())
-        marks.append(row)
+            marks.append(clock.mark())
+        rows.append(marks)
     synchronize(device)
-    marks = marks[warmup:]
-    results = {name: spread(clock.milliseconds(row[i], row[i + 1]) for row in marks) for i, name in enumerate(parts)}
-    if len(parts) > 1:
-        results["all"] = spread(clock.milliseconds(row[0], row[-1]) for row in marks)
-    return results
+    return [
+        {name: clock.milliseconds(start, end) for name, (start, end) in zip(parts, pairwise(marks), strict=True)}
+        for marks in rows
+    ]
 
 
 def host_ms(call: Callable[[], object], device: torch.device, repeats: int) -> float:

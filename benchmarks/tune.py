@@ -103,11 +103,7 @@ class Tuner:
         repeats = 30 if self.judged else 2
         if part == "forward":
             return timing.measure(lambda: problem.forward(function), self.device, repeats)
-        outputs: list[Outputs] = []
-        forward = lambda: outputs.append(problem.forward(function))
-        backward = lambda: problem.backward(outputs.pop())
-        step = {"forward": forward, "backward": backward}
-        return timing.measure_parts(step, self.device, repeats, warmup=2)["backward"]
+        return timing.measure_parts(problem.step(function), self.device, repeats, warmup=2)["backward"]
 
     def _choose(self, tunable: Tunable, where: str, rows: list[Row]) -> None:
         """The first candidate is the default."""

@@ -17,7 +17,8 @@ once, at the end. In float16 gradients go through here divided by the power of t
 averaged over 100,000 tokens leaves upstream gradients that it could not carry.
 
 Memory beyond inputs and gradients: ``chunk_bytes`` for E and the logits under way, 4 V H bytes of d weight where it is
-wanted, and what is kept. E is a block of four chunks of logits, because d weight is read and written once a block,
+wanted, and what is kept (the PyTorch backend's forward, where it keeps E of a block: up to a third of ``chunk_bytes``
+more). E is a block of four chunks of logits, because d weight is read and written once a block,
 8 V H bytes, which have to hide behind the 6 H V operations that each of the block's tokens costs.
 """
 

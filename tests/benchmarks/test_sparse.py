@@ -52,6 +52,21 @@ def test_ways_that_are_timed_say_how_many_passes_they_take(report):
     assert all(row["both_ms"] > 0 for row in rows.values() if "note" not in row)
 
 
+def test_ways_take_turns(monkeypatch):
+    called = []
+    ours = sparse._ours
+
+    def noting(way):
+        function = ours(way)
+        return lambda **given: called.append(way) or function(**given)
+
+    monkeypatch.setattr(sparse, "_ours", noting)
+    rows = list(sparse.times(*sparse._made_up(64), rounds=3, peers=False))
+    assert called[-12:] == [*sparse.OURS] * 3
+    assert [row["way"] for row in rows] == [*sparse.OURS]
+    assert all(row["both_ms"] >= max(row["forward_ms"], row["backward_ms"]) for row in rows)
+
+
 @pytest.mark.parametrize(
     ("part", "change", "says"),
     [
