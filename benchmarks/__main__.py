@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+import benchmarks.algorithms
 import benchmarks.compile
 import benchmarks.flops
 import benchmarks.gpu
@@ -18,6 +19,7 @@ import benchmarks.report
 import benchmarks.sparse
 import benchmarks.traffic
 import benchmarks.tune
+import benchmarks.updates
 
 SUITES = {
     "kernels": benchmarks.kernels,
@@ -27,6 +29,8 @@ SUITES = {
     "memory": benchmarks.memory,
     "sparse": benchmarks.sparse,
     "learning": benchmarks.learning,
+    "algorithms": benchmarks.algorithms,
+    "updates": benchmarks.updates,
     "tune": benchmarks.tune,
     "gpu": benchmarks.gpu,
     "report": benchmarks.report,

@@ -48,7 +48,7 @@ def states(folder: Path, source: str, temperature: float, prompts: int, tokens: 
 def _sample(source: str, temperature: float, prompts: int, tokens: int) -> States:
     from sppo.attention import NAME, Packed, packed_hidden, use_attention
     from sppo.data import load_prompts
-    from sppo.experience import micro_batch
+    from sppo.micro_batches import policy_part
     from sppo.rollout import HFRollout
     from sppo.tasks import smollm2
 
@@ -61,7 +61,7 @@ def _sample(source: str, temperature: float, prompts: int, tokens: int) -> State
     with use_attention(policy, NAME):
         for sample in samples:
             sample.reward = sample.advantage = 0.0
-            batch = micro_batch([sample])
+            batch = policy_part([sample])
             packed = Packed(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"])
             hidden.append(packed_hidden(policy, packed, packed.input_ids.numel())[batch["response_index"]])
             labels.append(batch["response_ids"])

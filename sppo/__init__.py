@@ -9,21 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sppo.algorithm import SPPO, Algorithm
+    from sppo.algorithms import Algorithm, Outcomes
     from sppo.config import SPPOConfig
+    from sppo.critic import load_critic
     from sppo.rollout import HFRollout, RolloutEngine
     from sppo.trainer import SPPOTrainer
 
 _HOME = {
-    "SPPO": "algorithm",
-    "Algorithm": "algorithm",
+    "Algorithm": "algorithms",
     "HFRollout": "rollout",
+    "Outcomes": "algorithms",
     "RolloutEngine": "rollout",
     "SPPOConfig": "config",
     "SPPOTrainer": "trainer",
+    "load_critic": "critic",
 }
 
-__all__ = ["SPPO", "Algorithm", "HFRollout", "RolloutEngine", "SPPOConfig", "SPPOTrainer"]
+__all__ = ["Algorithm", "HFRollout", "Outcomes", "RolloutEngine", "SPPOConfig", "SPPOTrainer", "load_critic"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sppo.attention import NAME, Packed, pack, packed_hidden, use_attention
-from sppo.critic import head
-from sppo_kernels import linear_logprobs, prompt_value_loss
+from sppo.critic import Critic
+from sppo_kernels import linear_logprobs
 
 
 class ActorCriticOutput(NamedTuple):
@@ -22,21 +22,22 @@ class ActorCriticOutput(NamedTuple):
 
 
 class ActorCritic(nn.Module):
-    """A causal language model and its prompt critic; ``forward`` runs both on one packed micro-batch.
+    """A causal language model and its critic; ``forward`` runs both on one packed micro-batch.
 
     Args:
         policy: model of ``AutoModelForCausalLM``.
-        critic: model of ``AutoModelForSequenceClassification`` with one label, or None.
+        judge: what its critic predicts and learns, or None. The critic itself becomes the submodule ``critic``.
 
     Dropout is switched off in both: ratios compare the same function before and after an update.
     """
 
     _keys_to_ignore_on_save = None
 
-    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None) -> None:
+    def __init__(self, policy: PreTrainedModel, judge: Critic | None = None) -> None:
         super().__init__()
         self.policy = policy
-        self.critic = critic
+        self.judge = judge
+        self.critic = judge.model if judge is not None else None
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -53,13 +54,13 @@ class ActorCritic(nn.Module):
         critic_normalizer: float,
         **of_logprobs: Any,
     ) -> ActorCriticOutput:
-        """Log-probabilities of the responses, and the critic's loss on their prompts.
+        """Log-probabilities of the responses, and the critic's loss.
 
         Args:
-            batch: a micro-batch of :func:`sppo.experience.micro_batch`.
+            batch: a micro-batch of :mod:`sppo.micro_batches`.
             temperature: of sampling.
             max_length: tokens of the longest packed sequence, or more.
-            critic_normalizer: samples of the whole update.
+            critic_normalizer: what the critic's summed loss is divided by.
             of_logprobs: for :func:`policy_logprobs`.
         """
         logprobs, entropy = policy_logprobs(
@@ -69,18 +70,7 @@ class ActorCritic(nn.Module):
             max_length=max_length,
             **of_logprobs,
         )
-        if self.critic is None:
-            return ActorCriticOutput(logprobs, entropy, None)
-        packed = Packed(batch["prompt_ids"], batch["prompt_position_ids"], batch["prompt_cu_seqlens"])
-        value_head = head(self.critic)
-        loss = prompt_value_loss(
-            packed_hidden(self.critic, packed, max_length),
-            value_head.weight,
-            batch["last_index"],
-            batch["outcomes"],
-            bias=value_head.bias,
-            normalizer=critic_normalizer,
-        ).loss
+        loss = self.judge.loss(batch, max_length, critic_normalizer) if self.judge is not None else None
         return ActorCriticOutput(logprobs, entropy, loss)
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:

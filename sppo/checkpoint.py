@@ -79,7 +79,7 @@ def save_experience(stream: ExperienceStream, folder: Path) -> None:
     }
     facts = [{k: v for k, v in vars(update).items() if k != "micro_batches"} for update in updates]
     save_file(tensors, folder / f"experience_{stream.rank}.safetensors")
-    state = {"progress": asdict(stream.progress), "updates": facts}
+    state = {"progress": asdict(stream.progress), "algorithm": stream.algorithm.state, "updates": facts}
     (folder / f"experience_{stream.rank}.json").write_text(json.dumps(state, indent=1))
 
 
@@ -94,7 +94,7 @@ def load_experience(stream: ExperienceStream, folder: Path) -> None:
         Update(micro_batches=[batches[i][j] for j in sorted(batches[i])], **facts)
         for i, facts in enumerate(state["updates"])
     ]
-    stream.restart(Progress(**state["progress"]), updates)
+    stream.restart(Progress(**state["progress"]), updates, state["algorithm"])
 
 
 def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset) -> dict[str, Any]:

@@ -9,12 +9,30 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from sppo.algorithms import algorithm_class
 from sppo_kernels.ops.policy_loss import AGGREGATIONS, RATIO_LEVELS
 
-_PUBLISHED = {
-    "1.5b": {"gradient_accumulation_steps": 128, "steps_per_generation": 256, "critic_learning_rate": 1e-5},
-    "7b": {"gradient_accumulation_steps": 32, "steps_per_generation": 512, "critic_learning_rate": 5e-6},
+_PUBLISHED_7B = {
+    "gradient_accumulation_steps": 32,
+    "steps_per_generation": 512,
+    "max_steps": 200 * 16,
+    "max_prompt_length": 2048,
+    "weight_decay": 0.1,
+    "critic_learning_rate": 1e-5,
 }
+_PUBLISHED = {
+    "1.5b": {
+        "gradient_accumulation_steps": 128,
+        "steps_per_generation": 256,
+        "max_steps": 1000 * 2,
+        "max_prompt_length": 1024,
+        "weight_decay": 0.01,
+        "critic_learning_rate": 5e-6,
+    },
+    "7b": _PUBLISHED_7B,
+    "7b-small-critic": _PUBLISHED_7B,
+}
+BASELINES = ("running_mean", "prompt_mean")
 
 
 @dataclass
@@ -38,14 +56,22 @@ class SPPOConfig(TrainingArguments):
         default=False, metadata={"help": "Replace non-finite losses in the log; costs a device sync a micro-batch."}
     )
 
-    algorithm: str = field(default="sppo", metadata={"help": "What turns outcomes into a loss; 'sppo'."})
+    algorithm: str = field(
+        default="sppo",
+        metadata={
+            "help": "What turns outcomes into a loss: sppo, ppo, grpo, dr_grpo, rloo, gspo, remax, reinforce, or "
+            "module:Class. It gives the settings below that are None."
+        },
+    )
 
     # Rollout
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Training prompts with more tokens than this are left out. None: no limit."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Most tokens a completion may have."})
-    num_generations: int = field(default=1, metadata={"help": "Completions sampled for each prompt."})
+    num_generations: int | None = field(
+        default=None, metadata={"help": "Completions sampled for each prompt. None: the algorithm's."}
+    )
     steps_per_generation: int | None = field(
         default=None,
         metadata={"help": "Micro-batches a rollout serves. None: gradient_accumulation_steps, one update a rollout."},
@@ -53,6 +79,10 @@ class SPPOConfig(TrainingArguments):
     num_iterations: int = field(default=1, metadata={"help": "Times each rollout is trained on."})
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Completions generated at once on a process. None: the whole rollout."}
+    )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={"help": "Cut micro-batches further, so that none has more tokens. None: cut by number alone."},
     )
     temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of the trained log-probabilities."})
     top_p: float = field(
@@ -73,18 +103,41 @@ class SPPOConfig(TrainingArguments):
     )
 
     # Loss
-    epsilon: float = field(default=0.2, metadata={"help": "Lower clip range of the ratio."})
-    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range. None: epsilon."})
-    dual_clip: float | None = field(
-        default=3.0, metadata={"help": "Bound on the loss of negative advantages (arXiv 1912.09729); None: no bound."}
+    epsilon: float | None = field(
+        default=None, metadata={"help": "Lower clip range of the ratio. None: the algorithm's, for most 0.2."}
     )
-    ratio_level: str = field(default="token", metadata={"help": "token, sequence_mean or sequence_sum."})
-    aggregation: str = field(
-        default="seq-mean-token-mean",
-        metadata={"help": "token-mean, seq-mean-token-mean or seq-mean-token-sum; for token ratios."},
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Upper clip range. None: the algorithm's if epsilon is too, else epsilon."}
+    )
+    dual_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "Bound on the ratio of negative advantages (arXiv 1912.09729), inf for none. None: the algorithm's."
+        },
+    )
+    ratio_level: str | None = field(
+        default=None, metadata={"help": "token, sequence_mean or sequence_sum. None: the algorithm's."}
+    )
+    aggregation: str | None = field(
+        default=None,
+        metadata={
+            "help": "token-mean, seq-mean-token-mean or seq-mean-token-sum; for token ratios. None: the algorithm's."
+        },
     )
     beta: float = field(
         default=0.0, metadata={"help": "Weight of the KL to the initial policy; above 0 a frozen copy of it is kept."}
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount of ppo, a token."})
+    lam: float = field(default=1.0, metadata={"help": "Lambda of ppo's generalized advantage estimation."})
+    baseline: float | str = field(
+        default="running_mean", metadata={"help": "Of reinforce: a number, running_mean or prompt_mean."}
+    )
+    min_agreement: float = field(
+        default=3.5,
+        metadata={
+            "help": "The policy learns at a fiftieth of its rate until successive gradients agree by so many standard "
+            "errors, as they do not where rewards are unrelated to responses. 0: at its full rate at once."
+        },
     )
 
     logprobs_backward: str = field(
@@ -108,7 +161,14 @@ class SPPOConfig(TrainingArguments):
 
     # Critic
     critic_learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the critic."})
+    critic_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the critic. None: weight_decay."}
+    )
     critic_max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm the critic is clipped at."})
+    cliprange_value: float = field(
+        default=0.2,
+        metadata={"help": "How far ppo's value may move from the one before the update and still gain; inf: no bound."},
+    )
     critic_warmup_steps: int = field(default=0, metadata={"help": "First updates in which the critic learns alone."})
 
     # Evaluation and log
@@ -125,42 +185,59 @@ class SPPOConfig(TrainingArguments):
         self.ignore_data_skip = True
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
-        if self.epsilon_high is None:
-            self.epsilon_high = self.epsilon
+        if self.critic_weight_decay is None:
+            self.critic_weight_decay = self.weight_decay
+        self._take_defaults(algorithm_class(self.algorithm).defaults)
         self._check_choices()
         self._check_ranges()
         self._check_shapes()
 
+    def _take_defaults(self, defaults: dict[str, Any]) -> None:
+        if self.epsilon is not None and self.epsilon_high is None:
+            self.epsilon_high = self.epsilon
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.epsilon_high is None:
+            self.epsilon_high = self.epsilon
+
     @classmethod
     def paper(cls, size: str = "1.5b", **overrides: Any) -> SPPOConfig:
-        """The published values (arXiv 2604.08865, released implementation).
+        """The published settings (arXiv 2604.08865, appendix E and the released implementation).
 
         Args:
-            size: ``"1.5b"`` (256 prompts in 2 updates a rollout) or ``"7b"`` (512 in 16). One sequence a micro-batch
-                on one
-                process: on ``n`` processes divide both ``gradient_accumulation_steps`` and ``steps_per_generation``
-                    by n.
+            size: ``"1.5b"`` (256 prompts in 2 updates a rollout), ``"7b"`` or ``"7b-small-critic"`` (512 in 16), whose
+                settings are the same: the small critic is the 1.5B model, as ``critic=`` of the trainer. One sequence
+                a micro-batch on one process: on ``n`` processes divide both ``gradient_accumulation_steps`` and
+                ``steps_per_generation`` by n.
             **overrides: any field, ``output_dir`` for one.
         """
         if size not in _PUBLISHED:
             raise ValueError(f"size must be one of {', '.join(_PUBLISHED)}, got {size!r}")
         published: dict[str, Any] = {
-            "num_train_epochs": 1,
+            "algorithm": "sppo",
             "optim": "adamw_torch",
             "learning_rate": 1e-6,
             "lr_scheduler_type": "constant",
             "max_grad_norm": 1.0,
             "critic_max_grad_norm": 1.0,
+            "critic_weight_decay": 0.01,
+            "critic_warmup_steps": 0,
+            "min_agreement": 0.0,
             "per_device_train_batch_size": 1,
             "num_generations": 1,
             "num_iterations": 1,
+            "max_completion_length": 8192,
             "temperature": 0.6,
+            "eval_temperature": 0.6,
             "epsilon": 0.2,
             "epsilon_high": 0.2,
             "dual_clip": 3.0,
             "ratio_level": "token",
             "aggregation": "seq-mean-token-mean",
             "beta": 0.0,
+            "bf16": True,
+            "gradient_checkpointing": True,
             **_PUBLISHED[size],
         }
         return cls(**(published | overrides))
@@ -179,7 +256,6 @@ class SPPOConfig(TrainingArguments):
 
     def _check_choices(self) -> None:
         choices = {
-            "algorithm": ("sppo",),
             "ratio_level": RATIO_LEVELS,
             "aggregation": AGGREGATIONS,
             "logprobs_backward": ("cache", "recompute", "sparse"),
@@ -187,6 +263,8 @@ class SPPOConfig(TrainingArguments):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if isinstance(self.baseline, str) and self.baseline not in BASELINES:
+            raise ValueError(f"baseline must be a number, {' or '.join(BASELINES)}, got {self.baseline!r}")
         unavailable = {
             "use_vllm": "leave it False: completions come from transformers' generate()",
             "fp16": "use bf16=True, or neither: log-ratios need more range than a float16 loss scale leaves",
@@ -213,6 +291,7 @@ class SPPOConfig(TrainingArguments):
             "per_device_train_batch_size",
             "max_prompt_length",
             "rollout_batch_size",
+            "max_tokens_per_micro_batch",
         )
         not_negative = (
             "epsilon",
@@ -222,17 +301,21 @@ class SPPOConfig(TrainingArguments):
             "top_k",
             "critic_warmup_steps",
             "critic_learning_rate",
+            "critic_weight_decay",
+            "min_agreement",
             "num_completions_to_print",
             "logits_budget_bytes",
         )
-        positive = ("temperature", "reward_timeout", "critic_max_grad_norm", "max_grad_norm")
+        positive = ("temperature", "reward_timeout", "critic_max_grad_norm", "max_grad_norm", "cliprange_value")
         rules = [(name, lambda x: x >= 1, "at least 1") for name in at_least_one]
         rules += [(name, lambda x: x >= 0, "0 or more") for name in not_negative]
         rules += [(name, lambda x: x > 0, "greater than 0 (float('inf') for no limit)") for name in positive]
         rules += [
             ("top_p", lambda x: 0 < x <= 1, "in (0, 1]"),
             ("mass_tolerance", lambda x: 0 < x < 1, "in (0, 1)"),
-            ("dual_clip", lambda x: x > 1, "greater than 1, or None for no dual clip"),
+            ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),
+            ("lam", lambda x: 0 <= x <= 1, "in [0, 1]"),
+            ("dual_clip", lambda x: x > 1, "greater than 1 (float('inf') for no bound)"),
         ]
         for name, holds, wanted in rules:
             value = getattr(self, name)
@@ -241,6 +324,7 @@ class SPPOConfig(TrainingArguments):
 
     def _check_shapes(self) -> None:
         assert self.steps_per_generation is not None
+        assert self.num_generations is not None
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation must be a multiple of gradient_accumulation_steps="
@@ -249,7 +333,7 @@ class SPPOConfig(TrainingArguments):
         if self.rollout_size % self.num_generations:
             raise ValueError(
                 "num_generations must divide per_device_train_batch_size * steps_per_generation = "
-                f"{self.rollout_size}, got {self.num_generations}"
+                f"{self.rollout_size}, got {self.num_generations} (algorithm={self.algorithm!r})"
             )
         if self.rollout_size * self.world_size < 2:
             raise ValueError(

@@ -11,27 +11,28 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from sppo.actor_critic import ActorCritic, policy_logprobs
-from sppo.algorithm import Algorithm
-from sppo.attention import NAME, cumulative, pack, use_attention
+from sppo.algorithms import Algorithm, Outcomes
+from sppo.attention import NAME, use_attention
 from sppo.config import SPPOConfig
-from sppo.critic import prompt_values, set_prior
+from sppo.critic import calibration
 from sppo.metrics import Gather, Meter
+from sppo.micro_batches import MicroBatch, deal, length, parts_needed
 from sppo.rewards import Reward, score
 from sppo.rollout import RolloutEngine, Sample, rollout_seed
 
 logger = logging.get_logger(__name__)
-
-MicroBatch = dict[str, Tensor]
 
 _FAILURES_SHOWN = 10  # of a rollout: a reward that always fails must not fill the screen
 
@@ -41,11 +42,11 @@ class Update:
     """The micro-batches of one optimizer step and what they have in common.
 
     Attributes:
-        micro_batches: ``gradient_accumulation_steps`` of them.
+        micro_batches: a multiple of ``gradient_accumulation_steps``; the Trainer takes every so many-th as one.
         max_length: tokens of their longest sequence.
-        policy_normalizer: what the policy's loss is divided by: tokens or sequences of the update, a process's share.
-        critic_normalizer: samples of the update, a process's share.
+        policy_normalizer, critic_normalizer: what their summed losses are divided by; a process's share.
         policy_learns, critic_learns: whether the step may move them.
+        fresh: whether it is the first time that its samples are trained on.
     """
 
     micro_batches: list[MicroBatch]
@@ -54,6 +55,7 @@ class Update:
     critic_normalizer: float
     policy_learns: bool
     critic_learns: bool
+    fresh: bool = True
 
 
 @dataclass
@@ -64,16 +66,22 @@ class Progress:
         updates: optimizer steps begun; with the settings it says which prompts come next.
         outcomes, successes: number and sum of the rewards so far.
         generated_tokens: of all completions so far, on all processes.
+        agreement, agreement_squares, cosines: sum of the cosines between successive gradients of the policy, of
+            their squares, and how many; trusted: whether they have agreed (:mod:`sppo.agreement`).
     """
 
     updates: int = 0
     outcomes: int = 0
     successes: float = 0.0
     generated_tokens: int = 0
+    agreement: float = 0.0
+    agreement_squares: float = 0.0
+    cosines: int = 0
+    trusted: bool = False
 
     @property
-    def success_rate(self) -> float:
-        """Mean outcome so far, with one success and one failure added (the mean under a uniform prior)."""
+    def mean_reward(self) -> float:
+        """Mean reward so far, with a 1 and a 0 added (of outcomes in {0, 1}, the mean under a uniform prior)."""
         return (self.successes + 1) / (self.outcomes + 2)
 
 
@@ -102,7 +110,7 @@ class Prompts:
 
 
 class ExperienceStream(IterableDataset):
-    """Yields one epoch of micro-batches; iterated again it goes on where it stopped.
+    """Yields one epoch of experience, each time a list of micro-batches; iterated again it goes on where it stopped.
 
     Args:
         prompts: where prompts come from.
@@ -138,28 +146,33 @@ class ExperienceStream(IterableDataset):
         self.model, self.algorithm, self.reference = model, algorithm, reference
         self.args, self.meter, self.gather, self.autocast = args, meter, gather, autocast
         self.rank, self.world = rank, world
+        assert args.num_generations is not None
         self.prompts_per_rollout = args.rollout_size // args.num_generations
         rollouts = math.ceil(len(prompts.dataset) / (self.prompts_per_rollout * world))
         self.updates_per_epoch = rollouts * args.updates_per_rollout
         self.samples: list[Sample] = []
         self.restart(Progress(), [])
 
-    def restart(self, progress: Progress, updates: list[Update]) -> None:
-        """Go on from a place, with the updates of the rollout that it is in the middle of (else none)."""
+    def restart(self, progress: Progress, updates: list[Update], of_algorithm: dict[str, Any] | None = None) -> None:
+        """Go on from a place, with the updates of the rollout it is in the middle of, and the algorithm's state."""
         self.progress = progress
         self.updates = updates
+        self.algorithm.state = of_algorithm or {}
 
     def __len__(self) -> int:
         return self.updates_per_epoch * self.args.gradient_accumulation_steps
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        every = self.args.gradient_accumulation_steps
         while True:
             rollout, step = divmod(self.progress.updates, self.args.updates_per_rollout)
             if step == 0:
                 self.updates = self._collect(rollout)
             self.update = self.updates[step % len(self.updates)]
+            self.update.fresh = step < len(self.updates)
             self.progress.updates += 1
-            yield from self.update.micro_batches
+            for i in range(every):
+                yield self.update.micro_batches[i::every]
             if self.progress.updates % self.updates_per_epoch == 0:
                 return
 
@@ -171,29 +184,24 @@ class ExperienceStream(IterableDataset):
     def _collect(self, rollout: int) -> list[Update]:
         with torch.no_grad(), self.autocast():
             self.samples = self._generate(rollout)
-            kept = [
-                s
-                for s in self.samples
-                if s.reward is not None and not (s.truncated and self.args.mask_truncated_completions)
-            ]
+            kept = [s for s in self.samples if self._usable(s)]
             with self.meter.phase("critic"):
                 policy_learns = self._judge(kept)
                 return self._cut(kept, policy_learns)
 
     def _generate(self, rollout: int) -> list[Sample]:
         """Completions with their rewards."""
-        count = self.prompts_per_rollout
-        rows = self.prompts.take((rollout * self.world + self.rank) * count, count)
-        rows = [row for row in rows for _ in range(self.args.num_generations)]
-        with self.meter.phase("rollout"):
-            samples = self.engine.generate(
-                [row["prompt"] for row in rows],
-                seed=rollout_seed(self.args.seed, rollout, self.rank),
-                temperature=self.args.temperature,
-                batch_size=self.args.rollout_batch_size or len(rows),
-            )
-        with self.meter.phase("reward"):
-            self.meter.mean(score_samples(samples, rows, self.reward_funcs, self.args))
+        count, each = self.prompts_per_rollout, self.args.num_generations
+        assert each is not None
+        first = (rollout * self.world + self.rank) * count
+        prompts = self.prompts.take(first, count)
+        rows = [row for row in prompts for _ in range(each)]
+        samples = self._answer(rows, rollout, self.args.temperature)
+        greedy = self._answer(prompts, rollout, 0.0) if self.algorithm.needs_greedy else []
+        for i, sample in enumerate(samples):
+            sample.group = first + i // each
+            if greedy:
+                sample.greedy_reward = greedy[i // each].reward
         facts = self.gather([(len(s.response_ids), s.truncated, s.reward) for s in samples])
         rewards = [reward for *_, reward in facts if reward is not None]
         self.meter.mean(
@@ -204,59 +212,103 @@ class ExperienceStream(IterableDataset):
                 "success_rate": _mean([reward >= 1 for reward in rewards]),
             }
         )
-        self.meter.sum("generated_tokens", sum(n for n, *_ in facts))
+        generated = sum(self.gather([len(s.response_ids) for s in [*samples, *greedy]]))
+        self.meter.sum("generated_tokens", generated)
         self.meter.sum("rejected_rewards", len(facts) - len(rewards))
-        self.progress.generated_tokens += sum(n for n, *_ in facts)
+        self.progress.generated_tokens += generated
         return samples
 
-    def _judge(self, samples: list[Sample]) -> bool:
-        """Values and advantages; False where they leave nothing for the policy to learn."""
-        outcomes = [s.reward for s in samples if s.reward is not None]
-        everyone = self.gather(outcomes)
-        before, first = self.progress.success_rate, self.progress.outcomes == 0
-        self.progress.outcomes += len(everyone)
-        self.progress.successes += sum(everyone)
-        values = [self.progress.success_rate if first else before] * len(samples)
-        baseline = values
-        if self.model.critic is not None:
-            if first and everyone:  # on each process, whether it has samples or not: replicas stay alike
-                set_prior(self.model.critic, self.progress.success_rate)
-            values = prompt_values(self.model.critic, [s.prompt_ids for s in samples])
-        advantages = self.algorithm.advantages(outcomes, values, all_equal=len(set(everyone)) <= 1)
-        for sample, value, advantage in zip(samples, values, advantages, strict=True):
-            sample.value, sample.advantage = value, advantage
-        everything = self.gather(list(zip(outcomes, values, baseline, advantages, strict=True)))
-        if everything:
-            spread = torch.tensor([advantage for *_, advantage in everything])
-            self.meter.mean(
-                {
-                    "advantage": spread.mean(),
-                    "advantage_std": spread.std(correction=0),
-                    "value": _mean([value for _, value, _, _ in everything]),
-                    "brier": _mean([(outcome - value) ** 2 for outcome, value, _, _ in everything]),
-                    "brier_baseline": _mean([(outcome - base) ** 2 for outcome, _, base, _ in everything]),
-                }
+    def _answer(self, rows: list[dict[str, Any]], rollout: int, temperature: float) -> list[Sample]:
+        """A completion of each row's prompt, with its reward."""
+        with self.meter.phase("rollout"):
+            samples = self.engine.generate(
+                [row["prompt"] for row in rows],
+                seed=rollout_seed(self.args.seed, rollout, self.rank),
+                temperature=temperature,
+                batch_size=self.args.rollout_batch_size or len(rows),
             )
-        return any(advantage for *_, advantage in everything)
+        with self.meter.phase("reward"):
+            means = score_samples(samples, rows, self.reward_funcs, self.args, self.algorithm.critic == "prompt")
+            if temperature > 0:
+                self.meter.mean(means)
+        return samples
+
+    def _usable(self, sample: Sample) -> bool:
+        """Whether a sample counts: it has what the algorithm goes by, and is not to be masked."""
+        return (
+            sample.reward is not None
+            and (sample.greedy_reward is not None or not self.algorithm.needs_greedy)
+            and not (sample.truncated and self.args.mask_truncated_completions)
+        )
+
+    def _judge(self, samples: list[Sample]) -> bool:
+        """Values and advantages; False where they leave nothing for the policy to learn.
+
+        Outcomes that are all equal do not tell which response is better. Advantages are 0 then, where the algorithm's
+        would push every sampled response the same way until its critic has caught up.
+        """
+        judge, progress = self.model.judge, self.progress
+        rewards = self.gather([s.reward for s in samples])
+        before, first = progress.mean_reward, progress.outcomes == 0
+        progress.outcomes += len(rewards)
+        progress.successes += sum(rewards)
+        if judge is not None:
+            if first and rewards:  # on each process, whether it has samples or not: replicas stay alike
+                judge.set_prior(progress.mean_reward)
+            for sample, value in zip(samples, judge.values(samples), strict=True):
+                sample.value = value
+        everyone = self.gather(
+            [(s.reward, s.group, _name(s), len(s.response_ids), s.value, s.greedy_reward) for s in samples]
+        )
+        if not everyone:
+            return False
+        outcomes = _outcomes(everyone, progress.mean_reward if first else before)
+        advantages = self.algorithm.advantages(outcomes)
+        if len(set(rewards)) == 1:
+            advantages = torch.zeros_like(advantages)
+        start = sum(self.gather([len(samples)])[: self.rank])
+        returns = self.algorithm.returns(outcomes) if self.algorithm.critic == "token" else None
+        for i, sample in enumerate(samples, start):
+            n = len(sample.response_ids)
+            sample.advantage = advantages[i, :n] if advantages.ndim == 2 else advantages[i]
+            sample.returns = returns[i, :n] if returns is not None else None
+        self._measure(outcomes, advantages)
+        return bool(advantages.any())
+
+    def _measure(self, outcomes: Outcomes, advantages: Tensor) -> None:
+        if advantages.ndim == 2:
+            advantages = advantages[torch.arange(advantages.shape[1]) < outcomes.lengths[:, None]]
+        found = {"advantage": advantages.mean(), "advantage_std": advantages.std(correction=0)}
+        if outcomes.values is not None:
+            at_prompt = outcomes.values if outcomes.values.ndim == 1 else outcomes.values[:, 0]
+            found["value"] = at_prompt.mean()
+            found |= calibration(at_prompt, outcomes.rewards, outcomes.mean_reward)._asdict()
+        self.meter.mean(found)
 
     def _cut(self, samples: list[Sample], policy_learns: bool) -> list[Update]:
         """Deal samples over the updates as they were drawn, and those of an update over micro-batches by tokens."""
-        assert self.args.steps_per_generation is not None
-        count = self.args.steps_per_generation // self.args.gradient_accumulation_steps
+        args, algorithm = self.args, self.algorithm
+        assert args.steps_per_generation is not None
+        count = args.steps_per_generation // args.gradient_accumulation_steps
         shares = [samples[i * len(samples) // count : (i + 1) * len(samples) // count] for i in range(count)]
-        sizes = [(len(share), sum(len(s.response_ids) for s in share)) for share in shares]
+        sizes = [
+            (
+                len(share),
+                sum(len(s.response_ids) for s in share),
+                parts_needed(share, args.gradient_accumulation_steps, args.max_tokens_per_micro_batch),
+            )
+            for share in shares
+        ]
         everyone = self.gather([sizes])
-        per_token = self.args.ratio_level == "token" and self.args.aggregation == "token-mean"
         updates = []
         for i, share in enumerate(shares):
             sequences, tokens = (sum(sizes[i][which] for sizes in everyone) for which in (0, 1))
-            parts = balance([_length(s) for s in share], self.args.gradient_accumulation_steps)
             update = Update(
-                micro_batches=[micro_batch([share[j] for j in part]) for part in parts],
-                max_length=max([1, *(_length(s) for s in share)]),
+                micro_batches=deal(share, max(sizes[i][2] for sizes in everyone), algorithm.critic),
+                max_length=max([1, *(length(s) for s in share)]),
                 # The gradient is averaged over processes, so each divides by its share of the whole count.
-                policy_normalizer=max(1, tokens if per_token else sequences) / self.world,
-                critic_normalizer=max(1, sequences) / self.world,
+                policy_normalizer=max(1, algorithm.normalizer(sequences, tokens)) / self.world,
+                critic_normalizer=max(1, tokens if algorithm.critic == "token" else sequences) / self.world,
                 policy_learns=policy_learns and sequences > 0,
                 critic_learns=sequences > 0,
             )
@@ -281,13 +333,39 @@ class ExperienceStream(IterableDataset):
                     batch[name] = logprobs.cpu()
 
 
+def _outcomes(everyone: Sequence[tuple[Any, ...]], mean_reward: float) -> Outcomes:
+    """Of the facts that processes share about their samples."""
+    rewards, groups, prompts, lengths, predicted, greedy = zip(*everyone, strict=True)
+    values = None
+    if predicted[0] is not None:
+        values = torch.stack(predicted) if predicted[0].ndim == 0 else pad_sequence(list(predicted), batch_first=True)
+    return Outcomes(
+        rewards=torch.tensor(rewards, dtype=torch.float32),
+        group_ids=torch.tensor(groups),
+        prompts=prompts,
+        lengths=torch.tensor(lengths),
+        mean_reward=mean_reward,
+        values=values,
+        greedy_rewards=torch.tensor(greedy, dtype=torch.float32) if greedy[0] is not None else None,
+    )
+
+
+def _name(sample: Sample) -> str:
+    """Of a sample's prompt, short."""
+    return blake2b(repr(sample.prompt_ids).encode(), digest_size=8).hexdigest()
+
+
 def score_samples(
-    samples: list[Sample], rows: Sequence[dict[str, Any]], reward_funcs: Sequence[Reward], args: SPPOConfig
+    samples: list[Sample],
+    rows: Sequence[dict[str, Any]],
+    reward_funcs: Sequence[Reward],
+    args: SPPOConfig,
+    as_probability: bool,
 ) -> dict[str, float]:
     """Set each sample's reward; the mean of each reward function by name. What fails costs a sample and is reported.
 
     Raises:
-        ValueError: a reward outside [0, 1], which the critic could not predict as a probability.
+        ValueError: with ``as_probability``, a reward outside [0, 1], which the critic could not predict as one.
     """
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     scores = score(
@@ -304,66 +382,13 @@ def score_samples(
         more = len(scores.failures) - _FAILURES_SHOWN
         logger.warning(f"and {more} more such failures of {len(samples)} samples; rejected_rewards counts them")
     for sample, reward in zip(samples, scores.rewards, strict=True):
-        if reward is not None and not 0 <= reward <= 1:
+        if as_probability and reward is not None and not 0 <= reward <= 1:
             raise ValueError(
                 f"reward must be in [0, 1], as the critic predicts it as a probability; got {reward} for the prompt "
                 f"{sample.prompt!r}. Rescale the reward functions or set reward_weights so that their sum stays inside."
             )
         sample.reward = reward
     return {f"rewards/{name}": mean for name, mean in scores.means.items() if not math.isnan(mean)}
-
-
-def micro_batch(samples: Sequence[Sample]) -> MicroBatch:
-    """Lay samples behind each other without padding.
-
-    Returns:
-        ``input_ids``, ``position_ids`` ``[1, N]``, ``cu_seqlens`` ``[B + 1]``: prompts with responses, but for
-        their last tokens, which predict nothing;
-        ``response_index``, ``response_ids`` ``[R]``: the positions that predict response tokens, and these tokens;
-        ``response_cu_seqlens`` ``[B + 1]``, ``advantages`` ``[B]``;
-        ``prompt_ids``, ``prompt_position_ids`` ``[1, M]``, ``prompt_cu_seqlens``: the distinct prompts;
-        ``last_index``, ``outcomes`` ``[B]``: where each sample's prompt ends among them, and how it came out.
-        Without samples there is one token of input and nothing to learn (B and R are 0).
-    """
-    sequences = pack([(s.prompt_ids + s.response_ids)[:-1] for s in samples] or [[0]])
-    distinct = list(dict.fromkeys(tuple(s.prompt_ids) for s in samples)) or [(0,)]
-    prompts = pack(distinct)
-    last = dict(zip(distinct, (prompts.cu_seqlens[1:] - 1).tolist(), strict=True))
-    index: list[int] = []
-    start = 0
-    for s in samples:
-        begin = start + len(s.prompt_ids) - 1
-        index += range(begin, begin + len(s.response_ids))
-        start = begin + len(s.response_ids)
-    return {
-        "input_ids": sequences.input_ids,
-        "position_ids": sequences.position_ids,
-        "cu_seqlens": sequences.cu_seqlens,
-        "response_index": torch.tensor(index, dtype=torch.long),
-        "response_ids": torch.tensor([token for s in samples for token in s.response_ids], dtype=torch.long),
-        "response_cu_seqlens": cumulative([len(s.response_ids) for s in samples]),
-        "advantages": torch.tensor([s.advantage for s in samples], dtype=torch.float32),
-        "prompt_ids": prompts.input_ids,
-        "prompt_position_ids": prompts.position_ids,
-        "prompt_cu_seqlens": prompts.cu_seqlens,
-        "last_index": torch.tensor([last[tuple(s.prompt_ids)] for s in samples], dtype=torch.long),
-        "outcomes": torch.tensor([s.reward for s in samples], dtype=torch.float32),
-    }
-
-
-def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Deal indices over parts of about the same total length: the longest first, to the lightest part."""
-    dealt: list[list[int]] = [[] for _ in range(parts)]
-    weight = [0] * parts
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        lightest = weight.index(min(weight))
-        dealt[lightest].append(i)
-        weight[lightest] += lengths[i]
-    return dealt
-
-
-def _length(sample: Sample) -> int:
-    return len(sample.prompt_ids) + len(sample.response_ids)
 
 
 def _mean(values: Sequence[float]) -> float:

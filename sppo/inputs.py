@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from sppo.config import SPPOConfig
 from sppo.critic import embedding_rows
 from sppo.rollout import encode
 
@@ -22,6 +23,21 @@ def load_policy(model: PreTrainedModel | str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise TypeError(f"model must be a causal language model of transformers or the name of one, got {type(model)}")
+    return model
+
+
+def with_master_weights(model: PreTrainedModel, args: SPPOConfig) -> PreTrainedModel:
+    """A model whose weights are float32 where ``bf16=True``, which then is the precision of computing alone.
+
+    Without that setting 16-bit weights stay, and it is said that small steps are lost in their rounding.
+    """
+    if model.dtype in (torch.bfloat16, torch.float16):
+        if args.bf16:
+            return model.float()
+        logger.warning(
+            f"{type(model).__name__} has {model.dtype} weights: steps of less than 1/256 of a weight are lost in "
+            "rounding. bf16=True keeps float32 weights and computes in bfloat16"
+        )
     return model
 
 

@@ -77,7 +77,12 @@ def _reduce(name: str, pairs: list[tuple[float, float]]) -> float:
 def print_completions(samples: Sequence[Sample], step: int) -> None:
     """Show samples of the last rollout: a table with rich where that is installed, plain lines elsewhere."""
     rows = [
-        (_text(s.prompt), _text(s.completion), "-" if s.reward is None else f"{s.reward:.2f}", f"{s.advantage:+.2f}")
+        (
+            _text(s.prompt),
+            _text(s.completion),
+            "-" if s.reward is None else f"{s.reward:.2f}",
+            "-" if s.advantage is None else f"{s.advantage.mean():+.2f}",
+        )
         for s in samples
     ]
     header = ("prompt", "completion", "reward", "advantage")

@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sppo.attention import use_attention
@@ -24,9 +25,12 @@ class Sample:
         prompt, completion: as the dataset has them: both text, or both chat messages.
         prompt_ids, response_ids: their tokens; the response ends with its end-of-sequence token unless truncated.
         truncated: it reached the limit before an end-of-sequence token.
-        reward: outcome in [0, 1]; None where no reward could be had.
-        value: the critic's P(success) before the update.
-        advantage: of every token of the response.
+        group: completions sampled together for one prompt share this number.
+        reward: None where none could be had.
+        greedy_reward: of the greedy response to the prompt, where the algorithm asks for it.
+        value: the critic's, before the update: 0-d, or ``[T]`` before each response token.
+        advantage: 0-d, of every token of the response; or ``[T]``.
+        returns: ``[T]``, what a token critic is to predict.
     """
 
     prompt: Prompt
@@ -34,9 +38,12 @@ class Sample:
     prompt_ids: list[int]
     response_ids: list[int]
     truncated: bool
+    group: int = 0
     reward: float | None = None
-    value: float = 0.0
-    advantage: float = 0.0
+    greedy_reward: float | None = None
+    value: Tensor | None = None
+    advantage: Tensor | None = None
+    returns: Tensor | None = None
 
 
 class RolloutEngine(Protocol):

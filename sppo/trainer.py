@@ -16,41 +16,46 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.utils import logging
 
-from sppo import checkpoint
+from sppo import agreement, checkpoint
 from sppo.actor_critic import ActorCritic
-from sppo.algorithm import SPPO, Algorithm
+from sppo.algorithms import algorithm_class
 from sppo.attention import NAME, use_attention
 from sppo.config import SPPOConfig
-from sppo.critic import build_critic, load_critic
+from sppo.critic import PromptCritic, TokenCritic, build_critic, load_critic
 from sppo.experience import ExperienceStream, Progress, Prompts, score_samples
-from sppo.inputs import check_dataset, check_tokenizer, load_policy, named, short_enough
+from sppo.inputs import check_dataset, check_tokenizer, load_policy, named, short_enough, with_master_weights
 from sppo.metrics import Meter, print_completions
 from sppo.rewards import Reward, resolve
 from sppo.rollout import HFRollout, RolloutEngine, rollout_seed
 from sppo_kernels import policy_loss
 
+logger = logging.get_logger(__name__)
+
 RewardFunction = Reward | Callable[..., Any] | str
 
 
 class SPPOTrainer(Trainer):
-    """Trains a causal language model on verifiable rewards by Sequence-Level PPO (arXiv 2604.08865).
+    """Trains a causal language model on verifiable rewards, by Sequence-Level PPO (arXiv 2604.08865) or its kin.
+
+    Which one is the setting ``algorithm``; see :mod:`sppo.algorithms`.
 
     Args:
         model: model of ``AutoModelForCausalLM``, or a folder or hub name (loaded in float32; ``bf16=True`` in
             ``args`` then computes in bfloat16).
         reward_funcs: one reward or a list: ``f(prompts, completions, **columns) -> list[float | None]``, a built-in's
-            name or ``"module:function"``. Their weighted sum must stay in [0, 1].
+            name or ``"module:function"``. With a prompt critic their weighted sum must stay in [0, 1].
         args: settings.
-        critic: what reads the prompt and predicts success: a sequence-classification model with one label, a folder
-            or hub name of one, or None for a copy of the policy's backbone.
+        critic: for algorithms that have one, what predicts success: a sequence-classification model with one label, a
+            folder or hub name of one, or None for a copy of the policy's backbone.
         train_dataset: column ``prompt`` (text or chat messages); the other columns go to the rewards. None: only
             evaluate.
         eval_dataset: the same, or a dict of such by name.
         processing_class: tokenizer; None: that of ``model``.
         callbacks: as in transformers.
         peft_config: not available yet.
-        rollout_engine, algorithm: stages of your own in place of ``generate()`` and SPPO.
+        rollout_engine: one of your own in place of ``generate()``.
     """
 
     args: SPPOConfig
@@ -68,7 +73,6 @@ class SPPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
         rollout_engine: RolloutEngine | None = None,
-        algorithm: Algorithm | None = None,
     ) -> None:
         args = args or SPPOConfig(output_dir="sppo_output")
         if peft_config is not None:
@@ -77,7 +81,7 @@ class SPPOTrainer(Trainer):
             )
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process; start with accelerate launch, or show one GPU only")
-        policy = load_policy(model)
+        policy = with_master_weights(load_policy(model), args)
         tokenizer = check_tokenizer(policy, processing_class)
         funcs = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [cast(RewardFunction, reward_funcs)]
         self.reward_funcs = [resolve(func) for func in funcs]
@@ -90,9 +94,15 @@ class SPPOTrainer(Trainer):
         for name, dataset in named(eval_dataset).items():
             check_dataset(f"eval_dataset {name}".strip(), dataset, tokenizer)
 
-        self.algorithm: Algorithm = algorithm or SPPO(args)
-        judged = self.algorithm.needs_critic and train_dataset is not None
-        pair = ActorCritic(policy, build_critic(critic, policy, tokenizer) if judged else None)
+        self.algorithm = algorithm_class(args.algorithm)(args)
+        kind = self.algorithm.critic if train_dataset is not None else None
+        judge: PromptCritic | TokenCritic | None = None
+        if kind is not None:
+            classifier = with_master_weights(build_critic(critic, policy, tokenizer), args)
+            judge = PromptCritic(classifier) if kind == "prompt" else TokenCritic(classifier, args.cliprange_value)
+        elif critic is not None and train_dataset is not None:
+            logger.warning(f"algorithm={args.algorithm!r} has no critic: the one given is not used")
+        pair = ActorCritic(policy, judge)
         super().__init__(
             model=pair,
             args=args,
@@ -172,6 +182,13 @@ class SPPOTrainer(Trainer):
         # Its own generator: a loader draws a seed from the global one otherwise, one more each time it is made.
         return DataLoader(self.experience, batch_size=None, generator=torch.Generator())
 
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of the micro-batches that the Trainer takes for one."""
+        *first, last = inputs
+        with self.accelerator.no_sync(model) if first else nullcontext():
+            losses = [super(SPPOTrainer, self).training_step(model, batch, num_items_in_batch) for batch in first]
+        return torch.stack([*losses, super().training_step(model, last, num_items_in_batch)]).sum()
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -193,14 +210,14 @@ class SPPOTrainer(Trainer):
             cu_seqlens=inputs["response_cu_seqlens"],
             normalizer=update.policy_normalizer,
             ref_logprobs=inputs.get("ref_logprobs"),
-            **self.algorithm.loss_arguments,
+            **self.algorithm.loss_arguments(),
         )
         loss = policy.loss if output.critic_loss is None else policy.loss + output.critic_loss
         self._measure(output, policy)
         return (loss, output) if return_outputs else loss
 
     def _measure(self, output: Any, policy: Any) -> None:
-        parts = self.args.gradient_accumulation_steps  # micro-batches add up to an update; their mean does not
+        parts = len(self.experience.update.micro_batches)  # they add up to an update; their mean does not
         self.meter.mean({"policy_loss": policy.loss * parts})
         if output.critic_loss is not None:
             self.meter.mean({"critic_loss": output.critic_loss * parts})
@@ -215,17 +232,36 @@ class SPPOTrainer(Trainer):
             decaying = set(self.get_decay_parameter_names(self._pair))
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, self._pair))
             groups = []
-            for part, rate in (("policy.", self.args.learning_rate), ("critic.", self.args.critic_learning_rate)):
+            for part, rate, decay in (
+                ("policy.", self.args.learning_rate, self.args.weight_decay),
+                ("critic.", self.args.critic_learning_rate, self.args.critic_weight_decay),
+            ):
                 for decays in (True, False):
                     params = [
                         p
                         for name, p in self._pair.named_parameters()
                         if name.startswith(part) and p.requires_grad and (name in decaying) == decays
                     ]
-                    weight_decay = self.args.weight_decay if decays else 0.0
-                    groups.append({"params": params, "lr": rate, "weight_decay": weight_decay})
+                    weight_decay = decay if decays else 0.0
+                    groups.append({"params": params, "lr": rate, "weight_decay": weight_decay, "part": part})
             self.optimizer = kind([group for group in groups if group["params"]], **settings)
+            self.optimizer.register_step_pre_hook(lambda optimizer, *_: self._scale_policy_rate(optimizer))
+            self.optimizer.register_step_post_hook(lambda optimizer, *_: self._restore_policy_rate(optimizer))
         return self.optimizer
+
+    def _scale_policy_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Slow the policy down for this step until its gradients have agreed."""
+        for group in optimizer.param_groups:
+            if group["part"] == "policy." and not self._policy_is_trusted:
+                group["full_lr"], group["lr"] = group["lr"], group["lr"] * agreement.UNTRUSTED_RATE
+
+    def _restore_policy_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = group.pop("full_lr", group["lr"])
+
+    @property
+    def _policy_is_trusted(self) -> bool:
+        return self.experience.progress.trusted or self.args.min_agreement == 0
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip policy and critic apart. What may not learn, and both where a gradient is not finite, get no gradient.
@@ -245,6 +281,10 @@ class SPPOTrainer(Trainer):
         finite = all(torch.isfinite(norm) for norm in norms.values())
         if finite:
             self.meter.mean(norms)
+            if "policy_grad_norm" in norms and self.experience.update.fresh and not self._policy_is_trusted:
+                progress, least = self.experience.progress, self.args.min_agreement
+                agreement.watch(progress, cast(torch.optim.Optimizer, self.optimizer), policy.parameters(), least)
+                self.meter.mean({"gradient_agreement": agreement.standard_errors(progress)})
         else:
             self._pair.zero_grad(set_to_none=True)
         self.meter.sum("skipped_updates", not finite)
@@ -303,7 +343,7 @@ class SPPOTrainer(Trainer):
                 )
             for start in range(0, len(rows), self.args.rollout_size):  # so many at once as reward_timeout is meant for
                 part = slice(start, start + self.args.rollout_size)
-                means = score_samples(samples[part], rows[part], self.reward_funcs, self.args)
+                means = score_samples(samples[part], rows[part], self.reward_funcs, self.args, as_probability=False)
                 meter.mean(dict(means), weight=len(rows[part]))
             facts = [(s.reward, len(s.response_ids), s.truncated) for s in samples]
         for reward, length, truncated in facts:

@@ -7,7 +7,7 @@ from tiny_models import FAMILIES, char_tokenizer, tiny_model
 
 from sppo.actor_critic import ActorCritic
 from sppo.attention import NAME, Packed, pack, packed_attention, packed_hidden, use_attention
-from sppo.critic import build_critic
+from sppo.critic import PromptCritic, build_critic
 
 SEQUENCES = [[3, 7, 2, 9, 4, 4, 8], [5], [6, 2, 3, 2], [10, 11]]
 
@@ -76,7 +76,7 @@ def test_activation_checkpointing_recomputes_the_same():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_check_accepts_supported_models(family):
     policy = tiny_model(family)
-    ActorCritic(policy, build_critic(None, policy, char_tokenizer())).check_packing()
+    ActorCritic(policy, PromptCritic(build_critic(None, policy, char_tokenizer()))).check_packing()
 
 
 @pytest.mark.parametrize(("wrong", "says"), [("attention", "attention over packed"), ("logits", "log-probabilities")])

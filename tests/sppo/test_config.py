@@ -13,15 +13,33 @@ def test_defaults_follow_from_each_other():
     assert config(gradient_accumulation_steps=2, steps_per_generation=6, num_iterations=2).updates_per_rollout == 6
 
 
-@pytest.mark.parametrize(("size", "prompts", "updates", "critic_rate"), [("1.5b", 256, 2, 1e-5), ("7b", 512, 16, 5e-6)])
-def test_paper_is_the_published_recipe(size, prompts, updates, critic_rate):
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("1.5b", {"prompts": 256, "updates": 2, "rollouts": 1000, "critic": 5e-6, "decay": 0.01, "prompt": 1024}),
+        ("7b", {"prompts": 512, "updates": 16, "rollouts": 200, "critic": 1e-5, "decay": 0.1, "prompt": 2048}),
+        (
+            "7b-small-critic",
+            {"prompts": 512, "updates": 16, "rollouts": 200, "critic": 1e-5, "decay": 0.1, "prompt": 2048},
+        ),
+    ],
+)
+def test_paper_is_the_published_recipe(size, expected):
     args = SPPOConfig.paper(size, output_dir="unused", use_cpu=True)
-    assert (args.rollout_size, args.updates_per_rollout, args.critic_learning_rate) == (prompts, updates, critic_rate)
+    assert {
+        "prompts": args.rollout_size,
+        "updates": args.updates_per_rollout,
+        "rollouts": args.max_steps // args.updates_per_rollout,
+        "critic": args.critic_learning_rate,
+        "decay": args.weight_decay,
+        "prompt": args.max_prompt_length,
+    } == expected
     expected = {
+        "algorithm": "sppo",
         "per_device_train_batch_size": 1,
         "num_generations": 1,
         "num_iterations": 1,
-        "num_train_epochs": 1,
+        "max_completion_length": 8192,
         "ratio_level": "token",
         "epsilon": 0.2,
         "epsilon_high": 0.2,
@@ -29,12 +47,20 @@ def test_paper_is_the_published_recipe(size, prompts, updates, critic_rate):
         "aggregation": "seq-mean-token-mean",
         "beta": 0.0,
         "temperature": 0.6,
+        "eval_temperature": 0.6,
         "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
         "max_grad_norm": 1.0,
         "critic_max_grad_norm": 1.0,
+        "critic_weight_decay": 0.01,
+        "critic_warmup_steps": 0,
+        "min_agreement": 0.0,
+        "optim": "adamw_torch",
+        "bf16": True,
+        "gradient_checkpointing": True,
     }
     assert {name: getattr(args, name) for name in expected} == expected
-    assert args.optim == "adamw_torch"
 
 
 def test_paper_takes_overrides():
@@ -46,7 +72,12 @@ def test_paper_takes_overrides():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"algorithm": "ppo"}, "algorithm must be one of sppo, got 'ppo'"),
+        ({"algorithm": "pppo"}, "algorithm must be one of sppo, ppo, grpo.*, or module:Class .*, got 'pppo'"),
+        ({"algorithm": "sppo.nothing:X"}, "cannot import 'sppo.nothing:X'"),
+        ({"algorithm": "sppo:SPPOConfig"}, "name a subclass of sppo.Algorithm"),
+        ({"baseline": "median"}, "baseline must be a number, running_mean or prompt_mean, got 'median'"),
+        ({"lam": 1.5}, r"lam must be in \[0, 1\], got 1.5"),
+        ({"max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch must be at least 1, got 0"),
         ({"ratio_level": "word"}, "ratio_level must be one of token"),
         ({"aggregation": "mean"}, "aggregation must be one of"),
         ({"logprobs_backward": "auto"}, "logprobs_backward must be one of cache, recompute, sparse, got 'auto'"),

@@ -5,7 +5,7 @@ from tokenizers import models
 from transformers import AutoModelForSequenceClassification
 
 from sppo import critic as module
-from sppo.critic import build_critic, load_critic, prompt_values, set_head, set_prior
+from sppo.critic import PromptCritic, build_critic, load_critic, prompt_values, set_head
 
 
 def classifier(**changes):
@@ -20,7 +20,7 @@ def test_default_is_the_policys_backbone_with_a_zero_head():
     for name, tensor in policy.base_model.state_dict().items():
         assert tensor.equal(critic.base_model.state_dict()[name])
         assert tensor.data_ptr() != critic.base_model.state_dict()[name].data_ptr()
-    set_prior(critic, 0.2)
+    PromptCritic(critic).set_prior(0.2)
     assert prompt_values(critic, [[3, 4], [5]]) == pytest.approx([0.2, 0.2])
 
 
@@ -45,7 +45,7 @@ def test_trained_head_is_kept_and_untrained_starts_at_zero(tmp_path):
     critic = build_critic(str(tmp_path), tiny_model(), char_tokenizer())
     assert critic.score.bias.item() == pytest.approx(0.7)
     assert critic.score.weight.equal(trained.score.weight)
-    set_prior(critic, 0.5)
+    PromptCritic(critic).set_prior(0.5)
     assert critic.score.bias.item() == pytest.approx(0.7)
     assert load_critic(tmp_path, torch.float32).score.bias.item() == pytest.approx(0.7)
     assert not build_critic(classifier(), tiny_model(), char_tokenizer()).score.weight.any()

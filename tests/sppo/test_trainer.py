@@ -30,6 +30,7 @@ def make(
                 "max_completion_length": 4,
                 "learning_rate": 3e-3,
                 "critic_learning_rate": 1e-2,
+                "min_agreement": 0.0,
                 "max_steps": 3,
                 "save_strategy": "no",
                 "disable_tqdm": True,
@@ -152,10 +153,10 @@ def test_loss_is_that_of_the_whole_update(tmp_path, aggregation):
     trainer.train()
     samples = trainer.experience.samples
     assert len({len(s.response_ids) for s in samples}) > 1
-    by_token = -sum(s.advantage * len(s.response_ids) for s in samples)  # all ratios are 1
+    by_token = -sum(s.advantage.item() * len(s.response_ids) for s in samples)  # all ratios are 1
     expected = {
         "token-mean": by_token / sum(len(s.response_ids) for s in samples),
-        "seq-mean-token-mean": -sum(s.advantage for s in samples) / len(samples),
+        "seq-mean-token-mean": -sum(s.advantage.item() for s in samples) / len(samples),
         "seq-mean-token-sum": by_token / len(samples),
     }
     assert logged(trainer, "policy_loss")[0] == pytest.approx(expected[aggregation], abs=1e-5)
