@@ -9,6 +9,8 @@ import torch
 from tiny_models import char_tokenizer, tiny_model
 
 from sppo import SPPOConfig, SPPOTrainer
+from sppo.algorithms import ALGORITHMS
+from sppo_kernels.ops.policy_loss import RATIO_LEVELS
 
 PROMPTS = [f"{a}+{b}=" for a in range(6) for b in range(6)]
 DATASET = datasets.Dataset.from_dict({"prompt": PROMPTS, "letter": [prompt[0] for prompt in PROMPTS]})
@@ -72,6 +74,67 @@ def test_learns(tmp_path):
     assert sum(reward[-5:]) > sum(reward[:5]) + 1.5
 
 
+VARIANTS = [
+    {"algorithm": "ppo"},
+    {"algorithm": "ppo", "lam": 0.9, "num_iterations": 2},
+    {"algorithm": "grpo"},
+    {"algorithm": "dr_grpo"},
+    {"algorithm": "rloo"},
+    {"algorithm": "gspo", "num_iterations": 2},
+    {"algorithm": "remax"},
+    *({"algorithm": "reinforce", "baseline": baseline} for baseline in (0.5, "running_mean", "prompt_mean")),
+    *({"algorithm": "sppo", "ratio_level": level, "num_iterations": 2} for level in RATIO_LEVELS),
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=lambda s: "-".join(map(str, s.values())))
+def test_every_algorithm_learns(tmp_path, settings):
+    trainer = make(tmp_path, max_steps=40, per_device_train_batch_size=16, gradient_accumulation_steps=2, **settings)
+    trainer.train()
+    reward = logged(trainer, "reward")
+    assert sum(reward[-5:]) > sum(reward[:5]) + 1.5
+    assert (trainer.model.critic is not None) == (settings["algorithm"] in ("sppo", "ppo"))
+    assert ("brier" in trainer.state.log_history[0]) == (trainer.model.critic is not None)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("outcome", [0.0, 1.0])
+def test_equal_outcomes_leave_every_policy_alone(tmp_path, algorithm, outcome):
+    settings = {"algorithm": algorithm, "baseline": 0.3, "num_iterations": 2, "weight_decay": 0.1}
+    trainer = make(tmp_path, lambda completions, **_: [outcome] * len(completions), max_steps=4, **settings)
+    before = snapshot(trainer.model.policy)
+    trainer.train()
+    assert changed(before, trainer.model.policy) == []
+
+
+def test_greedy_responses_are_counted_and_compared_with(tmp_path):
+    trainer = make(tmp_path, max_steps=1, algorithm="remax", num_generations=2)
+    asked = []
+    original = trainer.rollout_engine.generate
+
+    def record(prompts, *, temperature, **settings):
+        made = original(prompts, temperature=temperature, **settings)
+        asked.append((temperature, made))
+        return made
+
+    trainer.rollout_engine.generate = record
+    trainer.train()
+    (_, sampled), (temperature, greedy) = asked
+    assert (temperature, len(sampled), len(greedy)) == (0.0, 8, 4)
+    rewards = {s.prompt: s.reward for s in greedy}
+    assert all(s.advantage.item() == s.reward - rewards[s.prompt] for s in trainer.experience.samples)
+    total = sum(len(s.response_ids) for s in [*sampled, *greedy])
+    assert logged(trainer, "total_generated_tokens") == [total]
+
+
+def test_rewards_of_any_size_for_algorithms_without_a_prompt_critic(tmp_path):
+    far = lambda completions, **_: [10.0 * ("a" in completion) - 3 for completion in completions]
+    for algorithm in ("ppo", "grpo"):
+        trainer = make(tmp_path, far, algorithm=algorithm, max_steps=3)
+        trainer.train()
+        assert min(logged(trainer, "reward")) < 0
+
+
 def test_critic_learns_which_prompts_succeed(tmp_path):
     def only_some(prompts, completions, **_):
         return [float(prompt[0] in "012") for prompt in prompts]
@@ -120,7 +183,8 @@ def gradients(tmp_path, parts, **settings):
         critic_max_grad_norm=float("inf"),
         **settings,
     )
-    torch.nn.init.normal_(trainer.model.critic.score.weight, generator=torch.Generator().manual_seed(0))
+    if trainer.model.critic is not None:
+        torch.nn.init.normal_(trainer.model.critic.score.weight, generator=torch.Generator().manual_seed(0))
     found = {}
     original = trainer._clip_grad_norm
 
@@ -143,6 +207,32 @@ def test_gradient_does_not_depend_on_the_cut(tmp_path, aggregation, ratio_level)
     for parts in (2, 4):
         for name, gradient in gradients(tmp_path, parts, **settings).items():
             torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_algorithms_gradient_depends_on_the_cut(tmp_path, algorithm):
+    settings = {"algorithm": algorithm, "num_generations": 4}
+    whole = gradients(tmp_path, 1, **settings)
+    assert any(gradient.any() for gradient in whole.values())
+    for changes in ({"parts": 2}, {"parts": 4}, {"parts": 1, "max_tokens_per_micro_batch": 40}):
+        for name, gradient in gradients(tmp_path, **changes, **settings).items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_no_micro_batch_has_more_tokens_than_wanted(tmp_path):
+    trainer = make(tmp_path, max_steps=2, max_tokens_per_micro_batch=20, gradient_accumulation_steps=2)
+    seen = []
+    forward = trainer.model.forward
+
+    def record(batch, **settings):
+        seen.append(batch["input_ids"].numel())
+        return forward(batch, **settings)
+
+    trainer.model.forward = record
+    trainer.train()
+    assert len(seen) > 8  # 16 samples of 5 to 8 tokens, twice
+    assert max(seen) <= 20
+    assert len(seen) % 4 == 0
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
