@@ -29,24 +29,18 @@ STAGING = ".staging"
 """Folder beside the checkpoints in which the next one is written; at the start it holds what a crash left."""
 
 _IDENTITY = "sppo_run.json"
-_SETTINGS = (
-    "algorithm",
-    "seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "num_iterations",
-    "num_generations",
-    "shuffle_dataset",
-    "max_prompt_length",
-    "max_completion_length",
-    "temperature",
-    "top_p",
-    "top_k",
-    "ratio_level",
-    "aggregation",
-    "world_size",
+_FREE = (
+    # How far to go, and when to look
+    *("max_steps", "num_train_epochs", "eval_", "per_device_eval_batch_size", "do_", "metric_for_best_model"),
+    *("greater_is_better", "load_best_model_at_end", "prediction_loss_only", "batch_eval_metrics"),
+    # Where results go and what is shown of them
+    *("output_dir", "logging_", "log_", "report_to", "run_name", "project", "disable_tqdm", "num_completions_to_print"),
+    *("save_", "push_to_hub", "hub_", "trackio_", "overwrite_", "enable_jit_checkpoint", "include_"),
+    # The machine, and what leaves the results as they are
+    *("use_cpu", "local_rank", "dataloader_", "ddp_", "torch_empty_cache_steps", "skip_memory_metrics", "debug"),
+    *("rollout_batch_size", "reward_timeout", "accelerator_config", "resume_from_checkpoint", "_n_gpu"),
 )
+"""Beginnings of the names of settings that two parts of one run may differ in."""
 
 
 def publish(staged: Path, final: Path) -> None:
@@ -100,7 +94,8 @@ def load_experience(stream: ExperienceStream, folder: Path) -> None:
 def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset) -> dict[str, Any]:
     """What makes two runs the same run, as far as going on with one from the other's checkpoint is concerned."""
     return {
-        **{name: getattr(args, name) for name in _SETTINGS},
+        **{name: value for name, value in args.to_dict().items() if not name.startswith(_FREE)},
+        "world_size": args.world_size,
         "model": _digest(_architecture(model.policy.config)),
         "critic": _digest(_architecture(model.critic.config)) if model.critic is not None else None,
         "dataset": _digest(
@@ -157,8 +152,11 @@ def check_identity(run: dict[str, Any], folder: str) -> None:
                 "resume from another one, or start over with model= this folder"
             )
     saved = json.loads(Path(folder, _IDENTITY).read_text())
+    here = json.loads(json.dumps(run))  # tuples as lists, as in the file
     differing = [
-        f"{name}: {saved.get(name)!r} there, {run[name]!r} here" for name in run if saved.get(name) != run[name]
+        f"{name}: {saved[name]!r} there, {here[name]!r} here"
+        for name in saved.keys() & here.keys()  # another version of transformers has other settings besides
+        if saved[name] != here[name]
     ]
     if differing:
         raise ValueError(

@@ -23,24 +23,23 @@ def reward(prompts, completions, answer, **_):
 def make_trainer(out: Path, **settings: Any) -> sppo.trainer.SPPOTrainer:
     prompts = [f"{a}+{b}=" for a in range(5) for b in range(7)]
     dataset = datasets.Dataset.from_dict({"prompt": prompts, "answer": list("abcde") * 7})
-    args = SPPOConfig(
-        output_dir=str(out),
-        use_cpu=True,
-        per_device_train_batch_size=3,
-        max_completion_length=5,
-        learning_rate=2e-3,
-        critic_learning_rate=5e-3,
-        weight_decay=0.1,
-        max_steps=8,
-        save_steps=3,
-        save_total_limit=2,
-        lr_scheduler_type="linear",
-        disable_tqdm=True,
-        logging_steps=100,
-        eval_strategy="steps",
-        eval_steps=2,
-        **settings,
-    )
+    defaults: dict[str, Any] = {
+        "use_cpu": True,
+        "per_device_train_batch_size": 3,
+        "max_completion_length": 5,
+        "learning_rate": 2e-3,
+        "critic_learning_rate": 5e-3,
+        "weight_decay": 0.1,
+        "max_steps": 8,
+        "save_steps": 3,
+        "save_total_limit": 2,
+        "lr_scheduler_type": "linear",
+        "disable_tqdm": True,
+        "logging_steps": 100,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+    args = SPPOConfig(output_dir=str(out), **(defaults | settings))
     return sppo.trainer.SPPOTrainer(
         tiny_model(),
         reward,

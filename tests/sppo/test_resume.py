@@ -3,8 +3,11 @@
 import json
 import multiprocessing
 import os
+import random
+import shutil
 import signal
 import sys
+import time
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -18,6 +21,13 @@ PROCESSES = multiprocessing.get_context("forkserver")
 
 MIDWAY = {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2}
 WHOLE = {"gradient_accumulation_steps": 2}
+
+SETTINGS = {
+    "one update a rollout": WHOLE,
+    "four updates a rollout": MIDWAY,
+    "token critic": MIDWAY | {"algorithm": "ppo", "max_tokens_per_micro_batch": 20, "min_agreement": 0.5},
+    "a mean for each prompt": MIDWAY | {"algorithm": "reinforce", "baseline": "prompt_mean", "num_iterations": 1},
+}
 
 MOMENTS = {
     "in a rollout": ("_generate_batch", 5),
@@ -37,49 +47,89 @@ def _preloaded():
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("OMP_NUM_THREADS", "1")
         forkserver.ensure_running()
+        warm = PROCESSES.Process(target=int)  # its imports are done once a process has been forked
+        warm.start()
+        warm.join()
 
 
-def in_process(*args, **kwargs):
+def in_process(*args, kill_after=None, **kwargs):
     process = PROCESSES.Process(target=run, args=args, kwargs=kwargs)
     process.start()
-    process.join(timeout=120)
+    process.join(timeout=120 if kill_after is None else kill_after)
+    if kill_after is not None:
+        process.kill()  # SIGKILL, where it has not ended yet
+        process.join()
     return process.exitcode
 
 
 def weights(out):
     parts = ("model.safetensors", "critic/model.safetensors")
-    return {part: load_file(out / "final" / part) for part in parts}
+    return {part: load_file(out / "final" / part) for part in parts if (out / "final" / part).exists()}
 
 
 def progress(out):
     return json.loads((out / "checkpoint-8" / "experience_0.json").read_text())["progress"]
 
 
-@pytest.fixture(scope="module", params=["one update a rollout", "four updates a rollout"])
-def uninterrupted(request, tmp_path_factory):
-    settings = WHOLE if request.param.startswith("one") else MIDWAY
-    out = tmp_path_factory.mktemp("uninterrupted")
-    assert in_process(out, settings) == 0
-    return settings, weights(out), progress(out)
+class Uninterrupted:
+    """Runs that nobody stopped, each made when it is first asked for."""
+
+    def __init__(self, folder):
+        self.folder, self.seconds = folder, {}
+
+    def __call__(self, name):
+        out = self.folder / name
+        if name not in self.seconds:
+            start = time.perf_counter()
+            assert in_process(out, SETTINGS[name]) == 0
+            self.seconds[name] = time.perf_counter() - start
+        return weights(out), progress(out)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_same_bits_after_sigkill(uninterrupted, moment, tmp_path):
-    settings, expected, expected_progress = uninterrupted
-    assert in_process(tmp_path, settings, kill=MOMENTS[moment]) == -signal.SIGKILL
-    resume = any(tmp_path.glob("checkpoint-*"))  # killed before the first one, it starts again
-    assert in_process(tmp_path, settings, resume=resume) == 0
-    for part, tensors in expected.items():
-        ours = weights(tmp_path)[part]
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return Uninterrupted(tmp_path_factory.mktemp("uninterrupted"))
+
+
+def check_same(out, expected):
+    """Weights to the bit, and the place in the data."""
+    expected_weights, expected_progress = expected
+    assert weights(out).keys() == expected_weights.keys()
+    for part, tensors in expected_weights.items():
+        ours = weights(out)[part]
         assert tensors.keys() == ours.keys()
         for name, tensor in tensors.items():
             assert tensor.equal(ours[name]), (part, name)
-    assert progress(tmp_path) == expected_progress
+    assert progress(out) == expected_progress
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one update a rollout", "four updates a rollout"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_same_bits_after_sigkill(uninterrupted, name, moment, tmp_path):
+    expected, settings = uninterrupted(name), SETTINGS[name]
+    assert in_process(tmp_path, settings, kill=MOMENTS[moment]) == -signal.SIGKILL
+    resume = any(tmp_path.glob("checkpoint-*"))  # killed before the first one, it starts again
+    assert in_process(tmp_path, settings, resume=resume) == 0
+    check_same(tmp_path, expected)
     assert not (tmp_path / ".staging").exists()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
     state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
     assert (state["global_step"], state["epoch"]) == (8, pytest.approx(8 / epoch_updates(settings)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_same_bits_after_sigkill_at_a_random_moment(uninterrupted, seed, tmp_path):
+    """Killed twice: at some moment of the run, and at some moment of what it went on with."""
+    name = list(SETTINGS)[seed % len(SETTINGS)]
+    expected, rng = uninterrupted(name), random.Random(seed)
+    for _ in range(2):
+        resume = any(tmp_path.glob("checkpoint-*"))
+        moment = rng.uniform(0, uninterrupted.seconds[name])
+        assert in_process(tmp_path, SETTINGS[name], resume=resume, kill_after=moment) in (0, -signal.SIGKILL)
+    assert in_process(tmp_path, SETTINGS[name], resume=any(tmp_path.glob("checkpoint-*"))) == 0
+    check_same(tmp_path, expected)
 
 
 def epoch_updates(settings):
@@ -97,6 +147,35 @@ def test_a_second_run_needs_leave(tmp_path):
     other = make_trainer(tmp_path, **WHOLE, temperature=0.5)
     with pytest.raises(ValueError, match=r"another run \(temperature: 1.0 there, 0.5 here"):
         other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate: 0.002 there, 0.001 here"),
+        ({"epsilon": 0.1, "epsilon_high": 0.2}, "epsilon: 0.2 there, 0.1 here"),
+        ({"dual_clip": float("inf")}, "dual_clip: 3.0 there, inf here"),
+        ({"reward_weights": [0.5]}, r"reward_weights: None there, \[0.5\] here"),
+        ({"algorithm": "reinforce"}, "algorithm: 'sppo' there, 'reinforce' here"),
+    ],
+)
+def test_another_config_is_refused_by_the_field_that_differs(half_done, changed, says):
+    with pytest.raises(ValueError, match=says):
+        make_trainer(half_done, **(WHOLE | changed)).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("changed", [{"max_steps": 4}, {"save_steps": 1, "save_total_limit": 5}, {"logging_steps": 1}])
+def test_how_far_and_what_is_saved_may_differ(half_done, changed, tmp_path):
+    shutil.copytree(half_done, tmp_path, dirs_exist_ok=True)
+    trainer = make_trainer(tmp_path, **(WHOLE | {"max_steps": 4} | changed))
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("half_done")
+    make_trainer(out, **WHOLE, max_steps=3).train()
+    return out
 
 
 def test_nothing_to_resume_from(tmp_path):
