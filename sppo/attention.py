@@ -1,8 +1,8 @@
 """Causal attention over packed sequences, registered with transformers under the name ``sppo_packed``.
 
 Sequences lie behind each other in one row of N tokens; ``cu_seq_lens_q`` int32 ``[S + 1]`` says where each begins. No
-token is padding and no mask of N x N elements exists. Kernels, best first: flash-attn's variable-length one where it
-is installed, PyTorch's own on CUDA, else one ``scaled_dot_product_attention`` a sequence.
+token is padding and no mask of N x N elements exists. Kernels, best first: flash-attn 4, 3 or 2 where one is installed
+for the device, PyTorch's own variable-length one on CUDA, else one ``scaled_dot_product_attention`` a sequence.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 NAME = "sppo_packed"
 
@@ -69,14 +71,12 @@ def packed_attention(
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        if flash := flash_attention(torch.cuda.get_device_capability(query.device)):
+            lengths = (cu_seq_lens_q, max_length_q)
+            return by_flash_attention(flash, query, key, value, *lengths, scale, sliding_window, softcap), None
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         left = sliding_window - 1 if sliding_window else -1
-        if flash := _flash():
-            out = flash(
-                q, k, v, *lengths, softmax_scale=scale, causal=True, window_size=(left, 0), softcap=softcap or 0.0
-            )
-            return out[None], None
         if (varlen := _torch_varlen()) and not softcap:
             gqa = q.shape[1] != k.shape[1]
             return varlen(q, k, v, *lengths, scale=scale, window_size=(left, 0), enable_gqa=gqa)[None], None
@@ -84,6 +84,40 @@ def packed_attention(
     parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     out = torch.cat([_attend(q, k, v, scale, sliding_window, softcap) for q, k, v in parts], 2)
     return out.transpose(1, 2), None
+
+
+def by_flash_attention(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """:func:`packed_attention` by a flash-attn, through transformers, which knows what each version calls things.
+
+    Its backward adds in no fixed order unless ``full_determinism=True`` is among the training arguments.
+    """
+    attend: Any = _flash_attention_forward
+    return attend(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attention_mask=None,
+        query_length=query.shape[2],
+        is_causal=True,
+        softmax_scale=scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        cu_seq_lens_q=cu_seqlens,
+        cu_seq_lens_k=cu_seqlens,
+        max_length_q=max_length,
+        max_length_k=max_length,
+        attn_implementation=name,
+    )
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int | None, softcap: float | None) -> Tensor:
@@ -101,12 +135,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int |
 
 
 @cache
-def _flash() -> Any:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
-    return flash_attn_varlen_func
+def flash_attention(capability: tuple[int, int]) -> str | None:
+    """What transformers calls the newest flash-attn that is installed and made for a CUDA device, or None."""
+    choices = {
+        "flash_attention_4": (is_flash_attn_4_available, (9, 10)),
+        "flash_attention_3": (is_flash_attn_3_available, (9,)),
+        "flash_attention_2": (is_flash_attn_2_available, (8, 9)),
+    }
+    fitting = (name for name, (installed, made_for) in choices.items() if capability[0] in made_for and installed())
+    return next(fitting, None)
 
 
 @cache

@@ -192,6 +192,7 @@ def clear_staging(output_dir: Path) -> None:
 def _architecture(config: Any) -> dict[str, Any]:
     """A model's configuration without what loading and saving change in it."""
     volatile = {"_name_or_path", "transformers_version", "dtype", "use_cache", "architectures"}
+    volatile |= {"score_bias", "critic_kind"}
     return {key: value for key, value in config.to_dict().items() if key not in volatile and "token_id" not in key}
 
 

@@ -1,4 +1,4 @@
-"""The command ``sppo``: train and evaluate from a recipe, whose values the command line may override."""
+"""The command ``sppo``: train and evaluate from a recipe, whose values the command line may override; ask a critic."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 BEFORE = "eval_before.json"
 SUMMARY = "summary.json"
+DEFAULT_RUN = "runs/quickstart"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +91,23 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", type=Path, help="JSONL file to write; default eval.jsonl in output_dir")
     evaluate.set_defaults(run=_eval)
 
-    for command in (train, evaluate):
+    value = commands.add_parser(
+        "value",
+        help="print how likely a critic thinks prompts are to be solved",
+        formatter_class=raw,
+        description="Print the probability of success that a trained critic predicts for each prompt.",
+        epilog="Example, after sppo train quickstart:\n  sppo value '7-3*2+1-2*2=' '1+1+1+1+1+1='",
+    )
+    value.add_argument("prompts", nargs="+", metavar="PROMPT", help="a prompt, as the policy was asked")
+    value.add_argument(
+        "--critic", default=DEFAULT_RUN, metavar="FOLDER", help="a run's folder, a checkpoint or a critic (%(default)s)"
+    )
+    value.add_argument(
+        "--chat", action=argparse.BooleanOptionalAction, help="ask as a user's message; default: if there is a template"
+    )
+    value.set_defaults(run=_value)
+
+    for command in (train, evaluate, value):
         command.add_argument(
             "--traceback", action="store_true", help="show where an error comes from (SPPO_DEBUG=1 too)"
         )
@@ -219,6 +236,33 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
         f"{metrics['eval_reward']:.3f}, mean length {metrics['eval_response_length']:.0f} tokens, "
         f"cut off {metrics['eval_truncated']:.1%}; each problem in {output}"
     )
+    return 0
+
+
+def _value(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+    if overrides:
+        raise ValueError(f"unknown option --{next(iter(overrides))}; sppo value --help lists them")
+    folder = Path(arguments.critic)
+    if (folder / "critic" / "config.json").is_file():
+        folder = folder / "critic"
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"there is no critic in {arguments.critic!r}; train one with sppo train, or name a folder with --critic"
+        )
+    from sppo.critic import load_critic, prompt_values
+    from sppo.recipe import load_tokenizer
+    from sppo.rollout import encode
+
+    critic, tokenizer = load_critic(folder), load_tokenizer(str(folder), {})
+    kind = getattr(critic.config, "critic_kind", "prompt")
+    if kind != "prompt":
+        raise ValueError(f"{str(folder)!r} is a {kind} critic, which predicts returns; only a prompt critic predicts P")
+    chat = bool(tokenizer.chat_template) if arguments.chat is None else arguments.chat
+    asked = [[{"role": "user", "content": text}] if chat else text for text in arguments.prompts]
+    for text, value in zip(
+        arguments.prompts, prompt_values(critic.eval(), [encode(prompt, tokenizer) for prompt in asked]), strict=True
+    ):
+        print(f"{value:.3f}  {text}")
     return 0
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -189,13 +188,26 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
 
 
-def load_critic(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Read a critic. Transformers' own class has no bias in its head; one that was saved here is put back."""
+def load_critic(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A critic that was saved here, or any sequence classifier with one label, from a folder or by its hub name."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype)
-    for file in Path(folder).glob("*.safetensors"):
-        if (bias := load_file(file).get("score.bias")) is not None:
-            set_head(model, bias)
+    if (bias := getattr(model.config, "score_bias", None)) is not None:
+        set_head(model, torch.tensor([bias]))
     return model
+
+
+def save_critic(critic: PreTrainedModel, folder: str | Path, kind: str) -> None:
+    """Write a critic as an ordinary sequence classifier.
+
+    Transformers' classifiers have no bias in their head, so it goes into the configuration as ``score_bias``:
+    P(success) is ``sigmoid(logit + config.score_bias)`` of what ``AutoModelForSequenceClassification`` loads, and
+    ``sigmoid(logit)`` of what :func:`load_critic` does. ``critic_kind`` beside it is ``"prompt"``, or ``"token"`` for
+    values that no sigmoid is taken of.
+    """
+    critic.config.score_bias = head(critic).bias.item()
+    critic.config.critic_kind = kind
+    weights = {name: tensor for name, tensor in critic.state_dict().items() if name != "score.bias"}
+    critic.save_pretrained(folder, state_dict=weights)
 
 
 def set_head(critic: PreTrainedModel, bias: torch.Tensor) -> None:

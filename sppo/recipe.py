@@ -206,10 +206,11 @@ def load_model(spec: str, settings: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(spec, **{"dtype": torch.float32, **settings})
-    return model, _load_tokenizer(spec, settings)
+    return model, load_tokenizer(spec, settings)
 
 
-def _load_tokenizer(spec: str, settings: dict[str, Any]) -> Any:
+def load_tokenizer(spec: str, settings: dict[str, Any]) -> Any:
+    """The tokenizer of a folder or hub name, given the keyword arguments of its model."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     shared = ("gguf_file", "revision", "subfolder", "token", "trust_remote_code", "cache_dir")

@@ -23,7 +23,7 @@ from sppo.actor_critic import ActorCritic
 from sppo.algorithms import algorithm_class
 from sppo.attention import NAME, use_attention
 from sppo.config import SPPOConfig
-from sppo.critic import PromptCritic, TokenCritic, build_critic, load_critic
+from sppo.critic import PromptCritic, TokenCritic, build_critic, load_critic, save_critic
 from sppo.experience import ExperienceStream, Progress, Prompts, score_samples
 from sppo.inputs import check_dataset, check_tokenizer, load_policy, named, short_enough, with_master_weights
 from sppo.metrics import Meter, print_completions
@@ -363,7 +363,7 @@ class SPPOTrainer(Trainer):
             self._pair.policy.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             if self._pair.critic is not None:
-                self._pair.critic.save_pretrained(folder / "critic")
+                save_critic(self._pair.critic, folder / "critic", str(self.algorithm.critic))
                 self.tokenizer.save_pretrained(folder / "critic")
             (folder / "training_args.json").write_text(self.args.to_json_string())
 

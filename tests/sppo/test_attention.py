@@ -5,6 +5,7 @@ import torch
 import transformers
 from tiny_models import FAMILIES, char_tokenizer, tiny_model
 
+from sppo import attention
 from sppo.actor_critic import ActorCritic
 from sppo.attention import NAME, Packed, pack, packed_attention, packed_hidden, use_attention
 from sppo.critic import PromptCritic, build_critic
@@ -113,6 +114,58 @@ def test_check_is_made_without_dropout():
     assert pair.training
     tokens = torch.arange(20)[None]
     assert torch.equal(pair.policy(tokens).logits, pair.policy(tokens).logits)  # nor is there any in training
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "chosen"),
+    [([2], (8, 0), 2), ([2, 3], (8, 6), 2), ([2, 3], (9, 0), 3), ([2, 3, 4], (9, 0), 4), ([2, 4], (10, 0), 4),
+     ([2, 3], (10, 0), None), ([], (9, 0), None), ([2, 3, 4], (7, 5), None)],
+)  # fmt: skip
+def test_the_newest_flash_attn_that_is_made_for_the_device(installed, capability, chosen, monkeypatch):
+    for version in (2, 3, 4):
+        monkeypatch.setattr(attention, f"is_flash_attn_{version}_available", lambda v=version: v in installed)
+    attention.flash_attention.cache_clear()
+    assert attention.flash_attention(capability) == (chosen and f"flash_attention_{chosen}")
+    attention.flash_attention.cache_clear()
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 20.0)])
+def test_flash_attn_is_asked_for_what_the_loop_computes(window, softcap, monkeypatch):
+    """Its variable-length function, replaced by the loop in its own terms."""
+    settings = {"max_length_q": 5, "sliding_window": window, "softcap": softcap, "scaling": 0.3}
+    q, k, v = (torch.randn(1, heads, 8, 4, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    cu = torch.tensor([0, 5, 8], dtype=torch.int32)
+    expected, _ = packed_attention(None, q, k, v, None, cu_seq_lens_q=cu, **settings)
+
+    def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale, causal, **other):
+        assert causal
+        assert cu_seqlens_k is cu_seqlens_q
+        window = other.get("window_size", (-1, -1))[0]
+        out, _ = packed_attention(
+            None,
+            *(x.transpose(0, 1)[None] for x in (q, k, v)),
+            None,
+            cu_seq_lens_q=cu_seqlens_q,
+            max_length_q=max_seqlen_q,
+            scaling=softmax_scale,
+            softcap=other.get("softcap"),
+            sliding_window=window + 1 if window >= 0 else None,
+        )
+        return out[0]
+
+    def process(**given):
+        kept = ("softmax_scale", "softcap", "max_seqlen_q", "max_seqlen_k")
+        extra = {name: given[name] for name in kept if given.get(name) is not None}
+        window = given["sliding_window"]
+        return extra | {"causal": given["is_causal"]} | ({"window_size": (window - 1, 0)} if window else {})
+
+    monkeypatch.setattr(
+        transformers.modeling_flash_attention_utils,
+        "lazy_import_flash_attention",
+        lambda name: ((None, varlen, None, None, None), (process, None)),
+    )
+    ours = attention.by_flash_attention("flash_attention_2", q, k, v, cu, 5, 0.3, window, softcap)
+    torch.testing.assert_close(ours, expected)
 
 
 def leaking_hidden(model, packed):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import PreTrainedTokenizerFast
 
 from sppo.cli import main
 from sppo.recipe import config_from, convert, override, read_recipe, shipped_recipes
@@ -222,3 +223,36 @@ def test_train_evaluate_resume_and_refuse(recipe, capsys):
     command = ["eval", "runs/tiny/checkpoint-6", "--dataset", f"{HERE}:sums?count=2", "--reward", "exact", "--use_cpu"]
     assert main([*command, "--output", "here/results.jsonl", "--max_completion_length", "3"]) == 0
     assert len(Path("here/results.jsonl").read_text().splitlines()) == 2
+
+
+# The critic
+
+
+def test_value_prints_what_the_critic_predicts(recipe, capsys):
+    from sppo.critic import load_critic, prompt_values
+
+    assert main(["train", recipe, "--output_dir", "run"]) == 0
+    capsys.readouterr()
+    assert main(["value", "2+2=", "3+4=", "--critic", "run"]) == 0
+    critic, lines = load_critic("run/critic"), capsys.readouterr().out.splitlines()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained("run/critic")
+    expected = prompt_values(critic, [tokenizer(prompt)["input_ids"] for prompt in ("2+2=", "3+4=")])
+    assert [line.split(maxsplit=1) for line in lines] == [
+        [f"{value:.3f}", prompt] for value, prompt in zip(expected, ("2+2=", "3+4="), strict=True)
+    ]
+
+
+def test_value_says_what_is_wrong(recipe, capsys):
+    assert main(["value", "2+2="]) == 2
+    assert "there is no critic in 'runs/quickstart'; train one" in capsys.readouterr().err
+    assert main(["value", "2+2=", "--folder", "x"]) == 2
+    assert "unknown option --folder" in capsys.readouterr().err
+    assert main(["train", recipe, "--output_dir", "ppo", "--algorithm", "ppo"]) == 0
+    assert main(["value", "2+2=", "--critic", "ppo"]) == 2
+    assert "is a token critic, which predicts returns" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "remax"])
+def test_an_algorithm_without_a_critic_is_only_another_setting(recipe, algorithm, capsys):
+    assert main(["train", recipe, "--algorithm", algorithm, "--num_generations", "2", "--output_dir", "run"]) == 0
+    assert not Path("run/critic").exists()

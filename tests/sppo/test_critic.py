@@ -5,7 +5,17 @@ from tokenizers import models
 from transformers import AutoModelForSequenceClassification
 
 from sppo import critic as module
-from sppo.critic import PromptCritic, build_critic, load_critic, prompt_values, set_head
+from sppo.critic import (
+    PromptCritic,
+    TokenCritic,
+    build_critic,
+    calibration,
+    load_critic,
+    prompt_values,
+    save_critic,
+    set_head,
+)
+from sppo.rollout import Sample
 
 
 def classifier(**changes):
@@ -41,13 +51,13 @@ def test_each_distinct_prompt_is_read_once(monkeypatch):
 def test_trained_head_is_kept_and_untrained_starts_at_zero(tmp_path):
     trained = classifier()
     set_head(trained, torch.tensor([0.7]))
-    trained.save_pretrained(tmp_path)
+    save_critic(trained, tmp_path, "prompt")
     critic = build_critic(str(tmp_path), tiny_model(), char_tokenizer())
     assert critic.score.bias.item() == pytest.approx(0.7)
     assert critic.score.weight.equal(trained.score.weight)
     PromptCritic(critic).set_prior(0.5)
     assert critic.score.bias.item() == pytest.approx(0.7)
-    assert load_critic(tmp_path, torch.float32).score.bias.item() == pytest.approx(0.7)
+    assert load_critic(tmp_path).score.bias.equal(trained.score.bias)
     assert not build_critic(classifier(), tiny_model(), char_tokenizer()).score.weight.any()
 
 
@@ -70,3 +80,37 @@ def test_another_tokenizer_is_refused(tmp_path):
     classifier(vocab_size=40).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="another tokenizer"):
         build_critic(str(tmp_path), tiny_model(), char_tokenizer())
+
+
+def test_saved_critic_is_an_ordinary_classifier(tmp_path, caplog):
+    critic = build_critic(None, tiny_model(), char_tokenizer())
+    torch.nn.init.normal_(critic.score.weight)
+    critic.score.bias.data.fill_(-0.3)
+    save_critic(critic, tmp_path, "prompt")
+    with caplog.at_level("WARNING"):
+        stock = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert "score.bias" not in caplog.text  # nothing missing, nothing unexpected
+    logits = torch.cat([stock(torch.tensor([prompt])).logits[0] for prompt in ([3, 4, 5], [7, 2])])
+    values = (logits + stock.config.score_bias).sigmoid()
+    assert values.tolist() == pytest.approx(prompt_values(critic, [[3, 4, 5], [7, 2]]), abs=1e-6)
+
+
+def test_calibration():
+    values, outcomes = torch.tensor([0.05, 0.05, 0.55, 0.55, 1.0]), torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])
+    found = calibration(values, outcomes, baseline=0.8)
+    squares = [0.05**2, 0.95**2, 0.45**2, 0.45**2, 0.0]
+    assert found.brier == pytest.approx(sum(squares) / 5)
+    assert found.brier_baseline == pytest.approx((0.8**2 + 4 * 0.2**2) / 5)
+    assert found.explained_variance == pytest.approx(1 - found.brier / found.brier_baseline)
+    assert found.expected_calibration_error == pytest.approx((2 * 0.45 + 2 * 0.45 + 0) / 5)
+    assert calibration(torch.ones(2), torch.ones(2), baseline=1.0).explained_variance == 0.0
+
+
+def test_values_before_each_token():
+    critic = build_critic(None, tiny_model(), char_tokenizer())
+    torch.nn.init.normal_(critic.score.weight)
+    samples = [Sample("", "", [3, 4], [5, 6, 7], truncated=False), Sample("", "", [8], [9], truncated=False)]
+    first, second = TokenCritic(critic, 0.2).values(samples)
+    states = critic.base_model(torch.tensor([[3, 4, 5, 6]])).last_hidden_state[0]
+    torch.testing.assert_close(first, critic.score(states)[1:, 0])
+    assert (len(first), len(second)) == (3, 1)
