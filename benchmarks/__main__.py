@@ -10,6 +10,7 @@ import sys
 
 import benchmarks.algorithms
 import benchmarks.compile
+import benchmarks.endurance
 import benchmarks.flops
 import benchmarks.gpu
 import benchmarks.kernels
@@ -31,6 +32,7 @@ SUITES = {
     "learning": benchmarks.learning,
     "algorithms": benchmarks.algorithms,
     "updates": benchmarks.updates,
+    "endurance": benchmarks.endurance,
     "tune": benchmarks.tune,
     "gpu": benchmarks.gpu,
     "report": benchmarks.report,

@@ -15,12 +15,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import claims, compile, flops, kernels, learning, memory, results, sparse, traffic, tune
+from benchmarks import (
+    algorithms,
+    claims,
+    compile,
+    endurance,
+    flops,
+    kernels,
+    learning,
+    memory,
+    results,
+    sparse,
+    traffic,
+    tune,
+    updates,
+)
 from benchmarks.results import Row, markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-PAGES = ("README.md", "docs/results.md", "docs/log-probabilities.md", "docs/few-entries.md")
+PAGES = ("README.md", "docs/results.md", "docs/log-probabilities.md", "docs/few-entries.md", "docs/algorithms.md")
 GIB = 1 << 30
 _TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -135,6 +149,26 @@ def learning_table(folder: Path) -> str:
     return markdown(lines, {"recipe": lambda row: f"`{row['recipe']}`", **learning.COLUMNS})
 
 
+def _comparison(name: str) -> Callable[[Path], str]:
+    """A line a variant of a comparison of algorithms."""
+
+    def table(folder: Path) -> str:
+        (report,) = (each for each in load(folder, "algorithms") if each["comparison"] == name)
+        return markdown(algorithms.by_variant(report["rows"], report["threshold"]), algorithms.COLUMNS[name])
+
+    return table
+
+
+def updates_table(folder: Path) -> str:
+    """A line a model and kind of responses."""
+    return markdown(_one(folder, "updates")["rows"], updates.COLUMNS)
+
+
+def endurance_table(folder: Path) -> str:
+    """One line."""
+    return markdown([_one(folder, "endurance")], endurance.COLUMNS)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "memory": memory_table,
     "compile": compile_table,
@@ -144,6 +178,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels_table,
     "ways": ways_table,
     "learning": learning_table,
+    "updates": updates_table,
+    "endurance": endurance_table,
+    **{name: _comparison(name) for name in algorithms.COMPARISONS},
     **{f"sparse-{part}": _part_of_sparse(part) for part in sparse.PARTS},
 }
 CHARTS = {
@@ -155,6 +192,8 @@ CHARTS = {
     "tune": tune,
     "sparse": sparse,
     "learning": learning,
+    "algorithms": algorithms,
+    "updates": updates,
 }
 
 

@@ -72,8 +72,10 @@ def packed_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         if flash := flash_attention(torch.cuda.get_device_capability(query.device)):
-            lengths = (cu_seq_lens_q, max_length_q)
-            return by_flash_attention(flash, query, key, value, *lengths, scale, sliding_window, softcap), None
+            out = by_flash_attention(
+                flash, query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window, softcap
+            )
+            return out, None
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         left = sliding_window - 1 if sliding_window else -1

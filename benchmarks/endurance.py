@@ -1,0 +1,133 @@
+"""Many updates in one run: whether memory grows, and whether updates get slower.
+
+The quickstart's model is trained for 500 updates; after each one the resident memory of the process and the seconds
+that the update took are noted. The exit code is 1 when the median of the last fifth is more than 5% above that of the
+second fifth, in memory, or more than 25% in seconds: machines are shared, memory is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from benchmarks.results import Row
+
+MOST = {"resident_mb": 1.05, "seconds": 1.25}
+
+
+def train(updates: int, folder: Path) -> list[Row]:
+    """A line an update."""
+    from transformers import TrainerCallback
+
+    from sppo.recipe import build_trainer, override, read_recipe
+
+    rows: list[Row] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            rows.append({"update": state.global_step, "resident_mb": resident_mb(), "at": time.perf_counter()})
+
+    recipe = read_recipe("quickstart")
+    quiet = {"disable_tqdm": True, "log_completions": False, "eval_strategy": "no", "logging_steps": 10}
+    saved = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 2}
+    # Far from the rate that learns: the lengths of responses, and so the work, are to stay what they are.
+    for name, value in {**quiet, **saved, "max_steps": updates, "output_dir": folder, "learning_rate": 1e-6}.items():
+        override(recipe, name, str(value))
+    trainer = build_trainer(recipe)
+    trainer.add_callback(Watch())
+    start = time.perf_counter()
+    trainer.train()
+    for row, before in zip(rows, [start, *(row["at"] for row in rows)], strict=False):
+        row["seconds"] = row["at"] - before
+    return [{name: value for name, value in row.items() if name != "at"} for row in rows]
+
+
+def resident_mb() -> float:
+    """Memory of this process now; where the system does not tell, the most it ever had."""
+    gc.collect()
+    about = Path("/proc/self/statm")
+    if about.exists():
+        return int(about.read_text().split()[1]) * resource.getpagesize() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def growth(rows: Sequence[Row]) -> dict[str, float]:
+    """Median of the last fifth over that of the second, once caches are full."""
+    pairs = {name: _medians(rows, name) for name in MOST}
+    return {name: last / second for name, (second, last) in pairs.items()}
+
+
+def _medians(rows: Sequence[Row], name: str) -> tuple[float, float]:
+    fifth = len(rows) // 5
+    second, last = ([row[name] for row in part] for part in (rows[fifth : 2 * fifth], rows[-fifth:]))
+    return statistics.median(second), statistics.median(last)
+
+
+COLUMNS: results.Columns = {
+    "updates": lambda report: len(report["rows"]),
+    "resident memory at the second fifth, MB": lambda report: round(_medians(report["rows"], "resident_mb")[0]),
+    "at the last, MB": lambda report: round(_medians(report["rows"], "resident_mb")[1]),
+    "seconds an update at the second fifth": lambda report: _medians(report["rows"], "seconds")[0],
+    "at the last": lambda report: _medians(report["rows"], "seconds")[1],
+}
+
+
+def failures_of(rows: Sequence[Row]) -> list[str]:
+    """What grew."""
+    return [f"{name} grew {by:.2f} times" for name, by in growth(rows).items() if by > MOST[name]]
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """Memory and seconds against updates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    for axes, (name, label) in zip(
+        figure.subplots(2, sharex=True),
+        (("resident_mb", "resident memory, MB"), ("seconds", "seconds an update")),
+        strict=True,
+    ):
+        axes.plot([row["update"] for row in rows], [row[name] for row in rows], linewidth=1)
+        axes.set(ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("update")
+    figure.savefig(path, dpi=100)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="ten updates")
+    parser.add_argument("--updates", type=int, default=500, help="how many (%(default)s)")
+    results.add_out(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of the suite."""
+    path = args.out / "endurance.json"
+    rows = train(10 if args.quick else args.updates, args.out / "runs" / f"endurance-{time.time_ns()}")
+    failures, grown = failures_of(rows), growth(rows)
+    results.write(
+        path,
+        "endurance",
+        device=results.device_name(results.this_device()),
+        threads=torch.get_num_threads(),
+        quick=args.quick,
+        growth=grown,
+        failures=failures,
+        rows=rows,
+    )
+    draw(path.with_suffix(".png"), rows)
+    said = ", ".join(f"{name} {by:.3f} times" for name, by in grown.items())
+    print(f"{len(rows)} updates, last fifth over second: {said}\n\n{len(failures)} failures; written to {path}")
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures and not args.quick else 0

@@ -1,0 +1,84 @@
+"""The suites algorithms, updates and endurance: short runs of each, and what they would say of worse ones."""
+
+import json
+
+import pytest
+
+from benchmarks import algorithms, endurance, updates
+from benchmarks.__main__ import main
+
+
+def a_run(variant, seed, after, evaluations=((100, 0.5), (200, 0.8)), before=0.4):
+    return {
+        "variant": variant,
+        "seed": seed,
+        "problems": 500,
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "evaluations": [list(each) for each in evaluations],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comparison", ["levels", "stuck"])
+def test_algorithms(tmp_path, monkeypatch, comparison, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["algorithms", "--quick", "--compare", comparison, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / f"algorithms-{comparison}.json").read_text())
+    assert [row["variant"] for row in report["rows"]] == list(algorithms.COMPARISONS[comparison])[:2]
+    assert all(0 < row["accuracy_before"] < 1 and row["updates"] == 2 for row in report["rows"])
+    if comparison == "stuck":  # at 0 and at 1: the same weights, and the same samples to grade
+        assert [row["accuracy_after"] - row["accuracy_before"] for row in report["rows"]] == pytest.approx([0, 0])
+
+
+def test_tokens_to_the_threshold():
+    rows = [a_run("a", 0, 0.8), a_run("a", 1, 0.9, [(100, 0.9)]), a_run("b", 0, 0.6, [(100, 0.6)])]
+    lines = algorithms.by_variant(rows, 0.75)
+    assert [(line["variant"], line["reached"], line["tokens"]) for line in lines] == [("a", 2, 150), ("b", 0, None)]
+    assert algorithms.failures_of("algorithms", lines) == ["b: 0 of 1 runs"]
+    assert lines[0]["tokens_error"] == pytest.approx(50)
+
+
+def test_harm_is_a_fall_beyond_noise():
+    lines = algorithms.by_variant([a_run("a", 0, 0.37), a_run("a", 1, 0.41), a_run("b", 0, 0.2), a_run("b", 1, 0.3)], 1)
+    (failure,) = algorithms.failures_of("stuck", lines)
+    assert failure.startswith("b: -0.150")
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("0", {0.0}), ("1", {1.0}), ("random", {0.0, 1.0})])
+def test_stuck_rewards(kind, expected):
+    rewards = algorithms.stuck_reward(kind, 0)(["x"] * 50)
+    assert set(rewards) == expected
+    assert rewards == algorithms.stuck_reward(kind, 0)(["y"] * 50)
+
+
+@pytest.mark.slow
+def test_one_update_beside_trl(tmp_path):
+    pytest.importorskip("trl")
+    assert main(["updates", "--quick", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "updates.json").read_text())
+    assert [row["responses"] for row in report["rows"]] == ["equal", "mixed"]
+    assert all(row["gradient_error"] <= updates.TOLERANCE for row in report["rows"])
+
+
+def test_what_is_too_slow_or_differs_is_a_failure():
+    row = {"responses": "mixed", "hidden_size": 64, "gradient_error": 1e-4, "speedup": 1.6}
+    assert updates.failures_of([row]) == []
+    assert updates.failures_of([row | {"speedup": 1.4}]) == ["mixed, hidden 64: 1.40 times as fast as TRL, wanted 1.5"]
+    assert updates.failures_of([row | {"gradient_error": float("nan")}]) == ["mixed: gradients differ by nan"]
+
+
+@pytest.mark.slow
+def test_endurance(tmp_path):
+    assert main(["endurance", "--quick", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "endurance.json").read_text())
+    assert [row["update"] for row in report["rows"]] == list(range(1, 11))
+    assert all(row["resident_mb"] > 100 and row["seconds"] > 0 for row in report["rows"])
+    assert (tmp_path / "endurance.png").stat().st_size > 1000
+
+
+def test_growth_is_a_failure():
+    steady = [{"resident_mb": 500 + i % 3, "seconds": 1.0} for i in range(100)]
+    assert endurance.failures_of(steady) == []
+    leaking = [row | {"resident_mb": 500 + i} for i, row in enumerate(steady)]
+    assert endurance.failures_of(leaking) == ["resident_mb grew 1.11 times"]
