@@ -6,6 +6,8 @@ Each variant of a comparison is trained with each of some seeds on a recipe, and
     algorithms  every algorithm, reinforce with each baseline
     stuck       every algorithm under a reward that is stuck at 0, stuck at 1, or random, graded by the true one
 
+Rows of an earlier run of the same comparison in the same folder are kept: one that was interrupted goes on.
+
 The tokens to the threshold are those of all completions, greedy ones too, until an evaluation on held-out prompts first
 reached it. The exit code of ``algorithms`` is 1 when a run did not reach it, that of ``stuck`` when the accuracy of a
 variant fell by more than twice its standard error over seeds and held-out prompts.
@@ -14,10 +16,12 @@ variant fell by more than twice its standard error over seeds and held-out promp
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ from benchmarks import results
 from benchmarks.results import Row
 
 EVAL_EVERY = 10
+LOST = 0.02  # held-out accuracy
 
 _FOUR_UPDATES = {"per_device_train_batch_size": 256, "steps_per_generation": 4, "gradient_accumulation_steps": 1}
 _LEVELS = {
@@ -60,8 +65,13 @@ def stuck_reward(kind: str, seed: int) -> Reward:
     return lambda completions, **_: [draw() for _ in completions]
 
 
-def train(recipe_name: str, variant: str, settings: dict[str, Any], seed: int, threshold: float | None) -> Row:
-    """A run: its summary and its held-out accuracy along the way. It stops at the threshold, where there is one."""
+def train(
+    recipe_name: str, variant: str, settings: dict[str, Any], seed: int, threshold: float | None, folder: Path
+) -> Row:
+    """A run: its summary and its held-out accuracy along the way.
+
+    Where there is a threshold it stops there, and where it has lost what it knew: from 0 there is no way back.
+    """
     from transformers import TrainerCallback
 
     from sppo.recipe import build_trainer, override, read_recipe
@@ -70,13 +80,14 @@ def train(recipe_name: str, variant: str, settings: dict[str, Any], seed: int, t
 
     class StopAtThreshold(TrainerCallback):
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-            control.should_training_stop |= threshold is not None and metrics["eval_success_rate"] >= threshold
+            if threshold is not None:
+                control.should_training_stop |= not LOST < metrics["eval_success_rate"] < threshold
 
     recipe = read_recipe(recipe_name)
     of_run = {
         "seed": seed,
         "model_kwargs.seed": seed,
-        "output_dir": "runs/benchmarks/algorithms",
+        "output_dir": folder,
         "save_strategy": "no",
     }
     quiet = {"disable_tqdm": True, "log_completions": False, "logging_steps": 1, "eval_steps": EVAL_EVERY}
@@ -207,6 +218,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     results.add_out(parser)
 
 
+def _earlier(path: Path, about: Row) -> list[Row]:
+    """The rows of a report on the same, if there is one at the path."""
+    report = json.loads(path.read_text()) if path.exists() else {}
+    return report.get("rows", []) if {name: report.get(name) for name in about} == about else []
+
+
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
     path = args.out / f"algorithms-{args.compare}.json"
@@ -214,11 +231,24 @@ def run(args: argparse.Namespace) -> int:
     steps = 2 if args.quick else args.steps
     if args.seeds < 1:
         raise SystemExit(f"--seeds must be at least 1, got {args.seeds}")
-    rows: list[Row] = []
+    about = {
+        "device": results.device_name(results.this_device()),
+        "threads": torch.get_num_threads(),
+        "comparison": args.compare,
+        "recipe": args.recipe,
+        "threshold": args.threshold,
+        "steps": steps,
+        "quick": args.quick,
+    }
+    rows = _earlier(path, about)
+    done = {(row["variant"], row["seed"]) for row in rows}
     for seed in range(1 if args.quick else args.seeds):
         for variant, settings in variants.items():
+            if (variant, seed) in done:
+                continue
             settings = settings | ({"max_steps": steps} if steps else {})
-            row = train(args.recipe, variant, settings, seed, args.threshold if args.compare == "levels" else None)
+            threshold = args.threshold if args.compare == "levels" else None
+            row = train(args.recipe, variant, settings, seed, threshold, args.out / "runs" / args.compare)
             reached = tokens_to(args.threshold, row)
             print(
                 f"{variant}, seed {seed}: {row['accuracy_before']:.3f} -> {row['accuracy_after']:.3f}, "
@@ -227,20 +257,10 @@ def run(args: argparse.Namespace) -> int:
                 flush=True,
             )
             rows.append(row)
-            lines = by_variant(rows, args.threshold)
-            results.write(
-                path,
-                "algorithms",
-                chart(rows),
-                device=results.device_name(results.this_device()),
-                threads=torch.get_num_threads(),
-                comparison=args.compare,
-                recipe=args.recipe,
-                threshold=args.threshold,
-                quick=args.quick,
-                failures=(failures := failures_of(args.compare, lines)),
-                rows=rows,
-            )
+            failures = failures_of(args.compare, by_variant(rows, args.threshold))
+            results.write(path, "algorithms", chart(rows), **about, failures=failures, rows=rows)
+    lines = by_variant(rows, args.threshold)
+    failures = failures_of(args.compare, lines)
     print(f"{results.table(lines, COLUMNS[args.compare])}\n\n{len(failures)} failures; written to {path}")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)

@@ -32,6 +32,11 @@ _PUBLISHED = {
     "7b": _PUBLISHED_7B,
     "7b-small-critic": _PUBLISHED_7B,
 }
+_CHECKPOINTING = next(  # transformers renamed it
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 BASELINES = ("running_mean", "prompt_mean")
 
 
@@ -237,7 +242,7 @@ class SPPOConfig(TrainingArguments):
             "aggregation": "seq-mean-token-mean",
             "beta": 0.0,
             "bf16": True,
-            "gradient_checkpointing": True,
+            _CHECKPOINTING: True,
             **_PUBLISHED[size],
         }
         return cls(**(published | overrides))

@@ -213,18 +213,21 @@ class SPPOTrainer(Trainer):
             **self.algorithm.loss_arguments(),
         )
         loss = policy.loss if output.critic_loss is None else policy.loss + output.critic_loss
-        self._measure(output, policy)
+        self._measure(output, policy, sequences=len(inputs["response_cu_seqlens"]) - 1)
         return (loss, output) if return_outputs else loss
 
-    def _measure(self, output: Any, policy: Any) -> None:
+    def _measure(self, output: Any, policy: Any, sequences: int) -> None:
         parts = len(self.experience.update.micro_batches)  # they add up to an update; their mean does not
         self.meter.mean({"policy_loss": policy.loss * parts})
         if output.critic_loss is not None:
             self.meter.mean({"critic_loss": output.critic_loss * parts})
         if tokens := output.logprobs.numel():
+            by_token = self.args.ratio_level == "token"
             unused = {"rollout_kl", "rollout_weight_mean"} | (set() if self.args.beta else {"kl"})
-            metrics = {name: value for name, value in policy.metrics.items() if name not in unused}
-            self.meter.mean(metrics | {"entropy": output.entropy.mean()}, weight=tokens)
+            for name in policy.metrics.keys() - unused:
+                of_tokens = by_token or name in ("approx_kl", "kl")
+                self.meter.mean({name: policy.metrics[name]}, weight=tokens if of_tokens else sequences)
+            self.meter.mean({"entropy": output.entropy.mean()}, weight=tokens)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One optimizer; policy and critic have parameter groups, learning rates and clipping of their own."""

@@ -31,6 +31,25 @@ def test_algorithms(tmp_path, monkeypatch, comparison, capsys):
         assert [row["accuracy_after"] - row["accuracy_before"] for row in report["rows"]] == pytest.approx([0, 0])
 
 
+def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
+    made = []
+
+    def train(recipe, variant, settings, seed, threshold):
+        made.append((variant, seed))
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return a_run(variant, seed, 0.8) | {"seconds": 1.0}
+
+    monkeypatch.setattr(algorithms, "train", train)
+    monkeypatch.setattr(algorithms, "COMPARISONS", {"levels": {"a": {}, "b": {}}})
+    command = ["algorithms", "--compare", "levels", "--seeds", "3", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    assert main(command) == 0
+    assert made == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert len(json.loads((tmp_path / "algorithms-levels.json").read_text())["rows"]) == 6
+
+
 def test_tokens_to_the_threshold():
     rows = [a_run("a", 0, 0.8), a_run("a", 1, 0.9, [(100, 0.9)]), a_run("b", 0, 0.6, [(100, 0.6)])]
     lines = algorithms.by_variant(rows, 0.75)

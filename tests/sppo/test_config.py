@@ -58,9 +58,9 @@ def test_paper_is_the_published_recipe(size, expected):
         "min_agreement": 0.0,
         "optim": "adamw_torch",
         "bf16": True,
-        "gradient_checkpointing": True,
     }
     assert {name: getattr(args, name) for name in expected} == expected
+    assert getattr(args, "activation_checkpointing", args.gradient_checkpointing)
 
 
 def test_paper_takes_overrides():
