@@ -264,6 +264,11 @@ class ExperienceStream(IterableDataset):
             return False
         outcomes = _outcomes(everyone, progress.mean_reward if first else before)
         advantages = self.algorithm.advantages(outcomes)
+        if advantages.shape[:1] != (len(everyone),) or advantages.ndim > 2 or not advantages.isfinite().all():
+            raise ValueError(
+                f"{type(self.algorithm).__name__}.advantages must return finite numbers, [B] or [B, T] with "
+                f"B = {len(everyone)}, got shape {tuple(advantages.shape)}: {advantages}"
+            )
         if len(set(rewards)) == 1:
             advantages = torch.zeros_like(advantages)
         start = sum(self.gather([len(samples)])[: self.rank])

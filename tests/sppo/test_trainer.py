@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import char_tokenizer, tiny_model
 
-from sppo import SPPOConfig, SPPOTrainer
+from sppo import Algorithm, SPPOConfig, SPPOTrainer
 from sppo.algorithms import ALGORITHMS
 from sppo_kernels.ops.policy_loss import RATIO_LEVELS
 
@@ -105,6 +105,19 @@ def test_equal_outcomes_leave_every_policy_alone(tmp_path, algorithm, outcome):
     before = snapshot(trainer.model.policy)
     trainer.train()
     assert changed(before, trainer.model.policy) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda rewards: rewards[1:], lambda rewards: rewards / 0, lambda rewards: rewards[0]]
+)
+def test_wrong_advantages_are_refused_by_the_name_of_their_algorithm(tmp_path, wrong, monkeypatch):
+    class Wrong(Algorithm):
+        def advantages(self, outcomes):
+            return wrong(outcomes.rewards)
+
+    monkeypatch.setitem(ALGORITHMS, "wrong", Wrong)
+    with pytest.raises(ValueError, match=r"Wrong.advantages must return finite numbers, .* B = 8, got"):
+        make(tmp_path, algorithm="wrong").train()
 
 
 def test_greedy_responses_are_counted_and_compared_with(tmp_path):
