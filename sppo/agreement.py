@@ -31,8 +31,11 @@ _LEAST = 4  # cosines: two that happen to be alike have no spread to judge them 
 def watch(progress: Progress, optimizer: Optimizer, parameters: Iterable[nn.Parameter], min_agreement: float) -> None:
     """Take in the gradients of ``parameters`` before a step; sets ``progress.trusted`` once they have agreed.
 
-    An optimizer without Adam's mean of gradients (``exp_avg``) is trusted at once.
+    An optimizer that is none of Adam's kin, or does not keep its mean of gradients as ``exp_avg``, is trusted at once.
     """
+    if "betas" not in optimizer.defaults:
+        progress.trusted = True
+        return
     pairs = [(p.grad, optimizer.state.get(p, {})) for p in parameters if p.grad is not None]
     if not pairs or any(not state for _, state in pairs):
         return  # the first step

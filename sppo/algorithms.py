@@ -58,12 +58,14 @@ class Algorithm:
 
     Attributes:
         critic: ``"prompt"``, ``"token"`` or None.
+        compares: whether a response is judged by others to its prompt, so that ``num_generations`` is at least 2.
         needs_greedy: whether each prompt is answered greedily too, which costs one more response a prompt.
         defaults: values of the ``SPPOConfig`` fields that were left None.
-        state: what it remembers from rollout to rollout, JSON values under string keys; checkpoints carry it.
+        state: what it remembers from rollout to rollout, JSON values under text keys; checkpoints carry it.
     """
 
     critic: ClassVar[str | None] = None
+    compares: ClassVar[bool] = False
     needs_greedy: ClassVar[bool] = False
     defaults: ClassVar[dict[str, Any]] = {
         "num_generations": 1,
@@ -84,11 +86,11 @@ class Algorithm:
         Returns:
             float32 ``[B]``, one for all tokens of a response, or ``[B, T]``, one for each.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method advantages(outcomes)")
 
     def returns(self, outcomes: Outcomes) -> Tensor:
         """What a token critic is to predict, float32 ``[B, T]``; called after :meth:`advantages`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has a token critic and no method returns(outcomes)")
 
     def loss_arguments(self) -> dict[str, Any]:
         """Keyword arguments of :func:`sppo_kernels.policy_loss`."""
@@ -147,6 +149,7 @@ class PPO(Algorithm):
 class GRPO(Algorithm):
     """Group Relative Policy Optimization (arXiv 2402.03300): ``A = (R - group mean) / (group std + 1e-6)``."""
 
+    compares = True
     defaults = Algorithm.defaults | {"num_generations": 8}
 
     def advantages(self, outcomes: Outcomes) -> Tensor:
@@ -157,6 +160,7 @@ class GRPO(Algorithm):
 class DrGRPO(Algorithm):
     """GRPO Done Right (arXiv 2503.20783): ``A = R - group mean``, no division by a response's own length."""
 
+    compares = True
     defaults = Algorithm.defaults | {"num_generations": 8, "aggregation": "seq-mean-token-sum"}
 
     def advantages(self, outcomes: Outcomes) -> Tensor:
@@ -164,14 +168,16 @@ class DrGRPO(Algorithm):
         return group_advantages(outcomes.rewards, outcomes.group_ids, estimator="dr_grpo")
 
     def normalizer(self, sequences: int, tokens: int) -> float:
-        """Divides by the greatest length instead, a constant."""
+        """A sum over tokens is divided by the greatest length besides, a constant."""
         count = super().normalizer(sequences, tokens)
-        return count * self.args.max_completion_length if self.args.aggregation == "seq-mean-token-sum" else count
+        sums = self.args.ratio_level == "token" and self.args.aggregation == "seq-mean-token-sum"
+        return count * self.args.max_completion_length if sums else count
 
 
 class RLOO(Algorithm):
     """REINFORCE Leave-One-Out (arXiv 2402.14740): ``A = R - mean of the group's others``, the response one action."""
 
+    compares = True
     defaults = Algorithm.defaults | {"num_generations": 4, "ratio_level": "sequence_sum"}
 
     def advantages(self, outcomes: Outcomes) -> Tensor:
@@ -238,11 +244,11 @@ def algorithm_class(name: str) -> type[Algorithm]:
     """An algorithm by its name, or a class of your own as ``module:Class``.
 
     Raises:
-        ValueError: there is no such algorithm, or what was named is none.
+        ValueError: there is no such algorithm, what was named is none, or its attributes are not as they should be.
     """
     if name in ALGORITHMS:
-        return ALGORITHMS[name]
-    if ":" not in name:
+        return _checked(ALGORITHMS[name])
+    if not isinstance(name, str) or ":" not in name:
         raise ValueError(
             f"algorithm must be one of {', '.join(ALGORITHMS)}, or module:Class for one of your own, got {name!r}"
         )
@@ -251,6 +257,17 @@ def algorithm_class(name: str) -> type[Algorithm]:
     found = import_object(name)
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
         raise ValueError(f"algorithm {name!r} is {found!r}; name a subclass of sppo.Algorithm")
+    return _checked(found)
+
+
+def _checked(found: type[Algorithm]) -> type[Algorithm]:
+    if found.critic not in (None, "prompt", "token"):
+        raise ValueError(f"{found.__name__}.critic must be 'prompt', 'token' or None, got {found.critic!r}")
+    if found.defaults.keys() != Algorithm.defaults.keys():
+        raise ValueError(
+            f"{found.__name__}.defaults must have the keys {', '.join(Algorithm.defaults)}, got "
+            f"{', '.join(found.defaults)}; write Algorithm.defaults | {{...}}, and give other settings to SPPOConfig"
+        )
     return found
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -38,7 +38,7 @@ _FREE = (
     *("save_", "push_to_hub", "hub_", "trackio_", "overwrite_", "enable_jit_checkpoint", "include_"),
     # The machine, and what leaves the results as they are
     *("use_cpu", "local_rank", "dataloader_", "ddp_", "torch_empty_cache_steps", "skip_memory_metrics", "debug"),
-    *("rollout_batch_size", "reward_timeout", "accelerator_config", "resume_from_checkpoint", "_n_gpu"),
+    *("reward_timeout", "accelerator_config", "resume_from_checkpoint", "_n_gpu"),
 )
 """Beginnings of the names of settings that two parts of one run may differ in."""
 
@@ -91,16 +91,15 @@ def load_experience(stream: ExperienceStream, folder: Path) -> None:
     stream.restart(Progress(**state["progress"]), updates, state["algorithm"])
 
 
-def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset) -> dict[str, Any]:
+def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset, rewards: Sequence[str]) -> dict[str, Any]:
     """What makes two runs the same run, as far as going on with one from the other's checkpoint is concerned."""
     return {
         **{name: value for name, value in args.to_dict().items() if not name.startswith(_FREE)},
         "world_size": args.world_size,
         "model": _digest(_architecture(model.policy.config)),
         "critic": _digest(_architecture(model.critic.config)) if model.critic is not None else None,
-        "dataset": _digest(
-            [len(dataset), *(dataset[i]["prompt"] for i in range(0, len(dataset), len(dataset) // 64 + 1))]
-        ),
+        "dataset": _digest([len(dataset), *(dataset[i] for i in range(0, len(dataset), len(dataset) // 64 + 1))]),
+        "rewards": list(rewards),
     }
 
 
@@ -145,7 +144,9 @@ def check_identity(run: dict[str, Any], folder: str) -> None:
     Raises:
         ValueError: names what differs, or what is missing.
     """
-    for name in (_IDENTITY, "trainer_state.json", "optimizer.pt", "scheduler.pt", "experience_0.json"):
+    experience = ("experience_0.json", "experience_0.safetensors")
+    critic = ("critic/config.json",) if run["critic"] is not None else ()
+    for name in (_IDENTITY, "trainer_state.json", "optimizer.pt", "scheduler.pt", *experience, *critic):
         if not Path(folder, name).exists():
             raise ValueError(
                 f"{folder!r} is no whole checkpoint of SPPOTrainer ({name} is missing, as after save_only_model=True); "

@@ -245,7 +245,8 @@ def _value(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     folder = Path(arguments.critic)
     if (folder / "critic" / "config.json").is_file():
         folder = folder / "critic"
-    if not (folder / "config.json").is_file():
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    if not any("SequenceClassification" in name for name in config.get("architectures", [])):
         raise ValueError(
             f"there is no critic in {arguments.critic!r}; train one with sppo train, or name a folder with --critic"
         )

@@ -245,6 +245,8 @@ class SPPOConfig(TrainingArguments):
             _CHECKPOINTING: True,
             **_PUBLISHED[size],
         }
+        if {"activation_checkpointing", "gradient_checkpointing"} & overrides.keys():
+            del published[_CHECKPOINTING]  # two names of one setting
         return cls(**(published | overrides))
 
     @property
@@ -268,7 +270,8 @@ class SPPOConfig(TrainingArguments):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if isinstance(self.baseline, str) and self.baseline not in BASELINES:
+        is_number = isinstance(self.baseline, int | float) and math.isfinite(self.baseline)
+        if not is_number and self.baseline not in BASELINES:
             raise ValueError(f"baseline must be a number, {' or '.join(BASELINES)}, got {self.baseline!r}")
         unavailable = {
             "use_vllm": "leave it False: completions come from transformers' generate()",
@@ -324,6 +327,8 @@ class SPPOConfig(TrainingArguments):
         ]
         for name, holds, wanted in rules:
             value = getattr(self, name)
+            if value is not None and not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number {wanted}, got {value!r}")
             if value is not None and (math.isnan(value) or not holds(value)):
                 raise ValueError(f"{name} must be {wanted}, got {value}")
 
@@ -339,6 +344,11 @@ class SPPOConfig(TrainingArguments):
             raise ValueError(
                 "num_generations must divide per_device_train_batch_size * steps_per_generation = "
                 f"{self.rollout_size}, got {self.num_generations} (algorithm={self.algorithm!r})"
+            )
+        if algorithm_class(self.algorithm).compares and self.num_generations < 2:
+            raise ValueError(
+                f"num_generations must be at least 2 for algorithm={self.algorithm!r}, which compares the responses to "
+                f"a prompt, got {self.num_generations}"
             )
         if self.rollout_size * self.world_size < 2:
             raise ValueError(

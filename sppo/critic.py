@@ -28,8 +28,8 @@ class Critic(Protocol):
 
     model: PreTrainedModel
 
-    def set_prior(self, mean_reward: float) -> None:
-        """Start an untrained head at a constant, the mean reward; a trained head stays."""
+    def set_prior(self, total: float, count: int) -> None:
+        """Start an untrained head at a constant, the mean of ``count`` rewards; a trained head stays."""
 
     def values(self, samples: Sequence[Sample]) -> list[Tensor]:
         """Predictions for each sample: 0-d, or ``[T]`` for its T response tokens; float32 on the CPU."""
@@ -44,9 +44,9 @@ class PromptCritic:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    def set_prior(self, mean_reward: float) -> None:
-        """See :class:`Critic`. The mean must lie in (0, 1)."""
-        _set_constant(self.model, math.log(mean_reward / (1 - mean_reward)))
+    def set_prior(self, total: float, count: int) -> None:
+        """See :class:`Critic`. One success and one failure are added: no finite logit is certain."""
+        _set_constant(self.model, math.log((total + 1) / (count - total + 1)))
 
     def values(self, samples: Sequence[Sample]) -> list[Tensor]:
         """See :class:`Critic`; 0-d each."""
@@ -77,9 +77,9 @@ class TokenCritic:
         self.model = model
         self.cliprange = cliprange
 
-    def set_prior(self, mean_reward: float) -> None:
+    def set_prior(self, total: float, count: int) -> None:
         """See :class:`Critic`."""
-        _set_constant(self.model, mean_reward)
+        _set_constant(self.model, total / count)
 
     @torch.no_grad()
     def values(self, samples: Sequence[Sample]) -> list[Tensor]:
@@ -142,24 +142,34 @@ def calibration(values: Tensor, outcomes: Tensor, baseline: float, bins: int = 1
 
 
 def build_critic(
-    critic: PreTrainedModel | str | Path | None, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    critic: PreTrainedModel | str | Path | None,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: str = "prompt",
 ) -> PreTrainedModel:
     """Make the critic that the user asked for, with a head that has a bias.
 
     Args:
-        critic: None for a copy of the policy's backbone; or a model, or a folder or hub name of one, with a head
-            ``score`` of one label. A head that has a bias is kept; one without starts at zero.
+        critic: None for a copy of the policy's backbone; or a model, or a folder (of a run, too) or hub name of one,
+            with a head ``score`` of one label. A head that was trained here, or has a bias, is kept; another starts
+            at zero.
         policy: the policy, which lends its backbone.
         tokenizer: the policy's; the critic reads its tokens.
+        kind: what it is to be, ``"prompt"`` or ``"token"``.
 
     Raises:
-        ValueError: the critic has no such head, too few embeddings, or another tokenizer.
+        ValueError: the critic has no such head, too few embeddings, another tokenizer, or was trained as another kind.
     """
     if critic is None:
         critic = _copy_backbone(policy)
     elif isinstance(critic, (str, Path)):
+        if Path(critic, "critic", "config.json").is_file():
+            critic = Path(critic, "critic")
         _check_tokenizer(str(critic), tokenizer)
         critic = load_critic(critic, policy.dtype)
+    _restore_bias(critic)
+    if (was := getattr(critic.config, "critic_kind", kind)) != kind:
+        raise ValueError(f"critic was trained as a {was} critic, and the algorithm needs a {kind} critic; take another")
     rows = embedding_rows(critic)
     if rows < len(tokenizer):
         raise ValueError(
@@ -191,9 +201,15 @@ def embedding_rows(model: PreTrainedModel) -> int:
 def load_critic(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A critic that was saved here, or any sequence classifier with one label, from a folder or by its hub name."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype)
-    if (bias := getattr(model.config, "score_bias", None)) is not None:
-        set_head(model, torch.tensor([bias]))
+    _restore_bias(model)
     return model
+
+
+def _restore_bias(critic: PreTrainedModel) -> None:
+    """Put the bias that :func:`save_critic` left in the configuration back into the head."""
+    bias = getattr(critic.config, "score_bias", None)
+    if bias is not None and head(critic).bias is None:
+        set_head(critic, torch.tensor([bias]))
 
 
 def save_critic(critic: PreTrainedModel, folder: str | Path, kind: str) -> None:

@@ -7,6 +7,7 @@ A rollout is made at the moment its first micro-batch is asked for, so the polic
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -81,8 +82,8 @@ class Progress:
 
     @property
     def mean_reward(self) -> float:
-        """Mean reward so far, with a 1 and a 0 added (of outcomes in {0, 1}, the mean under a uniform prior)."""
-        return (self.successes + 1) / (self.outcomes + 2)
+        """Of all rollouts so far; 0 before the first."""
+        return self.successes / self.outcomes if self.outcomes else 0.0
 
 
 class Prompts:
@@ -151,13 +152,14 @@ class ExperienceStream(IterableDataset):
         rollouts = math.ceil(len(prompts.dataset) / (self.prompts_per_rollout * world))
         self.updates_per_epoch = rollouts * args.updates_per_rollout
         self.samples: list[Sample] = []
+        self.first_state = copy.deepcopy(algorithm.state)
         self.restart(Progress(), [])
 
     def restart(self, progress: Progress, updates: list[Update], of_algorithm: dict[str, Any] | None = None) -> None:
         """Go on from a place, with the updates of the rollout it is in the middle of, and the algorithm's state."""
         self.progress = progress
         self.updates = updates
-        self.algorithm.state = of_algorithm or {}
+        self.algorithm.state = copy.deepcopy(self.first_state) if of_algorithm is None else of_algorithm
 
     def __len__(self) -> int:
         return self.updates_per_epoch * self.args.gradient_accumulation_steps
@@ -202,7 +204,9 @@ class ExperienceStream(IterableDataset):
             sample.group = first + i // each
             if greedy:
                 sample.greedy_reward = greedy[i // each].reward
-        facts = self.gather([(len(s.response_ids), s.truncated, s.reward) for s in samples])
+        facts = self.gather(
+            [(len(s.response_ids), s.truncated, s.reward if self._is_graded(s) else None) for s in samples]
+        )
         rewards = [reward for *_, reward in facts if reward is not None]
         self.meter.mean(
             {
@@ -235,11 +239,10 @@ class ExperienceStream(IterableDataset):
 
     def _usable(self, sample: Sample) -> bool:
         """Whether a sample counts: it has what the algorithm goes by, and is not to be masked."""
-        return (
-            sample.reward is not None
-            and (sample.greedy_reward is not None or not self.algorithm.needs_greedy)
-            and not (sample.truncated and self.args.mask_truncated_completions)
-        )
+        return self._is_graded(sample) and not (sample.truncated and self.args.mask_truncated_completions)
+
+    def _is_graded(self, sample: Sample) -> bool:
+        return sample.reward is not None and (sample.greedy_reward is not None or not self.algorithm.needs_greedy)
 
     def _judge(self, samples: list[Sample]) -> bool:
         """Values and advantages; False where they leave nothing for the policy to learn.
@@ -254,7 +257,7 @@ class ExperienceStream(IterableDataset):
         progress.successes += sum(rewards)
         if judge is not None:
             if first and rewards:  # on each process, whether it has samples or not: replicas stay alike
-                judge.set_prior(progress.mean_reward)
+                judge.set_prior(progress.successes, progress.outcomes)
             for sample, value in zip(samples, judge.values(samples), strict=True):
                 sample.value = value
         everyone = self.gather(
@@ -312,7 +315,7 @@ class ExperienceStream(IterableDataset):
                 micro_batches=deal(share, max(sizes[i][2] for sizes in everyone), algorithm.critic),
                 max_length=max([1, *(length(s) for s in share)]),
                 # The gradient is averaged over processes, so each divides by its share of the whole count.
-                policy_normalizer=max(1, algorithm.normalizer(sequences, tokens)) / self.world,
+                policy_normalizer=self._normalizer(sequences, tokens) / self.world,
                 critic_normalizer=max(1, tokens if algorithm.critic == "token" else sequences) / self.world,
                 policy_learns=policy_learns and sequences > 0,
                 critic_learns=sequences > 0,
@@ -320,6 +323,15 @@ class ExperienceStream(IterableDataset):
             self._add_logprobs(update)
             updates.append(update)
         return updates
+
+    def _normalizer(self, sequences: int, tokens: int) -> float:
+        count = self.algorithm.normalizer(sequences, tokens) if sequences else 1
+        if not 0 < count < math.inf:
+            raise ValueError(
+                f"{type(self.algorithm).__name__}.normalizer must return a number greater than 0, got {count} for "
+                f"{sequences} sequences of {tokens} tokens"
+            )
+        return count
 
     def _add_logprobs(self, update: Update) -> None:
         """Log-probabilities under the sampling policy, where updates will move on from it, and the reference."""

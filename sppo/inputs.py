@@ -29,15 +29,17 @@ def load_policy(model: PreTrainedModel | str) -> PreTrainedModel:
 def with_master_weights(model: PreTrainedModel, args: SPPOConfig) -> PreTrainedModel:
     """A model whose weights are float32 where ``bf16=True``, which then is the precision of computing alone.
 
-    Without that setting 16-bit weights stay, and it is said that small steps are lost in their rounding.
+    Without that setting bfloat16 weights stay, and it is said that small steps are lost in their rounding. float16
+    weights are widened always: Adam's moments of their gradients underflow.
     """
-    if model.dtype in (torch.bfloat16, torch.float16):
-        if args.bf16:
-            return model.float()
+    if model.dtype == torch.bfloat16 and not args.bf16:
         logger.warning(
-            f"{type(model).__name__} has {model.dtype} weights: steps of less than 1/256 of a weight are lost in "
+            f"{type(model).__name__} has bfloat16 weights: steps of less than 1/256 of a weight are lost in "
             "rounding. bf16=True keeps float32 weights and computes in bfloat16"
         )
+    elif model.dtype in (torch.bfloat16, torch.float16):
+        logger.info(f"{type(model).__name__}: {model.dtype} weights are kept in float32 while they learn")
+        return model.float()
     return model
 
 

@@ -98,7 +98,7 @@ class SPPOTrainer(Trainer):
         kind = self.algorithm.critic if train_dataset is not None else None
         judge: PromptCritic | TokenCritic | None = None
         if kind is not None:
-            classifier = with_master_weights(build_critic(critic, policy, tokenizer), args)
+            classifier = with_master_weights(build_critic(critic, policy, tokenizer, kind), args)
             judge = PromptCritic(classifier) if kind == "prompt" else TokenCritic(classifier, args.cliprange_value)
         elif critic is not None and train_dataset is not None:
             logger.warning(f"algorithm={args.algorithm!r} has no critic: the one given is not used")
@@ -152,7 +152,8 @@ class SPPOTrainer(Trainer):
 
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
         folder = checkpoint.find_checkpoint(self.output_dir, resume_from_checkpoint)
-        self.identity = checkpoint.identity(self.args, self._pair, self.train_dataset)
+        names = [reward.name for reward in self.reward_funcs]
+        self.identity = checkpoint.identity(self.args, self._pair, self.train_dataset, names)
         if folder is not None:
             checkpoint.check_identity(self.identity, folder)
         if self.args.should_save:
@@ -218,9 +219,9 @@ class SPPOTrainer(Trainer):
 
     def _measure(self, output: Any, policy: Any, sequences: int) -> None:
         parts = len(self.experience.update.micro_batches)  # they add up to an update; their mean does not
-        self.meter.mean({"policy_loss": policy.loss * parts})
+        self.meter.mean({"policy_loss": policy.loss * parts}, weight=1 / parts)
         if output.critic_loss is not None:
-            self.meter.mean({"critic_loss": output.critic_loss * parts})
+            self.meter.mean({"critic_loss": output.critic_loss * parts}, weight=1 / parts)
         if tokens := output.logprobs.numel():
             by_token = self.args.ratio_level == "token"
             unused = {"rollout_kl", "rollout_weight_mean"} | (set() if self.args.beta else {"kl"})

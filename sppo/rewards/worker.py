@@ -60,7 +60,7 @@ def import_object(spec: str) -> Any:
         else:
             module = importlib.import_module(where)
         return reduce(getattr, name.split("."), module)
-    except (ImportError, FileNotFoundError, AttributeError) as error:
+    except (ImportError, FileNotFoundError, AttributeError, SyntaxError) as error:
         raise ValueError(
             f"cannot import {spec!r} ({error}); give module:function or path/to/file.py:function"
         ) from error

@@ -4,9 +4,11 @@
     dr_grpo   r - mean                                       (arXiv 2503.20783)
     rloo      r - mean of the others = (r - mean) n / (n - 1)     (arXiv 2402.14740)
 
-A group of one has nothing to be compared with: 0. Groups need not be equal in size nor lie together. The Triton backend
-compares all pairs of group ids in one launch: B^2 comparisons for B rewards, 16 million at B = 4,096, which is less
-work than sorting takes launches; nothing is added in memory, so the bits do not depend on the order of programs.
+A group of one has nothing to be compared with: 0. Differences between rewards are what is summed, so a group of equal
+rewards gives exactly 0, whatever they are: of 0.7 and its rounded mean GRPO would make 0.06. Groups need not be equal
+in size nor lie together. The Triton backend compares all pairs of group ids in one launch: B^2 comparisons for B rewards,
+16 million at B = 4,096, which is less work than sorting takes launches; nothing is added in memory, so the bits do not
+depend on the order of programs.
 """
 
 from __future__ import annotations
@@ -70,14 +72,15 @@ def reference(rewards: Tensor, group_ids: Tensor, *, estimator: str = "grpo") ->
     r = rewards.detach().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
     same = group_ids[:, None] == group_ids[None, :]
     n = same.sum(1)
-    mean = torch.where(same, r[None, :], 0.0).sum(1) / n
+    difference = torch.where(same, r[None, :] - r[:, None], 0.0)
+    deviation = -difference.sum(1) / n
     others = (n - 1).clamp(min=1)
     if estimator == "rloo":
-        return (r - mean) * n / others
+        return deviation * n / others
     if estimator == "dr_grpo":
-        return r - mean
-    variance = torch.where(same, (r[None, :] - mean[:, None]).square(), 0.0).sum(1) / others
-    return (r - mean) / (variance.sqrt() + EPS)
+        return deviation
+    variance = torch.where(same, (difference + deviation[:, None]).square(), 0.0).sum(1) / others
+    return deviation / (variance.sqrt() + EPS)
 
 
 @torch.library.custom_op("sppo_kernels::group_advantages", mutates_args=())
@@ -97,7 +100,8 @@ def _torch_group_advantages(rewards, group_ids, estimator):
     r = rewards.float()
     _, group, n = group_ids.unique(return_inverse=True, return_counts=True)
     sums = lambda x: x.new_zeros(len(n)).index_add_(0, group, x)
-    deviation = r - (sums(r) / n)[group]
+    above_least = r - r.new_full((len(n),), torch.inf).scatter_reduce_(0, group, r, "amin")[group]
+    deviation = above_least - (sums(above_least) / n)[group]
     others = (n - 1).clamp(min=1)
     if estimator == "rloo":
         return deviation * (n / others)[group]
@@ -134,20 +138,19 @@ if triton is not None:
             other = tl.load(reward_ptr + col, mask=col < B, other=0.0).to(tl.float32)
             same = (group[:, None] == tl.load(id_ptr + col, mask=col < B, other=0)[None, :]) & (col < B)[None, :]
             n += tl.sum(same.to(tl.float32), 1)
-            total += tl.sum(tl.where(same, other[None, :], 0.0), 1)
-        deviation = r - total / tl.maximum(n, 1.0)
+            total += tl.sum(tl.where(same, other[None, :] - r[:, None], 0.0), 1)
+        deviation = -total / tl.maximum(n, 1.0)
         others = tl.maximum(n - 1.0, 1.0)
         advantage = deviation
         if ESTIMATOR == "rloo":
             advantage = deviation * n / others
         if ESTIMATOR == "grpo":
             squares = tl.zeros([ROWS], tl.float32)
-            mean = r - deviation
             for start in range(0, B, COLS):
                 col = start + tl.arange(0, COLS)
                 other = tl.load(reward_ptr + col, mask=col < B, other=0.0).to(tl.float32)
                 same = (group[:, None] == tl.load(id_ptr + col, mask=col < B, other=0)[None, :]) & (col < B)[None, :]
-                d = other[None, :] - mean[:, None]
+                d = other[None, :] - r[:, None] + deviation[:, None]
                 squares += tl.sum(tl.where(same, d * d, 0.0), 1)
             advantage = deviation / (tl.sqrt(squares / others) + EPS)
         tl.store(advantage_ptr + row, advantage, mask=row < B)

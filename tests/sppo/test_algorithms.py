@@ -219,3 +219,31 @@ def test_an_algorithm_of_ones_own():
     name = f"{__name__}:Halved"
     assert config(algorithm=name).num_generations == 2
     assert make(name).advantages(outcomes()).tolist() == [r / 2 for r in REWARDS]
+
+
+def test_groups_of_equal_rewards_say_nothing_to_the_bit():
+    given = outcomes()
+    given.rewards, given.group_ids = tensor([0.7] * 8 + [0.1, 0.3]), tensor([0] * 8 + [1, 1])
+    for name in ("grpo", "dr_grpo", "rloo"):
+        assert make(name).advantages(given)[:8].tolist() == [0.0] * 8
+        assert make(name).advantages(given)[8:].all()
+
+
+def test_dr_grpo_divides_sums_alone_by_the_greatest_length():
+    assert make("dr_grpo", max_completion_length=7).normalizer(6, 13) == 42
+    assert make("dr_grpo", max_completion_length=7, ratio_level="sequence_mean").normalizer(6, 13) == 6
+    assert make("dr_grpo", max_completion_length=7, aggregation="token-mean").normalizer(6, 13) == 13
+
+
+@pytest.mark.parametrize(
+    ("attributes", "says"),
+    [
+        ({"critic": "prompts"}, "Mine.critic must be 'prompt', 'token' or None, got 'prompts'"),
+        ({"defaults": {"epsilon": 0.1}}, "Mine.defaults must have the keys num_generations, .*, got epsilon; write"),
+        ({"defaults": Algorithm.defaults | {"beta": 0.1}}, "Mine.defaults must have the keys"),
+    ],
+)
+def test_a_class_with_wrong_attributes_is_refused(attributes, says, monkeypatch):
+    monkeypatch.setitem(ALGORITHMS, "mine", type("Mine", (Algorithm,), attributes))
+    with pytest.raises(ValueError, match=says):
+        config(algorithm="mine")

@@ -247,6 +247,9 @@ def test_value_says_what_is_wrong(recipe, capsys):
     assert "there is no critic in 'runs/quickstart'; train one" in capsys.readouterr().err
     assert main(["value", "2+2=", "--folder", "x"]) == 2
     assert "unknown option --folder" in capsys.readouterr().err
+    assert main(["train", recipe, "--output_dir", "grpo", "--algorithm", "grpo", "--num_generations", "2"]) == 0
+    assert main(["value", "2+2=", "--critic", "grpo"]) == 2  # a policy is no critic
+    assert "there is no critic in 'grpo'" in capsys.readouterr().err
     assert main(["train", recipe, "--output_dir", "ppo", "--algorithm", "ppo"]) == 0
     assert main(["value", "2+2=", "--critic", "ppo"]) == 2
     assert "is a token critic, which predicts returns" in capsys.readouterr().err

@@ -76,6 +76,10 @@ def test_paper_takes_overrides():
         ({"algorithm": "sppo.nothing:X"}, "cannot import 'sppo.nothing:X'"),
         ({"algorithm": "sppo:SPPOConfig"}, "name a subclass of sppo.Algorithm"),
         ({"baseline": "median"}, "baseline must be a number, running_mean or prompt_mean, got 'median'"),
+        ({"baseline": float("nan")}, "baseline must be a number, running_mean or prompt_mean, got nan"),
+        ({"algorithm": SPPOConfig}, "algorithm must be one of sppo"),
+        ({"algorithm": "grpo", "num_generations": 1}, "num_generations must be at least 2 for algorithm='grpo'"),
+        ({"epsilon": "0.2"}, "epsilon must be a number 0 or more, got '0.2'"),
         ({"lam": 1.5}, r"lam must be in \[0, 1\], got 1.5"),
         ({"max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch must be at least 1, got 0"),
         ({"ratio_level": "word"}, "ratio_level must be one of token"),
@@ -114,3 +118,11 @@ def test_the_best_checkpoint_is_the_one_of_most_reward():
 def test_bf16_needs_no_word_about_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     assert SPPOConfig("out", bf16=True).use_cpu
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_papers_checkpointing_can_be_switched_off_by_either_name(name):
+    if name in SPPOConfig.__dataclass_fields__:
+        args = SPPOConfig.paper("7b", output_dir="unused", use_cpu=True, **{name: False})
+        assert not getattr(args, "activation_checkpointing", False)
+        assert not args.gradient_checkpointing

@@ -30,7 +30,7 @@ def test_default_is_the_policys_backbone_with_a_zero_head():
     for name, tensor in policy.base_model.state_dict().items():
         assert tensor.equal(critic.base_model.state_dict()[name])
         assert tensor.data_ptr() != critic.base_model.state_dict()[name].data_ptr()
-    PromptCritic(critic).set_prior(0.2)
+    PromptCritic(critic).set_prior(1.0, 8)
     assert prompt_values(critic, [[3, 4], [5]]) == pytest.approx([0.2, 0.2])
 
 
@@ -55,7 +55,7 @@ def test_trained_head_is_kept_and_untrained_starts_at_zero(tmp_path):
     critic = build_critic(str(tmp_path), tiny_model(), char_tokenizer())
     assert critic.score.bias.item() == pytest.approx(0.7)
     assert critic.score.weight.equal(trained.score.weight)
-    PromptCritic(critic).set_prior(0.5)
+    PromptCritic(critic).set_prior(1.0, 2)
     assert critic.score.bias.item() == pytest.approx(0.7)
     assert load_critic(tmp_path).score.bias.equal(trained.score.bias)
     assert not build_critic(classifier(), tiny_model(), char_tokenizer()).score.weight.any()
@@ -114,3 +114,24 @@ def test_values_before_each_token():
     states = critic.base_model(torch.tensor([[3, 4, 5, 6]])).last_hidden_state[0]
     torch.testing.assert_close(first, critic.score(states)[1:, 0])
     assert (len(first), len(second)) == (3, 1)
+
+
+def test_a_saved_critic_is_taken_up_however_it_is_given(tmp_path):
+    critic = build_critic(None, tiny_model(), char_tokenizer())
+    torch.nn.init.normal_(critic.score.weight)
+    critic.score.bias.data.fill_(-0.3)
+    save_critic(critic, tmp_path / "run" / "critic", "prompt")
+    expected = prompt_values(critic, [[3, 4], [5]])
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "critic")
+    for given in (str(tmp_path / "run"), tmp_path / "run" / "critic", stock):
+        again = build_critic(given, tiny_model(), char_tokenizer())
+        assert prompt_values(again, [[3, 4], [5]]) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="trained as a prompt critic, and the algorithm needs a token critic"):
+        build_critic(str(tmp_path / "run"), tiny_model(), char_tokenizer(), "token")
+
+
+@pytest.mark.parametrize(("total", "expected"), [(8.0, 0.9), (0.0, 0.1), (4.0, 0.5)])
+def test_a_prior_is_never_certain(total, expected):
+    critic = build_critic(None, tiny_model(), char_tokenizer())
+    PromptCritic(critic).set_prior(total, 8)
+    assert prompt_values(critic, [[3]]) == pytest.approx([expected])

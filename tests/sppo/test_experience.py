@@ -39,7 +39,6 @@ def test_a_process_without_samples_starts_its_critic_like_the_others():
     assert critic.score.bias.item() == pytest.approx(math.log(3))  # 3 of 4, with the prior
 
 
-def test_mean_reward_is_never_certain():
-    assert Progress().mean_reward == 0.5
-    assert Progress(outcomes=8, successes=8.0).mean_reward == pytest.approx(0.9)
-    assert Progress(outcomes=8).mean_reward == pytest.approx(0.1)
+def test_mean_reward():
+    assert Progress().mean_reward == 0.0
+    assert Progress(outcomes=8, successes=6.0).mean_reward == 0.75

@@ -22,6 +22,7 @@ def test_without_it_they_stay_and_it_is_said(caplog):
     assert with_master_weights(tiny_model().to(torch.bfloat16), args).dtype == torch.bfloat16
     assert "steps of less than 1/256 of a weight are lost in rounding. bf16=True" in caplog.text
     assert with_master_weights(tiny_model(), args).dtype == torch.float32
+    assert with_master_weights(tiny_model().half(), args).dtype == torch.float32
 
 
 @pytest.mark.parametrize("algorithm", ["sppo", "ppo"])

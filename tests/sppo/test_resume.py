@@ -1,5 +1,6 @@
 """SIGKILL at any moment, then resume: the same bits as a run that was never stopped. Real processes, real signals."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -157,6 +158,7 @@ def test_a_second_run_needs_leave(tmp_path):
         ({"dual_clip": float("inf")}, "dual_clip: 3.0 there, inf here"),
         ({"reward_weights": [0.5]}, r"reward_weights: None there, \[0.5\] here"),
         ({"algorithm": "reinforce"}, "algorithm: 'sppo' there, 'reinforce' here"),
+        ({"rollout_batch_size": 1}, "rollout_batch_size: None there, 1 here"),
     ],
 )
 def test_another_config_is_refused_by_the_field_that_differs(half_done, changed, says):
@@ -238,9 +240,24 @@ def test_a_checkpoint_that_lost_a_file_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, **WHOLE)
     trainer.args.max_steps = 3
     trainer.train()
-    (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match=r"no whole checkpoint .*optimizer\.pt is missing"):
-        make_trainer(tmp_path, **WHOLE).train(resume_from_checkpoint=True)
+    for name in ("optimizer.pt", "experience_0.safetensors", "critic/config.json"):
+        lost = tmp_path / "checkpoint-3" / name
+        kept = lost.read_bytes()
+        lost.unlink()
+        with pytest.raises(ValueError, match=rf"no whole checkpoint .*{name} is missing"):
+            make_trainer(tmp_path, **WHOLE).train(resume_from_checkpoint=True)
+        lost.write_bytes(kept)
+
+
+def test_another_reward_or_dataset_is_refused(half_done):
+    other = make_trainer(half_done, **WHOLE)
+    other.reward_funcs = [dataclasses.replace(other.reward_funcs[0], name="another")]
+    with pytest.raises(ValueError, match=r"rewards: \['reward'\] there, \['another'\] here"):
+        other.train(resume_from_checkpoint=True)
+    other = make_trainer(half_done, **WHOLE)
+    other.train_dataset = other.train_dataset.map(lambda row: {"answer": "z"})
+    with pytest.raises(ValueError, match="dataset: "):
+        other.train(resume_from_checkpoint=True)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

@@ -140,6 +140,50 @@ def test_greedy_responses_are_counted_and_compared_with(tmp_path):
     assert logged(trainer, "total_generated_tokens") == [total]
 
 
+def test_running_mean_is_that_of_the_rewards_whatever_their_size(tmp_path):
+    shifted = lambda completions, **_: [100.0 + ("a" in completion) for completion in completions]
+    trainer = make(tmp_path, shifted, algorithm="reinforce", max_steps=1)
+    trainer.train()
+    assert logged(trainer, "advantage") == pytest.approx([0.0], abs=1e-4)
+    ppo = make(tmp_path, shifted, algorithm="ppo", max_steps=1)
+    ppo.train()
+    assert logged(ppo, "value") == pytest.approx(logged(ppo, "reward"))
+
+
+def test_what_an_algorithm_remembers_from_its_making_on(tmp_path, monkeypatch):
+    class Counting(Algorithm):
+        def __init__(self, args):
+            super().__init__(args)
+            self.state["rollouts"] = 0
+
+        def advantages(self, outcomes):
+            self.state["rollouts"] += 1
+            return outcomes.rewards - 0.5
+
+        def normalizer(self, sequences, tokens):
+            return 0.0 if self.state["rollouts"] > 2 else sequences
+
+    monkeypatch.setitem(ALGORITHMS, "counting", Counting)
+    trainer = make(tmp_path, algorithm="counting", max_steps=2)
+    trainer.train()
+    assert trainer.algorithm.state == {"rollouts": 2}
+    with pytest.raises(ValueError, match=r"Counting.normalizer must return a number greater than 0, got 0.0 for 8 seq"):
+        make(tmp_path, algorithm="counting", max_steps=3).train()
+
+
+def test_a_prompt_without_a_greedy_reward_is_rejected(tmp_path):
+    asked = []
+
+    def no_greedy(prompts, completions, **_):
+        asked.append(len(prompts))
+        failing = "3" if len(asked) == 2 else "none"
+        return [None if p[0] == failing else float("a" in c) for p, c in zip(prompts, completions, strict=True)]
+
+    trainer = make(tmp_path, no_greedy, algorithm="remax", max_steps=1, per_device_train_batch_size=36)
+    trainer.train()
+    assert logged(trainer, "rejected_rewards") == [6]
+
+
 def test_rewards_of_any_size_for_algorithms_without_a_prompt_critic(tmp_path):
     far = lambda completions, **_: [10.0 * ("a" in completion) - 3 for completion in completions]
     for algorithm in ("ppo", "grpo"):

@@ -132,3 +132,12 @@ GOOD = {"rewards": torch.zeros(3), "group_ids": torch.zeros(3).long()}
 def test_wrong_input_is_named(bad, error, says):
     with pytest.raises(error, match=says):
         group_advantages(**{**GOOD, **bad})
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_equal_rewards_give_exactly_zero(backend, estimator):
+    """0.7 and the rounded mean of eight of them differ; GRPO would blow that up to 0.06."""
+    rewards = torch.tensor([0.7] * 8 + [100.1] * 7 + [0.3], device=DEVICE)
+    groups = torch.tensor([3] * 8 + [1] * 7 + [2], device=DEVICE)
+    assert group_advantages(rewards, groups, estimator=estimator, backend=backend).tolist() == [0.0] * 16
