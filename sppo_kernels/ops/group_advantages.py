@@ -6,9 +6,9 @@
 
 A group of one has nothing to be compared with: 0. Differences between rewards are what is summed, so a group of equal
 rewards gives exactly 0, whatever they are: of 0.7 and its rounded mean GRPO would make 0.06. Groups need not be equal
-in size nor lie together. The Triton backend compares all pairs of group ids in one launch: B^2 comparisons for B rewards,
-16 million at B = 4,096, which is less work than sorting takes launches; nothing is added in memory, so the bits do not
-depend on the order of programs.
+in size nor lie together. The Triton backend compares all pairs of group ids in one launch: B^2 comparisons for B
+rewards, 16 million at B = 4,096, which is less work than sorting takes launches; nothing is added in memory, so the
+bits do not depend on the order of programs.
 """
 
 from __future__ import annotations
