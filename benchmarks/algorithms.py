@@ -51,8 +51,8 @@ COMPARISONS: dict[str, dict[str, dict[str, Any]]] = {
     "algorithms": _ALGORITHMS,
     "stuck": {
         f"{name}, reward {reward}": settings | {"reward": reward}
+        for reward in ("random", "0", "1")
         for name, settings in _ALGORITHMS.items()
-        for reward in ("0", "1", "random")
     },
 }
 Reward = Callable[..., list[float]]

@@ -16,6 +16,7 @@ only defaults: a setting that is given wins. docs/algorithms.md has the formulas
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -249,8 +250,10 @@ def algorithm_class(name: str) -> type[Algorithm]:
     if name in ALGORITHMS:
         return _checked(ALGORITHMS[name])
     if not isinstance(name, str) or ":" not in name:
+        near = difflib.get_close_matches(str(name), ALGORITHMS, 1)
         raise ValueError(
             f"algorithm must be one of {', '.join(ALGORITHMS)}, or module:Class for one of your own, got {name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
         )
     from sppo.rewards.worker import import_object
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,7 +184,9 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     trainer.save_model()
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if trainer.is_world_process_zero():
-        write_report(trainer, before, after, recipe=arguments.recipe)
+        others = {name: text for name, text in overrides.items() if name not in ("output_dir", "seed")}
+        started = " ".join([arguments.recipe, *(f"--{name} {shlex.quote(text)}" for name, text in others.items())])
+        write_report(trainer, before, after, recipe=started)
     return 0
 
 
@@ -242,18 +245,15 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
 def _value(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     if overrides:
         raise ValueError(f"unknown option --{next(iter(overrides))}; sppo value --help lists them")
-    folder = Path(arguments.critic)
-    if (folder / "critic" / "config.json").is_file():
-        folder = folder / "critic"
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    if not any("SequenceClassification" in name for name in config.get("architectures", [])):
+    if not Path(arguments.critic).is_dir():
         raise ValueError(
             f"there is no critic in {arguments.critic!r}; train one with sppo train, or name a folder with --critic"
         )
-    from sppo.critic import load_critic, prompt_values
+    from sppo.critic import critic_folder, load_critic, prompt_values
     from sppo.recipe import load_tokenizer
     from sppo.rollout import encode
 
+    folder = critic_folder(arguments.critic)
     critic, tokenizer = load_critic(folder), load_tokenizer(str(folder), {})
     kind = getattr(critic.config, "critic_kind", "prompt")
     if kind != "prompt":
@@ -300,6 +300,7 @@ def _print_plan(recipe: Recipe, trainer: Any, *, resumes: bool) -> None:
     per_update = args.rollout_size * args.world_size / args.updates_per_rollout
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
     plan = {
+        "algorithm": f"{args.algorithm}, {args.num_generations} a prompt, {args.ratio_level} ratio",
         "model": f"{recipe['model']} (with its critic {size / 1e6:.3g}M parameters, on {args.device})",
         "prompts": f"{len(trainer.train_dataset)} from {_describe(recipe['train_dataset'])}",
         "evaluation": f"{len(trainer.eval_dataset)} from {_describe(recipe['eval_dataset'])}, before and after"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,8 +164,7 @@ def build_critic(
     if critic is None:
         critic = _copy_backbone(policy)
     elif isinstance(critic, (str, Path)):
-        if Path(critic, "critic", "config.json").is_file():
-            critic = Path(critic, "critic")
+        critic = critic_folder(critic)
         _check_tokenizer(str(critic), tokenizer)
         critic = load_critic(critic, policy.dtype)
     _restore_bias(critic)
@@ -199,10 +199,39 @@ def embedding_rows(model: PreTrainedModel) -> int:
 
 
 def load_critic(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A critic that was saved here, or any sequence classifier with one label, from a folder or by its hub name."""
+    """A critic that was saved here, or any sequence classifier with one label.
+
+    Args:
+        folder: a run's folder, a checkpoint, a classifier's folder or hub name.
+        dtype: of its weights.
+
+    Raises:
+        ValueError: the folder holds no classifier.
+    """
+    folder = critic_folder(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype)
     _restore_bias(model)
     return model
+
+
+def critic_folder(folder: str | Path) -> str | Path:
+    """Where a run's folder or a checkpoint has its critic; a classifier's own folder and a hub name as they are.
+
+    Raises:
+        ValueError: the folder holds another model, a policy for one.
+    """
+    if Path(folder, "critic", "config.json").is_file():
+        return Path(folder, "critic")
+    config = Path(folder, "config.json")
+    if Path(folder).is_dir() and not (
+        config.is_file()
+        and any("SequenceClassification" in name for name in json.loads(config.read_text()).get("architectures") or [])
+    ):
+        raise ValueError(
+            f"there is no critic in {str(folder)!r}, nor in a folder 'critic' inside; train one with sppo train, or "
+            "name the folder of a sequence classifier"
+        )
+    return folder
 
 
 def _restore_bias(critic: PreTrainedModel) -> None:

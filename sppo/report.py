@@ -36,7 +36,7 @@ def write_report(
     Args:
         trainer: after ``train()``.
         before, after: what ``trainer.evaluate()`` gave then; empty without held-out prompts.
-        recipe: what the run was started from, for the commands to try next.
+        recipe: what the run was started from, with its overrides, for the commands to try next.
 
     Returns:
         The path of ``summary.json``. It is written last: where it is, the run is finished.
@@ -58,8 +58,8 @@ def summarize(trainer: SPPOTrainer, before: Mapping[str, float], after: Mapping[
     """The run in numbers.
 
     Returns:
-        ``accuracy_before``, ``accuracy_after``: share of held-out prompts answered with full reward, None without such
-        prompts; ``reward_before``, ``reward_after``: their mean reward; ``updates``; ``generated_tokens`` of all
+        ``algorithm``; ``accuracy_before``, ``accuracy_after``: share of held-out prompts answered with full reward, None
+        without such prompts; ``reward_before``, ``reward_after``: their mean reward; ``updates``; ``generated_tokens`` of all
         rollouts; ``seconds`` of training, and ``seconds_by_phase``, with the evaluations and checkpoints in its course,
         up to the last update that was logged.
     """
@@ -70,6 +70,7 @@ def summarize(trainer: SPPOTrainer, before: Mapping[str, float], after: Mapping[
                 phase = name.removeprefix("seconds/")
                 phases[phase] = phases.get(phase, 0.0) + value
     return {
+        "algorithm": trainer.args.algorithm,
         "accuracy_before": before.get("eval_success_rate"),
         "accuracy_after": after.get("eval_success_rate"),
         "reward_before": before.get("eval_reward"),

@@ -20,15 +20,11 @@ def a_run(variant, seed, after, evaluations=((100, 0.5), (200, 0.8)), before=0.4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("comparison", ["levels", "stuck"])
-def test_algorithms(tmp_path, monkeypatch, comparison, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["algorithms", "--quick", "--compare", comparison, "--out", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / f"algorithms-{comparison}.json").read_text())
-    assert [row["variant"] for row in report["rows"]] == list(algorithms.COMPARISONS[comparison])[:2]
+def test_algorithms(tmp_path):
+    assert main(["algorithms", "--quick", "--compare", "stuck", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "algorithms-stuck.json").read_text())
+    assert [row["variant"] for row in report["rows"]] == ["sppo, reward random", "ppo, reward random"]
     assert all(0 < row["accuracy_before"] < 1 and row["updates"] == 2 for row in report["rows"])
-    if comparison == "stuck":  # at 0 and at 1: the same weights, and the same samples to grade
-        assert [row["accuracy_after"] - row["accuracy_before"] for row in report["rows"]] == pytest.approx([0, 0])
 
 
 def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):

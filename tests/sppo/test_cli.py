@@ -249,7 +249,7 @@ def test_value_says_what_is_wrong(recipe, capsys):
     assert "unknown option --folder" in capsys.readouterr().err
     assert main(["train", recipe, "--output_dir", "grpo", "--algorithm", "grpo", "--num_generations", "2"]) == 0
     assert main(["value", "2+2=", "--critic", "grpo"]) == 2  # a policy is no critic
-    assert "there is no critic in 'grpo'" in capsys.readouterr().err
+    assert "there is no critic in 'grpo', nor in a folder 'critic' inside" in capsys.readouterr().err
     assert main(["train", recipe, "--output_dir", "ppo", "--algorithm", "ppo"]) == 0
     assert main(["value", "2+2=", "--critic", "ppo"]) == 2
     assert "is a token critic, which predicts returns" in capsys.readouterr().err
@@ -259,3 +259,11 @@ def test_value_says_what_is_wrong(recipe, capsys):
 def test_an_algorithm_without_a_critic_is_only_another_setting(recipe, algorithm, capsys):
     assert main(["train", recipe, "--algorithm", algorithm, "--num_generations", "2", "--output_dir", "run"]) == 0
     assert not Path("run/critic").exists()
+
+
+def test_what_next_is_the_same_command(recipe, capsys):
+    assert main(["train", recipe, "--algorithm", "ppo", "--output_dir", "run", "--max_steps", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "algorithm   ppo, 1 a prompt, token ratio" in said
+    assert f"train {recipe} --algorithm ppo --max_steps 2 --seed 43 --output_dir run-43" in said
+    assert json.loads(Path("run/summary.json").read_text())["algorithm"] == "ppo"

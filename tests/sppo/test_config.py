@@ -72,7 +72,10 @@ def test_paper_takes_overrides():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"algorithm": "pppo"}, "algorithm must be one of sppo, ppo, grpo.*, or module:Class .*, got 'pppo'"),
+        (
+            {"algorithm": "pppo"},
+            "algorithm must be one of sppo, ppo, grpo.*, or module:Class .*, got 'pppo'; did you mean 'ppo'",
+        ),
         ({"algorithm": "sppo.nothing:X"}, "cannot import 'sppo.nothing:X'"),
         ({"algorithm": "sppo:SPPOConfig"}, "name a subclass of sppo.Algorithm"),
         ({"baseline": "median"}, "baseline must be a number, running_mean or prompt_mean, got 'median'"),

@@ -126,6 +126,10 @@ def test_a_saved_critic_is_taken_up_however_it_is_given(tmp_path):
     for given in (str(tmp_path / "run"), tmp_path / "run" / "critic", stock):
         again = build_critic(given, tiny_model(), char_tokenizer())
         assert prompt_values(again, [[3, 4], [5]]) == pytest.approx(expected)
+    assert prompt_values(load_critic(tmp_path / "run"), [[3, 4], [5]]) == pytest.approx(expected)
+    tiny_model().save_pretrained(tmp_path / "policy")
+    with pytest.raises(ValueError, match="there is no critic in"):
+        load_critic(tmp_path / "policy")
     with pytest.raises(ValueError, match="trained as a prompt critic, and the algorithm needs a token critic"):
         build_critic(str(tmp_path / "run"), tiny_model(), char_tokenizer(), "token")
 

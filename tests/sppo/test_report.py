@@ -38,7 +38,7 @@ LOG = [
 
 def finished(folder, log=LOG):
     return SimpleNamespace(
-        args=SimpleNamespace(output_dir=str(folder), seed=3),
+        args=SimpleNamespace(output_dir=str(folder), seed=3, algorithm="sppo"),
         state=SimpleNamespace(log_history=log, global_step=2),
         experience=SimpleNamespace(progress=SimpleNamespace(generated_tokens=200)),
     )
@@ -58,6 +58,7 @@ def test_report(tmp_path, capsys, monkeypatch):
         "reward_before": 0.3,
         "reward_after": 0.8,
         "updates": 2,
+        "algorithm": "sppo",
         "generated_tokens": 200,
         "seconds": 6.5,
         "seconds_by_phase": {"rollout": 2.0, "update": 4.0, "evaluate": 0.5},
