@@ -55,6 +55,7 @@ setup(
             "ruff>=0.17,<0.18",  # a new one formats differently
             "mypy>=1.18",
             "types-PyYAML",
+            "trl==1.16.0",  # what the suite updates compares with
         ],
     },
     entry_points={"console_scripts": ["sppo = sppo.cli:main"]},

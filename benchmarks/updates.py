@@ -229,7 +229,6 @@ def chart(rows: Sequence[Row]) -> results.Chart:
 SIZES = {
     "small": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 512},
     "medium": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 8192},
-    "large": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 49152},
 }
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048}
 

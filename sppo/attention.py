@@ -2,7 +2,7 @@
 
 Sequences lie behind each other in one row of N tokens; ``cu_seq_lens_q`` int32 ``[S + 1]`` says where each begins. No
 token is padding and no mask of N x N elements exists. Kernels, best first: flash-attn 4, 3 or 2 where one is installed
-for the device, PyTorch's own variable-length one on CUDA, else one ``scaled_dot_product_attention`` a sequence.
+for the device, PyTorch's own variable-length one on CUDA, else one ``scaled_dot_product_attention`` a length.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -82,10 +82,14 @@ def packed_attention(
         if (varlen := _torch_varlen()) and not softcap:
             gqa = q.shape[1] != k.shape[1]
             return varlen(q, k, v, *lengths, scale=scale, window_size=(left, 0), enable_gqa=gqa)[None], None
-    sizes = cu_seq_lens_q.diff().tolist()
-    parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
-    out = torch.cat([_attend(q, k, v, scale, sliding_window, softcap) for q, k, v in parts], 2)
-    return out.transpose(1, 2), None
+    # Neighbours of one length go together: micro-batches are dealt by length, and a call has its price on a CPU.
+    runs = [(n, len(list(run))) for n, run in groupby(cu_seq_lens_q.diff().tolist())]
+    parts = zip(runs, *(x[0].split([n * count for n, count in runs], 1) for x in (query, key, value)), strict=True)
+    outs = []
+    for (n, count), *part in parts:
+        q, k, v = (x.unflatten(1, (count, n)).transpose(0, 1) for x in part)
+        outs.append(_attend(q, k, v, scale, sliding_window, softcap).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)[None], None
 
 
 def by_flash_attention(
@@ -123,7 +127,7 @@ def by_flash_attention(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int | None, softcap: float | None) -> Tensor:
-    """One sequence, ``[1, heads, T, D]``."""
+    """Sequences of one length, ``[S, heads, T, D]``."""
     n, gqa = q.shape[2], q.shape[1] != k.shape[1]
     if not softcap and (sliding_window is None or sliding_window >= n):
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)

@@ -58,10 +58,10 @@ def summarize(trainer: SPPOTrainer, before: Mapping[str, float], after: Mapping[
     """The run in numbers.
 
     Returns:
-        ``algorithm``; ``accuracy_before``, ``accuracy_after``: share of held-out prompts answered with full reward, None
-        without such prompts; ``reward_before``, ``reward_after``: their mean reward; ``updates``; ``generated_tokens`` of all
-        rollouts; ``seconds`` of training, and ``seconds_by_phase``, with the evaluations and checkpoints in its course,
-        up to the last update that was logged.
+        ``algorithm``; ``accuracy_before``, ``accuracy_after``: share of held-out prompts answered with full reward,
+        None without such prompts; ``reward_before``, ``reward_after``: their mean reward; ``updates``;
+        ``generated_tokens`` of all rollouts; ``seconds`` of training, and ``seconds_by_phase``, with the evaluations
+        and checkpoints in its course, up to the last update that was logged.
     """
     phases: dict[str, float] = {}
     for entry in trainer.state.log_history:

@@ -23,7 +23,7 @@ def a_run(variant, seed, after, evaluations=((100, 0.5), (200, 0.8)), before=0.4
 def test_algorithms(tmp_path):
     assert main(["algorithms", "--quick", "--compare", "stuck", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "algorithms-stuck.json").read_text())
-    assert [row["variant"] for row in report["rows"]] == ["sppo, reward random", "ppo, reward random"]
+    assert [row["variant"] for row in report["rows"]] == [algorithms.CONTROL, "sppo, reward random"]
     assert all(0 < row["accuracy_before"] < 1 and row["updates"] == 2 for row in report["rows"])
 
 
@@ -58,6 +58,7 @@ def test_harm_is_a_fall_beyond_noise():
     lines = algorithms.by_variant([a_run("a", 0, 0.37), a_run("a", 1, 0.41), a_run("b", 0, 0.2), a_run("b", 1, 0.3)], 1)
     (failure,) = algorithms.failures_of("stuck", lines)
     assert failure.startswith("b: -0.150")
+    assert algorithms.failures_of("stuck", algorithms.by_variant([a_run(algorithms.CONTROL, 0, 0.0)], 1)) == []
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("0", {0.0}), ("1", {1.0}), ("random", {0.0, 1.0})])

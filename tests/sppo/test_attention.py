@@ -10,7 +10,7 @@ from sppo.actor_critic import ActorCritic
 from sppo.attention import NAME, Packed, pack, packed_attention, packed_hidden, use_attention
 from sppo.critic import PromptCritic, build_critic
 
-SEQUENCES = [[3, 7, 2, 9, 4, 4, 8], [5], [6, 2, 3, 2], [10, 11]]
+SEQUENCES = [[3, 7, 2, 9, 4, 4, 8], [5], [6, 2, 3, 2], [7, 2, 9, 9], [10, 11]]
 
 
 def hidden_alone(model, sequences):
