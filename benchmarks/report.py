@@ -218,6 +218,8 @@ def draw_charts(folder: Path) -> None:
         report = json.loads(path.read_text())
         if report.get("suite") in CHARTS:
             results.draw(path.with_suffix(".png"), CHARTS[report["suite"]].chart(report["rows"]))
+        elif report.get("suite") == "endurance":  # a course, not bars
+            endurance.draw(path.with_suffix(".png"), report["rows"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,7 @@ def test_algorithms(tmp_path):
 def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     made = []
 
-    def train(recipe, variant, settings, seed, threshold):
+    def train(recipe, variant, settings, seed, threshold, folder):
         made.append((variant, seed))
         if len(made) == 4:
             raise KeyboardInterrupt
