@@ -105,7 +105,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="ten updates")
+    parser.add_argument("--quick", action="store_true", help="five updates")
     parser.add_argument("--updates", type=int, default=500, help="how many (%(default)s)")
     results.add_out(parser)
 
@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
     path = args.out / "endurance.json"
-    rows = train(10 if args.quick else args.updates, args.out / "runs" / f"endurance-{time.time_ns()}")
+    rows = train(5 if args.quick else args.updates, args.out / "runs" / f"endurance-{time.time_ns()}")
     failures, grown = failures_of(rows), growth(rows)
     results.write(
         path,

@@ -10,7 +10,6 @@ from tiny_models import char_tokenizer, tiny_model
 
 from sppo import Algorithm, SPPOConfig, SPPOTrainer
 from sppo.algorithms import ALGORITHMS
-from sppo_kernels.ops.policy_loss import RATIO_LEVELS
 
 PROMPTS = [f"{a}+{b}=" for a in range(6) for b in range(6)]
 DATASET = datasets.Dataset.from_dict({"prompt": PROMPTS, "letter": [prompt[0] for prompt in PROMPTS]})
@@ -83,7 +82,7 @@ VARIANTS = [
     {"algorithm": "gspo", "num_iterations": 2},
     {"algorithm": "remax"},
     *({"algorithm": "reinforce", "baseline": baseline} for baseline in (0.5, "running_mean", "prompt_mean")),
-    *({"algorithm": "sppo", "ratio_level": level, "num_iterations": 2} for level in RATIO_LEVELS),
+    *({"algorithm": "sppo", "ratio_level": level, "num_iterations": 2} for level in ("sequence_mean", "sequence_sum")),
 ]
 
 
@@ -266,7 +265,7 @@ def test_gradient_does_not_depend_on_the_cut(tmp_path, aggregation, ratio_level)
             torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["sppo", "ppo", "dr_grpo", "gspo"])  # what they divide by differs
 def test_no_algorithms_gradient_depends_on_the_cut(tmp_path, algorithm):
     settings = {"algorithm": algorithm, "num_generations": 4}
     whole = gradients(tmp_path, 1, **settings)
