@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
+from benchmarks.recipes import trainer_of
 from benchmarks.results import Row
 
 EVAL_EVERY = 10
@@ -76,7 +77,6 @@ def train(
     """
     from transformers import TrainerCallback
 
-    from sppo.recipe import build_trainer, override, read_recipe
     from sppo.report import summarize
     from sppo.rewards import resolve
 
@@ -85,18 +85,10 @@ def train(
             if threshold is not None:
                 control.should_training_stop |= not LOST < metrics["eval_success_rate"] < threshold
 
-    recipe = read_recipe(recipe_name)
-    of_run = {
-        "seed": seed,
-        "model_kwargs.seed": seed,
-        "output_dir": folder,
-        "save_strategy": "no",
-    }
-    quiet = {"disable_tqdm": True, "log_completions": False, "logging_steps": 1, "eval_steps": EVAL_EVERY}
+    of_run = {"seed": seed, "model_kwargs.seed": seed, "output_dir": folder, "logging_steps": 1}
+    evaluated = {"eval_strategy": "steps", "eval_steps": EVAL_EVERY}
     given = {name: value for name, value in settings.items() if name != "reward"}
-    for name, value in {**of_run, **quiet, **given}.items():
-        override(recipe, name, str(value))
-    trainer = build_trainer(recipe)
+    trainer = trainer_of(recipe_name, {**of_run, **evaluated, **given})
     trainer.add_callback(StopAtThreshold())
     if "reward" in settings:
         trainer.experience.reward_funcs = [resolve(stuck_reward(settings["reward"], seed))]
@@ -262,8 +254,5 @@ def run(args: argparse.Namespace) -> int:
             failures = failures_of(args.compare, by_variant(rows, args.threshold))
             results.write(path, "algorithms", chart(rows), **about, failures=failures, rows=rows)
     lines = by_variant(rows, args.threshold)
-    failures = failures_of(args.compare, lines)
-    print(f"{results.table(lines, COLUMNS[args.compare])}\n\n{len(failures)} failures; written to {path}")
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
-    return 1 if failures and not args.quick else 0
+    failures = [] if args.quick else failures_of(args.compare, lines)
+    return results.conclude(results.table(lines, COLUMNS[args.compare]), failures, path)

@@ -311,10 +311,7 @@ def report(cases: Iterable[Case], package: ModuleType, targets: list[str], quick
     path = out / f"compile-triton-{triton.__version__}.json"
     lines = [_as_json(row) for row in rows]
     results.write(path, "compile", chart(lines), quick=quick, targets=targets, failures=failures, rows=lines)
-    print(f"\n{len(rows)} compiled, {len(failures)} failures; written to {path}")
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return results.conclude(f"\n{len(rows)} compiled", failures, path)
 
 
 def _place(launch: Launch) -> tuple[str, str, str]:

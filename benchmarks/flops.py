@@ -182,7 +182,4 @@ def run(args: argparse.Namespace) -> int:
     results.write(
         args.out / "flops.json", "flops", chart(rows), quick=args.quick, **names, failures=failures, rows=rows
     )
-    print(f"{results.table(rows, COLUMNS)}\n\n{len(failures)} failures; written to {args.out / 'flops.json'}")
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return results.conclude(results.table(rows, COLUMNS), failures, args.out / "flops.json")

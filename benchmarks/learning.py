@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
+from benchmarks.recipes import trainer_of
 from benchmarks.results import Row
 
 MODES = ("cache", "sparse")
@@ -24,16 +25,12 @@ MODES = ("cache", "sparse")
 
 def train(recipe_name: str, seed: int, backward: str, folder: Path, steps: int | None) -> Row:
     """A run: its summary, and the mean reward of its rollouts along the way."""
-    from sppo.recipe import build_trainer, override, read_recipe
     from sppo.report import summarize
 
-    recipe = read_recipe(recipe_name)
-    settings: dict[str, Any] = {"seed": seed, "logprobs_backward": backward, "output_dir": folder, "disable_tqdm": True}
+    settings: dict[str, Any] = {"seed": seed, "logprobs_backward": backward, "output_dir": folder}
     if steps is not None:
         settings["max_steps"] = steps
-    for name, value in {**settings, "eval_strategy": "no", "log_completions": False, "save_strategy": "no"}.items():
-        override(recipe, name, str(value))
-    trainer = build_trainer(recipe)
+    trainer = trainer_of(recipe_name, settings)
     before = trainer.evaluate()
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
@@ -126,7 +123,4 @@ def run(args: argparse.Namespace) -> int:
                 failures=failures,
                 rows=rows,
             )
-    print(f"{results.table(by_mode(rows), COLUMNS)}\n\n{len(failures)} failures; written to {path}")
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return results.conclude(results.table(by_mode(rows), COLUMNS), failures, path)

@@ -254,7 +254,4 @@ def run(args: argparse.Namespace) -> int:
     path = args.out / "memory.json"
     device = "none (fake tensors)"
     results.write(path, "memory", chart(rows), device=device, quick=args.quick, failures=failures, rows=rows)
-    print(f"{table(rows)}\n\nGiB; {len(failures)} failures; written to {path}")
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return results.conclude(f"{table(rows)}\n\nGiB", failures, path)

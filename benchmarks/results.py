@@ -71,6 +71,14 @@ def write(path: Path, suite: str, chart: Chart | None = None, **content: Any) ->
         draw(path.with_suffix(".png"), chart)
 
 
+def conclude(text: str, failures: Sequence[str], path: Path) -> int:
+    """Print what a suite found and what failed; its exit code."""
+    print(f"{text}\n\n{len(failures)} failures; written to {path}")
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
 def _replace(path: Path, save: Callable[[Path], object]) -> None:
     """Whoever reads ``path`` finds what was there or what is new, never half of it."""
     unfinished = path.with_name(f".{path.name}.tmp")

@@ -339,9 +339,5 @@ def run(args: argparse.Namespace) -> int:
         failures=failures,
         rows=rows,
     )
-    for title, (lines, columns) in tables(rows).items():
-        print(f"{title}\n{results.table(lines, columns)}\n")
-    print(f"{len(failures)} failures; written to {path}")
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    found = [f"{title}\n{results.table(lines, columns)}" for title, (lines, columns) in tables(rows).items()]
+    return results.conclude("\n\n".join(found), failures, path)

@@ -343,7 +343,4 @@ def run(args: argparse.Namespace) -> int:
     failures += [f"{name}: no case launches it" for name in launched_by_none(rows)]
     path = args.out / "traffic.json"
     results.write(path, "traffic", chart(rows), quick=args.quick, failures=failures, rows=rows)
-    print(f"{results.table(rows, COLUMNS)}\n\nbytes; {len(failures)} failures; written to {path}")
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return results.conclude(f"{results.table(rows, COLUMNS)}\n\nbytes", failures, path)

@@ -86,8 +86,8 @@ class TokenCritic:
     def values(self, samples: Sequence[Sample]) -> list[Tensor]:
         """See :class:`Critic`; ``[T]`` each."""
         sequences = [s.prompt_ids + s.response_ids[:-1] for s in samples]
-        states = zip(_packed_states(self.model, sequences), samples, strict=True)
-        return [self._read(hidden[len(s.prompt_ids) - 1 :]).cpu() for hidden, s in states]
+        read = lambda hidden, s: self._read(hidden, torch.arange(len(s.prompt_ids) - 1, len(hidden)))
+        return [read(*pair).cpu() for pair in zip(_packed_states(self.model, sequences), samples, strict=True)]
 
     def loss(self, batch: dict[str, Tensor], max_length: int, normalizer: float) -> Tensor:
         """See :class:`Critic`; ``normalizer``: response tokens of the update."""
@@ -95,9 +95,9 @@ class TokenCritic:
         values = self._read(packed_hidden(self.model, packed, max_length), batch["response_index"])
         return clipped_value_loss(values, batch["values"], batch["returns"], self.cliprange).sum() / normalizer
 
-    def _read(self, hidden: Tensor, index: Tensor | None = None) -> Tensor:
-        index = torch.arange(len(hidden), device=hidden.device) if index is None else index
-        return prompt_value_logits(hidden, head(self.model).weight, index, bias=head(self.model).bias)
+    def _read(self, hidden: Tensor, index: Tensor) -> Tensor:
+        value_head = head(self.model)
+        return prompt_value_logits(hidden, value_head.weight, index.to(hidden.device), bias=value_head.bias)
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> Tensor:

@@ -47,7 +47,6 @@ class Update:
         max_length: tokens of their longest sequence.
         policy_normalizer, critic_normalizer: what their summed losses are divided by; a process's share.
         policy_learns, critic_learns: whether the step may move them.
-        fresh: whether it is the first time that its samples are trained on.
     """
 
     micro_batches: list[MicroBatch]
@@ -56,7 +55,6 @@ class Update:
     critic_normalizer: float
     policy_learns: bool
     critic_learns: bool
-    fresh: bool = True
 
 
 @dataclass
@@ -171,7 +169,6 @@ class ExperienceStream(IterableDataset):
             if step == 0:
                 self.updates = self._collect(rollout)
             self.update = self.updates[step % len(self.updates)]
-            self.update.fresh = step < len(self.updates)
             self.progress.updates += 1
             for i in range(every):
                 yield self.update.micro_batches[i::every]
@@ -182,6 +179,11 @@ class ExperienceStream(IterableDataset):
     def policy_learns(self) -> bool:
         """Whether the current update may move the policy."""
         return self.update.policy_learns and self.progress.updates > self.args.critic_warmup_steps
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the current update is the first one on its samples."""
+        return (self.progress.updates - 1) % self.args.updates_per_rollout < len(self.updates)
 
     def _collect(self, rollout: int) -> list[Update]:
         with torch.no_grad(), self.autocast():
@@ -245,11 +247,7 @@ class ExperienceStream(IterableDataset):
         return sample.reward is not None and (sample.greedy_reward is not None or not self.algorithm.needs_greedy)
 
     def _judge(self, samples: list[Sample]) -> bool:
-        """Values and advantages; False where they leave nothing for the policy to learn.
-
-        Outcomes that are all equal do not tell which response is better. Advantages are 0 then, where the algorithm's
-        would push every sampled response the same way until its critic has caught up.
-        """
+        """Values and advantages; False where they leave nothing for the policy to learn."""
         judge, progress = self.model.judge, self.progress
         rewards = self.gather([s.reward for s in samples])
         before, first = progress.mean_reward, progress.outcomes == 0
@@ -266,14 +264,7 @@ class ExperienceStream(IterableDataset):
         if not everyone:
             return False
         outcomes = _outcomes(everyone, progress.mean_reward if first else before)
-        advantages = self.algorithm.advantages(outcomes)
-        if advantages.shape[:1] != (len(everyone),) or advantages.ndim > 2 or not advantages.isfinite().all():
-            raise ValueError(
-                f"{type(self.algorithm).__name__}.advantages must return finite numbers, [B] or [B, T] with "
-                f"B = {len(everyone)}, got shape {tuple(advantages.shape)}: {advantages}"
-            )
-        if len(set(rewards)) == 1:
-            advantages = torch.zeros_like(advantages)
+        advantages = self._advantages(outcomes)
         start = sum(self.gather([len(samples)])[: self.rank])
         returns = self.algorithm.returns(outcomes) if self.algorithm.critic == "token" else None
         for i, sample in enumerate(samples, start):
@@ -282,6 +273,20 @@ class ExperienceStream(IterableDataset):
             sample.returns = returns[i, :n] if returns is not None else None
         self._measure(outcomes, advantages)
         return bool(advantages.any())
+
+    def _advantages(self, outcomes: Outcomes) -> Tensor:
+        """The algorithm's, checked; 0 where all outcomes are equal, which do not tell which response is better.
+
+        The algorithm's own would push every sampled response the same way then, until its critic has caught up.
+        """
+        count = len(outcomes.rewards)
+        advantages = self.algorithm.advantages(outcomes)
+        if advantages.shape[:1] != (count,) or advantages.ndim > 2 or not advantages.isfinite().all():
+            raise ValueError(
+                f"{type(self.algorithm).__name__}.advantages must return finite numbers, [B] or [B, T] with "
+                f"B = {count}, got shape {tuple(advantages.shape)}: {advantages}"
+            )
+        return advantages if len(outcomes.rewards.unique()) > 1 else torch.zeros_like(advantages)
 
     def _measure(self, outcomes: Outcomes, advantages: Tensor) -> None:
         if advantages.ndim == 2:

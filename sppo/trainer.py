@@ -179,7 +179,7 @@ class SPPOTrainer(Trainer):
         return True
 
     def get_train_dataloader(self) -> DataLoader:
-        """Experience, one micro-batch after the other; each rollout is made when its first micro-batch is read."""
+        """Experience, some micro-batches at a time; each rollout is made when its first ones are read."""
         # Its own generator: a loader draws a seed from the global one otherwise, one more each time it is made.
         return DataLoader(self.experience, batch_size=None, generator=torch.Generator())
 
@@ -285,7 +285,7 @@ class SPPOTrainer(Trainer):
         finite = all(torch.isfinite(norm) for norm in norms.values())
         if finite:
             self.meter.mean(norms)
-            if "policy_grad_norm" in norms and self.experience.update.fresh and not self._policy_is_trusted:
+            if "policy_grad_norm" in norms and self.experience.is_fresh and not self._policy_is_trusted:
                 progress, least = self.experience.progress, self.args.min_agreement
                 agreement.watch(progress, cast(torch.optim.Optimizer, self.optimizer), policy.parameters(), least)
                 self.meter.mean({"gradient_agreement": agreement.standard_errors(progress)})

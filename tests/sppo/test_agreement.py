@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_trainer import changed, logged, make, snapshot
+from tiny_run import changed, logged, make, snapshot
 
 from sppo.agreement import UNTRUSTED_RATE, standard_errors, watch
 from sppo.experience import Progress

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from test_trainer import logged, make
 from tiny_models import tiny_model
+from tiny_run import logged, make
 
 from sppo import SPPOConfig
 from sppo.inputs import with_master_weights

@@ -35,10 +35,9 @@ def samples():
     ]
 
 
-def padded(rows, left=False):
-    width = max(map(len, rows))
-    fill = lambda row, value: [value] * (width - len(row)) + row if left else row + [value] * (width - len(row))
-    return torch.tensor([fill(row, 0) for row in rows]), torch.tensor([fill([1] * len(row), 0) for row in rows])
+def padded(rows):
+    fill = lambda row: row + [0] * (max(map(len, rows)) - len(row))
+    return torch.tensor([fill(row) for row in rows]), torch.tensor([fill([1] * len(row)) for row in rows])
 
 
 def padded_loss(policy, critic, kind):

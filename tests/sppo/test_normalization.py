@@ -1,0 +1,89 @@
+"""An update's loss and gradient are those of all its tokens or sequences, however it is cut into micro-batches."""
+
+import pytest
+import torch
+from tiny_run import logged, make
+
+
+def gradients(tmp_path, parts, **settings):
+    trainer = make(
+        tmp_path,
+        gradient_accumulation_steps=parts,
+        per_device_train_batch_size=16 // parts,
+        max_steps=1,
+        max_completion_length=12,
+        max_grad_norm=float("inf"),
+        critic_max_grad_norm=float("inf"),
+        **settings,
+    )
+    if trainer.model.critic is not None:
+        torch.nn.init.normal_(trainer.model.critic.score.weight, generator=torch.Generator().manual_seed(0))
+    found = {}
+    original = trainer._clip_grad_norm
+
+    def record(model):
+        found.update({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
+        return original(model)
+
+    trainer._clip_grad_norm = record
+    trainer.train()
+    return found
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("ratio_level", ["token", "sequence_mean"])
+def test_gradient_does_not_depend_on_the_cut(tmp_path, aggregation, ratio_level):
+    settings = {"aggregation": aggregation, "ratio_level": ratio_level}
+    whole = gradients(tmp_path, 1, **settings)
+    assert any(name.startswith("policy.") for name in whole)
+    assert any(name.startswith("critic.") for name in whole)
+    for parts in (2, 4):
+        for name, gradient in gradients(tmp_path, parts, **settings).items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("algorithm", ["sppo", "ppo", "dr_grpo", "gspo"])  # what they divide by differs
+def test_no_algorithms_gradient_depends_on_the_cut(tmp_path, algorithm):
+    settings = {"algorithm": algorithm, "num_generations": 4}
+    whole = gradients(tmp_path, 1, **settings)
+    assert any(gradient.any() for gradient in whole.values())
+    for changes in ({"parts": 2}, {"parts": 4}, {"parts": 1, "max_tokens_per_micro_batch": 40}):
+        for name, gradient in gradients(tmp_path, **changes, **settings).items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_no_micro_batch_has_more_tokens_than_wanted(tmp_path):
+    trainer = make(tmp_path, max_steps=2, max_tokens_per_micro_batch=20, gradient_accumulation_steps=2)
+    seen = []
+    forward = trainer.model.forward
+
+    def record(batch, **settings):
+        seen.append(batch["input_ids"].numel())
+        return forward(batch, **settings)
+
+    trainer.model.forward = record
+    trainer.train()
+    assert len(seen) > 8  # 16 samples of 5 to 8 tokens, twice
+    assert max(seen) <= 20
+    assert len(seen) % 4 == 0
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_loss_is_that_of_the_whole_update(tmp_path, aggregation):
+    trainer = make(
+        tmp_path, gradient_accumulation_steps=3, max_steps=1, max_completion_length=12, aggregation=aggregation
+    )
+    trainer.train()
+    samples = trainer.experience.samples
+    assert len({len(s.response_ids) for s in samples}) > 1
+    by_token = -sum(s.advantage.item() * len(s.response_ids) for s in samples)  # all ratios are 1
+    expected = {
+        "token-mean": by_token / sum(len(s.response_ids) for s in samples),
+        "seq-mean-token-mean": -sum(s.advantage.item() for s in samples) / len(samples),
+        "seq-mean-token-sum": by_token / len(samples),
+    }
+    assert logged(trainer, "policy_loss")[0] == pytest.approx(expected[aggregation], abs=1e-5)
+    bce = torch.nn.functional.binary_cross_entropy(
+        torch.tensor([s.value for s in samples]), torch.tensor([s.reward for s in samples])
+    )
+    assert logged(trainer, "critic_loss")[0] == pytest.approx(bce.item(), abs=1e-5)
