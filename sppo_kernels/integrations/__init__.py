@@ -1,0 +1,1 @@
+"""Under other people's trainers. To import one changes nothing: each has a ``patch()`` and an ``unpatch()``."""

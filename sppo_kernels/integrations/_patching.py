@@ -1,0 +1,52 @@
+"""Names in another package's modules, replaced and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+Name = tuple[ModuleType | type, str]
+
+
+class Patch:
+    """What has been replaced in one package, and what stood there before anything was."""
+
+    def __init__(self) -> None:
+        self._originals: dict[Name, Any] = {}
+
+    def apply(self, replacements: Mapping[Name, Any]) -> ExitStack:
+        """Put each replacement under its name. As a context manager, what this returns puts back what it found."""
+        undo = ExitStack()
+        for (owner, name), replacement in replacements.items():
+            found = getattr(owner, name)
+            self._originals.setdefault((owner, name), found)
+            setattr(owner, name, replacement)
+            undo.callback(setattr, owner, name, found)
+        return undo
+
+    def restore(self) -> None:
+        """Put back what stood there before the first of all that was applied; nothing where nothing was."""
+        for (owner, name), original in self._originals.items():
+            setattr(owner, name, original)
+        self._originals.clear()
+
+
+def check_version(package: str, known: Sequence[str]) -> None:
+    """``package`` is installed in a version that was tested: its major and minor number are among ``known``.
+
+    Raises:
+        ImportError: it is not installed, or another version is; other versions keep other things under these names.
+    """
+    remedy = f"pip install '{package}~={known[-1]}.0'"
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise ImportError(f"{package} is not installed: {remedy}") from None
+    if ".".join(found.split(".")[:2]) not in known:
+        raise ImportError(
+            f"{package} must be {' or '.join(f'{version}.x' for version in known)}, what this was tested with, got "
+            f"{found}: {remedy}, or call the operations of sppo_kernels directly"
+        )

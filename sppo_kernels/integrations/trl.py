@@ -1,0 +1,130 @@
+"""TRL's trainers on these operations: ``patch()`` before they train, ``unpatch()`` after, or ``with patch(): ...``.
+
+    from sppo_kernels.integrations import trl as fused
+
+    with fused.patch():
+        GRPOTrainer(...).train()
+
+TRL 1.16 takes log-probabilities in two ways, both in ``trl.trainer.utils``, which looks these names up on each call:
+
+- ``_ChunkedLogProbFunction``, from hidden states, below ``add_fused_lm_head``: GRPO, RLOO, asynchronous GRPO. It makes
+  every chunk of logits again in backward, four products with the head; ``linear_logprobs`` needs three, or little more
+  than one where distributions are peaked, within the memory that you allow.
+- ``_fused_logprob_entropy``, from logits that somebody made: ``selective_log_softmax`` and its kin, which trainers in
+  ``trl.experimental`` call. TRL's kernel for it serves GPUs; elsewhere it loops, in the logits' own precision.
+
+Only tokens that bear loss are projected, on a CPU too (``_use_triton`` decides that). What needs more than
+log-probabilities and entropies (SFT's top-1 accuracy, KTO's mean logit), and a head that DeepSpeed's ZeRO-3 has split,
+whose weight has to be gathered again for backward, stay with TRL's own function.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.linear_logprobs import linear_logprobs
+from ..ops.selective_logprobs import selective_logprobs
+from ._patching import Patch, check_version
+
+VERSIONS = ("1.16",)
+_IGNORED = -100
+_patch = Patch()
+
+
+def patch(
+    *,
+    backward: str = "auto",
+    logits_budget_bytes: int | None = None,
+    chunk_bytes: int | None = None,
+    mass_tolerance: float = 1e-4,
+    max_entries: int = 512,
+    backend: str | None = None,
+) -> ExitStack:
+    """Put ``linear_logprobs`` and ``selective_logprobs`` under TRL's trainers; call it again to change a setting.
+
+    All arguments are those of :func:`sppo_kernels.linear_logprobs`. ``backward="recompute"`` keeps nothing for
+    backward, as TRL does; name it too where the entropy bears loss.
+
+    Returns:
+        A context manager that puts back on exit what it found.
+
+    Raises:
+        ImportError: TRL is missing, or of a version that this was not tested with.
+    """
+    check_version("trl", VERSIONS)
+    from trl.trainer import utils
+
+    project = partial(
+        linear_logprobs,
+        backward=backward,
+        logits_budget_bytes=logits_budget_bytes,
+        chunk_bytes=chunk_bytes,
+        mass_tolerance=mass_tolerance,
+        max_entries=max_entries,
+        backend=backend,
+    )
+    return _patch.apply(
+        {
+            (utils, "_ChunkedLogProbFunction"): SimpleNamespace(apply=partial(_chunked_logprobs, project)),
+            (utils, "_use_triton"): lambda device: device.type in ("cpu", "cuda", "xpu"),
+            (utils, "_fused_logprob_entropy"): partial(_logprobs_and_entropy, backend),
+            (utils, "_supports_trl_loss_kernel"): _is_supported,
+        }
+    )
+
+
+def unpatch() -> None:
+    """Give TRL its own functions back; nothing where they are in place."""
+    _patch.restore()
+
+
+def _chunked_logprobs(
+    project: partial[Any],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    chunk_size: int,
+    final_logit_softcapping: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: tuple[str, ...] = ("log_probs",),
+) -> tuple[Tensor | None, ...]:
+    """``trl.kernels.ChunkedLogProbFunction.apply``: hidden [N, H], weight [V, H], bias [V], targets [N] -> log_probs,
+    entropy, log_sum_sq_probs, mean_logits, is_top1, each [N], or None if not among ``outputs``.
+    """
+    if not {"log_probs", "entropy"}.issuperset(outputs) or logit_scale <= 0 or hasattr(weight, "ds_id"):
+        from trl.kernels import ChunkedLogProbFunction
+
+        return ChunkedLogProbFunction.apply(
+            hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+        )
+    # With scale a and cap s, TRL's  s tanh(a x / s) / tau  is  (s/a) tanh(x / (s/a)) / (tau/a).
+    softcap = None if final_logit_softcapping is None else final_logit_softcapping / logit_scale
+    logprobs, entropy = project(
+        hidden, weight.to(hidden.dtype), targets, bias=bias, temperature=temperature / logit_scale, softcap=softcap
+    )
+    return logprobs, entropy if "entropy" in outputs else None, None, None, None
+
+
+def _logprobs_and_entropy(
+    backend: str | None, logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``trl.kernels.selective_log_softmax_and_entropy``: logits [..., V], index and row_mask [...] -> both [...]."""
+    labels = index if row_mask is None else index.masked_fill(row_mask == 0, _IGNORED)
+    return selective_logprobs(logits, labels, temperature=temperature, ignore_index=_IGNORED, backend=backend)
+
+
+def _is_supported(logits: Tensor, index: Tensor | None = None, row_mask: Tensor | None = None) -> bool:
+    """Whether selective_logprobs takes these: one index a row, and a mask like it. Else TRL goes its own way."""
+    return (
+        logits.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and logits.shape[-1] > 0
+        and all(x is None or x.shape == logits.shape[:-1] for x in (index, row_mask))
+    )

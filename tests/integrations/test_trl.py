@@ -1,0 +1,268 @@
+"""Against the real TRL: the same training with and without the patch, and proof of which function ran."""
+
+from collections import Counter
+from contextlib import nullcontext
+from importlib import metadata
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.trainer import utils
+
+from sppo_kernels.integrations import trl as fused
+from tests.tiny_models import ALPHABET, char_tokenizer, tiny_model
+
+NAMES = ("_ChunkedLogProbFunction", "_use_triton", "_fused_logprob_entropy", "_supports_trl_loss_kernel")
+ORIGINALS = {name: getattr(utils, name) for name in NAMES}
+
+
+@pytest.fixture(autouse=True)
+def originals_after_each_test():
+    yield
+    fused.unpatch()
+    assert {name: getattr(utils, name) for name in NAMES} == ORIGINALS
+
+
+class Operations(TorchDispatchMode):
+    """Counts the registered operations of this package that run within."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "sppo_kernels":
+            self.count[func.name().removeprefix("sppo_kernels::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def digits(completions, **_):
+    return [sum(c.isdigit() for c in completion) / 10 for completion in completions]
+
+
+def train(trainer_class, config_class, family, folder, **settings):
+    """Three updates by SGD -> losses, entropies, weights, and how often each operation ran."""
+    tiny_model(family).save_pretrained(folder / "model")  # TRL makes the reference model from a folder
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+    args = config_class(
+        output_dir=str(folder), per_device_train_batch_size=4, num_generations=4, max_completion_length=6,
+        max_steps=3, optim="sgd", learning_rate=0.5, logging_steps=1, save_strategy="no", report_to="none",
+        use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, seed=0, **settings,
+    )  # fmt: skip
+    dataset = Dataset.from_dict({"prompt": [ALPHABET[i : i + 2 + i % 3] for i in range(8)]})
+    with Operations() as operations:
+        trainer = trainer_class(model, digits, args=args, train_dataset=dataset, processing_class=char_tokenizer())
+        trainer.train()
+    steps = [step for step in trainer.state.log_history if "loss" in step]
+    logs = torch.tensor([[step[name] for name in ("loss", "entropy", "grad_norm")] for step in steps])
+    return logs, model.state_dict(), operations.count
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pytest.mark.parametrize(
+    ("trainer_class", "config_class", "settings"),
+    [
+        (GRPOTrainer, GRPOConfig, {"beta": 0.1, "temperature": 0.7, "num_iterations": 2}),
+        (RLOOTrainer, RLOOConfig, {"beta": 0.1, "temperature": 0.7}),
+    ],
+    ids=["grpo", "rloo"],
+)
+def test_same_training(tmp_path, capsys, trainer_class, config_class, settings, family):
+    """Losses, entropies, gradient norms and weights after three updates; policy and reference through the operation."""
+    logs, weights, count = train(trainer_class, config_class, family, tmp_path, **settings)
+    assert not count
+    with fused.patch():
+        fused_logs, fused_weights, count = train(trainer_class, config_class, family, tmp_path, **settings)
+    assert count["linear_logprobs"] > count["linear_logprobs_backward"] == 3
+    torch.testing.assert_close(fused_logs, logs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fused_weights, weights, rtol=1e-4, atol=2e-5)
+    start = tiny_model(family).state_dict()
+    moved = max((weights[name] - start[name]).abs().max() for name in weights)
+    assert moved > 1e-2  # the comparison above would be empty else
+
+
+def test_a_trainer_of_given_logits(tmp_path):
+    """CPO takes its log-probabilities from the model's logits."""
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    rows = {"prompt": ["12", "3+4"], "chosen": ["12", "7"], "rejected": ["3-1", "123"]}
+    losses, counts = [], []
+    for context in (nullcontext, fused.patch):
+        args = CPOConfig(
+            output_dir=str(tmp_path), max_steps=2, optim="sgd", learning_rate=0.1, logging_steps=1, save_strategy="no",
+            report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, max_length=16,
+        )  # fmt: skip
+        with context(), Operations() as operations:
+            trainer = CPOTrainer(
+                tiny_model(), args=args, train_dataset=Dataset.from_dict(rows), processing_class=char_tokenizer()
+            )
+            trainer.train()
+        losses.append([step["loss"] for step in trainer.state.log_history if "loss" in step])
+        counts.append(operations.count)
+    assert not counts[0]
+    assert counts[1]["selective_logprobs"] >= counts[1]["selective_logprobs_backward"] == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] != losses[0][1]
+
+
+def arguments(n=7, hidden=5, vocab=11, dtype=torch.float32, bias=True):
+    torch.manual_seed(0)
+    tensors = [torch.randn(n, hidden, dtype=dtype), torch.randn(vocab, hidden, dtype=dtype)]
+    tensors.append(torch.randn(vocab, dtype=dtype) if bias else None)
+    return [x if x is None else x.requires_grad_() for x in tensors], torch.randint(vocab, (n,))
+
+
+def head(
+    tensors, targets, *, entropy_coef=0.0, temperature=0.7, softcap=None, scale=1.0, outputs=("log_probs", "entropy")
+):
+    """TRL's function as it stands now -> all that it returns, and the gradients of a weighted sum."""
+    results = utils._ChunkedLogProbFunction.apply(*tensors, targets, temperature, 4, softcap, scale, outputs)
+    loss = (results[0] * torch.linspace(-1, 1, len(targets))).sum()
+    if entropy_coef:
+        loss = loss + entropy_coef * results[1].sum()
+    inputs = [x for x in tensors if x is not None]
+    return results, torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 0.0625, 3.0])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
+def test_head(bias, scale, softcap, entropy_coef):
+    """Bias, logit scale (Cohere, Granite), softcap (Gemma), gradient of the entropy: as TRL's own."""
+    tensors, targets = arguments(bias=bias)
+    settings = {"softcap": softcap, "scale": scale, "entropy_coef": entropy_coef}
+    expected, expected_gradients = head(tensors, targets, **settings)
+    with fused.patch(backward="recompute"), Operations() as operations:
+        results, gradients = head(tensors, targets, **settings)
+    assert operations.count == {"linear_logprobs": 1, "linear_logprobs_backward": 1}
+    assert results[2:] == expected[2:] == (None, None, None)
+    torch.testing.assert_close(results[:2], expected[:2])
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+def test_entropy_only_where_it_is_asked_for():
+    with fused.patch():
+        results, _ = head(*arguments(), outputs=("log_probs",))
+    assert results[1:] == (None,) * 4
+
+
+def test_mixed_dtypes_as_trl_casts_them():
+    """A float32 head below bfloat16 hidden states: products of bfloat16, as TRL's."""
+    tensors, targets = arguments(dtype=torch.bfloat16)
+    tensors[1] = tensors[1].detach().float().requires_grad_()
+    expected, expected_gradients = head(tensors, targets)
+    with fused.patch():
+        results, gradients = head(tensors, targets)
+    torch.testing.assert_close(results[:2], expected[:2], rtol=2e-2, atol=2e-2)  # TRL's logits are bfloat16
+    torch.testing.assert_close(gradients, expected_gradients, rtol=5e-2, atol=5e-2)
+    assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("case", ["is_top1", "mean_logits", "log_sum_sq_probs", "scale 0", "scale < 0", "ZeRO-3"])
+def test_what_stays_with_trl(case):
+    """More outputs, scales that the operation cannot fold, a head split by DeepSpeed: TRL's function, TRL's results."""
+    tensors, targets = arguments()
+    settings = {"scale": {"scale 0": 0.0, "scale < 0": -2.0}.get(case, 1.0)}
+    if case in ("is_top1", "mean_logits", "log_sum_sq_probs"):
+        settings["outputs"] = ("log_probs", "entropy", case)
+    if case == "ZeRO-3":
+        tensors[1].ds_id = 0
+    expected, expected_gradients = head(tensors, targets, **settings)
+    with fused.patch(), Operations() as operations:
+        results, gradients = head(tensors, targets, **settings)
+    assert not operations.count
+    for a, b in zip((*results, *gradients), (*expected, *expected_gradients), strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+def test_settings_reach_the_operation():
+    """With everything kept backward makes two products; with nothing kept, three. Called again, the new ones hold."""
+    tensors, targets = arguments(bias=False)
+    operations = {}
+    with fused.patch(backward="recompute"):
+        for backward in ("recompute", "cache"):
+            fused.patch(backward=backward)
+            with FlopCounterMode(display=False) as counter:
+                head(tensors, targets)
+            operations[backward] = counter.get_total_flops()
+    assert operations["recompute"] / operations["cache"] == pytest.approx(4 / 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 4), (5,), ()])
+@pytest.mark.parametrize("masked", [False, True])
+def test_given_logits(dtype, shape, masked):
+    """The three functions of trl.trainer.utils, through names that trainers have imported already."""
+    from trl.experimental.cpo import cpo_trainer
+    from trl.experimental.tpo import tpo_trainer
+
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(*shape, 13)).to(dtype).requires_grad_()
+    index, mask = torch.randint(13, shape), torch.randint(2, shape)
+    mask_or_none = mask if masked else None
+    exact = logits.detach().double().requires_grad_()
+    z = (exact / 0.7).log_softmax(-1)
+    want = z.gather(-1, index.unsqueeze(-1)).squeeze(-1), -(z.exp() * z).sum(-1)
+    want = [x * mask for x in want] if masked else want
+    (expected_gradient,) = torch.autograd.grad(want[0].sum() + 0.3 * want[1].sum(), exact)
+    with fused.patch(), Operations() as operations:
+        logprobs = cpo_trainer.selective_log_softmax(logits, index, temperature=0.7, row_mask=mask_or_none)
+        both = tpo_trainer.selective_log_softmax_and_entropy(logits, index, temperature=0.7, row_mask=mask_or_none)
+        (gradient,) = torch.autograd.grad(both[0].sum() + 0.3 * both[1].sum(), logits)
+        entropy = utils.entropy_from_logits(logits)
+    assert operations.count == {"selective_logprobs": 3, "selective_logprobs_backward": 1}
+    torch.testing.assert_close(both, tuple(x.float() for x in want), rtol=1e-5, atol=1e-5)
+    assert torch.equal(both[0], logprobs)
+    plain = exact.log_softmax(-1)
+    torch.testing.assert_close(entropy, -(plain.exp() * plain).sum(-1).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        gradient.double(), expected_gradient, rtol=8e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+    )
+
+
+def test_given_logits_that_stay_with_trl():
+    """Several indices a row, and float64: TRL's function, TRL's results."""
+    logits = torch.randn(2, 3, 5)
+    with fused.patch(), Operations() as operations:
+        several = utils.selective_log_softmax(logits, torch.randint(5, (2, 3, 4)))
+        double = utils.selective_log_softmax(logits.double(), torch.randint(5, (2, 3)))
+    assert not operations.count
+    assert several.shape == (2, 3, 4)
+    assert double.dtype == torch.float64
+
+
+def test_patches_nest_and_unpatch_undoes_all():
+    with fused.patch():
+        outer = utils._ChunkedLogProbFunction
+        with fused.patch(backward="cache"):
+            assert utils._ChunkedLogProbFunction is not outer
+        assert utils._ChunkedLogProbFunction is outer
+    assert utils._ChunkedLogProbFunction is trl.kernels.ChunkedLogProbFunction
+    fused.patch()
+    fused.patch()
+    fused.unpatch()
+    assert {name: getattr(utils, name) for name in NAMES} == ORIGINALS
+    fused.unpatch()  # nothing to undo
+
+
+@pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "2.0.0"])
+def test_versions_it_does_not_know(monkeypatch, version):
+    monkeypatch.setattr(metadata, "version", lambda _: version)
+    with pytest.raises(ImportError, match=rf"trl must be 1\.16\.x, .*, got {version}: pip install 'trl~=1.16.0'"):
+        fused.patch()
+    assert utils._use_triton is ORIGINALS["_use_triton"]
+
+
+def test_without_trl(monkeypatch):
+    def missing(package):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(ImportError, match="trl is not installed: pip install"):
+        fused.patch()
