@@ -56,6 +56,7 @@ setup(
             "mypy>=1.18",
             "types-PyYAML",
             "trl==1.16.0",  # what the suite updates compares with
+            "kernels==0.17.2",  # loads what hub_kernel/build.py writes
         ],
     },
     entry_points={"console_scripts": ["sppo = sppo.cli:main"]},

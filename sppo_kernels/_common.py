@@ -23,6 +23,11 @@ except ImportError:  # macOS, Windows: the torch backend serves
 
 BACKENDS = ("reference", "torch", "triton")
 
+# Operations are registered under the package's own name, sppo_kernels. A copy that was imported under another name, as
+# the kernels library does, has its own: torch would let it replace those of the installed package without a word.
+NAMESPACE = __name__.rpartition(".")[0]
+OPS = getattr(torch.ops, NAMESPACE)
+
 
 def pick_backend(backend: str | None, tensor: Tensor) -> str:
     """The backend to run: as named, or triton on an accelerator that has it and torch elsewhere.

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sppo_kernels import _vocab_shard as vocab_shard
+from . import _vocab_shard as vocab_shard
 
 ENTER, LEAVE = 1 / 3, 1 / 2  # share of the tokens that entries do not do for
 PROBED = 16  # where nothing is selected, selection is tried on one row of so many

@@ -31,18 +31,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sppo_kernels import _coverage as coverage
-from sppo_kernels import _sparse as sparse
-from sppo_kernels import _vocab_shard as vocab_shard
-from sppo_kernels._common import without_autocast
-from sppo_kernels.ops.selective_logprobs import ROW_PASSES, rows_per_block, safe_labels, scaled_rows
-from sppo_kernels.tuning import Config, Tunable
+from . import _coverage as coverage
+from . import _sparse as sparse
+from . import _vocab_shard as vocab_shard
+from ._common import without_autocast
+from .ops.selective_logprobs import ROW_PASSES, rows_per_block, safe_labels, scaled_rows
+from .tuning import Config, Tunable
 
 try:
     import triton
     import triton.language as tl
 
-    from sppo_kernels.ops.selective_logprobs import launch_shape, scaled_logits
+    from .ops.selective_logprobs import launch_shape, scaled_logits
 except ImportError:
     triton = None
 

@@ -42,13 +42,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sppo_kernels.ops.selective_logprobs import row_statistics, rows_per_block, safe_labels, scaled_rows
+from .ops.selective_logprobs import row_statistics, rows_per_block, safe_labels, scaled_rows
 
 try:
     import triton
     import triton.language as tl
 
-    from sppo_kernels.ops.selective_logprobs import FORWARD, add_block, fitted, scaled_logits
+    from .ops.selective_logprobs import FORWARD, add_block, fitted, scaled_logits
 except ImportError:
     triton = None
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sppo_kernels._common import reject
+from ._common import reject
 
 _FORMAT = 1
 

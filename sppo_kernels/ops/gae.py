@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sppo_kernels._common import check_device, check_floating, check_shape, check_tensor, pick_backend, reject
+from .._common import NAMESPACE, check_device, check_floating, check_shape, check_tensor, pick_backend, reject
 
 try:
     import triton
@@ -81,7 +81,7 @@ def reference(
     return advantages, torch.where(keep, advantages + values, 0.0)
 
 
-@torch.library.custom_op("sppo_kernels::gae", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gae", mutates_args=())
 def _gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, backend: str
 ) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sppo_kernels._common import (
+from .._common import (
+    NAMESPACE,
     check_choice,
     check_device,
     check_floating,
@@ -83,7 +84,7 @@ def reference(rewards: Tensor, group_ids: Tensor, *, estimator: str = "grpo") ->
     return deviation / (variance.sqrt() + EPS)
 
 
-@torch.library.custom_op("sppo_kernels::group_advantages", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::group_advantages", mutates_args=())
 def _group_advantages(rewards: Tensor, group_ids: Tensor, estimator: str, backend: str) -> Tensor:
     return _BACKENDS[backend](rewards, group_ids, estimator)
 

@@ -21,10 +21,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sppo_kernels import _coverage as coverage
-from sppo_kernels import _sparse as sparse
-from sppo_kernels import _vocab_shard as vocab_shard
-from sppo_kernels._common import (
+from .. import _coverage as coverage
+from .. import _sparse as sparse
+from .. import _vocab_shard as vocab_shard
+from .._common import (
+    NAMESPACE,
+    OPS,
     autocast_is_on,
     check_choice,
     check_device,
@@ -37,15 +39,15 @@ from sppo_kernels._common import (
     pick_backend,
     reject,
 )
-from sppo_kernels._head import EXACT_FROM_KEPT, Gradients, Head, Kept, Results, plan, where
-from sppo_kernels.ops.selective_logprobs import (
+from .._head import EXACT_FROM_KEPT, Gradients, Head, Kept, Results, plan, where
+from .selective_logprobs import (
     LogprobOutput,
     check_label_and_temperature_values,
     check_softcap,
     check_temperature,
     temperature_per_row,
 )
-from sppo_kernels.ops.selective_logprobs import reference as selective_reference
+from .selective_logprobs import reference as selective_reference
 
 BACKWARDS = ("auto", "recompute", "cache", "sparse")
 _CHUNK_BYTES_CPU = 1 << 28
@@ -424,7 +426,7 @@ def over_ranks(group: str, count: Tensor, dropped: Tensor) -> tuple[Tensor, Tens
     return torch.where(exact > 0, -1, total.int()), dropped
 
 
-_linear_logprobs = torch.library.custom_op("sppo_kernels::linear_logprobs", _forward, mutates_args=())
+_linear_logprobs = torch.library.custom_op(f"{NAMESPACE}::linear_logprobs", _forward, mutates_args=())
 
 
 @_linear_logprobs.register_fake
@@ -492,7 +494,7 @@ def _backward(
 
 
 _linear_logprobs_backward = torch.library.custom_op(
-    "sppo_kernels::linear_logprobs_backward", _backward, mutates_args=()
+    f"{NAMESPACE}::linear_logprobs_backward", _backward, mutates_args=()
 )
 
 
@@ -531,12 +533,12 @@ _linear_logprobs.register_autograd(_grad, setup_context=_save)
 # FlopCounterMode does not see into a registered operation; it is told what the chunks below will multiply.
 
 
-@register_flop_formula(torch.ops.sppo_kernels.linear_logprobs, get_raw=True)
+@register_flop_formula(OPS.linear_logprobs, get_raw=True)
 def _forward_flops(hiddens, weights, bias, labels, temperature, softcap, ignore_index, *_, **__) -> int:
     return 2 * how_many(labels != ignore_index) * sum(weight.numel() for weight in weights)
 
 
-@register_flop_formula(torch.ops.sppo_kernels.linear_logprobs_backward, get_raw=True)
+@register_flop_formula(OPS.linear_logprobs_backward, get_raw=True)
 def _backward_flops(
     grad_logprobs, grad_entropy, hiddens, weights, bias, labels, tau, entropy, stats, kept, slots, value, count, row,
     needs, softcap, ignore_index, *_, **__,

@@ -31,12 +31,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sppo_kernels import _vocab_shard as vocab_shard
-from sppo_kernels._common import as_normalizer, check_device, check_floating, check_integer, check_shape, reject
-from sppo_kernels._head import Gradients, Head, plan, split, where
-from sppo_kernels.ops.linear_logprobs import Certificate, checked, how_many, over_ranks
-from sppo_kernels.ops.linear_logprobs import reference as linear_reference
-from sppo_kernels.ops.policy_loss import (
+from .. import _vocab_shard as vocab_shard
+from .._common import NAMESPACE, OPS, as_normalizer, check_device, check_floating, check_integer, check_shape, reject
+from .._head import Gradients, Head, plan, split, where
+from .linear_logprobs import Certificate, checked, how_many, over_ranks
+from .linear_logprobs import reference as linear_reference
+from .policy_loss import (
     BACKENDS,
     METRICS,
     PolicyLossOutput,
@@ -46,8 +46,8 @@ from sppo_kernels.ops.policy_loss import (
     is_per_token,
     named,
 )
-from sppo_kernels.ops.policy_loss import reference as policy_reference
-from sppo_kernels.ops.selective_logprobs import check_label_and_temperature_values
+from .policy_loss import reference as policy_reference
+from .selective_logprobs import check_label_and_temperature_values
 
 _log = logging.getLogger(__name__)
 
@@ -333,7 +333,7 @@ def _held_in(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-_linear_policy_loss = torch.library.custom_op("sppo_kernels::linear_policy_loss", _forward, mutates_args=())
+_linear_policy_loss = torch.library.custom_op(f"{NAMESPACE}::linear_policy_loss", _forward, mutates_args=())
 
 
 @_linear_policy_loss.register_fake
@@ -369,7 +369,7 @@ def _grad(ctx, grad_loss, *_):
 _linear_policy_loss.register_autograd(_grad, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.sppo_kernels.linear_policy_loss, get_raw=True)
+@register_flop_formula(OPS.linear_policy_loss, get_raw=True)
 def _flops(hiddens, weights, bias, labels, temperature, softcap, ignore_index, *rest: Any, out_val: Any) -> int:
     """All that bear loss go forward; those with a coefficient back, the logits made again where E was not kept."""
     entries, coefficient = out_val[5], out_val[6]

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sppo_kernels._common import (
+from .._common import (
+    NAMESPACE,
     as_normalizer,
     check_choice,
     check_device,
@@ -41,13 +42,13 @@ from sppo_kernels._common import (
     reject,
     values_are_checked,
 )
-from sppo_kernels.tuning import Config, Tunable
+from ..tuning import Config, Tunable
 
 try:
     import triton
     import triton.language as tl
 
-    from sppo_kernels._triton import is_last_program
+    from .._triton import is_last_program
 except ImportError:
     triton = None
 
@@ -436,7 +437,7 @@ def _rollout_weight(old, rollout, gap, sum_in_sequence, total, sequence, n, toke
 # The registered operation
 
 
-@torch.library.custom_op("sppo_kernels::policy_loss", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::policy_loss", mutates_args=())
 def _policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sppo_kernels._common import (
+from .._common import (
+    NAMESPACE,
     as_normalizer,
     check_device,
     check_floating,
@@ -36,7 +37,7 @@ try:
     import triton
     import triton.language as tl
 
-    from sppo_kernels._triton import is_last_program
+    from .._triton import is_last_program
 except ImportError:
     triton = None
 
@@ -193,7 +194,7 @@ def _rows_and_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
 # The registered operations
 
 
-@torch.library.custom_op("sppo_kernels::prompt_value_logits", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::prompt_value_logits", mutates_args=())
 def _prompt_value_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, last_index: Tensor, backend: str
 ) -> Tensor:
@@ -207,7 +208,7 @@ def _(hidden, weight, bias, last_index, backend):
     return hidden.new_empty(last_index.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("sppo_kernels::prompt_value_loss", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::prompt_value_loss", mutates_args=())
 def _prompt_value_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -230,7 +231,7 @@ def _(hidden, weight, bias, last_index, outcomes, normalizer, backend):
     return hidden.new_empty((), dtype=torch.float32), new(), new(), new()
 
 
-@torch.library.custom_op("sppo_kernels::prompt_value_grad_hidden", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::prompt_value_grad_hidden", mutates_args=())
 def _grad_hidden(grad_logits: Tensor, hidden: Tensor, weight: Tensor, last_index: Tensor, backend: str) -> Tensor:
     return _BACKENDS[backend].grad_hidden(grad_logits, hidden, weight, last_index)
 
@@ -240,7 +241,7 @@ def _(grad_logits, hidden, weight, last_index, backend):
     return torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
 
 
-@torch.library.custom_op("sppo_kernels::prompt_value_grad_weight", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::prompt_value_grad_weight", mutates_args=())
 def _grad_weight(grad_logits: Tensor, hidden: Tensor, weight: Tensor, last_index: Tensor, backend: str) -> Tensor:
     return _BACKENDS[backend].grad_weight(grad_logits, hidden, weight, last_index)
 

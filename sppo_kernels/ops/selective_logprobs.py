@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sppo_kernels._common import (
+from .._common import (
+    NAMESPACE,
     check_device,
     check_floating,
     check_integer,
@@ -30,13 +31,13 @@ from sppo_kernels._common import (
     reject,
     values_are_checked,
 )
-from sppo_kernels.tuning import Config, Tunable
+from ..tuning import Config, Tunable
 
 try:
     import triton
     import triton.language as tl
 
-    from sppo_kernels._triton import tanh
+    from .._triton import tanh
 except ImportError:
     triton = None
 
@@ -169,7 +170,7 @@ def check_label_and_temperature_values(
 # The registered operation
 
 
-@torch.library.custom_op("sppo_kernels::selective_logprobs", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::selective_logprobs", mutates_args=())
 def _selective_logprobs(
     logits: Tensor, labels: Tensor, temperature: Tensor, softcap: float, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,7 +185,7 @@ def _(logits, labels, temperature, softcap, ignore_index, backend):
     return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (2, n)))
 
 
-@torch.library.custom_op("sppo_kernels::selective_logprobs_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::selective_logprobs_backward", mutates_args=())
 def _selective_logprobs_backward(
     grad_logprobs: Tensor,
     grad_entropy: Tensor,

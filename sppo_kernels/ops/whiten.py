@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sppo_kernels._common import check_device, check_floating, check_shape, check_tensor, pick_backend
+from .._common import NAMESPACE, check_device, check_floating, check_shape, check_tensor, pick_backend
 
 try:
     import triton
@@ -58,7 +58,7 @@ def reference(x: Tensor, mask: Tensor) -> Tensor:
     return deviation * torch.rsqrt(deviation.square().sum() / (n - 1).clamp(min=1) + EPS)
 
 
-@torch.library.custom_op("sppo_kernels::whiten", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::whiten", mutates_args=())
 def _whiten(x: Tensor, mask: Tensor, backend: str) -> Tensor:
     return _BACKENDS[backend](x, mask)
 

@@ -1,0 +1,158 @@
+"""The operations as a kernel of the Hugging Face hub: built by its command, loaded by the library ``kernels``."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kernels import Metadata
+from kernels._rust import Digest, DigestAlgorithm
+
+import sppo_kernels
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("kernel")
+    subprocess.run([sys.executable, ROOT / "hub_kernel/build.py", out_dir], check=True)
+    return out_dir
+
+
+def python(code: str, built: Path) -> None:
+    """Run ``code``, which finds the build in OUT_DIR, in a Python of its own; what it asserts must hold."""
+    environment = {
+        **os.environ,
+        "OUT_DIR": str(built),
+        "LOCAL_KERNELS": f"OWNER/sppo-kernels={built}",  # what get_kernel loads under this name
+        "HF_HUB_OFFLINE": "1",
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_metadata_describes_the_files(built):
+    variants = sorted((built / "build").glob("torch-*"))
+    described = [Metadata.read_from_file(variant / "metadata.json") for variant in variants]
+    assert [str(m.backend.backend_type).lower() for m in described] == ["cpu", "cuda", "rocm", "xpu"]
+    assert len({m.id for m in described}) == 4
+    for variant, m in zip(variants, described, strict=True):
+        assert variant.name == f"torch-{str(m.backend.backend_type).lower()}"
+        assert m.name.python_name == "sppo_kernels"
+        assert m.version == int(sppo_kernels.__version__.split(".")[0])
+        m.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
+
+
+def test_imports_are_relative_or_of_torch_and_triton(built):
+    """A rule of the hub: nothing else is there where a kernel is loaded, and the kernel itself has another name."""
+    allowed = {"torch", "triton", *sys.stdlib_module_names}
+    for path in (built / "build/torch-cuda").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module]
+            else:
+                continue
+            assert {module.split(".")[0] for module in modules} <= allowed, f"{path}:{node.lineno}"
+
+
+def test_beside_the_installed_package(built):
+    """Both copies in one process give the same bits, each through operations of its own."""
+    python(
+        """
+import os
+from pathlib import Path
+
+import torch
+from kernels import get_local_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sppo_kernels
+
+hub = get_local_kernel(Path(os.environ["OUT_DIR"]))
+assert Path(hub.__file__).is_relative_to(os.environ["OUT_DIR"])
+assert not Path(sppo_kernels.__file__).is_relative_to(os.environ["OUT_DIR"])
+
+torch.manual_seed(0)
+n, vocabulary, width = 7, 33, 8
+hidden, weight, head = (torch.randn(*shape) for shape in ((n, width), (vocabulary, width), (1, width)))
+labels = torch.randint(vocabulary, (n,))
+old, advantages = -torch.rand(n), torch.tensor([0.5, -0.5])
+cu_seqlens = torch.tensor([0, 4, n], dtype=torch.int32)
+last, outcomes = torch.tensor([2, 6]), torch.tensor([1.0, 0.0])
+
+CALLS = {
+    "linear_logprobs": lambda f, h, w, v, **to: f(h, w, labels, **to),
+    "linear_policy_loss": lambda f, h, w, v, **to: f(h, w, labels, old, advantages, cu_seqlens=cu_seqlens, **to),
+    "selective_logprobs": lambda f, h, w, v, **to: f(h @ w.T, labels, **to),
+    "policy_loss": lambda f, h, w, v, **to: f(h.sum(-1) / 9, old, advantages, cu_seqlens=cu_seqlens, **to),
+    "prompt_value_loss": lambda f, h, w, v, **to: f(h, v, last, outcomes, **to),
+}
+
+class Namespaces(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        seen.add(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+def run(package, name, backend):
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, head)]
+    first = CALLS[name](getattr(package, name), *leaves, backend=backend)[0]
+    grads = torch.autograd.grad(first.sum(), leaves, allow_unused=True)
+    return first.detach(), *(g for g in grads if g is not None)
+
+for name in CALLS:
+    for backend in ("torch", "triton"):
+        results = {}
+        for package in (sppo_kernels, hub):
+            seen = set()
+            with Namespaces():
+                results[package] = run(package, name, backend)
+            assert seen - {"aten", "prim"} == {package.__name__}, (name, backend, seen)
+        ours, theirs = results[sppo_kernels], results[hub]
+        assert len(ours) > 1
+        assert all(map(torch.equal, ours, theirs)), (name, backend)
+""",
+        built,
+    )
+
+
+def test_every_backend_loads_and_the_card_runs_without_the_installed_package(built):
+    card = (built / "build/CARD.md").read_text()
+    example = card.split("```python\n")[1].split("```")[0]
+    python(
+        f"""
+import sys
+
+sys.modules["sppo_kernels"] = None  # importing it raises ImportError
+
+{example}
+import os
+from pathlib import Path
+
+from kernels import get_local_kernel
+
+assert hidden.grad.abs().sum() > 0 and lm_head.grad.shape == lm_head.shape
+variants = sorted((Path(os.environ["OUT_DIR"]) / "build").glob("torch-*"))
+modules = [get_local_kernel(variant) for variant in variants]
+assert [Path(module.__file__).parent for module in modules] == variants
+assert sppo_kernels in modules
+for module in modules:
+    assert module.whiten(torch.randn(3), torch.ones(3)).shape == (3,)
+    assert hasattr(getattr(torch.ops, module.__name__), "whiten")
+assert not hasattr(torch.ops.sppo_kernels, "whiten")
+""",
+        built,
+    )
+
+
+def test_a_folder_that_holds_a_build_is_refused(built):
+    command = [sys.executable, ROOT / "hub_kernel/build.py", built]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "delete it" in done.stderr
