@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-gpu lint format bench bench-gpu clean
+.PHONY: quickstart test test-gpu test-verl lint format bench bench-gpu clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/sppo train quickstart
@@ -16,6 +16,10 @@ test: $(VENV)/ready
 
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+# Against the real verl, whose requirements clash with those of the trainer here.
+test-verl: $(VENV)-verl/ready
+	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests/integrations/test_verl.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -42,5 +46,11 @@ $(VENV)/ready: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+$(VENV)-verl/ready: setup.py tests/integrations/requirements-verl.txt
+	$(PYTHON) -m venv $(VENV)-verl
+	$(VENV)-verl/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)-verl/bin/python -m pip install --quiet --editable . --requirement tests/integrations/requirements-verl.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-verl build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -59,5 +59,8 @@ setup(
             "kernels==0.17.2",  # loads what hub_kernel/build.py writes
         ],
     },
-    entry_points={"console_scripts": ["sppo = sppo.cli:main"]},
+    entry_points={
+        "console_scripts": ["sppo = sppo.cli:main"],
+        "verl.plugins": ["sppo_seq = sppo_kernels.integrations.verl_plugin"],
+    },
 )

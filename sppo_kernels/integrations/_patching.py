@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib import metadata
@@ -12,9 +13,14 @@ Name = tuple[ModuleType | type, str]
 
 
 class Patch:
-    """What has been replaced in one package, and what stood there before anything was."""
+    """What has been replaced in one package, and what stood there before anything was.
 
-    def __init__(self) -> None:
+    With ``package`` a name is replaced, and put back, in every loaded module of that package which holds the same
+    object under it: ``from a import name`` binds it once more.
+    """
+
+    def __init__(self, package: str | None = None) -> None:
+        self._package = package
         self._originals: dict[Name, Any] = {}
 
     def apply(self, replacements: Mapping[Name, Any]) -> ExitStack:
@@ -23,15 +29,22 @@ class Patch:
         for (owner, name), replacement in replacements.items():
             found = getattr(owner, name)
             self._originals.setdefault((owner, name), found)
-            setattr(owner, name, replacement)
-            undo.callback(setattr, owner, name, found)
+            self._put(owner, name, replacement)
+            undo.callback(self._put, owner, name, found)
         return undo
 
     def restore(self) -> None:
         """Put back what stood there before the first of all that was applied; nothing where nothing was."""
         for (owner, name), original in self._originals.items():
-            setattr(owner, name, original)
+            self._put(owner, name, original)
         self._originals.clear()
+
+    def _put(self, owner: ModuleType | type, name: str, new: Any) -> None:
+        old = getattr(owner, name)
+        setattr(owner, name, new)
+        for path, module in list(sys.modules.items()):
+            if path.split(".")[0] == self._package and vars(module).get(name) is old:
+                setattr(module, name, new)
 
 
 def check_version(package: str, known: Sequence[str]) -> None:

@@ -1,0 +1,280 @@
+"""SPPO in verl: an advantage estimator, a policy loss, a critic loss, and fused log-probabilities under the actor.
+
+verl 0.9 loads this by itself where both are installed (entry-point group ``verl.plugins``), in each of its processes.
+That changes no run: what is added has names of its own, which the configuration asks for.
+
+    algorithm.adv_estimator=sppo_seq critic.enable=True       A = R - sigmoid(the critic at the last prompt token)
+    actor_rollout_ref.actor.policy_loss.loss_mode=sppo_seq    clipped and dual-clipped, in one launch
+    critic.loss_agg_mode=sppo_seq                             binary cross-entropy at the last prompt token
+    actor_rollout_ref.model.use_fused_kernels=True            linear_logprobs in place of logits
+    actor_rollout_ref.model.fused_kernel_options.impl_backend=sppo_kernels
+
+``loss_mode`` may also be ``sppo_seq_mean`` or ``sppo_seq_sum``: the ratio of whole responses, per token (GSPO's) or
+exact. verl's critic reads prompt and response, of which SPPO uses one position: causal attention lets that one see the
+prompt alone, at the price of a forward and backward over responses that this package's own trainer does not pay.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.linear_logprobs import linear_logprobs
+from ..ops.policy_loss import policy_loss
+from ._patching import Patch, check_version
+
+VERSIONS = ("0.9",)
+NAME = "sppo_seq"  # "sppo" is Self-Play Preference Optimization's
+FUSED_BACKEND = "sppo_kernels"
+RATIO_LEVELS = {NAME: "token", f"{NAME}_mean": "sequence_mean", f"{NAME}_sum": "sequence_sum"}
+_patch = Patch("verl")
+
+
+def patch() -> ExitStack:
+    """Add all of the above to verl in this process; nothing where it is there already.
+
+    Returns:
+        A context manager that takes it away again on exit if it was this call that added it.
+
+    Raises:
+        ImportError: verl is missing, or of a version that this was not tested with.
+    """
+    check_version("verl", VERSIONS)
+    from verl.models.transformers import monkey_patch
+    from verl.trainer.ppo import core_algos, ray_trainer
+    from verl.utils.experimental import torch_functional
+    from verl.workers.utils import losses
+
+    undo = ExitStack()
+    if NAME in core_algos.POLICY_LOSS_REGISTRY:
+        return undo
+    for name, ratio_level in RATIO_LEVELS.items():
+        core_algos.register_policy_loss(name)(partial(sppo_policy_loss, ratio_level))
+    core_algos.register_adv_est(NAME)(sppo_advantages)
+    backends = monkey_patch.patch_forward_with_backends
+    _patch.apply(
+        {
+            (ray_trainer, "compute_advantage"): partial(_compute_advantage, ray_trainer.compute_advantage),
+            (losses, "value_loss"): partial(_value_loss, losses.value_loss),
+            (torch_functional, "FusedLinearForPPO"): _fused_linear_class(torch_functional.FusedLinearForPPO),
+            (monkey_patch, "patch_forward_with_backends"): partial(_use_backend, backends),
+        }
+    )
+    undo.callback(unpatch)
+    return undo
+
+
+def unpatch() -> None:
+    """Take everything away again; nothing where nothing was added."""
+    _patch.restore()
+    core_algos = sys.modules.get("verl.trainer.ppo.core_algos")
+    if core_algos is not None:
+        core_algos.ADV_ESTIMATOR_REGISTRY.pop(NAME, None)
+        for name in RATIO_LEVELS:
+            core_algos.POLICY_LOSS_REGISTRY.pop(name, None)
+
+
+# Advantages: on the driver, once an update
+
+
+def sppo_advantages(
+    token_level_rewards: Tensor, response_mask: Tensor, values: Tensor | None = None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """``A = R - V(prompt)``, the same for each token of a response (SPPO, arXiv 2604.08865), not whitened.
+
+    Args:
+        token_level_rewards: ``[B, T]``; the outcome ``R`` is their sum over the response, in [0, 1].
+        response_mask: ``[B, T]``, 1 where a token is the response's.
+        values: ``[B, T]``, as verl's critic gives them: the logit of success is at the first position, that is at the
+            last token of the prompt.
+
+    Returns:
+        advantages ``[B, T]``, and returns ``[B, T]``: the outcome, what the critic learns; both 0 outside the mask.
+
+    Raises:
+        ValueError: no values; outcomes outside [0, 1].
+    """
+    if values is None:
+        raise ValueError(f"adv_estimator={NAME} needs the critic's values: set critic.enable=True")
+    mask = response_mask.to(torch.float32)
+    outcomes = (token_level_rewards * mask).sum(-1)
+    if not ((outcomes >= 0) & (outcomes <= 1)).all():
+        raise ValueError(
+            f"adv_estimator={NAME}: the rewards of a response must sum to an outcome in [0, 1], got "
+            f"{outcomes.min():.3g} to {outcomes.max():.3g}: use a reward in [0, 1], and no KL penalty in it "
+            "(algorithm.use_kl_in_reward=False)"
+        )
+    advantages = outcomes - torch.sigmoid(values[:, 0].float())
+    return advantages[:, None] * mask, outcomes[:, None] * mask
+
+
+def _compute_advantage(original: Any, data: Any, adv_estimator: str, *args: Any, **kwargs: Any) -> Any:
+    """``verl.trainer.ppo.ray_trainer.compute_advantage``, which hands values to no estimator but its own GAE."""
+    if adv_estimator != NAME:
+        return original(data, adv_estimator, *args, **kwargs)
+    batch = data.batch
+    batch["advantages"], batch["returns"] = sppo_advantages(
+        batch["token_level_rewards"], batch["response_mask"], batch.get("values", None)
+    )
+    return data
+
+
+# The policy's loss: on each actor
+
+
+def sppo_policy_loss(
+    ratio_level: str,
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """verl's signature of a policy loss, over :func:`sppo_kernels.policy_loss`.
+
+    With the token ratio it is verl's ``vanilla`` loss, dual clip ``clip_ratio_c`` included, except that the log-ratio
+    is not clamped to 20: there the gradient would vanish just where a bad token should be pushed off. With
+    ``sequence_mean`` it is verl's ``gspo``, dual-clipped.
+
+    Args:
+        ratio_level: of :func:`sppo_kernels.policy_loss`.
+        old_log_prob, log_prob, advantages, response_mask: ``[B, T]``.
+        loss_agg_mode: any of verl's five; the ratio of whole responses is averaged over them, and wants
+            ``seq-mean-token-mean``.
+        config: verl's ``ActorConfig``.
+        rollout_is_weights: ``[B, T]``, at least 0.
+
+    Returns:
+        the loss, 0-d, and verl's three metrics.
+
+    Raises:
+        ValueError: another ``loss_agg_mode``; a data-parallel group without the counts of the whole batch.
+    """
+    if ratio_level != "token" and loss_agg_mode != "seq-mean-token-mean":
+        raise ValueError(
+            f"loss_agg_mode must be 'seq-mean-token-mean' where the ratio is a whole response's, got {loss_agg_mode!r}"
+        )
+    if rollout_is_weights is not None:
+        advantages = advantages * rollout_is_weights  # at least 0: they change no sign, and so no choice of a clip
+    aggregation, normalizer = _aggregation(loss_agg_mode, response_mask, **config.global_batch_info)
+    loss, metrics = policy_loss(
+        log_prob,
+        old_log_prob,
+        advantages,
+        mask=response_mask,
+        ratio_level=ratio_level,
+        clip_low=config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low,
+        clip_high=config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high,
+        dual_clip=config.get("clip_ratio_c", 3.0),
+        aggregation=aggregation,
+        normalizer=normalizer,
+    )
+    names = ("clip_fraction", "approx_kl", "dual_clip_fraction")
+    values = torch.stack([metrics[name] for name in names]).tolist()
+    return loss, dict(zip(("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"), values, strict=True))
+
+
+def _aggregation(
+    mode: str,
+    mask: Tensor,
+    dp_size: int = 1,
+    batch_num_tokens: float | None = None,
+    global_batch_size: float | None = None,
+    loss_scale_factor: float | None = None,
+) -> tuple[str, float | Tensor | None]:
+    """``verl.trainer.ppo.core_algos.agg_loss``: its aggregation and normalizer here. Its gradients are averaged over
+    ``dp_size`` ranks, so that each rank's part of the whole counts ``dp_size`` times.
+    """
+    if mode == "token-sum":
+        return "token-mean", 1 / dp_size
+    name = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
+    count = batch_num_tokens if mode == "token-mean" else global_batch_size
+    if count is None and dp_size > 1:
+        raise ValueError(f"{name} must be given with dp_size = {dp_size}, got None")
+    if mode != "seq-mean-token-sum-norm":
+        return mode, None if count is None else count / dp_size
+    sequences = mask.bool().any(-1).sum().clamp(min=1) if count is None else count / dp_size
+    return "seq-mean-token-sum", sequences * (mask.shape[-1] if loss_scale_factor is None else loss_scale_factor)
+
+
+# The critic's loss: on each critic
+
+
+def _value_loss(original: Any, config: Any, model_output: Any, data: Any, dp_group: Any = None) -> Any:
+    """``verl.workers.utils.losses.value_loss``, and that of SPPO where ``critic.loss_agg_mode`` names it."""
+    return (sppo_value_loss if config.loss_agg_mode == NAME else original)(config, model_output, data, dp_group)
+
+
+def sppo_value_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None) -> tuple[Tensor, dict[str, Any]]:
+    """verl's signature of a critic loss: mean binary cross-entropy of the outcome, with the logit at the last token of
+    the prompt; a response without tokens does not count.
+
+    Args:
+        config: verl's ``CriticConfig``.
+        model_output: ``values``, nested ``[B, prompt + response]`` or packed, the logits.
+        data: verl's ``TensorDict``: ``returns`` and ``response_mask`` ``[B, T]``, and what its losses take besides.
+
+    Returns:
+        the loss, 0-d, divided by the whole batch's size where verl gives it, and verl's three metrics.
+    """
+    from verl.utils.metric import AggregationType, Metric
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    logits = no_padding_2_padding(model_output["values"], data)[:, 0].float()
+    count, dp_size = data["global_batch_size"], data["dp_size"]
+    padded = data.select("returns", "response_mask").to_padded_tensor()
+    bears_loss = padded["response_mask"].bool().any(-1)
+    outcomes = padded["returns"].amax(-1).to(logits)
+    each = F.binary_cross_entropy_with_logits(logits, outcomes, reduction="none").where(bears_loss, 0.0)
+    loss = each.sum() / (bears_loss.sum().clamp(min=1) if count is None else count) * dp_size
+    kind = AggregationType.MEAN if count is None and dp_size == 1 else AggregationType.SUM
+    values = torch.sigmoid(logits.detach()).where(bears_loss, 0.0)
+    return loss, {
+        "critic/vf_loss": Metric(value=loss, aggregation=kind),
+        "critic/vf_clipfrac": 0.0,
+        "critic/vpred_mean": (values.sum() / bears_loss.sum().clamp(min=1)).item(),
+    }
+
+
+# Log-probabilities under the actor
+
+
+def _use_backend(
+    original: Any, model: Any, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None
+) -> None:
+    """``verl.models.transformers.monkey_patch.patch_forward_with_backends``, which knows no further backend.
+
+    verl's forward for its backend "torch" makes the hidden states and hands them, with the head, to FusedLinearForPPO.
+    """
+    ours = use_fused_kernels and fused_kernels_backend == FUSED_BACKEND
+    original(model, use_fused_kernels, "torch" if ours else fused_kernels_backend)
+    if ours:
+        model._verl_fused_kernels_backend = FUSED_BACKEND
+
+
+def _fused_linear_class(original: type) -> type:
+    """``verl.utils.experimental.torch_functional.FusedLinearForPPO`` with one more backend."""
+
+    class FusedLinearForPPO(original):
+        def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+            super().__init__(chunk_size, "torch" if impl_backend == FUSED_BACKEND else impl_backend)
+            self.impl_backend = impl_backend
+
+        def forward(
+            self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+        ) -> tuple[Tensor, Tensor]:
+            """hidden_states [..., H], vocab_weights [V, H], input_ids [...] -> log-probabilities, entropies [...]."""
+            if self.impl_backend != FUSED_BACKEND:
+                return super().forward(hidden_states, vocab_weights, input_ids, temperature)
+            logprobs, entropy = linear_logprobs(hidden_states, vocab_weights, input_ids, temperature=temperature)
+            return logprobs, entropy
+
+    return FusedLinearForPPO

@@ -1,0 +1,376 @@
+"""Against the real verl, on a CPU: its own losses, advantages, forward, configuration and worker processes."""
+
+import importlib
+import subprocess
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from hydra import compose, initialize_config_module
+from tensordict import TensorDict
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from verl.models.transformers import monkey_patch
+from verl.protocol import DataProto
+from verl.trainer.ppo import core_algos, ray_trainer
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.trainer.ppo.v1 import trainer_base
+from verl.trainer.ppo.v1 import utils as trainer_utils
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+from verl.utils.experimental import torch_functional
+from verl.utils.import_utils import load_extern_object
+from verl.workers.config import ActorConfig, CriticConfig
+from verl.workers.utils import losses
+
+from sppo_kernels.integrations import verl as ours
+from sppo_kernels.integrations import verl_plugin
+
+ROOT = Path(__file__).parents[2]
+
+# verl has loaded the plugin when it was imported.
+assert "sppo_seq" in core_algos.POLICY_LOSS_REGISTRY
+ours.unpatch()
+ORIGINAL_VALUE_LOSS = losses.value_loss
+ORIGINAL_COMPUTE_ADVANTAGE = ray_trainer.compute_advantage
+ORIGINAL_FUSED_LINEAR = torch_functional.FusedLinearForPPO
+MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+WHOLE_BATCH = {"dp_size": 4, "batch_num_tokens": 50, "global_batch_size": 12}
+
+
+@pytest.fixture(autouse=True)
+def patched():
+    ours.patch()
+
+
+def actor_config(**changes):
+    config = {"strategy": "fsdp", "rollout_n": 1, "ppo_micro_batch_size_per_gpu": 1, "clip_ratio_high": 0.3}
+    return ActorConfig(**(config | changes))
+
+
+def batch(rows=5, length=7, spread=0.4, seed=0):
+    """log_prob, old_log_prob, advantages, response_mask: ragged, one row empty, advantages of both signs."""
+    torch.manual_seed(seed)
+    log_prob = torch.randn(rows, length) - 2
+    mask = (torch.arange(length) < torch.tensor([7, 3, 0, 5, 1])[:rows, None]).float()
+    advantages = torch.linspace(-1, 1, rows)[:, None] * mask
+    return {
+        "old_log_prob": log_prob + spread * torch.randn(rows, length),
+        "log_prob": log_prob.requires_grad_(),
+        "advantages": advantages,
+        "response_mask": mask,
+    }
+
+
+def loss_of(name, inputs, mode, config, **extra):
+    loss, metrics = core_algos.get_policy_loss_fn(name)(**inputs, loss_agg_mode=mode, config=config, **extra)
+    (gradient,) = torch.autograd.grad(loss, inputs["log_prob"])
+    return loss, gradient, metrics
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "info", [{}, WHOLE_BATCH, {**WHOLE_BATCH, "loss_scale_factor": 9}], ids=["local", "dp", "scaled"]
+)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("spread", [0.4, 3.0])
+def test_token_ratio_is_vanilla(mode, info, weighted, spread):
+    """Value, gradient and metrics of verl's PPO loss, in all its aggregations; at spread 3 the dual clip bites."""
+    inputs, config = batch(spread=spread), actor_config(global_batch_info=info)
+    extra = {"rollout_is_weights": torch.rand(5, 7) * 2} if weighted else {}
+    expected = loss_of("vanilla", inputs, mode, config, **extra)
+    torch.testing.assert_close(loss_of("sppo_seq", inputs, mode, config, **extra), expected)
+    assert expected[2]["actor/pg_clipfrac"] > 0
+    assert spread < 1 or expected[2]["actor/pg_clipfrac_lower"] > 0
+
+
+@pytest.mark.parametrize("info", [{}, WHOLE_BATCH], ids=["local", "dp"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sequence_mean_is_gspo(info, weighted):
+    """verl's GSPO has no dual clip: with that out of reach value, gradient and share of clipped tokens are its own."""
+    inputs, config = (
+        batch(),
+        actor_config(global_batch_info=info, clip_ratio_c=1e9, clip_ratio_low=3e-2, clip_ratio_high=4e-2),
+    )
+    extra = {"rollout_is_weights": torch.rand(5, 7) * 2} if weighted else {}
+    loss, gradient, _ = loss_of("sppo_seq_mean", inputs, "seq-mean-token-mean", config, **extra)
+    expected_loss, expected_gradient, _ = loss_of("gspo", inputs, "seq-mean-token-mean", config, **extra)
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(gradient, expected_gradient)
+    assert (gradient.abs().sum(-1) == 0).any()  # of an empty row and of a clipped one
+    assert gradient.abs().sum() > 0
+
+
+def test_sequence_sum():
+    """The exact bandit ratio, dual-clipped: what its definition gives in float64."""
+    inputs, config = batch(spread=1.0), actor_config()
+    loss, gradient, _ = loss_of("sppo_seq_sum", inputs, "seq-mean-token-mean", config)
+    x = {name: tensor.detach().double() for name, tensor in inputs.items()}
+    log_prob, mask = x["log_prob"].requires_grad_(), x["response_mask"]
+    ratio = ((log_prob - x["old_log_prob"]) * mask).sum(-1).exp()
+    advantage = x["advantages"][:, 0]
+    each = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.3))
+    each = torch.where(advantage < 0, each.minimum(-3 * advantage), each)
+    expected = each[mask.any(-1)].mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, log_prob)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sppo_seq_mean", "sppo_seq_sum"])
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "seq-mean-token-mean"])
+def test_whole_responses_are_averaged_over_responses(name, mode):
+    with pytest.raises(ValueError, match=f"loss_agg_mode must be 'seq-mean-token-mean' .*, got '{mode}'"):
+        loss_of(name, batch(), mode, actor_config())
+
+
+@pytest.mark.parametrize(
+    ("mode", "count"), [("token-mean", "batch_num_tokens"), ("seq-mean-token-sum", "global_batch_size")]
+)
+def test_a_group_without_counts(mode, count):
+    with pytest.raises(ValueError, match=f"{count} must be given with dp_size = 2, got None"):
+        loss_of("sppo_seq", batch(), mode, actor_config(global_batch_info={"dp_size": 2}))
+
+
+def test_a_far_bad_token_keeps_its_gradient():
+    """Where verl's clamp of the log-ratio leaves none: a token whose probability fell by e^21, then dual clip apart."""
+    inputs = batch(spread=0.0)
+    inputs["old_log_prob"] = inputs["log_prob"].detach() + 21.0
+    config = actor_config()
+    assert loss_of("vanilla", inputs, "token-mean", config)[1].abs().sum() == 0
+    assert loss_of("sppo_seq", inputs, "token-mean", config)[1].abs().sum() > 0
+
+
+def training_data(rows=5, prompt=4, length=7):
+    """What verl hands its losses: prompts and responses without padding, the rest padded, counts of the whole batch."""
+    inputs = batch(rows, length)
+    lengths = inputs["response_mask"].sum(-1).long()
+    nested = lambda rows: torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    data = TensorDict(
+        {
+            "prompts": nested([torch.ones(prompt + i % 2, dtype=torch.long) for i in range(rows)]),
+            "responses": nested([torch.ones(int(n), dtype=torch.long) for n in lengths]),
+            "response_mask": nested([torch.ones(int(n)) for n in lengths]),
+            "old_log_probs": nested([x[:n] for x, n in zip(inputs["old_log_prob"], lengths, strict=True)]),
+            "advantages": nested([x[:n] for x, n in zip(inputs["advantages"], lengths, strict=True)]),
+            "returns": nested([torch.full((int(n),), float(i % 2)) for i, n in enumerate(lengths)]),
+            "values": nested([torch.zeros(int(n)) for n in lengths]),
+        },
+        batch_size=rows,
+    )
+    for name, value in {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None}.items():
+        tu.assign_non_tensor(data, **{name: value})
+    whole = [prompt + i % 2 + int(n) for i, n in enumerate(lengths)]
+    output = torch.randn(sum(whole)) - 2
+    return data, output.requires_grad_(), whole
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+def test_through_the_actors_loss(mode):
+    """verl.workers.utils.losses.ppo_loss with loss_mode=sppo_seq: the loss and gradient that vanilla gives there."""
+    results = []
+    for name in ("vanilla", "sppo_seq"):
+        data, output, _ = training_data()
+        config = actor_config(loss_agg_mode=mode, policy_loss={"loss_mode": name})
+        data = data.exclude("values", "returns")
+        loss, metrics = losses.ppo_loss(config, {"log_probs": output}, data)
+        results.append((loss.detach(), *torch.autograd.grad(loss, output)))
+        assert {"actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"} <= metrics.keys()
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("counts", [{}, {"dp_size": 4, "batch_num_tokens": 50, "global_batch_size": 12}])
+def test_critic_loss(counts):
+    """Binary cross-entropy with the logit at the last prompt token, which alone has a gradient. Other modes: verl's."""
+    data, output, whole = training_data()
+    tu.assign_non_tensor(data, **counts)
+    critic = lambda mode: CriticConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=1, loss_agg_mode=mode)
+    loss, metrics = losses.value_loss(critic("sppo_seq"), {"values": output}, data)
+    (gradient,) = torch.autograd.grad(loss, output)
+    ends = np.cumsum(whole)
+    prompts = data["prompts"].offsets().diff().tolist()
+    last = [end - n + prompt - 1 for end, n, prompt in zip(ends, whole, prompts, strict=True)]
+    bearing = [i for i in range(5) if i != 2]  # the third response is empty
+    logits = output.detach()[[last[i] for i in bearing]].double().requires_grad_()
+    outcomes = torch.tensor([float(i % 2) for i in bearing], dtype=torch.float64)
+    each = torch.nn.functional.binary_cross_entropy_with_logits(logits, outcomes, reduction="sum")
+    expected = each / 12 * 4 if counts else each / 4
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient[[last[i] for i in bearing]].double(), expected_gradient, rtol=1e-5, atol=1e-6)
+    assert (gradient != 0).sum() == 4
+    assert metrics["critic/vpred_mean"] == pytest.approx(torch.sigmoid(logits).mean().item())
+    theirs, _ = ORIGINAL_VALUE_LOSS(critic("token-mean"), {"values": output}, data)
+    same, _ = losses.value_loss(critic("token-mean"), {"values": output}, data)
+    assert torch.equal(theirs, same)
+    assert not torch.equal(same, loss)
+
+
+def advantage_data(scale=1.0):
+    inputs = batch()
+    rewards = torch.zeros(5, 7)
+    lengths = inputs["response_mask"].sum(-1).long()
+    rewards[torch.arange(5), (lengths - 1).clamp(min=0)] = scale * torch.tensor([1.0, 0.0, 0.0, 0.5, 1.0])
+    values = torch.randn(5, 7)
+    tensors = {"token_level_rewards": rewards, "response_mask": inputs["response_mask"], "values": values}
+    return DataProto.from_dict(tensors=tensors, non_tensors={"uid": np.array(list("abcde"), dtype=object)})
+
+
+def test_advantages():
+    """Through verl's compute_advantage: R - sigmoid(value at the last prompt token), on the response's tokens."""
+    data = advantage_data()
+    mask, values = data.batch["response_mask"], data.batch["values"]
+    data = ray_trainer.compute_advantage(data, adv_estimator="sppo_seq", config={})
+    outcomes = torch.tensor([1.0, 0.0, 0.0, 0.5, 1.0])
+    torch.testing.assert_close(data.batch["advantages"], (outcomes - values[:, 0].sigmoid())[:, None] * mask)
+    torch.testing.assert_close(data.batch["returns"], outcomes[:, None] * mask)
+    found = core_algos.get_adv_estimator_fn("sppo_seq")(
+        **data.select(["token_level_rewards", "response_mask", "values"]).batch
+    )
+    assert torch.equal(found[0], data.batch["advantages"])
+
+
+def test_other_estimators_are_verls():
+    for estimator in ("gae", "grpo", "rloo"):
+        torch.manual_seed(0)
+        got = ray_trainer.compute_advantage(advantage_data(), adv_estimator=estimator, config={})
+        torch.manual_seed(0)
+        want = ORIGINAL_COMPUTE_ADVANTAGE(advantage_data(), adv_estimator=estimator, config={})
+        assert torch.equal(got.batch["advantages"], want.batch["advantages"])
+
+
+def test_rewards_that_are_no_outcomes():
+    with pytest.raises(ValueError, match=r"must sum to an outcome in \[0, 1\], got 0 to 2"):
+        ray_trainer.compute_advantage(advantage_data(scale=2.0), adv_estimator="sppo_seq", config={})
+
+
+def test_no_critic():
+    data = advantage_data().select(["token_level_rewards", "response_mask"], ["uid"])
+    with pytest.raises(ValueError, match=r"needs the critic's values: set critic\.enable=True"):
+        ray_trainer.compute_advantage(data, adv_estimator="sppo_seq", config={})
+
+
+def fused_forward(backend):
+    """Log-probabilities, entropies and gradients of a tiny Qwen2 below verl's fused forward."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                    num_key_value_heads=1, initializer_range=0.5)
+    )  # fmt: skip
+    original = type(model).forward
+    try:
+        monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
+        tokens = torch.arange(12).view(2, 6) * 3
+        out = model(input_ids=tokens, temperature=0.6, return_dict=True)
+    finally:
+        type(model).forward = original
+    (out.log_probs * torch.linspace(-1, 1, 6) + 0.1 * out.entropy).sum().backward()
+    return out.log_probs.detach(), out.entropy.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_fused_forward(monkeypatch):
+    """verl's model forward with impl_backend=sppo_kernels: its results and gradients, through linear_logprobs."""
+    calls = []
+    monkeypatch.setattr(
+        ours, "linear_logprobs", lambda *args, _run=ours.linear_logprobs, **kw: calls.append(1) or _run(*args, **kw)
+    )
+    expected = fused_forward("torch")
+    assert not calls
+    torch.testing.assert_close(fused_forward("sppo_kernels"), expected, rtol=1e-4, atol=1e-5)
+    assert calls == [1]
+
+
+def test_unpatch_leaves_nothing():
+    ours.unpatch()
+    assert losses.value_loss is ORIGINAL_VALUE_LOSS
+    assert ray_trainer.compute_advantage is ORIGINAL_COMPUTE_ADVANTAGE
+    assert torch_functional.FusedLinearForPPO is ORIGINAL_FUSED_LINEAR
+    assert trainer_base.value_loss is ORIGINAL_VALUE_LOSS  # though verl has imported it while ours stood there
+    assert not [
+        name for name in (*core_algos.POLICY_LOSS_REGISTRY, *core_algos.ADV_ESTIMATOR_REGISTRY) if "sppo" in name
+    ]
+    ours.unpatch()  # nothing to undo
+    with ours.patch():
+        with ours.patch():
+            pass
+        assert "sppo_seq" in core_algos.POLICY_LOSS_REGISTRY
+    assert "sppo_seq" not in core_algos.POLICY_LOSS_REGISTRY
+
+
+def test_the_trainer_has_it():
+    """verl's trainer holds the critic's loss and the advantages under names of its own."""
+    assert trainer_base.value_loss is losses.value_loss is not ORIGINAL_VALUE_LOSS
+    assert trainer_utils.compute_advantage is ray_trainer.compute_advantage is not ORIGINAL_COMPUTE_ADVANTAGE
+
+
+def test_in_workers():
+    """A worker process of Ray: the plugin has been there, and the critic's loss, as verl sends it, is SPPO's."""
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    try:
+        data, output, _ = training_data()
+        critic = CriticConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=1, loss_agg_mode="sppo_seq")
+
+        def on_worker(value_loss, output, data):
+            from verl.trainer.ppo import core_algos
+
+            loss, _ = value_loss(model_output={"values": output}, data=data)
+            return list(core_algos.POLICY_LOSS_REGISTRY), list(core_algos.ADV_ESTIMATOR_REGISTRY), loss
+
+        sent = partial(losses.value_loss, config=critic)
+        policy_losses, estimators, loss = ray.get(ray.remote(on_worker).remote(sent, output.detach(), data))
+    finally:
+        ray.shutdown()
+    assert set(ours.RATIO_LEVELS) <= set(policy_losses)
+    assert "sppo_seq" in estimators
+    torch.testing.assert_close(loss, sent(model_output={"values": output.detach()}, data=data)[0])
+
+
+def test_a_version_it_does_not_know(monkeypatch):
+    """verl drops the errors of its plugins: a warning says why sppo_seq is missing."""
+    ours.unpatch()
+    monkeypatch.setattr(metadata, "version", lambda _: "0.10.0")
+    with pytest.warns(UserWarning, match=r"sppo_seq is not there: verl must be 0\.9\.x, .*, got 0\.10\.0"):
+        importlib.reload(verl_plugin)
+    assert "sppo_seq" not in core_algos.POLICY_LOSS_REGISTRY
+
+
+def recipe(tmp_path, *arguments):
+    """The arguments that examples/verl_sppo.sh starts verl with, for a model folder of two files."""
+    Qwen2Config(architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path / "model")
+    words = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(tmp_path / "model")
+    fake = tmp_path / "python3"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MODEL": str(tmp_path / "model"), "DATA": "/data.parquet"}
+    script = [str(ROOT / "examples/verl_sppo.sh"), *arguments]
+    done = subprocess.run(["bash", *script], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_recipe(tmp_path):
+    """verl composes and validates the recipe's configuration, and reads SPPO's names out of it."""
+    module, *overrides = recipe(tmp_path, "trainer.nnodes=2")[1:]
+    assert module == "verl.trainer.main_ppo"
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=overrides)
+    assert need_critic(config)
+    assert not need_reference_policy(config)
+    validate_config(config, use_reference_policy=False, use_critic=True)
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert core_algos.get_policy_loss_fn(actor.policy_loss.loss_mode).args == ("token",)
+    assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c, actor.use_kl_loss) == (
+        0.2,
+        0.2,
+        3.0,
+        False,
+    )
+    assert config.critic.loss_agg_mode == config.algorithm.adv_estimator == ours.NAME
+    assert config.actor_rollout_ref.model.fused_kernel_options.impl_backend == ours.FUSED_BACKEND
+    assert config.trainer.nnodes == 2
+    score = load_extern_object(config.reward.custom_reward_function.path, "compute_score")
+    assert score("math_dapo", "so it is \\boxed{34}", "34") == 1.0
+    assert score("math_dapo", "so it is \\boxed{35}", "34", extra_info={}) == 0.0
