@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-gpu test-verl lint format bench bench-gpu clean
+.PHONY: quickstart test test-gpu test-integrations lint format bench bench-gpu clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/sppo train quickstart
@@ -17,9 +17,9 @@ test: $(VENV)/ready
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest
 
-# Against the real verl, whose requirements clash with those of the trainer here.
-test-verl: $(VENV)-verl/ready
-	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests/integrations/test_verl.py
+# Against verl and OpenRLHF themselves, whose requirements clash with those of the trainer here.
+test-integrations: $(VENV)-integrations/ready
+	OMP_NUM_THREADS=1 FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE $(VENV)-integrations/bin/python -m pytest tests/integrations
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -46,11 +46,16 @@ $(VENV)/ready: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-$(VENV)-verl/ready: setup.py tests/integrations/requirements-verl.txt
-	$(PYTHON) -m venv $(VENV)-verl
-	$(VENV)-verl/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)-verl/bin/python -m pip install --quiet --editable . --requirement tests/integrations/requirements-verl.txt
+# Without a GPU: DeepSpeed and flash-attn without what they compile, flash-attn on Triton 3.6, and of vLLM, which OpenRLHF
+# imports but does not call in these tests, the package alone.
+$(VENV)-integrations/ready: setup.py tests/integrations/requirements.txt
+	$(PYTHON) -m venv $(VENV)-integrations
+	$(VENV)-integrations/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)-integrations/bin/python -m pip install --quiet --editable . --requirement tests/integrations/requirements.txt
+	DS_BUILD_OPS=0 FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE \
+		$(VENV)-integrations/bin/python -m pip install --quiet --no-deps --no-build-isolation \
+		deepspeed==0.19.6 flash-attn==2.8.3 vllm==0.29.0 openrlhf==0.11.2
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-verl build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-integrations build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -65,7 +65,8 @@ def check_tensor(**tensors: Tensor | None) -> None:
             reject(name, x.dtype, "a tensor of real numbers", TypeError)
         if x is not None and _is_dtensor(x):
             want = (
-                "a plain tensor: inside the forward of an FSDP2 module its parameters are; of a tensor-parallel weight "
+                "a plain tensor: inside the forward of the FSDP2 unit that owns it a parameter is (accelerate makes "
+                "lm_head a unit of its own: prepare a module around the model); of a tensor-parallel weight "
                 "pass weight.to_local() with group=mesh.get_group() where the operation takes a group, of any other "
                 "x.full_tensor()"
             )

@@ -1,11 +1,13 @@
-"""Names in another package's modules, replaced and put back."""
+"""Names in another package's modules, replaced and put back; at once, or when the package imports them itself."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib import metadata
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -45,6 +47,41 @@ class Patch:
         for path, module in list(sys.modules.items()):
             if path.split(".")[0] == self._package and vars(module).get(name) is old:
                 setattr(module, name, new)
+
+
+class AfterImport(MetaPathFinder):
+    """Calls ``action`` once, as soon as one of the modules ``names`` has been imported; now, if one has been."""
+
+    def __init__(self, names: Sequence[str], action: Callable[[], object]) -> None:
+        self.names = names
+        self._action = action
+        if sys.modules.keys().isdisjoint(names):
+            sys.meta_path.insert(0, self)
+        else:
+            action()
+
+    def withdraw(self) -> bool:
+        """Not to call it any more. Whether it would have."""
+        waiting = self in sys.meta_path
+        if waiting:
+            sys.meta_path.remove(self)
+        return waiting
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in self.names else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            if self.withdraw():  # the action may import another of them
+                self._action()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def check_version(package: str, known: Sequence[str]) -> None:

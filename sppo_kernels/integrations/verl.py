@@ -17,8 +17,10 @@ prompt alone, at the price of a forward and backward over responses that this pa
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,57 +29,70 @@ from torch import Tensor
 
 from ..ops.linear_logprobs import linear_logprobs
 from ..ops.policy_loss import policy_loss
-from ._patching import Patch, check_version
+from ._patching import AfterImport, Patch, check_version
 
 VERSIONS = ("0.9",)
 NAME = "sppo_seq"  # "sppo" is Self-Play Preference Optimization's
 FUSED_BACKEND = "sppo_kernels"
 RATIO_LEVELS = {NAME: "token", f"{NAME}_mean": "sequence_mean", f"{NAME}_sum": "sequence_sum"}
 _patch = Patch("verl")
+_added: set[str] = set()
+_waiting: list[AfterImport] = []
 
 
 def patch() -> ExitStack:
-    """Add all of the above to verl in this process; nothing where it is there already.
+    """Add all of the above to verl in this process; what is there already stays.
 
     Returns:
-        A context manager that takes it away again on exit if it was this call that added it.
+        A context manager that takes it away again on exit, unless the plugin or another call had added it.
 
     Raises:
         ImportError: verl is missing, or of a version that this was not tested with.
     """
     check_version("verl", VERSIONS)
-    from verl.models.transformers import monkey_patch
-    from verl.trainer.ppo import core_algos, ray_trainer
-    from verl.utils.experimental import torch_functional
-    from verl.workers.utils import losses
-
     undo = ExitStack()
-    if NAME in core_algos.POLICY_LOSS_REGISTRY:
-        return undo
-    for name, ratio_level in RATIO_LEVELS.items():
-        core_algos.register_policy_loss(name)(partial(sppo_policy_loss, ratio_level))
-    core_algos.register_adv_est(NAME)(sppo_advantages)
-    backends = monkey_patch.patch_forward_with_backends
-    _patch.apply(
-        {
-            (ray_trainer, "compute_advantage"): partial(_compute_advantage, ray_trainer.compute_advantage),
-            (losses, "value_loss"): partial(_value_loss, losses.value_loss),
-            (torch_functional, "FusedLinearForPPO"): _fused_linear_class(torch_functional.FusedLinearForPPO),
-            (monkey_patch, "patch_forward_with_backends"): partial(_use_backend, backends),
-        }
-    )
-    undo.callback(unpatch)
+    if not (_added or _waiting):
+        undo.callback(unpatch)
+    for module in _PLACES:
+        import_module(module)
+        _add(module)
     return undo
+
+
+def patch_when_imported() -> None:
+    """Add each part as soon as verl has imported the module that it belongs to: what verl's plugin does, so that no
+    process imports more of verl than it would have. Raises what :func:`patch` does.
+    """
+    check_version("verl", VERSIONS)
+    _waiting.extend(AfterImport([module], partial(_add, module)) for module in _PLACES)
 
 
 def unpatch() -> None:
     """Take everything away again; nothing where nothing was added."""
+    while _waiting:
+        _waiting.pop().withdraw()
     _patch.restore()
-    core_algos = sys.modules.get("verl.trainer.ppo.core_algos")
+    core_algos = sys.modules.get(_REGISTRIES)
     if core_algos is not None:
         core_algos.ADV_ESTIMATOR_REGISTRY.pop(NAME, None)
         for name in RATIO_LEVELS:
             core_algos.POLICY_LOSS_REGISTRY.pop(name, None)
+    _added.clear()
+
+
+def _add(module_name: str) -> None:
+    """What belongs to a module of verl that has been imported."""
+    if module_name in _added:
+        return
+    _added.add(module_name)
+    module = sys.modules[module_name]
+    if module_name == _REGISTRIES:
+        module.register_adv_est(NAME)(sppo_advantages)
+        for name, ratio_level in RATIO_LEVELS.items():
+            module.register_policy_loss(name)(partial(sppo_policy_loss, ratio_level))
+    else:
+        name, ours = _WRAPPED[module_name]
+        _patch.apply({(module, name): partial(ours, getattr(module, name))})
 
 
 # Advantages: on the driver, once an update
@@ -260,21 +275,27 @@ def _use_backend(
         model._verl_fused_kernels_backend = FUSED_BACKEND
 
 
-def _fused_linear_class(original: type) -> type:
-    """``verl.utils.experimental.torch_functional.FusedLinearForPPO`` with one more backend."""
+def _fused_linear(original: Any, chunk_size: int = 512, impl_backend: str = "torch") -> torch.nn.Module:
+    """``verl.utils.experimental.torch_functional.FusedLinearForPPO``."""
+    return LinearLogprobs() if impl_backend == FUSED_BACKEND else original(chunk_size, impl_backend)
 
-    class FusedLinearForPPO(original):
-        def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
-            super().__init__(chunk_size, "torch" if impl_backend == FUSED_BACKEND else impl_backend)
-            self.impl_backend = impl_backend
 
-        def forward(
-            self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
-        ) -> tuple[Tensor, Tensor]:
-            """hidden_states [..., H], vocab_weights [V, H], input_ids [...] -> log-probabilities, entropies [...]."""
-            if self.impl_backend != FUSED_BACKEND:
-                return super().forward(hidden_states, vocab_weights, input_ids, temperature)
-            logprobs, entropy = linear_logprobs(hidden_states, vocab_weights, input_ids, temperature=temperature)
-            return logprobs, entropy
+class LinearLogprobs(torch.nn.Module):
+    """verl's FusedLinearForPPO over :func:`sppo_kernels.linear_logprobs`."""
 
-    return FusedLinearForPPO
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states [..., H], vocab_weights [V, H], input_ids [...] -> log-probabilities and entropies [...]."""
+        logprobs, entropy = linear_logprobs(hidden_states, vocab_weights, input_ids, temperature=temperature)
+        return logprobs, entropy
+
+
+_REGISTRIES = "verl.trainer.ppo.core_algos"
+_WRAPPED: dict[str, tuple[str, Callable[..., Any]]] = {
+    "verl.trainer.ppo.ray_trainer": ("compute_advantage", _compute_advantage),
+    "verl.workers.utils.losses": ("value_loss", _value_loss),
+    "verl.models.transformers.monkey_patch": ("patch_forward_with_backends", _use_backend),
+    "verl.utils.experimental.torch_functional": ("FusedLinearForPPO", _fused_linear),
+}
+_PLACES = (_REGISTRIES, *_WRAPPED)

@@ -2,9 +2,9 @@
 
 import warnings
 
-from .verl import patch
+from .verl import patch_when_imported
 
 try:
-    patch()
+    patch_when_imported()
 except ImportError as error:  # verl would swallow it
     warnings.warn(f"sppo_seq is not there: {error}", stacklevel=1)

@@ -2,6 +2,7 @@
 
 import importlib
 import subprocess
+import sys
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -273,6 +274,7 @@ def fused_forward(backend):
 
 def test_fused_forward(monkeypatch):
     """verl's model forward with impl_backend=sppo_kernels: its results and gradients, through linear_logprobs."""
+    monkeypatch.setattr(torch_functional, "_FLASH_ATTN_CROSS_ENTROPY_AVAILABLE", False)  # that is for GPUs
     calls = []
     monkeypatch.setattr(
         ours, "linear_logprobs", lambda *args, _run=ours.linear_logprobs, **kw: calls.append(1) or _run(*args, **kw)
@@ -326,6 +328,21 @@ def test_in_workers():
     assert set(ours.RATIO_LEVELS) <= set(policy_losses)
     assert "sppo_seq" in estimators
     torch.testing.assert_close(loss, sent(model_output={"values": output.detach()}, data=data)[0])
+
+
+def test_the_plugin_imports_nothing():
+    """It waits for verl's own imports, so that no process pays for another's."""
+    code = """
+import sys, verl
+from sppo_kernels.integrations import verl as ours
+assert not set(ours._PLACES) & set(sys.modules)
+from verl.trainer.ppo import core_algos
+assert {"sppo_seq", "sppo_seq_mean", "sppo_seq_sum"} <= set(core_algos.POLICY_LOSS_REGISTRY)
+assert "sppo_seq" in core_algos.ADV_ESTIMATOR_REGISTRY
+assert ours._added == {"verl.trainer.ppo.core_algos"}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_version_it_does_not_know(monkeypatch):

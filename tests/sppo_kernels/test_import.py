@@ -63,3 +63,22 @@ except ValueError as error:
 else:
     raise AssertionError("no error")
 """)
+
+
+def test_integrations_change_nothing_until_asked():
+    """All of the package and its integrations, imported beside TRL: no other trainer is imported, TRL is as it was."""
+    python("""
+import sys
+
+import trl.trainer.utils as theirs
+
+before, modules = dict(vars(theirs)), set(sys.modules)
+
+import sppo_kernels
+from sppo_kernels.integrations import openrlhf, trl, verl
+
+assert {name.split(".")[0] for name in set(sys.modules) - modules} <= {"sppo_kernels", "triton", "torch"} | set(
+    sys.stdlib_module_names
+), set(sys.modules) - modules
+assert vars(theirs) == before
+""")
