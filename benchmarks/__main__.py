@@ -19,6 +19,7 @@ import benchmarks.memory
 import benchmarks.report
 import benchmarks.sparse
 import benchmarks.traffic
+import benchmarks.trl_patch
 import benchmarks.tune
 import benchmarks.updates
 
@@ -32,6 +33,7 @@ SUITES = {
     "learning": benchmarks.learning,
     "algorithms": benchmarks.algorithms,
     "updates": benchmarks.updates,
+    "trl": benchmarks.trl_patch,
     "endurance": benchmarks.endurance,
     "tune": benchmarks.tune,
     "gpu": benchmarks.gpu,

@@ -54,6 +54,7 @@ def parts(folder: Path, dry: bool) -> list[Part]:
     measured = lambda label, plan, *options: suite(label, "kernels", "--plan", plan, *options)
     tuned = "--tuning", str(folder / "tune" / "tuning.json")
     ours = "--without", *_others()
+    trl = bool(importlib.util.find_spec("trl"))
     if dry:
         few = "--only", "linear_logprobs", "policy_loss, token"
         return [
@@ -61,6 +62,7 @@ def parts(folder: Path, dry: bool) -> list[Part]:
             Part("tests", _pytest("tests/sppo_kernels/test_whiten.py", "-k", "float64"), 120),
             Part("tune", suite("tune", "tune", "--quick"), 240),
             Part("headline, tuned", measured("headline, tuned", "dry", *few, *tuned, *ours), 120),
+            *[Part("TRL", suite("TRL", "trl", "--quick"), 120)] * trl,
         ]
     brief, uncompiled = ("--seconds", "0.5"), ("--without", "torch.compile")
     return [
@@ -68,6 +70,7 @@ def parts(folder: Path, dry: bool) -> list[Part]:
         Part("tests", _pytest("tests/sppo_kernels", "-m", "gpu or not slow"), 110),
         Part("tune", suite("tune", "tune"), 60),
         Part("headline, tuned", measured("headline, tuned", "headline", *brief, *tuned, *ours), 40),
+        *[Part("TRL", suite("TRL", "trl", "--rounds", "2"), 60)] * trl,
         Part("shapes", measured("shapes", "shapes", *brief, *uncompiled), 130),
         Part("others", measured("others", "others", *brief, *uncompiled), 90),
         Part("sweep", measured("sweep", "sweep", *brief, *ours), SECONDS, open_ended=True),

@@ -27,6 +27,7 @@ from benchmarks import (
     results,
     sparse,
     traffic,
+    trl_patch,
     tune,
     updates,
 )
@@ -34,7 +35,14 @@ from benchmarks.results import Row, markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-PAGES = ("README.md", "docs/results.md", "docs/log-probabilities.md", "docs/few-entries.md", "docs/algorithms.md")
+PAGES = (
+    "README.md",
+    "docs/results.md",
+    "docs/log-probabilities.md",
+    "docs/few-entries.md",
+    "docs/algorithms.md",
+    "docs/trainers.md",
+)
 GIB = 1 << 30
 _TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -164,6 +172,11 @@ def updates_table(folder: Path) -> str:
     return markdown(_one(folder, "updates")["rows"], updates.COLUMNS)
 
 
+def trl_table(folder: Path) -> str:
+    """A line a way and kind of responses."""
+    return markdown(_one(folder, "trl")["rows"], trl_patch.COLUMNS)
+
+
 def endurance_table(folder: Path) -> str:
     """One line."""
     return markdown([_one(folder, "endurance")], endurance.COLUMNS)
@@ -179,6 +192,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "ways": ways_table,
     "learning": learning_table,
     "updates": updates_table,
+    "trl": trl_table,
     "endurance": endurance_table,
     **{name: _comparison(name) for name in algorithms.COMPARISONS},
     **{f"sparse-{part}": _part_of_sparse(part) for part in sparse.PARTS},
@@ -194,6 +208,7 @@ CHARTS = {
     "learning": learning,
     "algorithms": algorithms,
     "updates": updates,
+    "trl": trl_patch,
 }
 
 

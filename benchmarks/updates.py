@@ -112,7 +112,9 @@ def run_ours(model: LlamaForCausalLM, prepared: Prepared, settings: dict[str, An
     return clock.marks
 
 
-def run_trl(model: LlamaForCausalLM, prepared: Prepared, settings: dict[str, Any]) -> list[float]:
+def run_trl(
+    model: LlamaForCausalLM, prepared: Prepared, settings: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()
+) -> list[float]:
     """The same with TRL's."""
     from trl import GRPOConfig, GRPOTrainer
 
@@ -120,7 +122,7 @@ def run_trl(model: LlamaForCausalLM, prepared: Prepared, settings: dict[str, Any
     args = GRPOConfig(**settings, loss_type="grpo", gradient_checkpointing=False, beta=0.0, shuffle_dataset=True)
     GRPOTrainer(
         model, odd_letters, args=args, train_dataset=_dataset(), processing_class=prepared.tokenizer,
-        rollout_func=prepared.rollout_func, callbacks=[clock],
+        rollout_func=prepared.rollout_func, callbacks=[*callbacks, clock],
     ).train()  # fmt: skip
     return clock.marks
 

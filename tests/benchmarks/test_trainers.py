@@ -1,10 +1,10 @@
-"""The suites algorithms, updates and endurance: short runs of each, and what they would say of worse ones."""
+"""The suites algorithms, updates, trl and endurance: short runs of each, and what they would say of worse ones."""
 
 import json
 
 import pytest
 
-from benchmarks import algorithms, endurance, updates
+from benchmarks import algorithms, endurance, trl_patch, updates
 from benchmarks.__main__ import main
 
 
@@ -98,3 +98,25 @@ def test_growth_is_a_failure():
     assert endurance.failures_of(steady) == []
     leaking = [row | {"resident_mb": 500 + i} for i, row in enumerate(steady)]
     assert endurance.failures_of(leaking) == ["resident_mb grew 1.11 times"]
+
+
+@pytest.mark.slow
+def test_trl_with_and_without_the_patch(tmp_path):
+    assert main(["trl", "--quick", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "trl.json").read_text())
+    assert [(row["responses"], row["way"]) for row in report["rows"]] == [
+        (kind, way) for kind in ("equal", "mixed") for way in trl_patch.WAYS
+    ]
+    for row in report["rows"]:
+        assert len(row["updates_s"]) == 2
+        assert row["peak_bytes"] > 0
+        assert (row["gradient_error"] == 0) == (row["way"] == "TRL")  # the same bits would mean the same function
+    assert (tmp_path / "trl.png").stat().st_size > 1000
+
+
+def test_a_gradient_that_is_not_trls_is_a_failure():
+    row = {"way": "patched", "responses": "equal", "gradient_error": 1e-5}
+    assert trl_patch.failures_of([row], 1e-4) == []
+    assert trl_patch.failures_of([row | {"gradient_error": float("nan")}], 1e-4) == [
+        "patched, equal: gradients differ by nan"
+    ]

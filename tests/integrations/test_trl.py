@@ -68,12 +68,13 @@ def train(trainer_class, config_class, family, folder, **settings):
     ("trainer_class", "config_class", "settings"),
     [
         (GRPOTrainer, GRPOConfig, {"beta": 0.1, "temperature": 0.7, "num_iterations": 2}),
+        (GRPOTrainer, GRPOConfig, {"beta": 0.1, "entropy_coef": 0.1, "top_entropy_quantile": 0.8}),
         (RLOOTrainer, RLOOConfig, {"beta": 0.1, "temperature": 0.7}),
     ],
-    ids=["grpo", "rloo"],
+    ids=["grpo", "grpo-entropy", "rloo"],
 )
 def test_same_training(tmp_path, capsys, trainer_class, config_class, settings, family):
-    """Losses, entropies, gradient norms and weights after three updates; policy and reference through the operation."""
+    """Losses, entropies, gradient norms, weights after three updates; policy and reference through the operation."""
     logs, weights, count = train(trainer_class, config_class, family, tmp_path, **settings)
     assert not count
     with fused.patch():

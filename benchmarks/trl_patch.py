@@ -1,0 +1,176 @@
+"""An update of TRL's GRPOTrainer with and without sppo_kernels.integrations.trl.patch(): seconds and peak memory.
+
+The same trainer, model and responses, made beforehand in place of generation; the head has 151,936 rows. The ways take
+turns, round by round, so that a machine shared with others slows all. Peak memory is the most that an update held
+beyond what there was before it (weights and the optimizer's state): resident memory of the process on a CPU (Linux),
+allocated memory on a GPU. Before that one update by SGD is made in each way; the exit code is 1 when gradients differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from benchmarks import results, updates
+from benchmarks.results import Row
+from sppo_kernels.integrations import trl as fused
+
+
+def only_bearing_loss() -> AbstractContextManager[Any]:
+    """TRL's own function as it is used on a GPU; on a CPU TRL projects prompts and padding too."""
+    from trl.trainer import utils
+
+    return mock.patch.object(utils, "_use_triton", return_value=True)
+
+
+WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "TRL": nullcontext,
+    "TRL, only tokens that bear loss": only_bearing_loss,
+    "patched": fused.patch,
+    'patched, backward="recompute"': lambda: fused.patch(backward="recompute"),
+}
+VOCAB = 151936
+QUICK = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 2048}
+SIZES = {
+    "cpu": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": VOCAB},
+    "cuda": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4, "vocab_size": VOCAB},
+}
+MEANS = {"cpu": 24, "cuda": 512}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8192}
+TOLERANCES = {"cpu": 1e-4, "cuda": 2e-2}  # of the gradient; on a GPU it is bfloat16's
+MIB = 1 << 20
+
+
+class Peak(TrainerCallback):
+    """The most memory that each update held beyond what there was before it, in bytes."""
+
+    def __init__(self) -> None:
+        self.peaks: list[int] = []
+        self._before = 0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is not resident
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what is resident now
+            self._before = _resident("VmRSS")
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        highest = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
+        self.peaks.append(highest - self._before)
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
+def train(
+    way: str, size: dict[str, int], prepared: updates.Prepared, **settings: Any
+) -> tuple[Tensor, list[float], list[int]]:
+    """Train -> what it moved the weights by, the seconds and the peak of each update but the first."""
+    model, peak = updates.make_model(size), Peak()
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    with tempfile.TemporaryDirectory() as folder, WAYS[way]():
+        marks = updates.run_trl(model, prepared, updates.settings_of(folder, **settings), callbacks=[peak])
+    moved = torch.cat([p.detach().flatten().cpu() for p in model.parameters()]) - before.cpu()
+    return moved, [b - a for a, b in pairwise(marks)], peak.peaks[1:]
+
+
+def measure(kind: str, size: dict[str, int], lengths: Sequence[int], rounds: int) -> list[Row]:
+    """A row for each way, of two updates a round by turns."""
+    prepared = updates.Prepared(updates.make_tokenizer(size["vocab_size"]), size["vocab_size"], lengths)
+    moved = {way: train(way, size, prepared, max_steps=1, optim="sgd", learning_rate=1.0)[0] for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    peaks: dict[str, list[int]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way in WAYS:
+            _, times, most = train(way, size, prepared, max_steps=3)
+            seconds[way] += times
+            peaks[way] += most
+    return [
+        {
+            "way": way,
+            "responses": kind,
+            "tokens": sum(lengths),
+            "longest": max(lengths),
+            **size,
+            "gradient_error": ((moved[way] - moved["TRL"]).norm() / moved["TRL"].norm()).item(),
+            "update_s": statistics.median(seconds[way]),
+            "updates_s": [round(each, 4) for each in seconds[way]],
+            "peak_bytes": max(peaks[way]),
+            "speedup": statistics.median(seconds["TRL"]) / statistics.median(seconds[way]),
+        }
+        for way in WAYS
+    ]
+
+
+COLUMNS: results.Columns = {
+    "GRPOTrainer": lambda row: row["way"],
+    "responses": lambda row: row["responses"],
+    "tokens": lambda row: row["tokens"],
+    "update, s": lambda row: row["update_s"],
+    "times as fast": lambda row: f"{row['speedup']:.2f}",
+    "peak, MiB": lambda row: round(row["peak_bytes"] / MIB),
+    "gradient, relative difference": lambda row: row["gradient_error"],
+}
+
+
+def failures_of(rows: Sequence[Row], tolerance: float) -> list[str]:
+    """Gradients that are not TRL's."""
+    return [
+        f"{row['way']}, {row['responses']}: gradients differ by {row['gradient_error']:.1e}"
+        for row in rows
+        if not row["gradient_error"] <= tolerance
+    ]
+
+
+def chart(rows: Sequence[Row]) -> results.Chart:
+    """Peak memory."""
+    bars = [(f"{row['way']}, {row['responses']}", row["peak_bytes"] / MIB) for row in rows]
+    return results.Chart("peak memory of an update, MiB", bars)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="a smaller model, one round")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each way (%(default)s)")
+    results.add_out(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of the suite."""
+    device = results.this_device()
+    size = (QUICK if args.quick else SIZES[device.type]) | HEADS
+    path = args.out / "trl.json"
+    rows: list[Row] = []
+    for kind in updates.LEAST_SPEEDUP:
+        lengths = updates.lengths_of(kind, 8 if args.quick else MEANS[device.type])
+        rows += measure(kind, size, lengths, 1 if args.quick else args.rounds)
+        results.write(
+            path,
+            "trl",
+            chart(rows),
+            device=results.device_name(device),
+            threads=torch.get_num_threads(),
+            trl=metadata.version("trl"),
+            quick=args.quick,
+            failures=(failures := failures_of(rows, TOLERANCES[device.type])),
+            rows=rows,
+        )
+        print(f"{kind} is measured", flush=True)
+    return results.conclude(results.table(rows, COLUMNS), failures, path)
