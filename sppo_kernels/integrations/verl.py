@@ -10,7 +10,10 @@ That changes no run: what is added has names of its own, which the configuration
     actor_rollout_ref.model.fused_kernel_options.impl_backend=sppo_kernels
 
 ``loss_mode`` may also be ``sppo_seq_mean`` or ``sppo_seq_sum``: the ratio of whole responses, per token (GSPO's) or
-exact. verl's critic reads prompt and response, of which SPPO uses one position: causal attention lets that one see the
+exact. ``impl_backend`` may also be ``sppo_kernels_recompute``, which keeps nothing for backward (with an entropy bonus,
+or where memory is scarce), ``sppo_kernels_cache`` or ``sppo_kernels_sparse``.
+
+verl's critic reads prompt and response, of which SPPO uses one position: causal attention lets that one see the
 prompt alone, at the price of a forward and backward over responses that this package's own trainer does not pay.
 """
 
@@ -33,7 +36,7 @@ from ._patching import AfterImport, Patch, check_version
 
 VERSIONS = ("0.9",)
 NAME = "sppo_seq"  # "sppo" is Self-Play Preference Optimization's
-FUSED_BACKEND = "sppo_kernels"
+FUSED_BACKENDS = {"sppo_kernels": "auto"} | {f"sppo_kernels_{way}": way for way in ("recompute", "cache", "sparse")}
 RATIO_LEVELS = {NAME: "token", f"{NAME}_mean": "sequence_mean", f"{NAME}_sum": "sequence_sum"}
 _patch = Patch("verl")
 _added: set[str] = set()
@@ -269,25 +272,32 @@ def _use_backend(
 
     verl's forward for its backend "torch" makes the hidden states and hands them, with the head, to FusedLinearForPPO.
     """
-    ours = use_fused_kernels and fused_kernels_backend == FUSED_BACKEND
+    ours = use_fused_kernels and fused_kernels_backend in FUSED_BACKENDS
     original(model, use_fused_kernels, "torch" if ours else fused_kernels_backend)
     if ours:
-        model._verl_fused_kernels_backend = FUSED_BACKEND
+        model._verl_fused_kernels_backend = fused_kernels_backend
 
 
 def _fused_linear(original: Any, chunk_size: int = 512, impl_backend: str = "torch") -> torch.nn.Module:
     """``verl.utils.experimental.torch_functional.FusedLinearForPPO``."""
-    return LinearLogprobs() if impl_backend == FUSED_BACKEND else original(chunk_size, impl_backend)
+    ours = impl_backend in FUSED_BACKENDS
+    return LinearLogprobs(FUSED_BACKENDS[impl_backend]) if ours else original(chunk_size, impl_backend)
 
 
 class LinearLogprobs(torch.nn.Module):
-    """verl's FusedLinearForPPO over :func:`sppo_kernels.linear_logprobs`."""
+    """verl's FusedLinearForPPO over :func:`sppo_kernels.linear_logprobs`; ``how`` is what that calls ``backward``."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
 
     def forward(
         self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [..., H], vocab_weights [V, H], input_ids [...] -> log-probabilities and entropies [...]."""
-        logprobs, entropy = linear_logprobs(hidden_states, vocab_weights, input_ids, temperature=temperature)
+        logprobs, entropy = linear_logprobs(
+            hidden_states, vocab_weights, input_ids, temperature=temperature, backward=self.how
+        )
         return logprobs, entropy
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+import verl.utils.torch_functional
 from hydra import compose, initialize_config_module
 from tensordict import TensorDict
 from tokenizers import Tokenizer, models
@@ -25,7 +26,8 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.experimental import torch_functional
 from verl.utils.import_utils import load_extern_object
-from verl.workers.config import ActorConfig, CriticConfig
+from verl.workers.config import ActorConfig, CriticConfig, FSDPEngineConfig
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils import losses
 
 from sppo_kernels.integrations import verl as ours
@@ -254,35 +256,62 @@ def test_no_critic():
         ray_trainer.compute_advantage(data, adv_estimator="sppo_seq", config={})
 
 
-def fused_forward(backend):
-    """Log-probabilities, entropies and gradients of a tiny Qwen2 below verl's fused forward."""
+def through_the_actors_engine(backend):
+    """verl's own way from a micro-batch to log-probabilities and entropies of a tiny Qwen2 -> both, and gradients."""
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
                     num_key_value_heads=1, initializer_range=0.5)
     )  # fmt: skip
+    nested = lambda rows: torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    rows = [torch.arange(n) for n in (5, 9, 3)]
+    data = TensorDict({"input_ids": nested([x * 3 for x in rows]), "position_ids": nested(rows)}, batch_size=3)
+    fused = {"use_remove_padding": False, "use_fused_kernels": backend is not None}
+    tu.assign_non_tensor(data, **fused, calculate_entropy=True, temperature=0.7)
+    engine = object.__new__(FSDPEngineWithLMHead)  # what it is made with starts processes on GPUs
+    engine.pad_to_length = engine.use_ulysses_sp = False
+    engine.engine_config = FSDPEngineConfig()
     original = type(model).forward
     try:
-        monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
-        tokens = torch.arange(12).view(2, 6) * 3
-        out = model(input_ids=tokens, temperature=0.6, return_dict=True)
+        monkey_patch.apply_monkey_patch(model, **fused, fused_kernels_backend=backend)
+        inputs, arguments = engine.prepare_model_inputs(data)
+        out = engine.prepare_model_outputs(model(**inputs), arguments, data, None)
     finally:
         type(model).forward = original
-    (out.log_probs * torch.linspace(-1, 1, 6) + 0.1 * out.entropy).sum().backward()
-    return out.log_probs.detach(), out.entropy.detach(), {name: p.grad for name, p in model.named_parameters()}
+    logprobs, entropy = out["log_probs"].values(), out["entropy"].values()
+    (logprobs * torch.linspace(-1, 1, 17) + 0.1 * entropy).sum().backward()
+    return logprobs.detach(), entropy.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_fused_forward(monkeypatch):
-    """verl's model forward with impl_backend=sppo_kernels: its results and gradients, through linear_logprobs."""
-    monkeypatch.setattr(torch_functional, "_FLASH_ATTN_CROSS_ENTROPY_AVAILABLE", False)  # that is for GPUs
+@pytest.fixture
+def _no_flash_attn_in_verl(monkeypatch):
+    """Its cross-entropy is for GPUs."""
+    monkeypatch.setattr(torch_functional, "_FLASH_ATTN_CROSS_ENTROPY_AVAILABLE", False)
+    monkeypatch.setattr(verl.utils.torch_functional, "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", False)
+
+
+@pytest.mark.usefixtures("_no_flash_attn_in_verl")
+@pytest.mark.filterwarnings("ignore:linear_logprobs kept")  # entropies have gradients here
+@pytest.mark.parametrize("backend", ours.FUSED_BACKENDS)
+def test_log_probabilities_of_the_actor(monkeypatch, backend):
+    """impl_backend=sppo_kernels against verl's logits: the same results and gradients, through linear_logprobs."""
     calls = []
     monkeypatch.setattr(
-        ours, "linear_logprobs", lambda *args, _run=ours.linear_logprobs, **kw: calls.append(1) or _run(*args, **kw)
+        ours, "linear_logprobs", lambda *args, _run=ours.linear_logprobs, **kw: calls.append(kw) or _run(*args, **kw)
     )
-    expected = fused_forward("torch")
+    expected = through_the_actors_engine(None)
     assert not calls
-    torch.testing.assert_close(fused_forward("sppo_kernels"), expected, rtol=1e-4, atol=1e-5)
-    assert calls == [1]
+    torch.testing.assert_close(through_the_actors_engine(backend), expected, rtol=1e-4, atol=1e-5)
+    assert calls == [{"temperature": 0.7, "backward": ours.FUSED_BACKENDS[backend]}]
+
+
+@pytest.mark.usefixtures("_no_flash_attn_in_verl")
+def test_other_backends_are_verls():
+    assert type(torch_functional.FusedLinearForPPO(64)) is ORIGINAL_FUSED_LINEAR
+    expected = through_the_actors_engine(None)
+    torch.testing.assert_close(through_the_actors_engine("torch"), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="Unsupported FusedLinearForPPO backend: sppo"):
+        torch_functional.FusedLinearForPPO(impl_backend="sppo")
 
 
 def test_unpatch_leaves_nothing():
@@ -386,7 +415,7 @@ def test_recipe(tmp_path):
         False,
     )
     assert config.critic.loss_agg_mode == config.algorithm.adv_estimator == ours.NAME
-    assert config.actor_rollout_ref.model.fused_kernel_options.impl_backend == ours.FUSED_BACKEND
+    assert config.actor_rollout_ref.model.fused_kernel_options.impl_backend in ours.FUSED_BACKENDS
     assert config.trainer.nnodes == 2
     score = load_extern_object(config.reward.custom_reward_function.path, "compute_score")
     assert score("math_dapo", "so it is \\boxed{34}", "34") == 1.0
