@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPPO on a Ray cluster with verl 0.9: one response a prompt, a critic, the paper's settings for 1.5B (arXiv 2604.08865).
 #
-#   pip install 'verl[fsdp,vllm]==0.9.1' sppo-kernels          on every node
+#   pip install 'verl[fsdp,vllm]==0.9.1' && pip install .      on every node, in a checkout of this repository
 #   ray start --head                                           on the first, ray start --address=... on the others
 #   MODEL=... DATA=train.parquet NNODES=2 bash examples/verl_sppo.sh trainer.total_epochs=3
 #
@@ -9,11 +9,10 @@
 # Tested without a GPU: that verl accepts every setting below and builds its configuration from it, and each piece that
 # the settings name, against verl's own. Not run: training itself, which verl does on GPUs alone.
 set -euo pipefail
-cd "$(dirname "$0")"
+HERE="$(cd "$(dirname "$0")" && pwd)"
 
 python3 -m verl.trainer.main_ppo \
     algorithm.adv_estimator=sppo_seq \
-    critic.enable=True \
     critic.loss_agg_mode=sppo_seq \
     actor_rollout_ref.actor.policy_loss.loss_mode=sppo_seq \
     actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean \
@@ -25,7 +24,7 @@ python3 -m verl.trainer.main_ppo \
     data.train_batch_size=256 \
     data.max_prompt_length=1024 \
     data.max_response_length=8192 \
-    reward.custom_reward_function.path="$PWD/verl_reward.py" \
+    reward.custom_reward_function.path="$HERE/verl_reward.py" \
     \
     actor_rollout_ref.model.path="${MODEL:?a model}" \
     actor_rollout_ref.rollout.name=vllm \

@@ -84,19 +84,20 @@ class AfterImport(MetaPathFinder):
         return spec
 
 
-def check_version(package: str, known: Sequence[str]) -> None:
-    """``package`` is installed in a version that was tested: its major and minor number are among ``known``.
+def check_version(package: str, tested: str) -> None:
+    """``package`` is installed in the version that was tested, or in another release of the same minor version.
 
     Raises:
         ImportError: it is not installed, or another version is; other versions keep other things under these names.
     """
-    remedy = f"pip install '{package}~={known[-1]}.0'"
+    remedy = f"pip install '{package}~={tested}'"
     try:
         found = metadata.version(package)
     except metadata.PackageNotFoundError:
         raise ImportError(f"{package} is not installed: {remedy}") from None
-    if ".".join(found.split(".")[:2]) not in known:
+    minor = ".".join(tested.split(".")[:2])
+    if ".".join(found.split(".")[:2]) != minor:
         raise ImportError(
-            f"{package} must be {' or '.join(f'{version}.x' for version in known)}, what this was tested with, got "
-            f"{found}: {remedy}, or call the operations of sppo_kernels directly"
+            f"{package} must be {minor}.x ({tested} is what this was tested with), got {found}: {remedy}, or call the "
+            "operations of sppo_kernels directly"
         )

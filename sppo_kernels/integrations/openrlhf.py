@@ -34,7 +34,7 @@ from ..ops.policy_loss import policy_loss
 from ..ops.selective_logprobs import selective_logprobs
 from ._patching import AfterImport, Patch, check_version
 
-VERSIONS = ("0.11",)
+VERSION = "0.11.2"
 POLICY_LOSS_TYPES = ("ppo", "gspo", "sppo_seq")
 _TRAINERS = (
     "openrlhf.trainer.ray.ppo_actor",
@@ -58,7 +58,7 @@ def patch(*, policy_loss_type: str | None = None) -> ExitStack:
         ImportError: OpenRLHF is missing, or of a version that this was not tested with.
         ValueError: an unknown ``policy_loss_type``.
     """
-    check_version("openrlhf", VERSIONS)
+    check_version("openrlhf", VERSION)
     if policy_loss_type is not None:
         _check_type(policy_loss_type)
     from openrlhf import models
@@ -93,7 +93,9 @@ def patch_when_imported(*, policy_loss_type: str | None = None) -> None:
     and with it DeepSpeed, which asks CUDA for its GPUs: the worker would see all of them from then on. And not in
     vLLM's workers, which OpenRLHF keeps free of DeepSpeed.
     """
-    check_version("openrlhf", VERSIONS)
+    check_version("openrlhf", VERSION)
+    if policy_loss_type is not None:
+        _check_type(policy_loss_type)
     AfterImport(_TRAINERS, partial(patch, policy_loss_type=policy_loss_type))
 
 

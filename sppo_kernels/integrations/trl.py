@@ -14,12 +14,13 @@ TRL 1.16 takes log-probabilities in two ways, both in ``trl.trainer.utils``, whi
   ``trl.experimental`` call. TRL's kernel for it serves GPUs; elsewhere it loops, in the logits' own precision.
 
 Only tokens that bear loss are projected, on a CPU too (``_use_triton`` decides that). What needs more than
-log-probabilities and entropies (SFT's top-1 accuracy, KTO's mean logit), and a head that DeepSpeed's ZeRO-3 has split,
-whose weight has to be gathered again for backward, stay with TRL's own function.
+log-probabilities and entropies (SFT, KTO, DPO except for its reference: top-1 accuracy, mean logits), and a head that
+DeepSpeed's ZeRO-3 has split, whose weight has to be gathered again for backward, stay with TRL's own function.
 """
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
@@ -28,12 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._common import BACKENDS, check_choice
 from ..ops.linear_logprobs import linear_logprobs
 from ..ops.selective_logprobs import selective_logprobs
 from ._patching import Patch, check_version
 
-VERSIONS = ("1.16",)
+VERSION = "1.16.0"
 _IGNORED = -100
+_log = logging.getLogger(__name__)
 _patch = Patch()
 
 
@@ -56,10 +59,13 @@ def patch(
 
     Raises:
         ImportError: TRL is missing, or of a version that this was not tested with.
+        ValueError, TypeError: a setting that linear_logprobs refuses.
     """
-    check_version("trl", VERSIONS)
+    check_version("trl", VERSION)
     from trl.trainer import utils
 
+    if backend is not None:
+        check_choice("backend", backend, BACKENDS)
     project = partial(
         linear_logprobs,
         backward=backward,
@@ -67,8 +73,9 @@ def patch(
         chunk_bytes=chunk_bytes,
         mass_tolerance=mass_tolerance,
         max_entries=max_entries,
-        backend=backend,
     )
+    project(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))  # a wrong setting is refused now
+    project = partial(project, backend=backend)
     return _patch.apply(
         {
             (utils, "_ChunkedLogProbFunction"): SimpleNamespace(apply=partial(_chunked_logprobs, project)),
@@ -102,6 +109,7 @@ def _chunked_logprobs(
     if not {"log_probs", "entropy"}.issuperset(outputs) or logit_scale <= 0 or hasattr(weight, "ds_id"):
         from trl.kernels import ChunkedLogProbFunction
 
+        _log.debug("TRL's own function for %s, logit scale %s", outputs, logit_scale)
         return ChunkedLogProbFunction.apply(
             hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
         )

@@ -3,9 +3,9 @@
 verl 0.9 loads this by itself where both are installed (entry-point group ``verl.plugins``), in each of its processes.
 That changes no run: what is added has names of its own, which the configuration asks for.
 
-    algorithm.adv_estimator=sppo_seq critic.enable=True       A = R - sigmoid(the critic at the last prompt token)
+    algorithm.adv_estimator=sppo_seq                          A = R - sigmoid(the critic at the last prompt token)
+    critic.loss_agg_mode=sppo_seq                             binary cross-entropy there; the two go together
     actor_rollout_ref.actor.policy_loss.loss_mode=sppo_seq    clipped and dual-clipped, in one launch
-    critic.loss_agg_mode=sppo_seq                             binary cross-entropy at the last prompt token
     actor_rollout_ref.model.use_fused_kernels=True            linear_logprobs in place of logits
     actor_rollout_ref.model.fused_kernel_options.impl_backend=sppo_kernels
 
@@ -34,7 +34,7 @@ from ..ops.linear_logprobs import linear_logprobs
 from ..ops.policy_loss import policy_loss
 from ._patching import AfterImport, Patch, check_version
 
-VERSIONS = ("0.9",)
+VERSION = "0.9.1"
 NAME = "sppo_seq"  # "sppo" is Self-Play Preference Optimization's
 FUSED_BACKENDS = {"sppo_kernels": "auto"} | {f"sppo_kernels_{way}": way for way in ("recompute", "cache", "sparse")}
 RATIO_LEVELS = {NAME: "token", f"{NAME}_mean": "sequence_mean", f"{NAME}_sum": "sequence_sum"}
@@ -52,7 +52,7 @@ def patch() -> ExitStack:
     Raises:
         ImportError: verl is missing, or of a version that this was not tested with.
     """
-    check_version("verl", VERSIONS)
+    check_version("verl", VERSION)
     undo = ExitStack()
     if not (_added or _waiting):
         undo.callback(unpatch)
@@ -66,7 +66,7 @@ def patch_when_imported() -> None:
     """Add each part as soon as verl has imported the module that it belongs to: what verl's plugin does, so that no
     process imports more of verl than it would have. Raises what :func:`patch` does.
     """
-    check_version("verl", VERSIONS)
+    check_version("verl", VERSION)
     _waiting.extend(AfterImport([module], partial(_add, module)) for module in _PLACES)
 
 
@@ -98,6 +98,34 @@ def _add(module_name: str) -> None:
         _patch.apply({(module, name): partial(ours, getattr(module, name))})
 
 
+# The configuration: on the driver, before anything is started
+
+
+def _need_critic(original: Any, config: Any) -> bool:
+    """``verl.trainer.ppo.utils.need_critic``, which is asked with the whole configuration: SPPO has a critic.
+
+    Raises:
+        ValueError: names that do not go together.
+    """
+    estimator, critic_loss = config.algorithm.adv_estimator, config.critic.get("loss_agg_mode")
+    if (estimator == NAME) != (critic_loss == NAME):
+        raise ValueError(
+            f"algorithm.adv_estimator and critic.loss_agg_mode must both be {NAME} or neither (the critic's value is a "
+            f"logit in the one and learned as such by the other), got {estimator} and {critic_loss}"
+        )
+    actor = config.actor_rollout_ref.actor
+    _check_aggregation(RATIO_LEVELS.get(actor.policy_loss.loss_mode, "token"), actor.loss_agg_mode)
+    return True if estimator == NAME and config.critic.enable is None else original(config)
+
+
+def _check_aggregation(ratio_level: str, loss_agg_mode: str) -> None:
+    if ratio_level != "token" and loss_agg_mode != "seq-mean-token-mean":
+        raise ValueError(
+            "actor_rollout_ref.actor.loss_agg_mode must be seq-mean-token-mean where the ratio is a whole response's, "
+            f"got {loss_agg_mode}"
+        )
+
+
 # Advantages: on the driver, once an update
 
 
@@ -119,7 +147,7 @@ def sppo_advantages(
         ValueError: no values; outcomes outside [0, 1].
     """
     if values is None:
-        raise ValueError(f"adv_estimator={NAME} needs the critic's values: set critic.enable=True")
+        raise ValueError(f"adv_estimator={NAME} needs the critic's values: critic.enable must not be False")
     mask = response_mask.to(torch.float32)
     outcomes = (token_level_rewards * mask).sum(-1)
     if not ((outcomes >= 0) & (outcomes <= 1)).all():
@@ -176,10 +204,7 @@ def sppo_policy_loss(
     Raises:
         ValueError: another ``loss_agg_mode``; a data-parallel group without the counts of the whole batch.
     """
-    if ratio_level != "token" and loss_agg_mode != "seq-mean-token-mean":
-        raise ValueError(
-            f"loss_agg_mode must be 'seq-mean-token-mean' where the ratio is a whole response's, got {loss_agg_mode!r}"
-        )
+    _check_aggregation(ratio_level, loss_agg_mode)
     if rollout_is_weights is not None:
         advantages = advantages * rollout_is_weights  # at least 0: they change no sign, and so no choice of a clip
     aggregation, normalizer = _aggregation(loss_agg_mode, response_mask, **config.global_batch_info)
@@ -303,6 +328,7 @@ class LinearLogprobs(torch.nn.Module):
 
 _REGISTRIES = "verl.trainer.ppo.core_algos"
 _WRAPPED: dict[str, tuple[str, Callable[..., Any]]] = {
+    "verl.trainer.ppo.utils": ("need_critic", _need_critic),
     "verl.trainer.ppo.ray_trainer": ("compute_advantage", _compute_advantage),
     "verl.workers.utils.losses": ("value_loss", _value_loss),
     "verl.models.transformers.monkey_patch": ("patch_forward_with_backends", _use_backend),

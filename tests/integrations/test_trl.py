@@ -255,8 +255,23 @@ def test_patches_nest_and_unpatch_undoes_all():
 @pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "2.0.0"])
 def test_versions_it_does_not_know(monkeypatch, version):
     monkeypatch.setattr(metadata, "version", lambda _: version)
-    with pytest.raises(ImportError, match=rf"trl must be 1\.16\.x, .*, got {version}: pip install 'trl~=1.16.0'"):
+    with pytest.raises(ImportError, match=rf"trl must be 1\.16\.x .*, got {version}: pip install 'trl~=1.16.0'"):
         fused.patch()
+    assert utils._use_triton is ORIGINALS["_use_triton"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "argument"),
+    [
+        ({"backward": "recompuet"}, "backward"),
+        ({"logits_budget_bytes": "4GB"}, "logits_budget_bytes"),
+        ({"mass_tolerance": 2.0}, "mass_tolerance"),
+        ({"backend": "cuda"}, "backend"),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(settings, argument):
+    with pytest.raises((ValueError, TypeError), match=argument):
+        fused.patch(**settings)
     assert utils._use_triton is ORIGINALS["_use_triton"]
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from verl.models.transformers import monkey_patch
 from verl.protocol import DataProto
 from verl.trainer.ppo import core_algos, ray_trainer
-from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.trainer.ppo.utils import need_reference_policy
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1 import utils as trainer_utils
 from verl.utils import tensordict_utils as tu
@@ -126,7 +126,7 @@ def test_sequence_sum():
 @pytest.mark.parametrize("name", ["sppo_seq_mean", "sppo_seq_sum"])
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "seq-mean-token-mean"])
 def test_whole_responses_are_averaged_over_responses(name, mode):
-    with pytest.raises(ValueError, match=f"loss_agg_mode must be 'seq-mean-token-mean' .*, got '{mode}'"):
+    with pytest.raises(ValueError, match=f"actor.loss_agg_mode must be seq-mean-token-mean .*, got {mode}"):
         loss_of(name, batch(), mode, actor_config())
 
 
@@ -252,7 +252,7 @@ def test_rewards_that_are_no_outcomes():
 
 def test_no_critic():
     data = advantage_data().select(["token_level_rewards", "response_mask"], ["uid"])
-    with pytest.raises(ValueError, match=r"needs the critic's values: set critic\.enable=True"):
+    with pytest.raises(ValueError, match=r"needs the critic's values: critic\.enable must not be False"):
         ray_trainer.compute_advantage(data, adv_estimator="sppo_seq", config={})
 
 
@@ -378,7 +378,7 @@ def test_a_version_it_does_not_know(monkeypatch):
     """verl drops the errors of its plugins: a warning says why sppo_seq is missing."""
     ours.unpatch()
     monkeypatch.setattr(metadata, "version", lambda _: "0.10.0")
-    with pytest.warns(UserWarning, match=r"sppo_seq is not there: verl must be 0\.9\.x, .*, got 0\.10\.0"):
+    with pytest.warns(UserWarning, match=r"sppo_seq is not there: verl must be 0\.9\.x .*, got 0\.10\.0"):
         importlib.reload(verl_plugin)
     assert "sppo_seq" not in core_algos.POLICY_LOSS_REGISTRY
 
@@ -397,13 +397,42 @@ def recipe(tmp_path, *arguments):
     return done.stdout.split()
 
 
-def test_recipe(tmp_path):
-    """verl composes and validates the recipe's configuration, and reads SPPO's names out of it."""
-    module, *overrides = recipe(tmp_path, "trainer.nnodes=2")[1:]
+def composed(tmp_path, *arguments):
+    module, *overrides = recipe(tmp_path, *arguments)[1:]
     assert module == "verl.trainer.main_ppo"
     with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides=overrides)
-    assert need_critic(config)
+        return compose("ppo_trainer", overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("critic.loss_agg_mode=token-mean", "must both be sppo_seq or neither .*, got sppo_seq and token-mean"),
+        ("algorithm.adv_estimator=gae", "must both be sppo_seq or neither .*, got gae and sppo_seq"),
+        (
+            "actor_rollout_ref.actor.policy_loss.loss_mode=sppo_seq_sum "
+            "actor_rollout_ref.actor.loss_agg_mode=token-mean",
+            "actor_rollout_ref.actor.loss_agg_mode must be seq-mean-token-mean .*, got token-mean",
+        ),
+    ],
+)
+def test_names_that_do_not_go_together(tmp_path, changed, message):
+    """Refused before anything is started: a critic that learns by squared error has no logit to give."""
+    with pytest.raises(ValueError, match=message):
+        trainer_base.need_critic(composed(tmp_path, *changed.split()))
+
+
+def test_a_critic_is_needed_where_verl_says_so(tmp_path):
+    assert trainer_base.need_critic(composed(tmp_path))
+    assert not trainer_base.need_critic(composed(tmp_path, "critic.enable=False"))
+    others = "algorithm.adv_estimator=grpo", "critic.loss_agg_mode=token-mean"
+    with pytest.warns(UserWarning, match="Disabled critic"):
+        assert not trainer_base.need_critic(composed(tmp_path, *others))
+
+
+def test_recipe(tmp_path):
+    """verl composes and validates the recipe's configuration, and reads SPPO's names out of it."""
+    config = composed(tmp_path, "trainer.nnodes=2")
     assert not need_reference_policy(config)
     validate_config(config, use_reference_policy=False, use_critic=True)
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
