@@ -23,13 +23,23 @@ def build(out_dir: Path) -> None:
     """A folder a backend and the card."""
     if (out_dir / "build").exists():
         raise SystemExit(f"OUT_DIR must have no folder build yet, {out_dir} has: name another, or delete it")
+    if out_dir.resolve().is_relative_to(PACKAGE):
+        raise SystemExit(f"OUT_DIR must be outside of the package, got {out_dir}")
     for backend in BACKENDS:
         variant = out_dir / "build" / f"torch-{backend}"
-        shutil.copytree(PACKAGE, variant, ignore=shutil.ignore_patterns("integrations", "__pycache__"))
+        for path in sources():
+            (variant / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PACKAGE / path, variant / path)
         shutil.copy(ROOT / "LICENSE", variant)
         (variant / "metadata.json").write_text(json.dumps(metadata(variant, backend), indent=2) + "\n")
     card = (HERE / "CARD.md").read_text().replace("{version}", str(major_version()))
     (out_dir / "build/CARD.md").write_text(card)
+
+
+def sources() -> list[Path]:
+    """The package's modules, and nothing that an editor or a tool left beside them."""
+    found = [path.relative_to(PACKAGE) for path in [*PACKAGE.rglob("*.py"), PACKAGE / "py.typed"]]
+    return [path for path in found if path.parts[0] != "integrations" and not any(n[0] == "." for n in path.parts)]
 
 
 def metadata(variant: Path, backend: str) -> dict[str, object]:

@@ -1,7 +1,9 @@
 """The operations as a kernel of the Hugging Face hub: built by its command, loaded by the library ``kernels``."""
 
 import ast
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,8 +153,33 @@ assert not hasattr(torch.ops.sppo_kernels, "whiten")
     )
 
 
-def test_a_folder_that_holds_a_build_is_refused(built):
-    command = [sys.executable, ROOT / "hub_kernel/build.py", built]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_only_the_packages_files(tmp_path, monkeypatch):
+    """Nothing that an editor, a tool or an import left beside them: the id is a hash of what goes along."""
+    spec = importlib.util.spec_from_file_location("hub_kernel_build", ROOT / "hub_kernel/build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    package = tmp_path / "sppo_kernels"
+    shutil.copytree(ROOT / "sppo_kernels", package, ignore=shutil.ignore_patterns("__pycache__", "integrations"))
+    expected = sorted(path.relative_to(package) for path in package.rglob("*") if path.is_file())
+    for stray in (
+        ".DS_Store",
+        "ops/.gae.py.swp",
+        "ops/gae.py~",
+        "__pycache__/x.pyc",
+        ".ipynb_checkpoints/x.py",
+        "x.so",
+    ):
+        (package / stray).parent.mkdir(exist_ok=True)
+        (package / stray).write_text("")
+    (package / "ops/.#gae.py").symlink_to("nowhere")
+    monkeypatch.setattr(build, "PACKAGE", package)
+    assert sorted(build.sources()) == expected
+
+
+@pytest.mark.parametrize(("inside", "message"), [(False, "delete it"), (True, "outside of the package")])
+def test_folders_that_are_refused(built, inside, message):
+    folder = ROOT / "sppo_kernels/out" if inside else built
+    done = subprocess.run([sys.executable, ROOT / "hub_kernel/build.py", folder], capture_output=True, text=True)
     assert done.returncode != 0
-    assert "delete it" in done.stderr
+    assert message in done.stderr
+    assert not (ROOT / "sppo_kernels/out").exists()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib import metadata
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -24,28 +24,41 @@ class Patch:
     def __init__(self, package: str | None = None) -> None:
         self._package = package
         self._originals: dict[Name, Any] = {}
+        self._layers: list[Mapping[Name, Any]] = []
 
     def apply(self, replacements: Mapping[Name, Any]) -> ExitStack:
-        """Put each replacement under its name. As a context manager, what this returns puts back what it found."""
+        """Put each replacement under its name, over earlier ones. As a context manager, what this returns takes them
+        away again on exit, in whatever order that comes.
+        """
+        found = {(owner, name): getattr(owner, name) for owner, name in replacements}
+        self._originals = found | self._originals
+        self._layers.append(replacements)
+        self._install()
         undo = ExitStack()
-        for (owner, name), replacement in replacements.items():
-            found = getattr(owner, name)
-            self._originals.setdefault((owner, name), found)
-            self._put(owner, name, replacement)
-            undo.callback(self._put, owner, name, found)
+        undo.callback(self._remove, replacements)
         return undo
 
     def restore(self) -> None:
         """Put back what stood there before the first of all that was applied; nothing where nothing was."""
+        self._layers.clear()
+        self._install()
+
+    def _remove(self, replacements: Mapping[Name, Any]) -> None:
+        self._layers = [layer for layer in self._layers if layer is not replacements]
+        self._install()
+
+    def _install(self) -> None:
         for (owner, name), original in self._originals.items():
-            self._put(owner, name, original)
-        self._originals.clear()
+            over = [layer[owner, name] for layer in self._layers if (owner, name) in layer]
+            self._put(owner, name, over[-1] if over else original)
+        if not self._layers:
+            self._originals.clear()
 
     def _put(self, owner: ModuleType | type, name: str, new: Any) -> None:
         old = getattr(owner, name)
         setattr(owner, name, new)
         for path, module in list(sys.modules.items()):
-            if path.split(".")[0] == self._package and vars(module).get(name) is old:
+            if path.split(".")[0] == self._package and getattr(module, "__dict__", {}).get(name) is old:
                 setattr(module, name, new)
 
 
@@ -70,15 +83,22 @@ class AfterImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, path, target) if fullname in self.names else None
-        if spec is None or spec.loader is None:
+        if fullname not in self.names:
             return None
+        others = (finder for finder in sys.meta_path[sys.meta_path.index(self) + 1 :] if hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is None or spec.loader is None:
+            return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            if self.withdraw():  # the action may import another of them
-                self._action()
+            if module.__name__ == fullname and self.withdraw():  # first, for the action may import another of them
+                try:
+                    self._action()
+                except BaseException:
+                    sys.meta_path.insert(0, self)
+                    raise
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from .._common import reject
 from ..ops.policy_loss import policy_loss
 from ..ops.selective_logprobs import selective_logprobs
+from ._outcomes import outcomes
 from ._patching import AfterImport, Patch, check_version
 
 VERSION = "0.11.2"
@@ -41,6 +42,7 @@ _TRAINERS = (
     "openrlhf.trainer.ray.ppo_critic",
     "openrlhf.trainer.ppo_utils.experience_maker",
 )
+_waiting: list[AfterImport] = []
 _patch = Patch("openrlhf")  # its trainers bind the losses once more, some of them after the patch
 
 
@@ -80,8 +82,14 @@ def patch(*, policy_loss_type: str | None = None) -> ExitStack:
 
 
 def unpatch() -> None:
-    """Give OpenRLHF its own back; nothing where they are in place."""
+    """Give OpenRLHF its own back, and wait for no import any more; nothing where nothing was done."""
+    _withdraw()
     _patch.restore()
+
+
+def _withdraw() -> None:
+    while _waiting:
+        _waiting.pop().withdraw()
 
 
 def patch_when_imported(*, policy_loss_type: str | None = None) -> None:
@@ -96,7 +104,8 @@ def patch_when_imported(*, policy_loss_type: str | None = None) -> None:
     check_version("openrlhf", VERSION)
     if policy_loss_type is not None:
         _check_type(policy_loss_type)
-    AfterImport(_TRAINERS, partial(patch, policy_loss_type=policy_loss_type))
+    _withdraw()
+    _waiting.append(AfterImport(_TRAINERS, partial(patch, policy_loss_type=policy_loss_type)))
 
 
 # The losses
@@ -290,15 +299,9 @@ def get_advantages_and_returns(
     Raises:
         ValueError: an outcome outside [0, 1], which no critic of SPPO's can predict.
     """
-    mask = (action_mask != 0).to(rewards.dtype)
-    outcome = (rewards * mask).sum(1, keepdim=True)
-    bad = ~((outcome >= 0) & (outcome <= 1))
-    if bad.any():
-        want = (
-            "in [0, 1] when summed over a response, the critic predicts a probability: scale them, keep the KL penalty "
-            "out of them (--algo.kl.init_coef 0 or --algo.kl.use_loss) and length penalties too"
-        )
-        reject("rewards", float(outcome[bad][0]), want)
+    remedy = "scale them, no KL penalty in them (--algo.kl.init_coef 0 or --algo.kl.use_loss), no length penalty"
+    outcome = outcomes(rewards, action_mask, remedy)[:, None]
+    mask = (action_mask != 0).float()
     first, _ = _first_token(values, action_mask)
     return (outcome - values.gather(1, first).float().sigmoid()) * mask, outcome * mask
 
@@ -330,4 +333,5 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
     """OpenRLHF 0.11's function of this name: logits [..., V], labels [...] -> log-probabilities [...], float32. It
     leaves the logits as they are, where OpenRLHF's divides them by the temperature.
     """
-    return selective_logprobs(logits, labels, temperature=temperature).logprobs
+    no_token = -(2**63)  # with -100 a wrong label would pass for an ignored one
+    return selective_logprobs(logits, labels, temperature=temperature, ignore_index=no_token).logprobs

@@ -13,9 +13,10 @@ TRL 1.16 takes log-probabilities in two ways, both in ``trl.trainer.utils``, whi
 - ``_fused_logprob_entropy``, from logits that somebody made: ``selective_log_softmax`` and its kin, which trainers in
   ``trl.experimental`` call. TRL's kernel for it serves GPUs; elsewhere it loops, in the logits' own precision.
 
-Only tokens that bear loss are projected, on a CPU too (``_use_triton`` decides that). What needs more than
-log-probabilities and entropies (SFT, KTO, DPO except for its reference: top-1 accuracy, mean logits), and a head that
-DeepSpeed's ZeRO-3 has split, whose weight has to be gathered again for backward, stay with TRL's own function.
+Only tokens that bear loss are projected, on a CPU too (``_use_triton`` decides that). A head of another dtype than the
+hidden states, or than autocast's, is cast as a whole, where TRL casts it by chunks. What stays with TRL's own function:
+what needs more than log-probabilities and entropies (SFT, KTO, DPO except for its reference: top-1 accuracy, mean
+logits), float64, and a head that DeepSpeed's ZeRO-3 has split, whose weight has to be gathered again for backward.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from torch import Tensor
 from .._common import BACKENDS, check_choice
 from ..ops.linear_logprobs import linear_logprobs
 from ..ops.selective_logprobs import selective_logprobs
-from ._patching import Patch, check_version
+from ._patching import Name, Patch, check_version
 
 VERSION = "1.16.0"
-_IGNORED = -100
+_IGNORED = -(2**63)  # no token; with -100 a wrong index would pass for an ignored one
 _log = logging.getLogger(__name__)
 _patch = Patch()
 
@@ -74,16 +75,17 @@ def patch(
         mass_tolerance=mass_tolerance,
         max_entries=max_entries,
     )
-    project(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))  # a wrong setting is refused now
+    one = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
+    project(one, one, torch.zeros(1, dtype=torch.long, device="cpu"))  # a wrong setting is refused now
     project = partial(project, backend=backend)
-    return _patch.apply(
-        {
-            (utils, "_ChunkedLogProbFunction"): SimpleNamespace(apply=partial(_chunked_logprobs, project)),
-            (utils, "_use_triton"): lambda device: device.type in ("cpu", "cuda", "xpu"),
-            (utils, "_fused_logprob_entropy"): partial(_logprobs_and_entropy, backend),
-            (utils, "_supports_trl_loss_kernel"): _is_supported,
-        }
-    )
+    replacements: dict[Name, Any] = {
+        (utils, "_ChunkedLogProbFunction"): SimpleNamespace(apply=partial(_chunked_logprobs, project)),
+        (utils, "_use_triton"): lambda device: device.type in ("cpu", "cuda", "xpu"),
+    }
+    if hasattr(utils, "_fused_logprob_entropy"):  # not without Triton: macOS, Windows
+        replacements[utils, "_fused_logprob_entropy"] = partial(_logprobs_and_entropy, backend)
+        replacements[utils, "_supports_trl_loss_kernel"] = _is_supported
+    return _patch.apply(replacements)
 
 
 def unpatch() -> None:
@@ -106,7 +108,8 @@ def _chunked_logprobs(
     """``trl.kernels.ChunkedLogProbFunction.apply``: hidden [N, H], weight [V, H], bias [V], targets [N] -> log_probs,
     entropy, log_sum_sq_probs, mean_logits, is_top1, each [N], or None if not among ``outputs``.
     """
-    if not {"log_probs", "entropy"}.issuperset(outputs) or logit_scale <= 0 or hasattr(weight, "ds_id"):
+    is_more = not {"log_probs", "entropy"}.issuperset(outputs)
+    if is_more or logit_scale <= 0 or hasattr(weight, "ds_id") or hidden.dtype == torch.float64:
         from trl.kernels import ChunkedLogProbFunction
 
         _log.debug("TRL's own function for %s, logit scale %s", outputs, logit_scale)
@@ -125,7 +128,7 @@ def _logprobs_and_entropy(
     backend: str | None, logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``trl.kernels.selective_log_softmax_and_entropy``: logits [..., V], index and row_mask [...] -> both [...]."""
-    labels = index if row_mask is None else index.masked_fill(row_mask == 0, _IGNORED)
+    labels = index if row_mask is None else index.long().masked_fill(row_mask == 0, _IGNORED)
     return selective_logprobs(logits, labels, temperature=temperature, ignore_index=_IGNORED, backend=backend)
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from functools import partial, wraps
 from importlib import import_module
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..ops.linear_logprobs import linear_logprobs
 from ..ops.policy_loss import policy_loss
+from ._outcomes import outcomes
 from ._patching import AfterImport, Patch, check_version
 
 VERSION = "0.9.1"
@@ -71,12 +72,14 @@ def patch_when_imported() -> None:
 
 
 def unpatch() -> None:
-    """Take everything away again; nothing where nothing was added."""
+    """Take everything away again; nothing where nothing was added. A model that verl has made with
+    ``impl_backend=sppo_kernels`` needs it to stay.
+    """
     while _waiting:
         _waiting.pop().withdraw()
     _patch.restore()
     core_algos = sys.modules.get(_REGISTRIES)
-    if core_algos is not None:
+    if core_algos is not None and _REGISTRIES in _added:
         core_algos.ADV_ESTIMATOR_REGISTRY.pop(NAME, None)
         for name in RATIO_LEVELS:
             core_algos.POLICY_LOSS_REGISTRY.pop(name, None)
@@ -87,7 +90,6 @@ def _add(module_name: str) -> None:
     """What belongs to a module of verl that has been imported."""
     if module_name in _added:
         return
-    _added.add(module_name)
     module = sys.modules[module_name]
     if module_name == _REGISTRIES:
         module.register_adv_est(NAME)(sppo_advantages)
@@ -95,7 +97,23 @@ def _add(module_name: str) -> None:
             module.register_policy_loss(name)(partial(sppo_policy_loss, ratio_level))
     else:
         name, ours = _WRAPPED[module_name]
-        _patch.apply({(module, name): partial(ours, getattr(module, name))})
+        _patch.apply({(module, name): ours(getattr(module, name))})
+    _added.add(module_name)
+
+
+def _instead(ours: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``ours``, which takes the original as its first argument, under the original's name: verl's driver sends
+    functions to its workers by name, and each then runs what stands there.
+    """
+
+    def of(original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return ours(original, *args, **kwargs)
+
+        return wrapper
+
+    return of
 
 
 # The configuration: on the driver, before anything is started
@@ -107,14 +125,18 @@ def _need_critic(original: Any, config: Any) -> bool:
     Raises:
         ValueError: names that do not go together.
     """
-    estimator, critic_loss = config.algorithm.adv_estimator, config.critic.get("loss_agg_mode")
+    from omegaconf import OmegaConf
+
+    estimator = OmegaConf.select(config, "algorithm.adv_estimator")
+    critic_loss = OmegaConf.select(config, "critic.loss_agg_mode")
     if (estimator == NAME) != (critic_loss == NAME):
         raise ValueError(
             f"algorithm.adv_estimator and critic.loss_agg_mode must both be {NAME} or neither (the critic's value is a "
             f"logit in the one and learned as such by the other), got {estimator} and {critic_loss}"
         )
-    actor = config.actor_rollout_ref.actor
-    _check_aggregation(RATIO_LEVELS.get(actor.policy_loss.loss_mode, "token"), actor.loss_agg_mode)
+    loss_mode = OmegaConf.select(config, "actor_rollout_ref.actor.policy_loss.loss_mode")
+    if loss_mode in RATIO_LEVELS:
+        _check_aggregation(RATIO_LEVELS[loss_mode], config.actor_rollout_ref.actor.loss_agg_mode)
     return True if estimator == NAME and config.critic.enable is None else original(config)
 
 
@@ -148,16 +170,10 @@ def sppo_advantages(
     """
     if values is None:
         raise ValueError(f"adv_estimator={NAME} needs the critic's values: critic.enable must not be False")
-    mask = response_mask.to(torch.float32)
-    outcomes = (token_level_rewards * mask).sum(-1)
-    if not ((outcomes >= 0) & (outcomes <= 1)).all():
-        raise ValueError(
-            f"adv_estimator={NAME}: the rewards of a response must sum to an outcome in [0, 1], got "
-            f"{outcomes.min():.3g} to {outcomes.max():.3g}: use a reward in [0, 1], and no KL penalty in it "
-            "(algorithm.use_kl_in_reward=False)"
-        )
-    advantages = outcomes - torch.sigmoid(values[:, 0].float())
-    return advantages[:, None] * mask, outcomes[:, None] * mask
+    outcome = outcomes(token_level_rewards, response_mask, "another reward, and algorithm.use_kl_in_reward=False")
+    mask = response_mask.float()
+    advantages = outcome - torch.sigmoid(values[:, 0].float())
+    return advantages[:, None] * mask, outcome[:, None] * mask
 
 
 def _compute_advantage(original: Any, data: Any, adv_estimator: str, *args: Any, **kwargs: Any) -> Any:
@@ -240,12 +256,16 @@ def _aggregation(
         return "token-mean", 1 / dp_size
     name = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
     count = batch_num_tokens if mode == "token-mean" else global_batch_size
-    if count is None and dp_size > 1:
-        raise ValueError(f"{name} must be given with dp_size = {dp_size}, got None")
+    _check_count(name, count, dp_size)
     if mode != "seq-mean-token-sum-norm":
         return mode, None if count is None else count / dp_size
     sequences = mask.bool().any(-1).sum().clamp(min=1) if count is None else count / dp_size
     return "seq-mean-token-sum", sequences * (mask.shape[-1] if loss_scale_factor is None else loss_scale_factor)
+
+
+def _check_count(name: str, count: float | None, dp_size: int) -> None:
+    if count is None and dp_size > 1:
+        raise ValueError(f"{name} must be given with dp_size = {dp_size}, got None")
 
 
 # The critic's loss: on each critic
@@ -273,6 +293,7 @@ def sppo_value_loss(config: Any, model_output: Any, data: Any, dp_group: Any = N
 
     logits = no_padding_2_padding(model_output["values"], data)[:, 0].float()
     count, dp_size = data["global_batch_size"], data["dp_size"]
+    _check_count("global_batch_size", count, dp_size)
     padded = data.select("returns", "response_mask").to_padded_tensor()
     bears_loss = padded["response_mask"].bool().any(-1)
     outcomes = padded["returns"].amax(-1).to(logits)
@@ -301,37 +322,39 @@ def _use_backend(
     original(model, use_fused_kernels, "torch" if ours else fused_kernels_backend)
     if ours:
         model._verl_fused_kernels_backend = fused_kernels_backend
+        print(f"No, {fused_kernels_backend}: the log-probabilities of {type(model).__name__} are sppo_kernels'")
 
 
-def _fused_linear(original: Any, chunk_size: int = 512, impl_backend: str = "torch") -> torch.nn.Module:
-    """``verl.utils.experimental.torch_functional.FusedLinearForPPO``."""
-    ours = impl_backend in FUSED_BACKENDS
-    return LinearLogprobs(FUSED_BACKENDS[impl_backend]) if ours else original(chunk_size, impl_backend)
+def _fused_linear_class(original: Any) -> type:
+    """``verl.utils.experimental.torch_functional.FusedLinearForPPO`` with more backends."""
 
+    class FusedLinearForPPO(original):
+        def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+            super().__init__(chunk_size, "torch" if impl_backend in FUSED_BACKENDS else impl_backend)
+            self.impl_backend = impl_backend
 
-class LinearLogprobs(torch.nn.Module):
-    """verl's FusedLinearForPPO over :func:`sppo_kernels.linear_logprobs`; ``how`` is what that calls ``backward``."""
+        def forward(
+            self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+        ) -> tuple[Tensor, Tensor]:
+            """hidden_states [..., H], vocab_weights [V, H], input_ids [...] -> log-probabilities, entropies [...]."""
+            if self.impl_backend not in FUSED_BACKENDS:
+                return super().forward(hidden_states, vocab_weights, input_ids, temperature)
+            backward = FUSED_BACKENDS[self.impl_backend]
+            logprobs, entropy = linear_logprobs(
+                hidden_states, vocab_weights, input_ids, temperature=temperature, backward=backward
+            )
+            return logprobs, entropy
 
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-
-    def forward(
-        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """hidden_states [..., H], vocab_weights [V, H], input_ids [...] -> log-probabilities and entropies [...]."""
-        logprobs, entropy = linear_logprobs(
-            hidden_states, vocab_weights, input_ids, temperature=temperature, backward=self.how
-        )
-        return logprobs, entropy
+    FusedLinearForPPO.__module__, FusedLinearForPPO.__qualname__ = original.__module__, original.__qualname__
+    return FusedLinearForPPO
 
 
 _REGISTRIES = "verl.trainer.ppo.core_algos"
-_WRAPPED: dict[str, tuple[str, Callable[..., Any]]] = {
-    "verl.trainer.ppo.utils": ("need_critic", _need_critic),
-    "verl.trainer.ppo.ray_trainer": ("compute_advantage", _compute_advantage),
-    "verl.workers.utils.losses": ("value_loss", _value_loss),
-    "verl.models.transformers.monkey_patch": ("patch_forward_with_backends", _use_backend),
-    "verl.utils.experimental.torch_functional": ("FusedLinearForPPO", _fused_linear),
+_WRAPPED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "verl.trainer.ppo.utils": ("need_critic", _instead(_need_critic)),
+    "verl.trainer.ppo.ray_trainer": ("compute_advantage", _instead(_compute_advantage)),
+    "verl.workers.utils.losses": ("value_loss", _instead(_value_loss)),
+    "verl.models.transformers.monkey_patch": ("patch_forward_with_backends", _instead(_use_backend)),
+    "verl.utils.experimental.torch_functional": ("FusedLinearForPPO", _fused_linear_class),
 }
 _PLACES = (_REGISTRIES, *_WRAPPED)

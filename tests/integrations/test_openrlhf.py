@@ -270,7 +270,7 @@ def test_rewards_that_are_no_probability():
     made[1].kl += 0.1
     with fused.patch():
         sppo = maker(kl_coef=1.0)
-        with pytest.raises(ValueError, match=r"rewards must be in \[0, 1\].*--algo.kl.init_coef 0.*got -0\.3"):
+        with pytest.raises(ValueError, match=r"rewards must be in \[0, 1\] .*--algo.kl.init_coef 0.*got -0\.3"):
             sppo.compute_advantages_and_returns(made)
         assert sppo.args.algo.advantage.estimator == "gae"
 
@@ -421,6 +421,11 @@ import sys
 from sppo_kernels.integrations import openrlhf as fused
 
 finders = list(sys.meta_path)
+fused.patch_when_imported(policy_loss_type="sppo_seq")
+fused.patch_when_imported()
+assert len(sys.meta_path) == len(finders) + 1
+fused.unpatch()
+assert sys.meta_path == finders
 assert not {"openrlhf", "deepspeed", "ray"} & sys.modules.keys()
 fused.unpatch()
 fused.patch_when_imported()

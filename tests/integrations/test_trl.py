@@ -165,10 +165,12 @@ def test_mixed_dtypes_as_trl_casts_them():
     assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("case", ["is_top1", "mean_logits", "log_sum_sq_probs", "scale 0", "scale < 0", "ZeRO-3"])
+@pytest.mark.parametrize(
+    "case", ["is_top1", "mean_logits", "log_sum_sq_probs", "scale 0", "scale < 0", "ZeRO-3", "float64"]
+)
 def test_what_stays_with_trl(case):
     """More outputs, scales that the operation cannot fold, a head split by DeepSpeed: TRL's function, TRL's results."""
-    tensors, targets = arguments()
+    tensors, targets = arguments(dtype=torch.float64 if case == "float64" else torch.float32)
     settings = {"scale": {"scale 0": 0.0, "scale < 0": -2.0}.get(case, 1.0)}
     if case in ("is_top1", "mean_logits", "log_sum_sq_probs"):
         settings["outputs"] = ("log_probs", "entropy", case)
@@ -238,6 +240,21 @@ def test_given_logits_that_stay_with_trl():
     assert double.dtype == torch.float64
 
 
+def test_a_wrong_index_is_no_ignored_one():
+    with fused.patch(), pytest.raises(ValueError, match="labels"):
+        utils.selective_log_softmax(torch.randn(2, 3, 5), torch.full((2, 3), -100))
+
+
+def test_without_triton(monkeypatch):
+    """macOS, Windows: TRL has no function of given logits to replace."""
+    for name in NAMES[2:]:
+        monkeypatch.delattr(utils, name)
+    with fused.patch():
+        assert utils._ChunkedLogProbFunction is not ORIGINALS["_ChunkedLogProbFunction"]
+        assert not hasattr(utils, NAMES[2])
+    monkeypatch.undo()
+
+
 def test_patches_nest_and_unpatch_undoes_all():
     with fused.patch():
         outer = utils._ChunkedLogProbFunction
@@ -250,6 +267,10 @@ def test_patches_nest_and_unpatch_undoes_all():
     fused.unpatch()
     assert {name: getattr(utils, name) for name in NAMES} == ORIGINALS
     fused.unpatch()  # nothing to undo
+    with fused.patch():
+        fused.patch()
+        fused.unpatch()
+    assert {name: getattr(utils, name) for name in NAMES} == ORIGINALS
 
 
 @pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "2.0.0"])

@@ -1,6 +1,7 @@
 """Against the real verl, on a CPU: its own losses, advantages, forward, configuration and worker processes."""
 
 import importlib
+import pickle
 import subprocess
 import sys
 from functools import partial
@@ -13,6 +14,7 @@ import ray
 import torch
 import verl.utils.torch_functional
 from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -246,7 +248,7 @@ def test_other_estimators_are_verls():
 
 
 def test_rewards_that_are_no_outcomes():
-    with pytest.raises(ValueError, match=r"must sum to an outcome in \[0, 1\], got 0 to 2"):
+    with pytest.raises(ValueError, match=r"rewards must be in \[0, 1\] when summed .*use_kl_in_reward=False, got 2"):
         ray_trainer.compute_advantage(advantage_data(scale=2.0), adv_estimator="sppo_seq", config={})
 
 
@@ -307,7 +309,7 @@ def test_log_probabilities_of_the_actor(monkeypatch, backend):
 
 @pytest.mark.usefixtures("_no_flash_attn_in_verl")
 def test_other_backends_are_verls():
-    assert type(torch_functional.FusedLinearForPPO(64)) is ORIGINAL_FUSED_LINEAR
+    assert isinstance(torch_functional.FusedLinearForPPO(64), ORIGINAL_FUSED_LINEAR)
     expected = through_the_actors_engine(None)
     torch.testing.assert_close(through_the_actors_engine("torch"), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="Unsupported FusedLinearForPPO backend: sppo"):
@@ -335,6 +337,21 @@ def test_the_trainer_has_it():
     """verl's trainer holds the critic's loss and the advantages under names of its own."""
     assert trainer_base.value_loss is losses.value_loss is not ORIGINAL_VALUE_LOSS
     assert trainer_utils.compute_advantage is ray_trainer.compute_advantage is not ORIGINAL_COMPUTE_ADVANTAGE
+
+
+def test_critic_loss_of_a_group_without_counts():
+    data, output, _ = training_data()
+    tu.assign_non_tensor(data, dp_size=2)
+    critic = CriticConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=1, loss_agg_mode="sppo_seq")
+    with pytest.raises(ValueError, match="global_batch_size must be given with dp_size = 2, got None"):
+        losses.value_loss(critic, {"values": output}, data)
+
+
+def test_what_the_driver_sends_is_verls_name():
+    """Not our code: a worker without this package runs verl's own."""
+    for sent in (losses.value_loss, ray_trainer.compute_advantage, torch_functional.FusedLinearForPPO):
+        assert b"sppo" not in pickle.dumps(sent)
+        assert pickle.loads(pickle.dumps(sent)) is sent
 
 
 def test_in_workers():
@@ -420,6 +437,12 @@ def test_names_that_do_not_go_together(tmp_path, changed, message):
     """Refused before anything is started: a critic that learns by squared error has no logit to give."""
     with pytest.raises(ValueError, match=message):
         trainer_base.need_critic(composed(tmp_path, *changed.split()))
+
+
+def test_configurations_without_a_name_of_ours_are_verls():
+    """Also those that have none of the places where ours would stand."""
+    config = OmegaConf.create({"algorithm": {"adv_estimator": "gae"}, "critic": {"enable": None}})
+    assert trainer_base.need_critic(config)
 
 
 def test_a_critic_is_needed_where_verl_says_so(tmp_path):
