@@ -58,7 +58,7 @@ def parts(folder: Path, dry: bool) -> list[Part]:
     if dry:
         few = "--only", "linear_logprobs", "policy_loss, token"
         return [
-            Part("headline", measured("headline", "dry", "--without", "torch.compile"), 240),
+            Part("headline", measured("headline", "dry", "--without", "torch.compile"), 420),
             Part("tests", _pytest("tests/sppo_kernels/test_whiten.py", "-k", "float64"), 120),
             Part("tune", suite("tune", "tune", "--quick"), 240),
             Part("headline, tuned", measured("headline, tuned", "dry", *few, *tuned, *ours), 120),
