@@ -1,38 +1,11 @@
 """Two processes with sharded weights make the update that one makes of all samples. Real processes."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from plain_loop import PROMPTS, ActorCritic
-
-HERE = Path(__file__).parent
-
-
-def in_processes(out, world):
-    """Run ``fsdp2_run.py`` in ``world`` processes; what the first one saved, and all that they said."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "fsdp2_run.py"), str(rank), str(world), str(out), port],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=120)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * world, said
-    return torch.load(out / "result.pt", weights_only=True), said
+from processes import run_ranks
 
 
 @pytest.mark.slow
@@ -50,7 +23,7 @@ def test_two_sharded_processes_make_the_update_of_one(tmp_path):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     torch.optim.SGD(model.parameters(), lr=1.0).step()
 
-    result, said = in_processes(tmp_path, world=2)
+    result, said = run_ranks(Path(__file__).with_name("fsdp2_run.py"), 2, tmp_path)
     assert norm > 1  # clipped, so the weights alone would not show a gradient of the wrong size
     torch.testing.assert_close(result["norm"], norm, rtol=1e-4, atol=0)
     for name, weight in model.state_dict().items():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from tiny_models import ALPHABET, char_tokenizer, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,6 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer import utils
 
 from sppo_kernels.integrations import trl as fused
-from tests.tiny_models import ALPHABET, char_tokenizer, tiny_model
 
 NAMES = ("_ChunkedLogProbFunction", "_use_triton", "_fused_logprob_entropy", "_supports_trl_loss_kernel")
 ORIGINALS = {name: getattr(utils, name) for name in NAMES}

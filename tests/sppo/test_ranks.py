@@ -1,13 +1,10 @@
 """Two processes make the update that one makes of the same samples: loss, normalisation, advantages. Real processes."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 
 HERE = Path(__file__).parent
 
@@ -15,24 +12,7 @@ HERE = Path(__file__).parent
 def updated(out, world, *settings):
     """Run ``ranks_run.py`` in ``world`` processes; what the first one saved."""
     out.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "ranks_run.py"), str(rank), str(world), str(out), port, *settings],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=120)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * world, said
-    return torch.load(out / "result.pt", weights_only=True)
+    return run_ranks(HERE / "ranks_run.py", world, out, *settings)[0]
 
 
 @pytest.mark.slow
