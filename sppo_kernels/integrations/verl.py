@@ -78,8 +78,8 @@ def unpatch() -> None:
     while _waiting:
         _waiting.pop().withdraw()
     _patch.restore()
-    core_algos = sys.modules.get(_REGISTRIES)
-    if core_algos is not None and _REGISTRIES in _added:
+    if _REGISTRIES in _added:
+        core_algos = sys.modules[_REGISTRIES]
         core_algos.ADV_ESTIMATOR_REGISTRY.pop(NAME, None)
         for name in RATIO_LEVELS:
             core_algos.POLICY_LOSS_REGISTRY.pop(name, None)
@@ -215,7 +215,8 @@ def sppo_policy_loss(
         rollout_is_weights: ``[B, T]``, at least 0.
 
     Returns:
-        the loss, 0-d, and verl's three metrics.
+        the loss, 0-d, and verl's three metrics; shares of clipped tokens, or with the ratio of whole responses of
+        responses, those of weight 0 counted as not clipped.
 
     Raises:
         ValueError: another ``loss_agg_mode``; a data-parallel group without the counts of the whole batch.
@@ -287,6 +288,9 @@ def sppo_value_loss(config: Any, model_output: Any, data: Any, dp_group: Any = N
 
     Returns:
         the loss, 0-d, divided by the whole batch's size where verl gives it, and verl's three metrics.
+
+    Raises:
+        ValueError: a data-parallel group without the size of the whole batch.
     """
     from verl.utils.metric import AggregationType, Metric
     from verl.workers.utils.padding import no_padding_2_padding
@@ -296,8 +300,8 @@ def sppo_value_loss(config: Any, model_output: Any, data: Any, dp_group: Any = N
     _check_count("global_batch_size", count, dp_size)
     padded = data.select("returns", "response_mask").to_padded_tensor()
     bears_loss = padded["response_mask"].bool().any(-1)
-    outcomes = padded["returns"].amax(-1).to(logits)
-    each = F.binary_cross_entropy_with_logits(logits, outcomes, reduction="none").where(bears_loss, 0.0)
+    outcome = padded["returns"].amax(-1).to(logits)  # at each token of the response, 0 beside it
+    each = F.binary_cross_entropy_with_logits(logits, outcome, reduction="none").where(bears_loss, 0.0)
     loss = each.sum() / (bears_loss.sum().clamp(min=1) if count is None else count) * dp_size
     kind = AggregationType.MEAN if count is None and dp_size == 1 else AggregationType.SUM
     values = torch.sigmoid(logits.detach()).where(bears_loss, 0.0)
@@ -322,7 +326,7 @@ def _use_backend(
     original(model, use_fused_kernels, "torch" if ours else fused_kernels_backend)
     if ours:
         model._verl_fused_kernels_backend = fused_kernels_backend
-        print(f"No, {fused_kernels_backend}: the log-probabilities of {type(model).__name__} are sppo_kernels'")
+        print(f"Using {fused_kernels_backend} in its place for the log-probabilities of {type(model).__name__}")
 
 
 def _fused_linear_class(original: Any) -> type:
