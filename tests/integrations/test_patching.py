@@ -50,6 +50,7 @@ def test_left_in_any_order(victim):
     a = victim("a")
     original, patch = a.name, Patch()
     first, second = patch.apply({(a, "name"): len}), patch.apply({(a, "name"): max})
+    assert a.name is max
     first.close()
     assert a.name is max
     second.close()
