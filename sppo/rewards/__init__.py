@@ -1,6 +1,9 @@
 """Rewards: ``f(prompts, completions, **columns) -> list[float | None]``, plain or async, one value a completion.
 
-    reward = resolve("math")                       # built in: exact, numeric, math, reasoning_gym
+One that takes ``completion`` in place of ``completions`` is called once a sample: ``f(prompt, completion, **columns) ->
+float | None``, each column a single value; where it is async, all samples of a batch wait side by side.
+
+    reward = resolve("math")                       # built in: exact, numeric, math, reasoning_gym, unit_tests
     reward = resolve("my_rewards:length?limit=200")  # or path/to/my_rewards.py:length; options become keyword arguments
     reward = resolve(lambda prompts, completions, **columns: [float(len(c) < 200) for c in completions])
     scores = score([reward], prompts, completions, {"answer": answers}, timeout=60)

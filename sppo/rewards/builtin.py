@@ -1,4 +1,5 @@
-"""The built-in rewards. Each is 1.0 for a right final answer and 0.0 for another, but for reasoning_gym's own scale.
+"""The built-in rewards but for ``unit_tests``. Each is 1.0 for a right final answer and 0.0 for another, but for
+reasoning_gym's own scale.
 
 The final answer is what a completion says after its thoughts: the last ``\\boxed{...}``, else the last
 ``<answer>...</answer>``, else what follows the last ``####``, ``Answer:`` or ``the answer is``, else its last line. A
@@ -30,6 +31,7 @@ _NUMBER = re.compile(
 _TIMES = re.compile(r"(?<!\s)\s*+\\times\s*+10\^\{?([-+]?\d+)\}?")
 # Exponents of up to 4 digits: of larger ones sympy would work out every digit.
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d++\.?\d*+|\.\d++)[eE]([-+]?\d{1,4}+)(?![\w.])|\\times\s*+10\^(\d)(?!\d)")
+_BASE = re.compile(r"\d_\{?\(?([-\d.]++)")
 _PROSE = re.compile(r"[A-Za-z]{2}\s++[A-Za-z]{2}")
 _SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))  # what \s matches
 _MAX_ANSWER = 1000
@@ -91,6 +93,8 @@ def _math(prompt: Any, completion: Any, gold: str, tolerance: float | None, seco
     answer = _short_answer(prompt, completion)
     if not answer:
         return 0.0
+    if _base(answer) not in (None, _base(gold) or "10"):  # to math-verify 204_5 is 204
+        return 0.0
     given = _read_math(answer, seconds)
     size = abs(_value(right) or 1.0)
     # math-verify compares a number of decimals, to which all small numbers are equal: count from the leading digit.
@@ -123,6 +127,12 @@ def _read_math(answer: str, seconds: int) -> list[Any]:
         return parse(text, parsing_timeout=seconds, raise_on_error=True)
     except (Exception, TimeoutException):
         return []
+
+
+def _base(answer: str) -> str | None:
+    """The base that the last number is marked with, as 5 in ``204_{5}``."""
+    bases = _BASE.findall(answer)
+    return bases[-1] if bases else None
 
 
 def _value(parsed: list[Any]) -> float | None:
@@ -180,12 +190,9 @@ def final_answer(prompt: Any, completion: Any, *, whole: bool = False) -> str | 
     Args:
         whole: without a mark, take all that follows the thoughts, not its last line.
     """
-    text = completion if isinstance(completion, str) else completion[-1]["content"]
-    if isinstance(prompt, str) and prompt.rstrip().endswith("<think>"):
-        text = "<think>" + text
-    if text.rfind("<think>") > text.rfind("</think>"):
+    text = after_thoughts(prompt, completion)
+    if text is None:
         return None
-    text = text.rpartition("</think>")[2].strip()
     if "\\boxed{" in text:
         return _last_box(text)
     if found := _TAG.findall(text):
@@ -193,6 +200,16 @@ def final_answer(prompt: Any, completion: Any, *, whole: bool = False) -> str | 
     if found := _MARKER.findall(text):
         return _bare(found[-1])
     return text if whole or not text else _bare(text.splitlines()[-1])
+
+
+def after_thoughts(prompt: Any, completion: Any) -> str | None:
+    """What the completion says after its thoughts, stripped; None where a thought was opened and not closed."""
+    text = completion if isinstance(completion, str) else completion[-1]["content"]
+    if isinstance(prompt, str) and prompt.rstrip().endswith("<think>"):
+        text = "<think>" + text
+    if text.rfind("<think>") > text.rfind("</think>"):
+        return None
+    return text.rpartition("</think>")[2].strip()
 
 
 def _short_answer(prompt: Any, completion: Any) -> str | None:

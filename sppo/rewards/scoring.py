@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,10 @@ from urllib.parse import parse_qsl
 from sppo.rewards.limits import Worker, within
 from sppo.rewards.worker import RewardError, Verdict, call
 
-BUILTIN = {name: f"sppo.rewards.builtin:{name}" for name in ("exact", "numeric", "math", "reasoning_gym")}
-BUILTIN_OPTIONS = {"tolerance", "seconds"}
+BUILTIN = {name: f"sppo.rewards.builtin:{name}" for name in ("exact", "numeric", "math", "reasoning_gym")} | {
+    "unit_tests": "sppo.rewards.sandbox:unit_tests"
+}
+BUILTIN_OPTIONS = {"tolerance", "seconds", "memory_mb", "partial", "isolation"}
 """Set with the reward's name alone: a column that happens to be called so is not for a built-in."""
 
 
@@ -26,12 +29,20 @@ class Scores:
     Attributes:
         rewards: a sample's weighted sum of rewards; None where a reward of non-zero weight gave no verdict.
         means: name of each reward -> mean over the samples that it gave a verdict on, NaN where it gave none.
+        stds: the same for the standard deviation (unbiased; 0 for a single verdict).
         failures: a line for each missing verdict: which reward, what happened, which prompt.
     """
 
     rewards: list[float | None]
     means: dict[str, float]
+    stds: dict[str, float]
     failures: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        """``rewards/NAME`` and ``rewards/NAME/std`` for the log, of the rewards that gave a verdict."""
+        found = {name: mean for name, mean in self.means.items() if not math.isnan(mean)}
+        stds = {f"rewards/{name}/std": self.stds[name] for name in found}
+        return {f"rewards/{name}": mean for name, mean in found.items()} | stds
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,7 @@ def score(
 
     totals: list[float | None] = [0.0] * len(completions)
     means: dict[str, float] = {}
+    stds: dict[str, float] = {}
     failures: list[str] = []
     for reward, weight, name in zip(rewards, weights, names, strict=True):
         values = []
@@ -149,9 +161,10 @@ def score(
             if weight:
                 total = totals[i]
                 totals[i] = total + weight * verdict if isinstance(verdict, float) and total is not None else None
-        means[name] = math.fsum(values) / len(values) if values else math.nan
+        means[name] = statistics.fmean(values) if values else math.nan
+        stds[name] = statistics.stdev(values) if len(values) > 1 else 0.0 if values else math.nan
     # Weights such as 0.7, 0.2, 0.1 add up to 1 only in real numbers; a full reward is to be 1.
-    return Scores([None if total is None else round(total, 12) for total in totals], means, failures)
+    return Scores([None if total is None else round(total, 12) for total in totals], means, stds, failures)
 
 
 def _verdicts(

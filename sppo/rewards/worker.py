@@ -23,7 +23,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +75,24 @@ def call(
 ) -> list[Verdict]:
     """Call a reward function, wait for it if it is async, and check each value.
 
+    One that takes ``completion`` rather than ``completions`` is called once a sample, with single values.
+
     Raises:
         RewardError: it raised, or did not return one value a completion.
     """
-    arguments: dict[str, Any] = {"prompts": prompts, "completions": completions, **columns}
+    arguments: dict[str, Any] = {**columns, "prompts": prompts, "completions": completions}
     try:
         parameters = inspect.signature(function).parameters
+        one_by_one = "completion" in parameters and "completions" not in parameters
+        if one_by_one:
+            arguments = {**columns, "prompt": prompts, "completion": completions}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             arguments = {name: values for name, values in arguments.items() if name in parameters}
-        result = function(**{**arguments, **options})  # an option wins over a column of its name
+        arguments = {name: values for name, values in arguments.items() if name not in options}  # an option wins
+        if one_by_one:
+            samples = [{name: values[i] for name, values in arguments.items()} for i in range(len(completions))]
+            return _each(function, options, samples)
+        result = function(**arguments, **options)
         if inspect.isawaitable(result):
             result = asyncio.run(_wait_for(result))
         values = _list(result)
@@ -96,8 +105,38 @@ def call(
     return [_verdict(value) for value in values]
 
 
+def _each(function: Callable[..., Any], options: dict[str, Any], samples: list[dict[str, Any]]) -> list[Verdict]:
+    """A call a sample, of which one that raises costs that sample alone; async ones wait side by side."""
+    results = [_outcome(partial(function, **sample, **options)) for sample in samples]
+    if any(inspect.isawaitable(result) for result in results):
+        results = asyncio.run(_wait_for_all(results))
+    return [_describe(result) if isinstance(result, BaseException) else _verdict(result) for result in results]
+
+
+def _outcome(work: Callable[[], Any]) -> Any:
+    """What it returns, or the error that it raises."""
+    try:
+        return work()
+    except (KeyboardInterrupt, Expired):
+        raise
+    except BaseException as error:
+        return error
+
+
 async def _wait_for(result: Awaitable[Any]) -> Any:
     return await result
+
+
+async def _wait_for_all(results: list[Any]) -> list[Any]:
+    async def outcome(result: Any) -> Any:
+        try:
+            return await result if inspect.isawaitable(result) else result
+        except (KeyboardInterrupt, Expired):
+            raise
+        except BaseException as error:
+            return error
+
+    return await asyncio.gather(*map(outcome, results))
 
 
 def _list(result: Any) -> list[Any]:

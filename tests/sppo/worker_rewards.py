@@ -25,6 +25,18 @@ def misbehave(prompts, completions, *, how, **columns):
     return [1.0] * len(completions)
 
 
+def misbehave_alone(completion, *, size, how):
+    if completion == "bb":
+        if how == "raise":
+            raise KeyError("no such thing")
+        if how == "loop":
+            while True:
+                pass
+        if how == "none":
+            return None
+    return size
+
+
 def pid(prompts, completions):
     return [os.getpid()] * len(completions)
 

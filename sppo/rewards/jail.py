@@ -1,0 +1,201 @@
+"""Run as a script: a solution and its tests in a process that can do nothing but compute. Started by ``sandbox.py``.
+
+    this process   (root or the user)   makes the namespaces, waits, kills at the limit
+    └─ its child   (no rights, limits)  runs the solution, then the tests; process 1 of its own process namespace
+
+A line of JSON comes in on standard input. On standard output, a file that the child keeps hidden from ``print``, the
+nonce is written once when the child is ready to start, and once more for each test that passed.
+
+In ``namespaces`` the child has no network, sees no process but its own, and its file system holds the interpreter and
+the system's libraries, read-only, and an empty ``/tmp`` in memory. With ``limits`` it has the limits alone. Either way
+what it started ends with it. This file imports nothing of the package: the interpreter runs it isolated (``-I``), with
+no environment.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import ctypes
+import json
+import math
+import os
+import resource
+import signal
+import sys
+from types import ModuleType
+from typing import Any
+
+_PROCESSES, _FILES, _FILE_BYTES = 256, 64, 64 << 20
+_NOBODY = 65534
+_VISIBLE = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
+# Of <linux/sched.h>, <linux/mount.h>, <linux/prctl.h> and <linux/capability.h>; Python has unshare() from 3.12 on.
+_NEW_USER = 0x10000000
+_NEW_MOUNT_IPC_PID_NET = 0x00020000 | 0x08000000 | 0x20000000 | 0x40000000
+_MS_NOSUID, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4096, 16384, 1 << 18
+_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY, _ATTR_NOSUID = 442, -100, 0x8000, 1, 2
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
+_CAPABILITY_VERSION_3 = 0x20080522
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what the child leaves behind becomes ours
+    if job["isolation"] == "namespaces":
+        enter_namespaces(job["folder"])
+    else:
+        os.chown(job["folder"], *_unprivileged())
+        os.chdir(job["folder"])
+    child = os.fork()
+    if child == 0:
+        give_up_rights()
+        set_limits(job["seconds"], job["memory_mb"])
+        run(job["solution"], job["tests"], job["nonce"].encode())
+    supervise(child, job["seconds"])
+
+
+def enter_namespaces(root: str) -> None:
+    """Leave the machine's network, processes and files; the directory ``root`` becomes the root of a file system."""
+    user, group = os.getuid(), os.getgid()
+    _check(_libc.unshare(_NEW_MOUNT_IPC_PID_NET | (_NEW_USER if user else 0)), "unshare")
+    if user:  # keep our own id; root needs no user namespace to be let into the others
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    _mount(None, "/", _MS_REC | _MS_PRIVATE)
+    _mount_memory(root, "mode=755")
+    scratch = [f"{root}/tmp", f"{root}/dev/shm"]
+    for folder in scratch:
+        os.makedirs(folder)
+        _mount_memory(folder, f"mode=1777,size={_FILE_BYTES}")
+    for path in (*_VISIBLE, sys.prefix, sys.base_prefix):
+        for source in (path, os.path.realpath(path)):
+            _show(source, root + source)
+    _set_attributes(root, _AT_RECURSIVE, _ATTR_RDONLY | _ATTR_NOSUID, 0)
+    for folder in scratch:  # without what is shown inside: an interpreter may be installed in /tmp
+        _set_attributes(folder, 0, 0, _ATTR_RDONLY)
+    os.chroot(root)
+    os.chdir("/tmp")
+
+
+def _show(source: str, target: str) -> None:
+    if os.path.lexists(target) or not os.path.lexists(source):
+        return
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.islink(source):
+        os.symlink(os.readlink(source), target)
+        return
+    if os.path.isdir(source):
+        os.mkdir(target)
+    else:
+        open(target, "w").close()
+    _mount(source, target, _MS_BIND | _MS_REC)
+
+
+def _mount_memory(target: str, options: str) -> None:
+    _mount("tmpfs", target, _MS_NOSUID, "tmpfs", options)
+
+
+def _mount(source: str | None, target: str, flags: int, kind: str | None = None, options: str | None = None) -> None:
+    texts = [None if text is None else text.encode() for text in (source, target, kind, options)]
+    _check(_libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]), f"mount on {target}")
+
+
+def _set_attributes(path: str, flags: int, add: int, remove: int) -> None:
+    attributes = (ctypes.c_uint64 * 4)(add, remove)
+    size = ctypes.c_size_t(ctypes.sizeof(attributes))
+    _check(_libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, path.encode(), flags, attributes, size), "mount_setattr")
+
+
+def give_up_rights() -> None:
+    """Be nobody in place of root, without capabilities and without a way to new ones; die with the parent."""
+    user, group = _unprivileged()
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setresgid(group, group, group)
+        os.setresuid(user, user, user)
+    none = (ctypes.c_uint32 * 6)()
+    _check(_libc.capset((ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0), none), "capset")
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user had undone it
+    os.setsid()
+    if not os.access(os.__file__, os.R_OK):
+        raise PermissionError(f"the user nobody, whom root becomes, cannot read {os.__file__}")
+
+
+def _unprivileged() -> tuple[int, int]:
+    return (_NOBODY, _NOBODY) if os.getuid() == 0 else (os.getuid(), os.getgid())
+
+
+def set_limits(seconds: float, memory_mb: int) -> None:
+    for what, limit in (
+        (resource.RLIMIT_AS, memory_mb << 20),
+        (resource.RLIMIT_CPU, math.ceil(seconds)),
+        (resource.RLIMIT_FSIZE, _FILE_BYTES),
+        (resource.RLIMIT_NOFILE, _FILES),
+        (resource.RLIMIT_NPROC, _PROCESSES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(what, (limit, limit))
+
+
+def run(solution: str, tests: list[str], nonce: bytes) -> None:
+    """Run the solution, then each test in a copy of its names, and tell of those that passed. Does not return."""
+    # Taken before the solution runs, which may replace what it likes in the modules.
+    execute, write, leave, their_builtins = exec, os.write, os._exit, dict(vars(builtins))
+    compiled = [compile(test, "<test>", "exec") for test in tests]
+    module = ModuleType("solution")  # not __main__, whose block under `if __name__ == "__main__"` would wait for input
+    sys.modules["solution"] = module
+    verdict, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(null, stream)
+    write(verdict, nonce)
+    try:
+        execute(compile(solution, "<solution>", "exec"), vars(module))
+        names: dict[str, Any] = {**vars(module), "__builtins__": their_builtins}
+        for test in compiled:
+            try:
+                execute(test, names)
+            except BaseException:
+                continue
+            write(verdict, nonce)
+    finally:
+        leave(0)
+
+
+def supervise(child: int, seconds: float) -> None:
+    """Wait for the child, ``seconds`` at most, and end what it has started."""
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # not reaped before the timer is off: its number is its own
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    # A process namespace has ended with its first process. Without one: the session at once, then who left it.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    for orphan in iter(_an_orphan, None):
+        os.kill(orphan, signal.SIGKILL)
+        os.waitpid(orphan, 0)
+
+
+def _an_orphan() -> int | None:
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            return int(file.read().split()[0])
+    except (FileNotFoundError, IndexError):
+        return None
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:
+        sys.exit(str(error.strerror or error))

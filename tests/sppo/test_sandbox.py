@@ -1,0 +1,277 @@
+"""unit_tests: what passes, what does not, and what a solution cannot do to the machine that runs it."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from sppo.rewards import score
+from sppo.rewards.sandbox import last_code, unit_tests
+
+PROBE = ["unshare", "--mount", "--ipc", "--pid", "--net", "--fork", *["--map-root-user"] * (os.getuid() != 0)]
+PROBE += ["mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+HAS_NAMESPACES = bool(shutil.which("unshare")) and subprocess.run(PROBE, stderr=subprocess.DEVNULL).returncode == 0
+# Root becomes nobody, who cannot read an interpreter that is installed in root's home.
+HIDDEN_PYTHON = os.getuid() == 0 and not all(p.stat().st_mode & 1 for p in Path(os.__file__).parents)
+
+in_namespaces = pytest.mark.skipif(not HAS_NAMESPACES, reason="needs root or unprivileged user namespaces")
+ISOLATIONS = [
+    pytest.param("namespaces", marks=in_namespaces),
+    pytest.param("limits", marks=pytest.mark.skipif(HIDDEN_PYTHON, reason="nobody cannot read this interpreter")),
+]
+TWICE = "\ndef twice(x):\n    return 2 * x\n"
+TEST = "assert twice(2) == 4\nassert twice('a') == 'aa'"
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is made of parts of Linux")
+
+
+def grade(code, tests=TEST, **options):
+    (reward,) = unit_tests(["p"], [f"Here it is:\n```python\n{code}\n```\nDone."], tests=[tests], **options)
+    return reward
+
+
+@pytest.fixture(params=ISOLATIONS)
+def isolation(request):
+    return request.param
+
+
+def test_right_and_wrong(isolation):
+    assert grade(TWICE, isolation=isolation) == 1.0
+    for wrong in ("def twice(x): return 4", "def twice(x) return", "twice = None", "raise ValueError", "\ud800\0"):
+        assert grade(wrong, isolation=isolation) == 0.0, wrong
+
+
+@in_namespaces
+def test_ordinary_programs_run():
+    program = """
+        from __future__ import annotations
+        import collections, dataclasses, subprocess, sys, tempfile, threading, multiprocessing
+
+        @dataclasses.dataclass
+        class Pair:
+            left: int
+            right: int = 2
+
+        def twice(x):
+            with tempfile.TemporaryFile() as file:
+                file.write(b"x")
+            lock, results = multiprocessing.Lock(), []
+            thread = threading.Thread(target=lambda: results.append(Pair(x).right * x))
+            thread.start()
+            thread.join()
+            assert subprocess.run([sys.executable, "-c", "print(1)"], capture_output=True).stdout == b"1\\n"
+            return results[0]
+
+        if __name__ == "__main__":
+            print(twice(int(input())))
+    """
+    assert grade("\n".join(line[8:] for line in program.splitlines())) == 1.0
+
+
+@in_namespaces
+def test_part_marks_for_the_tests_that_pass():
+    tests = ["assert twice(1) == 2", "assert twice(1) == 3", "import sys; sys.exit(0)", "assert twice('a') == 'aa'"]
+    assert grade(TWICE, tests) == 0.0
+    assert grade(TWICE, tests, partial=True) == 0.5
+    assert grade(TWICE, [tests[0], "while True: pass", tests[0]], partial=True, seconds=0.5) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "print('passed'); print('1 passed', file=__import__('sys').stderr)",
+        "import os\nfor fd in range(64):\n    try: os.write(fd, b'passed' * 100)\n    except OSError: pass",
+        "import os\ndef twice(x): os._exit(0)",
+        "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None",
+        "AssertionError = ValueError = KeyError\ndef twice(x): return 3",
+        "def check(got, right): pass\ndef twice(x):\n    global check\n    check = lambda *a: None\n    return 3",
+        "import sys\nsys.excepthook = lambda *a: None\nsys.settrace(lambda *a: sys.exit(0))",
+        "import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit",
+        "import os, signal\nos.kill(0, signal.SIGKILL)",
+    ],
+)
+@in_namespaces
+def test_what_only_looks_like_success(code):
+    tests = f"def check(got, right):\n    assert got == right\ncheck(twice(2), 4)\nassert all([twice(1) == 2])\n{TEST}"
+    assert grade(TWICE, tests) == 1.0
+    assert grade(code, tests) == 0.0
+
+
+@in_namespaces
+def test_tests_call_the_builtins_that_were_there_before():
+    code = "import builtins\nbuiltins.all = lambda values: True\ndef twice(x): return 3"
+    assert grade(code, "assert all([twice(1) == 2])") == 0.0
+
+
+def test_time_and_memory_are_limited(isolation):
+    start = time.monotonic()
+    assert grade("while True: pass", isolation=isolation, seconds=0.5) == 0.0
+    assert grade("import time; time.sleep(60)", isolation=isolation, seconds=0.5) == 0.0
+    assert grade("hog = bytearray(200 << 20)" + TWICE, isolation=isolation) == 1.0
+    assert grade("hog = bytearray(200 << 20)" + TWICE, isolation=isolation, memory_mb=100) == 0.0
+    assert time.monotonic() - start < 10
+
+
+def test_output_and_files_are_limited(isolation):
+    assert grade("print('x' * (100 << 20))" + TWICE, isolation=isolation) == 1.0, "and thrown away"
+    file = "with open('file', 'wb') as file:\n    for _ in range(65):\n        file.write(bytes(1 << 20))"
+    assert grade(file + TWICE, isolation=isolation) == 0.0
+    assert grade("files = [open('/dev/null') for _ in range(100)]" + TWICE, isolation=isolation) == 0.0
+
+
+def test_a_fork_bomb_is_bounded_and_ends(isolation):
+    bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
+    start = time.monotonic()
+    assert grade(bomb, isolation=isolation, seconds=0.5) == 0.0
+    assert time.monotonic() - start < 15
+    assert grade("import os\nif os.fork() == 0: os._exit(0)" + TWICE, isolation=isolation) == 1.0
+
+
+def daemon(mark):
+    """A solution that leaves a process behind, with a session of its own and ``mark`` on its command line."""
+    return f"""
+import os, sys
+r, w = os.pipe()
+os.set_inheritable(w, True)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        script = f"import os, time; os.write({{w}}, b'up'); time.sleep(60)  # {mark}"
+        os.execv(sys.executable, [sys.executable, "-c", script])
+    os._exit(0)
+assert os.read(r, 2) == b"up"
+"""
+
+
+def is_running(mark):
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if mark.encode() in path.read_bytes():
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def test_nothing_outlives_its_sample(isolation):
+    mark = uuid.uuid4().hex
+    assert grade(daemon(mark) + TWICE, isolation=isolation) == 1.0
+    assert not is_running(mark)
+    assert grade(daemon(mark) + "while True: pass", isolation=isolation, seconds=1.5) == 0.0
+    assert not is_running(mark)
+
+
+@in_namespaces
+def test_nothing_outlives_the_process_that_asked():
+    mark = uuid.uuid4().hex
+    code = f"```python\n{daemon(mark)}\nwhile True: os.wait()\n```"
+    script = f"from sppo.rewards.sandbox import unit_tests; unit_tests(['p'], [{code!r}], tests=['pass'], seconds=60)"
+    with subprocess.Popen([sys.executable, "-c", script]) as trainer:
+        try:
+            wait_until(lambda: is_running(mark), 20)
+        finally:
+            trainer.kill()
+    wait_until(lambda: not is_running(mark), 5)
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@in_namespaces
+def test_no_network_no_files_no_other_processes_no_rights(tmp_path):
+    (tmp_path / "secret").write_text("key")
+    server = socket.create_server(("127.0.0.1", 0))
+    code = f"""
+import ctypes, os, socket
+tried = {{}}
+def attempt(name, work):
+    try:
+        work()
+        tried[name] = "done"
+    except OSError as error:
+        tried[name] = error.strerror or "refused"
+libc = ctypes.CDLL(None)
+attempt("connect", lambda: socket.create_connection({server.getsockname()}, 1))
+attempt("look up", lambda: socket.getaddrinfo("localhost.example", 80))
+attempt("read", lambda: open({str(tmp_path / "secret")!r}).read())
+attempt("read home", lambda: os.listdir({str(Path.home() / ".ssh")!r}))
+attempt("write", lambda: open("/usr/bin/written", "w"))
+attempt("write to root", lambda: open("/written", "w"))
+attempt("signal", lambda: os.kill({os.getpid()}, 0))
+attempt("write here", lambda: (os.makedirs({str(tmp_path)!r}), open({str(tmp_path / "written")!r}, "w")))
+mounted = libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None)
+unshared = libc.unshare(0x10000000)  # a user namespace would give it all rights again
+"""
+    denied = ["connect", "look up", "read", "read home", "write", "write to root", "signal"]
+    tests = [f"assert tried[{name!r}] != 'done'" for name in denied]
+    tests += ["assert mounted == unshared == -1", "assert os.getuid() != 0", "assert len(os.environ) <= 3"]
+    with server:
+        assert grade(code, tests, partial=True) == 1.0
+    assert not (tmp_path / "written").exists(), "unless into its own /tmp"
+
+
+@pytest.mark.parametrize(
+    ("completion", "code"),
+    [
+        ("```python\na = 1\n```", "a = 1\n"),
+        ("```python\na = 1\n```\nor\n  ```py\na = 2\n  ```", "a = 2\n"),
+        ("```Python3\r\na = 1\r\n```\r\nwhich prints\n```\n5\n```", "\r\na = 1\r\n"),
+        ("```python\na = 1\n```\n```python\na = 2", "a = 1\n"),
+        ("```python\na = 1", None),
+        ("```python\na = 1\n```python\na = 2\n```", "a = 2\n"),
+        ("```json\n{}\n```", None),
+        ("a = 1", None),
+        ("", None),
+        ("<think>```python\na = 1\n```", None),
+        ("<think>\n```python\na = 1\n```\n</think>\n```python\na = 2\n```", "a = 2\n"),
+        ("<think>\n```python\na = 1\n```\n</think>\nno code", None),
+        ([{"role": "assistant", "content": "```python\na = 1\n```"}], "a = 1\n"),
+    ],
+)
+def test_the_last_closed_python_block_after_the_thoughts(completion, code):
+    found = last_code("question", completion)
+    assert (found and found.strip()) == (code and code.strip())
+
+
+def test_a_completion_without_code_is_wrong_and_repetition_takes_no_time():
+    start = time.monotonic()
+    for text in ("no code", "```python\n" * 8000, "```" + " " * 64000 + "x!", "`" * 64000, "```" + "a" * 64000 + "!"):
+        assert unit_tests(["p"], [text], tests=["pass"]) == [0.0]
+    assert time.monotonic() - start < 2
+
+
+@in_namespaces
+def test_by_name_with_columns_and_options():
+    columns = {"tests": [[TEST], TEST, "", "assert ("], "seconds": [0] * 4}
+    completions = [f"```python\n{TWICE}\n```", "```python\ntwice = abs\n```"] + ["```python\n1\n```"] * 2
+    scores = score(["unit_tests?seconds=4&memory_mb=256"], ["p"] * 4, completions, columns)
+    assert scores.rewards == [1.0, 0.0, None, None]
+    assert "the column 'tests' is empty" in scores.failures[0]
+    assert "the column 'tests' holds what is not Python" in scores.failures[1]
+    (failure,) = score(["unit_tests?isolation=none"], ["p"], ["c"], {"tests": ["pass"]}).failures
+    assert "isolation must be 'namespaces' or 'limits', got 'none'" in failure
+
+
+@pytest.mark.skipif(HAS_NAMESPACES and os.getuid() != 0, reason="only root can give up namespaces that it may have")
+def test_where_nothing_can_be_cut_off_nothing_is_run():
+    script = (
+        "import ctypes; ctypes.CDLL(None).prctl(24, 21, 0, 0, 0)\n"  # CAP_SYS_ADMIN, as in a container
+        "import os; os.execv(os.sys.executable, [os.sys.executable, '-c', os.sys.argv[1]])"
+    )
+    code = "from sppo.rewards.sandbox import unit_tests; unit_tests(['p'], ['```python\\n1\\n```'], tests=['pass'])"
+    found = subprocess.run([sys.executable, "-c", script, code], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "cannot set up its sandbox here (unshare: Operation not permitted); nothing was run" in found.stderr
+    assert "unit_tests?isolation=limits" in found.stderr
