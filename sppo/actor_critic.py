@@ -83,6 +83,12 @@ class ActorCritic(nn.Module):
 
     gradient_checkpointing_enable = activation_checkpointing_enable
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of layers that accelerate is to shard one by one."""
+        known = {name for m in (self.policy, self.critic) if m is not None for name in m._no_split_modules or ()}
+        return sorted(known & {type(module).__name__ for module in self.modules()})
+
     @torch.no_grad()
     def check_packing(self) -> None:
         """Compare packed forwards with the models' own, on two short sequences, without dropout.

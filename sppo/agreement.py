@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sppo.experience import Progress
+from sppo.sharding import local, sum_over_shards
 
 UNTRUSTED_RATE = 0.02
 """Share of the learning rate until the gradients have agreed."""
@@ -55,6 +56,7 @@ def standard_errors(progress: Progress) -> float:
 
 
 def _cosine(pairs: list[tuple[Tensor, Tensor]]) -> float:
-    sums = torch.stack([torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]) for a, b in pairs])
-    dot, a, b = sums.double().sum(0).tolist()
+    mine = [(local(a), local(b)) for a, b in pairs]
+    parts = torch.stack([torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]) for a, b in mine])
+    dot, a, b = sum_over_shards(parts.double().sum(0), of=pairs[0][0]).tolist()
     return dot / (a * b) ** 0.5 if a and b else 0.0

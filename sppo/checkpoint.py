@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +14,11 @@ from typing import Any
 
 import datasets
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
 from sppo.actor_critic import ActorCritic
+from sppo.adapters import trainable
 from sppo.config import SPPOConfig
 from sppo.experience import ExperienceStream, Progress, Update
 
@@ -29,6 +31,7 @@ STAGING = ".staging"
 """Folder beside the checkpoints in which the next one is written; at the start it holds what a crash left."""
 
 _IDENTITY = "sppo_run.json"
+_LEARNED = "learned.safetensors"
 _FREE = (
     # How far to go, and when to look
     *("max_steps", "num_train_epochs", "eval_", "per_device_eval_batch_size", "do_", "metric_for_best_model"),
@@ -91,6 +94,17 @@ def load_experience(stream: ExperienceStream, folder: Path) -> None:
     stream.restart(Progress(**state["progress"]), updates, state["algorithm"])
 
 
+def save_learned(model: ActorCritic, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the weights that learn beside frozen ones, an adapter's and a critic's head, exactly as they are."""
+    learned = {name: weights[name].contiguous().cpu() for name in trainable(model)}
+    save_file(learned, folder / _LEARNED)
+
+
+def load_learned(folder: str | Path) -> dict[str, Tensor]:
+    """What :func:`save_learned` wrote."""
+    return load_file(Path(folder, _LEARNED))
+
+
 def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset, rewards: Sequence[str]) -> dict[str, Any]:
     """What makes two runs the same run, as far as going on with one from the other's checkpoint is concerned."""
     return {
@@ -98,6 +112,7 @@ def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset, re
         "world_size": args.world_size,
         "model": _digest(_architecture(model.policy.config)),
         "critic": _digest(_architecture(model.critic.config)) if model.critic is not None else None,
+        "learns": _digest(sorted(trainable(model))),
         "dataset": _digest([len(dataset), *(dataset[i] for i in range(0, len(dataset), len(dataset) // 64 + 1))]),
         "rewards": list(rewards),
     }
@@ -145,9 +160,10 @@ def check_identity(run: dict[str, Any], folder: str) -> None:
         ValueError: names what differs, or what is missing.
     """
     experience = ("experience_0.json", "experience_0.safetensors")
+    optimizer = "optimizer*" if not any(Path(folder).glob("global_step*")) else "global_step*"  # DeepSpeed's
     critic = ("critic/config.json",) if run["critic"] is not None else ()
-    for name in (_IDENTITY, "trainer_state.json", "optimizer.pt", "scheduler.pt", *experience, *critic):
-        if not Path(folder, name).exists():
+    for name in (_IDENTITY, "trainer_state.json", optimizer, "scheduler.pt", *experience, *critic):
+        if not any(Path(folder).glob(name)):
             raise ValueError(
                 f"{folder!r} is no whole checkpoint of SPPOTrainer ({name} is missing, as after save_only_model=True); "
                 "resume from another one, or start over with model= this folder"

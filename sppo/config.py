@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from sppo.algorithms import algorithm_class
-from sppo_kernels.ops.policy_loss import AGGREGATIONS, RATIO_LEVELS
+from sppo_kernels.ops.policy_loss import AGGREGATIONS, RATIO_LEVELS, ROLLOUT_CORRECTIONS
 
 _PUBLISHED_7B = {
     "gradient_accumulation_steps": 32,
@@ -96,7 +96,22 @@ class SPPOConfig(TrainingArguments):
     )
     top_k: int = field(default=0, metadata={"help": "Sample among the k likeliest tokens; 0: all. See top_p."})
     shuffle_dataset: bool = field(default=True, metadata={"help": "A new order of the prompts each epoch."})
-    use_vllm: bool = field(default=False, metadata={"help": "Not available yet."})
+    rollout_engine: str = field(
+        default="hf",
+        metadata={"help": "What samples: hf, continuous, vllm, or module:Class; see docs/training.md."},
+    )
+    rollout_engine_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Settings of the engine itself, for example {max_num_seqs: 64} of vllm."}
+    )
+    use_vllm: bool = field(default=False, metadata={"help": "Another way to say rollout_engine=vllm."})
+    rollout_correction: str = field(
+        default="token_truncate",
+        metadata={
+            "help": "How the loss weighs tokens by the trainer's probability over that of an engine with its own: "
+            "token_truncate, sequence_truncate, sequence_mask or none."
+        },
+    )
+    rollout_cap: float = field(default=2.0, metadata={"help": "Largest such weight."})
 
     # Reward
     reward_weights: list[float] | None = field(
@@ -174,6 +189,9 @@ class SPPOConfig(TrainingArguments):
         default=0.2,
         metadata={"help": "How far ppo's value may move from the one before the update and still gain; inf: no bound."},
     )
+    critic_adapter: bool = field(
+        default=True, metadata={"help": "With peft_config the critic learns by an adapter too; False: all its weights."}
+    )
     critic_warmup_steps: int = field(default=0, metadata={"help": "First updates in which the critic learns alone."})
 
     # Evaluation and log
@@ -192,6 +210,8 @@ class SPPOConfig(TrainingArguments):
             self.steps_per_generation = self.gradient_accumulation_steps
         if self.critic_weight_decay is None:
             self.critic_weight_decay = self.weight_decay
+        if self.use_vllm:
+            self.rollout_engine = "vllm"
         self._take_defaults(algorithm_class(self.algorithm).defaults)
         self._check_choices()
         self._check_ranges()
@@ -266,6 +286,7 @@ class SPPOConfig(TrainingArguments):
             "ratio_level": RATIO_LEVELS,
             "aggregation": AGGREGATIONS,
             "logprobs_backward": ("cache", "recompute", "sparse"),
+            "rollout_correction": ("none", *ROLLOUT_CORRECTIONS),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -274,13 +295,10 @@ class SPPOConfig(TrainingArguments):
         if not is_number and self.baseline not in BASELINES:
             raise ValueError(f"baseline must be a number, {' or '.join(BASELINES)}, got {self.baseline!r}")
         unavailable = {
-            "use_vllm": "leave it False: completions come from transformers' generate()",
             "fp16": "use bf16=True, or neither: log-ratios need more range than a float16 loss scale leaves",
             "auto_find_batch_size": "set per_device_train_batch_size: a rollout cannot be cut again half way",
             "neftune_noise_alpha": "leave it None: noise on the embeddings belongs to supervised training",
             "label_smoothing_factor": "leave it 0: there are no labels to smooth",
-            "deepspeed": "launch with plain data parallelism (accelerate launch --multi_gpu)",
-            "fsdp": "launch with plain data parallelism (accelerate launch --multi_gpu)",
         }
         if self.max_steps == 0:
             raise ValueError(
@@ -314,7 +332,14 @@ class SPPOConfig(TrainingArguments):
             "num_completions_to_print",
             "logits_budget_bytes",
         )
-        positive = ("temperature", "reward_timeout", "critic_max_grad_norm", "max_grad_norm", "cliprange_value")
+        positive = (
+            "temperature",
+            "rollout_cap",
+            "reward_timeout",
+            "critic_max_grad_norm",
+            "max_grad_norm",
+            "cliprange_value",
+        )
         rules = [(name, lambda x: x >= 1, "at least 1") for name in at_least_one]
         rules += [(name, lambda x: x >= 0, "0 or more") for name in not_negative]
         rules += [(name, lambda x: x > 0, "greater than 0 (float('inf') for no limit)") for name in positive]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from sppo.adapters import has_adapter, merged_weights
 from sppo.attention import NAME, Packed, pack, packed_hidden, use_attention
-from sppo.rollout import Sample
+from sppo.rollout.engine import Sample
+from sppo.sharding import full
 from sppo_kernels import prompt_value_logits, prompt_value_loss
 
 _TOKENS_AT_ONCE = 2**15
@@ -241,18 +244,19 @@ def _restore_bias(critic: PreTrainedModel) -> None:
         set_head(critic, torch.tensor([bias]))
 
 
-def save_critic(critic: PreTrainedModel, folder: str | Path, kind: str) -> None:
-    """Write a critic as an ordinary sequence classifier.
+def save_critic(critic: PreTrainedModel, folder: str | Path, kind: str, weights: Mapping[str, Tensor]) -> None:
+    """Write a critic with these weights, whole and without an adapter, as an ordinary sequence classifier.
 
     Transformers' classifiers have no bias in their head, so it goes into the configuration as ``score_bias``:
     P(success) is ``sigmoid(logit + config.score_bias)`` of what ``AutoModelForSequenceClassification`` loads, and
     ``sigmoid(logit)`` of what :func:`load_critic` does. ``critic_kind`` beside it is ``"prompt"``, or ``"token"`` for
     values that no sigmoid is taken of.
     """
-    critic.config.score_bias = head(critic).bias.item()
+    critic.config.score_bias = weights["score.bias"].item()
     critic.config.critic_kind = kind
-    weights = {name: tensor for name, tensor in critic.state_dict().items() if name != "score.bias"}
-    critic.save_pretrained(folder, state_dict=weights)
+    critic.config.architectures = [type(critic).__name__]
+    critic.config.save_pretrained(folder)
+    save_torch_state_dict({name: w.contiguous() for name, w in weights.items() if name != "score.bias"}, folder)
 
 
 def set_head(critic: PreTrainedModel, bias: torch.Tensor) -> None:
@@ -267,7 +271,7 @@ def set_head(critic: PreTrainedModel, bias: torch.Tensor) -> None:
 
 @torch.no_grad()
 def _set_constant(critic: PreTrainedModel, output: float) -> None:
-    if not head(critic).weight.any():
+    if not full(head(critic).weight).any():
         head(critic).bias.fill_(output)
 
 
@@ -313,7 +317,10 @@ def _copy_backbone(policy: PreTrainedModel) -> PreTrainedModel:
     config.num_labels = 1
     try:
         critic = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
-        critic.base_model.load_state_dict(policy.base_model.state_dict())
+        weights = policy.base_model.state_dict()
+        if has_adapter(policy):
+            weights = critic.base_model.state_dict() | dict(merged_weights(policy.base_model))
+        critic.base_model.load_state_dict(weights)
     except (ValueError, RuntimeError, KeyError) as error:
         raise ValueError(
             f"transformers has no sequence classifier with the backbone of {type(policy).__name__}; "

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from sppo.actor_critic import ActorCritic, policy_logprobs
+from sppo.adapters import adapter_off
 from sppo.algorithms import Algorithm, Outcomes
 from sppo.attention import NAME, use_attention
 from sppo.config import SPPOConfig
@@ -121,8 +122,9 @@ class ExperienceStream(IterableDataset):
         meter: takes the metrics of each rollout.
         gather: concatenates lists over processes.
         rank, world: this process among how many.
-        reference: frozen initial policy, where ``beta`` asks for one.
+        reference: frozen initial policy, where ``beta`` asks for one; a policy with an adapter is its own without it.
         autocast: makes the precision context of the forwards.
+        whole: makes the context in which each process has all weights, for forwards that it makes by itself.
     """
 
     def __init__(
@@ -140,10 +142,11 @@ class ExperienceStream(IterableDataset):
         world: int = 1,
         reference: PreTrainedModel | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.prompts, self.engine, self.reward_funcs = prompts, engine, reward_funcs
         self.model, self.algorithm, self.reference = model, algorithm, reference
-        self.args, self.meter, self.gather, self.autocast = args, meter, gather, autocast
+        self.args, self.meter, self.gather, self.autocast, self.whole = args, meter, gather, autocast, whole
         self.rank, self.world = rank, world
         assert args.num_generations is not None
         self.prompts_per_rollout = args.rollout_size // args.num_generations
@@ -187,11 +190,14 @@ class ExperienceStream(IterableDataset):
 
     def _collect(self, rollout: int) -> list[Update]:
         with torch.no_grad(), self.autocast():
-            self.samples = self._generate(rollout)
+            with self.whole():
+                self.samples = self._generate(rollout)
             kept = [s for s in self.samples if self._usable(s)]
             with self.meter.phase("critic"):
-                policy_learns = self._judge(kept)
-                return self._cut(kept, policy_learns)
+                expected = self._take_in(kept)
+                with self.whole():
+                    policy_learns = self._judge(kept, expected)
+                    return self._cut(kept, policy_learns)
 
     def _generate(self, rollout: int) -> list[Sample]:
         """Completions with their rewards."""
@@ -246,16 +252,20 @@ class ExperienceStream(IterableDataset):
     def _is_graded(self, sample: Sample) -> bool:
         return sample.reward is not None and (sample.greedy_reward is not None or not self.algorithm.needs_greedy)
 
-    def _judge(self, samples: list[Sample]) -> bool:
-        """Values and advantages; False where they leave nothing for the policy to learn."""
+    def _take_in(self, samples: list[Sample]) -> float:
+        """Count the rewards; the mean reward to expect: of the rollouts before, at first of this one."""
         judge, progress = self.model.judge, self.progress
         rewards = self.gather([s.reward for s in samples])
         before, first = progress.mean_reward, progress.outcomes == 0
         progress.outcomes += len(rewards)
         progress.successes += sum(rewards)
-        if judge is not None:
-            if first and rewards:  # on each process, whether it has samples or not: replicas stay alike
-                judge.set_prior(progress.successes, progress.outcomes)
+        if judge is not None and first and rewards:  # whether this process has samples or not: replicas stay alike
+            judge.set_prior(progress.successes, progress.outcomes)
+        return progress.mean_reward if first else before
+
+    def _judge(self, samples: list[Sample], expected: float) -> bool:
+        """Values and advantages; False where they leave nothing for the policy to learn."""
+        if (judge := self.model.judge) is not None:
             for sample, value in zip(samples, judge.values(samples), strict=True):
                 sample.value = value
         everyone = self.gather(
@@ -263,7 +273,7 @@ class ExperienceStream(IterableDataset):
         )
         if not everyone:
             return False
-        outcomes = _outcomes(everyone, progress.mean_reward if first else before)
+        outcomes = _outcomes(everyone, expected)
         advantages = self._advantages(outcomes)
         start = sum(self.gather([len(samples)])[: self.rank])
         returns = self.algorithm.returns(outcomes) if self.algorithm.critic == "token" else None
@@ -340,17 +350,20 @@ class ExperienceStream(IterableDataset):
 
     def _add_logprobs(self, update: Update) -> None:
         """Log-probabilities under the sampling policy, where updates will move on from it, and the reference."""
-        wanted = {}
+        wanted: dict[str, tuple[PreTrainedModel, AbstractContextManager[Any]]] = {}
+        policy = self.model.policy
         if self.args.updates_per_rollout > 1:
-            wanted["old_logprobs"] = self.model.policy
-        if self.reference is not None:
-            wanted["ref_logprobs"] = self.reference
-        for name, policy in wanted.items():
-            with use_attention(policy, NAME):
+            wanted["old_logprobs"] = (policy, nullcontext())
+        if self.reference is policy:
+            wanted["ref_logprobs"] = (policy, adapter_off(policy))
+        elif self.reference is not None:
+            wanted["ref_logprobs"] = (self.reference, nullcontext())
+        for name, (model, as_it_was) in wanted.items():
+            with use_attention(model, NAME), as_it_was:
                 for batch in update.micro_batches:
-                    there = {key: value.to(policy.device) for key, value in batch.items()}
+                    there = {key: value.to(model.device) for key, value in batch.items()}
                     logprobs, _ = policy_logprobs(
-                        policy, there, temperature=self.args.temperature, max_length=update.max_length
+                        model, there, temperature=self.args.temperature, max_length=update.max_length
                     )
                     batch[name] = logprobs.cpu()
 
@@ -410,7 +423,7 @@ def score_samples(
                 f"{sample.prompt!r}. Rescale the reward functions or set reward_weights so that their sum stays inside."
             )
         sample.reward = reward
-    return {f"rewards/{name}": mean for name, mean in scores.means.items() if not math.isnan(mean)}
+    return scores.metrics()
 
 
 def _mean(values: Sequence[float]) -> float:

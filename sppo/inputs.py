@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from sppo.adapters import CONFIG, load_adapter
 from sppo.config import SPPOConfig
 from sppo.critic import embedding_rows
 from sppo.rollout import encode
@@ -20,10 +22,33 @@ logger = logging.get_logger(__name__)
 def load_policy(model: PreTrainedModel | str) -> PreTrainedModel:
     """A model, or the one of a folder or hub name, in float32."""
     if isinstance(model, (str, Path)):
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        return from_folder(model)
+    if wrapped := getattr(model, "get_base_model", None):  # PEFT's, around the model that has the adapter in it
+        model = cast(Any, wrapped)()
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise TypeError(f"model must be a causal language model of transformers or the name of one, got {type(model)}")
     return model
+
+
+def from_folder(model: str | Path, **settings: Any) -> PreTrainedModel:
+    """The model of a folder or hub name, in float32; where a folder holds an adapter, its base model with it.
+
+    Raises:
+        ValueError: the adapter's base model cannot be loaded.
+    """
+    settings = {"dtype": torch.float32, **settings}
+    config = Path(model, CONFIG)
+    if not config.is_file():
+        return AutoModelForCausalLM.from_pretrained(model, **settings)
+    base = json.loads(config.read_text())["base_model_name_or_path"]
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(base, **settings)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{str(model)!r} holds an adapter of the model {base!r}, which cannot be loaded ({error}); "
+            "load that model and give it to sppo.adapters.load_adapter, or name it with --model"
+        ) from error
+    return load_adapter(loaded, model)
 
 
 def with_master_weights(model: PreTrainedModel, args: SPPOConfig) -> PreTrainedModel:

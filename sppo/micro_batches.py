@@ -7,6 +7,7 @@ A :data:`MicroBatch` is a dict of tensors:
     response_index, response_ids [R]                     the positions that predict response tokens, and these tokens
     response_cu_seqlens [S + 1]                          where each response begins among them
     advantages [S], or [R] where each token has its own
+    rollout_logprobs [R]                                 of an engine that has its own
     values, returns [R]                                  of a token critic: before the update, and what to predict
     prompt_ids, prompt_position_ids [1, M],              of a prompt critic: distinct prompts,
     prompt_cu_seqlens [P + 1]
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sppo.attention import cumulative, pack
-from sppo.rollout import Sample
+from sppo.rollout.engine import Sample
 
 MicroBatch = dict[str, Tensor]
 
@@ -72,7 +73,7 @@ def policy_part(samples: Sequence[Sample]) -> MicroBatch:
         begin = start + len(s.prompt_ids) - 1
         index += range(begin, begin + len(s.response_ids))
         start = begin + len(s.response_ids)
-    return {
+    batch = {
         "input_ids": sequences.input_ids,
         "position_ids": sequences.position_ids,
         "cu_seqlens": sequences.cu_seqlens,
@@ -81,6 +82,9 @@ def policy_part(samples: Sequence[Sample]) -> MicroBatch:
         "response_cu_seqlens": cumulative([len(s.response_ids) for s in samples]),
         "advantages": _flat([s.advantage for s in samples]),
     }
+    if samples and all(s.logprobs is not None for s in samples):
+        batch["rollout_logprobs"] = torch.tensor([logprob for s in samples for logprob in s.logprobs or []])
+    return batch
 
 
 def critic_part(prompts: Sequence[tuple[tuple[int, ...], list[float]]]) -> MicroBatch:

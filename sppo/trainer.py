@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
@@ -20,15 +21,17 @@ from transformers.utils import logging
 
 from sppo import agreement, checkpoint
 from sppo.actor_critic import ActorCritic
+from sppo.adapters import add_adapter, continue_adapter, has_adapter, merged_weights, save_adapter
 from sppo.algorithms import algorithm_class
 from sppo.attention import NAME, use_attention
 from sppo.config import SPPOConfig
-from sppo.critic import PromptCritic, TokenCritic, build_critic, load_critic, save_critic
+from sppo.critic import PromptCritic, TokenCritic, build_critic, head, load_critic, save_critic
 from sppo.experience import ExperienceStream, Progress, Prompts, score_samples
 from sppo.inputs import check_dataset, check_tokenizer, load_policy, named, short_enough, with_master_weights
 from sppo.metrics import Meter, print_completions
 from sppo.rewards import Reward, resolve
-from sppo.rollout import HFRollout, RolloutEngine, rollout_seed
+from sppo.rollout import RolloutEngine, engine_class, rollout_seed
+from sppo.sharding import full, full_state, gathered, load_weights
 from sppo_kernels import policy_loss
 
 logger = logging.get_logger(__name__)
@@ -54,8 +57,9 @@ class SPPOTrainer(Trainer):
         eval_dataset: the same, or a dict of such by name.
         processing_class: tokenizer; None: that of ``model``.
         callbacks: as in transformers.
-        peft_config: not available yet.
-        rollout_engine: one of your own in place of ``generate()``.
+        peft_config: a ``peft.LoraConfig``: the policy learns by an adapter alone, and so does the critic, in one of its
+            own, unless ``critic_adapter`` is False in ``args``. A policy loaded with an adapter goes on learning by it.
+        rollout_engine: one of your own in place of the one that ``args`` names.
     """
 
     args: SPPOConfig
@@ -75,13 +79,9 @@ class SPPOTrainer(Trainer):
         rollout_engine: RolloutEngine | None = None,
     ) -> None:
         args = args or SPPOConfig(output_dir="sppo_output")
-        if peft_config is not None:
-            raise ValueError(
-                "peft_config is not available in this version; train all weights, or merge the adapter first"
-            )
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process; start with accelerate launch, or show one GPU only")
-        policy = with_master_weights(load_policy(model), args)
+        policy = load_policy(model)
         tokenizer = check_tokenizer(policy, processing_class)
         funcs = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [cast(RewardFunction, reward_funcs)]
         self.reward_funcs = [resolve(func) for func in funcs]
@@ -97,8 +97,9 @@ class SPPOTrainer(Trainer):
         self.algorithm = algorithm_class(args.algorithm)(args)
         kind = self.algorithm.critic if train_dataset is not None else None
         judge: PromptCritic | TokenCritic | None = None
-        if kind is not None:
-            classifier = with_master_weights(build_critic(critic, policy, tokenizer, kind), args)
+        classifier = build_critic(critic, policy, tokenizer, kind) if kind is not None else None
+        _choose_what_learns(policy, classifier, peft_config, args)
+        if classifier is not None:
             judge = PromptCritic(classifier) if kind == "prompt" else TokenCritic(classifier, args.cliprange_value)
         elif critic is not None and train_dataset is not None:
             logger.warning(f"algorithm={args.algorithm!r} has no critic: the one given is not used")
@@ -113,13 +114,20 @@ class SPPOTrainer(Trainer):
             compute_loss_func=policy_loss,  # tells Trainer that compute_loss has divided by the whole update's count
         )
         pair.check_packing()
-        self.rollout_engine: RolloutEngine = rollout_engine or HFRollout(
-            policy, tokenizer, max_completion_length=args.max_completion_length, top_p=args.top_p, top_k=args.top_k
+        self.rollout_engine: RolloutEngine = rollout_engine or engine_class(args.rollout_engine)(
+            policy,
+            tokenizer,
+            max_completion_length=args.max_completion_length,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            **(args.rollout_engine_kwargs or {}),
         )
         self.tokenizer = tokenizer
         self.meter = Meter()
         if train_dataset is not None:
-            reference = copy.deepcopy(policy).eval().requires_grad_(False) if args.beta > 0 else None
+            reference = None
+            if args.beta > 0:
+                reference = policy if has_adapter(policy) else _frozen_copy(policy, args.device)
             self.experience = ExperienceStream(
                 Prompts(train_dataset, seed=args.seed, shuffle=args.shuffle_dataset),
                 self.rollout_engine,
@@ -133,6 +141,7 @@ class SPPOTrainer(Trainer):
                 world=args.world_size,
                 reference=reference,
                 autocast=self.accelerator.autocast,
+                whole=self._whole,
             )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -211,22 +220,36 @@ class SPPOTrainer(Trainer):
             cu_seqlens=inputs["response_cu_seqlens"],
             normalizer=update.policy_normalizer,
             ref_logprobs=inputs.get("ref_logprobs"),
+            **self._correction(inputs),
             **self.algorithm.loss_arguments(),
         )
         loss = policy.loss if output.critic_loss is None else policy.loss + output.critic_loss
-        self._measure(output, policy, sequences=len(inputs["response_cu_seqlens"]) - 1)
+        sequences = len(inputs["response_cu_seqlens"]) - 1
+        self._measure(output, policy, sequences, corrected="rollout_logprobs" in inputs)
         return (loss, output) if return_outputs else loss
 
-    def _measure(self, output: Any, policy: Any, sequences: int) -> None:
+    def _correction(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """Arguments of the loss that answer for an engine whose log-probabilities are not the trainer's."""
+        if "rollout_logprobs" not in inputs:
+            return {}
+        kind = None if self.args.rollout_correction == "none" else self.args.rollout_correction
+        return {
+            "rollout_logprobs": inputs["rollout_logprobs"],
+            "rollout_correction": kind,
+            "rollout_cap": self.args.rollout_cap,
+        }
+
+    def _measure(self, output: Any, policy: Any, sequences: int, corrected: bool) -> None:
         parts = len(self.experience.update.micro_batches)  # they add up to an update; their mean does not
         self.meter.mean({"policy_loss": policy.loss * parts}, weight=1 / parts)
         if output.critic_loss is not None:
             self.meter.mean({"critic_loss": output.critic_loss * parts}, weight=1 / parts)
         if tokens := output.logprobs.numel():
             by_token = self.args.ratio_level == "token"
-            unused = {"rollout_kl", "rollout_weight_mean"} | (set() if self.args.beta else {"kl"})
+            unused = set() if corrected else {"rollout_kl", "rollout_weight_mean"}
+            unused |= set() if self.args.beta else {"kl"}
             for name in policy.metrics.keys() - unused:
-                of_tokens = by_token or name in ("approx_kl", "kl")
+                of_tokens = by_token or name in ("approx_kl", "kl", "rollout_kl")
                 self.meter.mean({name: policy.metrics[name]}, weight=tokens if of_tokens else sequences)
             self.meter.mean({"entropy": output.entropy.mean()}, weight=tokens)
 
@@ -281,7 +304,7 @@ class SPPOTrainer(Trainer):
             if part is not None and not learns:
                 part.zero_grad(set_to_none=True)
             elif part is not None:
-                norms[f"{name}_grad_norm"] = nn.utils.clip_grad_norm_(part.parameters(), limit)
+                norms[f"{name}_grad_norm"] = full(nn.utils.clip_grad_norm_(part.parameters(), limit))
         finite = all(torch.isfinite(norm) for norm in norms.values())
         if finite:
             self.meter.mean(norms)
@@ -338,7 +361,7 @@ class SPPOTrainer(Trainer):
         rows = [dataset[i] for i in range(rank, len(dataset), world)]
         meter, facts = Meter(), []
         if rows:
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad(), self.accelerator.autocast(), self._whole():
                 samples = self.rollout_engine.generate(
                     [row["prompt"] for row in rows],
                     seed=rollout_seed(self.args.seed, 2**32 - 1, rank),
@@ -361,23 +384,35 @@ class SPPOTrainer(Trainer):
         return {name: read.get(name, 0.0) for name in wanted} | by_reward | {"problems": problems}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The policy as an ordinary model with its tokenizer; the critic, another, in the folder ``critic`` inside."""
+        """The policy as an ordinary model, or its adapter, and its tokenizer; the critic in the folder ``critic``."""
         folder = Path(output_dir or self.output_dir)
+        policy, critic = self._pair.policy, self._pair.critic
+        weights = full_state(self._pair)  # by all processes, as in the next lines
+        with self._whole():
+            of_critic = {n: w.to("cpu", copy=True) for n, w in merged_weights(critic)} if critic is not None else {}
         if self.args.should_save:
-            self._pair.policy.save_pretrained(folder)
+            if has_adapter(policy):
+                save_adapter(policy, _part(weights, "policy."), folder)
+                checkpoint.save_learned(self._pair, weights, folder)
+            else:
+                policy.save_pretrained(folder, state_dict=_part(weights, "policy."))
             self.tokenizer.save_pretrained(folder)
-            if self._pair.critic is not None:
-                save_critic(self._pair.critic, folder / "critic", str(self.algorithm.critic))
+            if critic is not None:
+                save_critic(critic, folder / "critic", str(self.algorithm.critic), of_critic)
                 self.tokenizer.save_pretrained(folder / "critic")
             (folder / "training_args.json").write_text(self.args.to_json_string())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if has_adapter(self._pair.policy):
+            load_weights(self._pair, checkpoint.load_learned(resume_from_checkpoint), strict=False)
+            return
         # Read in float32 so that no weight of a mixed-precision model is rounded on the way.
         policy = type(self._pair.policy).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
-        self._pair.policy.load_state_dict(policy.state_dict())
+        weights = {f"policy.{name}": weight for name, weight in policy.state_dict().items()}
         if self._pair.critic is not None:
             critic = load_critic(Path(resume_from_checkpoint, "critic"), torch.float32)
-            self._pair.critic.load_state_dict(critic.state_dict())
+            weights |= {f"critic.{name}": weight for name, weight in critic.state_dict().items()}
+        load_weights(self._pair, weights)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -423,6 +458,16 @@ class SPPOTrainer(Trainer):
         if checkpoint_folder is not None:
             checkpoint.load_experience(self.experience, Path(checkpoint_folder))
 
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Each process has all weights, to run the models by itself."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        model = cast(nn.Module, self.model)
+        if plugin is not None and not isinstance(model, FSDPModule):
+            model.to(self.args.device)  # not sharded yet, and transformers left it where it was made
+        with gathered(model, reshard_after_forward=plugin is not None and bool(plugin.reshard_after_forward)):
+            yield
+
     @property
     def output_dir(self) -> Path:
         """Where the run writes."""
@@ -438,6 +483,32 @@ class SPPOTrainer(Trainer):
         everyone: list[Any] = [None] * self.args.world_size
         torch.distributed.all_gather_object(everyone, items)
         return [item for each in everyone for item in each]
+
+
+def _choose_what_learns(
+    policy: PreTrainedModel, critic: PreTrainedModel | None, peft_config: Any, args: SPPOConfig
+) -> None:
+    """Adapters where they are asked for or there already; else all weights, in the precision that learning needs."""
+    if peft_config is not None:
+        add_adapter(policy, peft_config)
+    elif has_adapter(policy):
+        continue_adapter(policy)
+    else:
+        with_master_weights(policy, args)
+    if critic is not None and has_adapter(policy) and args.critic_adapter:
+        config: Any = copy.copy(peft_config or policy.peft_config["default"])
+        config.task_type = "SEQ_CLS"  # by which PEFT knows that the head is one
+        add_adapter(critic, config, also=[head(critic)])
+    elif critic is not None:
+        with_master_weights(critic, args)
+
+
+def _frozen_copy(policy: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    return copy.deepcopy(policy).eval().requires_grad_(False).to(device)
+
+
+def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
 
 class _EpochCallback(TrainerCallback):

@@ -28,7 +28,7 @@ def run_ranks(script: Path, world: int, out: Path, *arguments: str) -> tuple[dic
         for rank in range(world)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=120)[0] for process in started]
+        said = [process.communicate(timeout=240)[0] for process in started]
     finally:
         for process in started:
             process.kill()

@@ -89,7 +89,7 @@ def test_paper_takes_overrides():
         ({"aggregation": "mean"}, "aggregation must be one of"),
         ({"logprobs_backward": "auto"}, "logprobs_backward must be one of cache, recompute, sparse, got 'auto'"),
         ({"mass_tolerance": 0.0}, r"mass_tolerance must be in \(0, 1\), got 0.0"),
-        ({"use_vllm": True}, "use_vllm=True is not available"),
+        ({"rollout_correction": "all"}, "rollout_correction must be one of none, token_truncate"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 is not available"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"temperature": 0.0}, "temperature must be greater than 0"),

@@ -1,39 +1,70 @@
-"""Two processes make the update that one makes of the same samples: loss, normalisation, advantages. Real processes."""
+"""Two processes make the updates that one makes of the same samples, whatever each has of them. Real processes."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from processes import run_ranks
+from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 
+ADAM = {"optim": "adamw_torch", "learning_rate": 0.02, "critic_learning_rate": 0.02}
+RUNS = {
+    "sppo": {"algorithm": "sppo", "ratio_level": "sequence_mean"},
+    "ppo": {"algorithm": "ppo", "max_tokens_per_micro_batch": 20},
+    "seven prompts, no response left on rank 1": {"prompts": 7, "lost": True},
+    "rank 1 has equal rewards": {"equal": True, "beta": 0.1},
+    "fsdp2": {"sharding": "fsdp2", "ratio_level": "sequence_mean"},
+    "fsdp2, ppo, no response left on rank 1": {"sharding": "fsdp2", "algorithm": "ppo", "lost": True},
+    "fsdp2, resumed": {"sharding": "fsdp2", "resumes": True, "min_agreement": 3.5, **ADAM},
+    "fsdp2, adapters": {"sharding": "fsdp2", "lora": True, "beta": 0.1, "resumes": True, **ADAM},
+}
 
-def updated(out, world, *settings):
-    """Run ``ranks_run.py`` in ``world`` processes; what the first one saved."""
-    out.mkdir()
-    return run_ranks(HERE / "ranks_run.py", world, out, *settings)[0]
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Every run, in one process and in two."""
+    found = {}
+    for world in (1, 2):
+        out = tmp_path_factory.mktemp(f"world{world}")
+        found[world] = (out, run_ranks(HERE / "ranks_run.py", world, out, json.dumps(RUNS))[0])
+    return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ["algorithm=sppo", "ratio_level=sequence_mean"],
-        ["algorithm=ppo", "max_tokens_per_micro_batch=20"],
-    ],
-    ids=lambda settings: settings[0],
-)
-def test_two_processes_make_the_update_of_one(tmp_path, settings):
-    one, two = (updated(tmp_path / str(world), world, *settings) for world in (1, 2))
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_make_the_updates_of_one(results, name):
+    one, two = (results[world][1][name] for world in (1, 2))
     assert one["weights"].keys() == two["weights"].keys()
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(
-            two["weights"][name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    for key, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][key], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=key: f"{n}: {m}")
     for ours, theirs in zip(two["log"], one["log"], strict=True):
         names = ["policy_loss", "policy_grad_norm", "ratio_mean", "ratio_max", "clip_fraction", "entropy"]
         assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-3, abs=1e-5)
     first = ("reward", "advantage", "advantage_std", "generated_tokens", "value", "brier")
     assert {n: two["log"][0][n] for n in first} == pytest.approx({n: one["log"][0][n] for n in first}, rel=1e-5)
-    assert one["log"][1]["ratio_max"] > 1.01  # the policy has moved
+    evaluated = ("eval_reward", "eval_problems", "eval_response_length")
+    assert [two["evaluation"][n] for n in evaluated] == pytest.approx([one["evaluation"][n] for n in evaluated])
+
+
+@pytest.mark.slow
+def test_the_policies_moved(results):
+    for name, result in results[1][1].items():
+        if "resumed" not in name:
+            assert result["log"][1]["ratio_max"] > 1.001, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sppo", "fsdp2", "fsdp2, adapters"])
+def test_what_is_saved_is_whole(results, name):
+    (out, _), (sharded, _) = results[1], results[2]
+    files = sorted(path.relative_to(out / name) for path in (out / name).rglob("*.safetensors"))
+    files = [file for file in files if "experience" not in file.name]
+    assert files
+    for file in files:
+        ours, theirs = load_file(sharded / name / file), load_file(out / name / file)
+        assert ours.keys() == theirs.keys(), file
+        for key in theirs:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)

@@ -3,7 +3,8 @@ import torch
 from tiny_models import char_tokenizer, tiny_model
 from transformers import GenerationConfig
 
-from sppo.rollout import HFRollout, encode, rollout_seed
+from sppo.rollout import HFRollout, encode, engine_class, rollout_seed
+from sppo.rollout.continuous import ContinuousRollout
 
 PROMPTS = ["1+2=", "7", "12+34="]
 
@@ -88,3 +89,44 @@ def test_an_empty_prompt_is_refused():
 
 def test_seeds_differ():
     assert len({rollout_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)}) == 125
+
+
+def test_a_static_cache_gives_the_same():
+    assert sample(engine(cache_implementation="static"), temperature=0) == sample(engine(), temperature=0)
+
+
+def continuous(**settings):
+    settings = {"max_completion_length": 8, "num_blocks": 8, "page_size": 16, "max_batch_tokens": 64} | settings
+    return ContinuousRollout(tiny_model(), char_tokenizer(), **settings)
+
+
+def test_continuous_batching_samples_the_policy():
+    """Greedy, the responses are those of generate(); sampled, their log-probabilities are the model's own."""
+    rollout = continuous()
+    assert sample(rollout, temperature=0) == sample(engine(), temperature=0)
+    prompts = PROMPTS * 4  # more than fit at once
+    samples = rollout.generate(prompts, seed=1, temperature=0.7, batch_size=2)
+    assert [s.prompt for s in samples] == prompts
+    assert len({tuple(s.response_ids) for s in samples}) > len(PROMPTS)
+    for s in samples:
+        ids = torch.tensor([s.prompt_ids + s.response_ids])
+        logits = rollout.policy(ids).logits[0, len(s.prompt_ids) - 1 : -1] / 0.7
+        own = logits.log_softmax(-1).gather(1, ids[0, len(s.prompt_ids) :, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(s.logprobs), own, rtol=1e-4, atol=1e-4)
+
+
+def test_continuous_batching_repeats_itself():
+    before = torch.random.get_rng_state()
+    assert sample(continuous()) == sample(continuous())
+    assert sample(continuous()) != sample(continuous(), seed=2)
+    assert before.equal(torch.random.get_rng_state())
+
+
+def test_engines_by_name():
+    assert engine_class("hf") is HFRollout
+    assert engine_class("continuous") is ContinuousRollout
+    assert engine_class("sppo.rollout.hf:HFRollout") is HFRollout
+    with pytest.raises(
+        ValueError, match="rollout_engine must be one of hf, continuous, vllm, or module:Class, got 'vlm'"
+    ):
+        engine_class("vlm")

@@ -9,8 +9,6 @@ import torch
 from tiny_models import char_tokenizer, tiny_model
 from tiny_run import DATASET, changed, has_a, logged, make, snapshot
 
-from sppo import SPPOTrainer
-
 
 def test_learns(tmp_path):
     trainer = make(tmp_path, max_steps=40, per_device_train_batch_size=16, eval_dataset=DATASET)
@@ -300,11 +298,6 @@ def no_eos():
 def test_wrong_input_is_named_before_training(tmp_path, wrong, says):
     with pytest.raises(ValueError, match=says):
         make(tmp_path, **wrong())
-
-
-def test_peft_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="peft_config is not available"):
-        SPPOTrainer(tiny_model(), has_a, train_dataset=DATASET, peft_config=object())
 
 
 def test_a_smaller_critic(tmp_path):

