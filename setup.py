@@ -44,11 +44,16 @@ setup(
     extras_require={
         "train": TRAIN,
         "bench": BENCH,
-        "vllm": ["vllm>=0.11"],
+        "peft": ["peft>=0.18"],
+        "vllm": ["vllm>=0.20"],
+        "trackers": ["tensorboard>=2.19", "trackio>=0.21", "wandb>=0.20"],
         "flash": ["flash-attn>=2.8"],
         "dev": [
             *TRAIN,
             *BENCH,
+            "peft>=0.18",
+            "tensorboard>=2.19",
+            "trackio>=0.21",
             "pytest>=8.4",
             "pytest-xdist>=3.6",
             "hypothesis>=6.130",

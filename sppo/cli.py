@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 try:
-    from sppo.recipe import KEYS, RECIPES, Recipe, build_trainer, override, read_recipe, shipped_recipes
+    from sppo.recipe import KEYS, RECIPES, Recipe, build_trainer, config_from, override, read_recipe, shipped_recipes
 except ModuleNotFoundError as error:
     sys.exit(f"sppo: {error.name} is missing; the trainer's packages come with: pip install 'sppo-kernels[train]'")
 
 # torch, transformers and datasets are imported where they are needed, so that --help and wrong input answer at once.
 if TYPE_CHECKING:
     from sppo import SPPOTrainer
-    from sppo.rollout import RolloutEngine, Sample
 
+ADAPTER = "adapter_config.json"
 BEFORE = "eval_before.json"
 SUMMARY = "summary.json"
 DEFAULT_RUN = "runs/quickstart"
@@ -33,10 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0, 2 for a wrong input (one line says what), 130 after Ctrl-C."""
     arguments, rest = _parser().parse_known_args(argv)
     _show_log()
+    if "target" in arguments and rest and not rest[0].startswith("--"):
+        arguments.target = rest.pop(0)
     try:
         return arguments.run(arguments, _overrides(rest))
     except KeyboardInterrupt:
-        print("sppo: interrupted; with --resume it goes on from the last checkpoint, if there is one", file=sys.stderr)
+        print("sppo: interrupted; train goes on with --resume, eval with the same command", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
         if arguments.traceback or os.environ.get("SPPO_DEBUG"):
@@ -56,41 +59,53 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
+        usage="sppo train [RECIPE] [--resume] [settings]",
         allow_abbrev=False,  # --model is no short form of --model_kwargs
         help="train from a recipe",
         formatter_class=raw,
         description="Train from a recipe: evaluate, train, evaluate again, report.",
-        epilog=f"Recipes shipped: {', '.join(shipped_recipes())}\n\n"
-        "Any value of a recipe can be given, after the recipe's name:\n"
-        "  sppo train quickstart --learning_rate 1e-5 --train_dataset.size 500 --output_dir runs/mine\n\n"
+        epilog="A recipe is a YAML file, or one of those that are shipped: "
+        f"{', '.join(shipped_recipes())}\n\n"
+        "Any value of a recipe can be given, after the recipe's name if there is one:\n"
+        "  sppo train quickstart --learning_rate 1e-5 --train_dataset.size 500 --output_dir runs/mine\n"
+        "  sppo train --model Qwen/Qwen2.5-1.5B-Instruct --train_dataset mine.jsonl --reward my_reward.py:score\n\n"
         f"A recipe's keys: {', '.join(KEYS)}; see the recipes in {RECIPES}.\n"
         f"Settings (and those of transformers.TrainingArguments):\n{_settings_help()}",
     )
-    train.add_argument("recipe", metavar="RECIPE", help="a YAML file or the name of a shipped recipe")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir, if any")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, target=None)
 
     evaluate = commands.add_parser(
         "eval",
+        usage="sppo eval [RECIPE_OR_CHECKPOINT] [options] [settings]",
         allow_abbrev=False,
         help="measure a model's accuracy",
         formatter_class=raw,
-        description="Answer problems, grade the answers, print the accuracy and write each problem's result as JSONL.",
+        description="Answer problems, grade the answers, print avg@k, pass@k and maj@k, and keep each problem's result "
+        "in\na JSONL file. The same command goes on with an evaluation that was stopped.",
         epilog="Examples:\n"
         "  sppo eval quickstart                        the recipe's trained model, or its first one before training\n"
-        "  sppo eval runs/mine/checkpoint-100 --dataset test.parquet --reward math --limit 100\n\n"
-        "Settings can be given as for sppo train, for example --max_completion_length 2048.",
+        "  sppo eval runs/mine/checkpoint-100 --dataset test.parquet --reward math --limit 100\n"
+        "  sppo eval runs/mine --dataset aime.parquet --dataset amc.parquet --reward math --k 8 --temperature 0.6\n\n"
+        "Settings can be given as for sppo train, for example --max_completion_length 2048, --seed 1, or\n"
+        "--per_device_eval_batch_size 64: completions to work on at once.",
     )
-    evaluate.add_argument("target", nargs="?", metavar="RECIPE_OR_CHECKPOINT", help="what to evaluate")
     evaluate.add_argument("--model", help="folder, hub name or module:function")
-    evaluate.add_argument("--dataset", help="problems: a file, reasoning_gym:TASK, module:function or a hub name")
+    evaluate.add_argument(
+        "--dataset",
+        action="append",
+        help="problems: a file, reasoning_gym:TASK, module:function or a hub name; may be given several times",
+    )
     evaluate.add_argument("--reward", help="name of a reward, or module:function")
-    evaluate.add_argument("--limit", type=int, help="use the first so many problems")
+    evaluate.add_argument("--limit", type=int, help="use the first so many problems of each dataset")
+    evaluate.add_argument("--k", type=int, default=1, help="answers a problem (%(default)s)")
     evaluate.add_argument(
         "--temperature", type=float, help="of sampling, 0 for greedy; default the recipe's eval_temperature, else 0"
     )
-    evaluate.add_argument("--output", type=Path, help="JSONL file to write; default eval.jsonl in output_dir")
-    evaluate.set_defaults(run=_eval)
+    evaluate.add_argument("--output", type=Path, help="JSONL file; default eval/<dataset>.jsonl in output_dir")
+    evaluate.add_argument("--overwrite", action="store_true", help="start over where the file holds results")
+    # Were it declared, argparse would take the value of a setting that it does not know (--max_steps 3) for it.
+    evaluate.set_defaults(run=_eval, target=None)
 
     value = commands.add_parser(
         "value",
@@ -108,7 +123,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     value.set_defaults(run=_value)
 
-    for command in (train, evaluate, value):
+    plot = commands.add_parser(
+        "plot",
+        help="draw runs into one picture",
+        formatter_class=raw,
+        description="Draw reward, response length, entropy, the critic's calibration and where the time went, of runs\n"
+        "that are finished or still going, into one picture.",
+        epilog="Example:\n  sppo plot runs/sppo runs/grpo --output comparison.png",
+    )
+    plot.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run's output_dir, or a checkpoint")
+    plot.add_argument(
+        "--output", type=Path, default=Path("plot.png"), metavar="FILE", help="picture to write (%(default)s)"
+    )
+    plot.add_argument("--x", choices=("tokens", "updates", "seconds"), default="tokens", help="x axis (%(default)s)")
+    plot.set_defaults(run=_plot)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what is installed, what a run would use, and what is missing",
+        description="Say what is installed, what a run would use of it and what to install for more, and try the fused "
+        "kernels. The exit code is 1 where training cannot run.",
+    )
+    doctor.set_defaults(run=_doctor)
+
+    for command in (train, evaluate, value, plot, doctor):
         command.add_argument(
             "--traceback", action="store_true", help="show where an error comes from (SPPO_DEBUG=1 too)"
         )
@@ -156,7 +194,8 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
-    recipe = read_recipe(arguments.recipe)
+    named = arguments.target or ""
+    recipe: Recipe = read_recipe(named) if named else {"args": {"output_dir": "runs/train"}}
     for name, text in overrides.items():
         override(recipe, name, text)
     folder = Path(str(recipe["args"]["output_dir"]))
@@ -164,7 +203,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
         print(
             f"{folder} holds a finished run (see {folder / SUMMARY}); to start over, delete it or name another folder:"
         )
-        print(f"  sppo train {arguments.recipe} --output_dir {folder}-2")
+        print(f"  {' '.join(['sppo train', named, '--output_dir'])} {folder}-2")
         return 0
     checkpoints = list(folder.glob("checkpoint-*"))
     if checkpoints and not arguments.resume:
@@ -185,8 +224,11 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if trainer.is_world_process_zero():
         others = {name: text for name, text in overrides.items() if name not in ("output_dir", "seed")}
-        started = " ".join([arguments.recipe, *(f"--{name} {shlex.quote(text)}" for name, text in others.items())])
+        started = " ".join([named, *(f"--{name} {shlex.quote(text)}" for name, text in others.items())]).strip()
         write_report(trainer, before, after, recipe=started)
+        trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     return 0
 
 
@@ -204,47 +246,106 @@ def _evaluate_before(trainer: SPPOTrainer, folder: Path, *, resumes: bool) -> di
 
 
 def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
-    recipe: Recipe = {"args": {"output_dir": "runs/eval"}}
-    if arguments.target and Path(arguments.target, "config.json").is_file():
-        recipe["model"] = arguments.target
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(f"sppo eval runs in one process, not {processes} (WORLD_SIZE); start it without a launcher")
+    recipe, sources = _what_to_evaluate(arguments, overrides)
+    args = config_from(recipe["args"])
+
+    from sppo.data import load_prompts
+    from sppo.evaluation import check_sampling, evaluate, model_identity, table
+    from sppo.inputs import check_dataset
+
+    check_sampling(arguments.k, args.eval_temperature)
+    limit = {} if arguments.limit is None else {"limit": arguments.limit}
+    problems = {name: load_prompts(source, **limit) for name, source in sources.items()}
+    # A recipe may evaluate in the course of training, and then its settings want a dataset.
+    trainer = build_trainer({**recipe, "train_dataset": None, "eval_dataset": next(iter(problems.values()))})
+    for name, dataset in problems.items():
+        check_dataset(f"dataset {name!r}", dataset, trainer.tokenizer)
+    identity = {
+        "model": recipe["model"],
+        **model_identity(trainer.accelerator.unwrap_model(trainer.model), trainer.tokenizer),
+        **{name: getattr(args, name) for name in ("max_completion_length", "top_p", "top_k", "bf16", "fp16")},
+    }
+    folder = Path(str(args.output_dir), "eval")
+    metrics = {}
+    for name, dataset in problems.items():
+        output = arguments.output or folder / f"{name}.jsonl"
+        print(f"evaluating {recipe['model']} on {name} ({len(dataset)} problems, k={arguments.k}) into {output}")
+        with trainer.accelerator.autocast():
+            evaluation = evaluate(
+                trainer.rollout_engine,
+                dataset,
+                trainer.reward_funcs,
+                k=arguments.k,
+                temperature=args.eval_temperature,
+                seed=args.seed,
+                batch_size=args.per_device_eval_batch_size,
+                reward_weights=args.reward_weights,
+                timeout=args.reward_timeout,
+                output=output,
+                overwrite=arguments.overwrite,
+                identity={**identity, "dataset": name},
+                progress=not args.disable_tqdm,
+            )
+        metrics[name] = evaluation.metrics
+        _add_to_summary(folder / SUMMARY, {name: {"file": str(output), **evaluation.header, **evaluation.metrics}})
+    print(table(metrics, arguments.k))
+    return 0
+
+
+def _what_to_evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe, with the model that it trained if there is one, and the sources of problems by name."""
+    recipe: Recipe = {"args": {"output_dir": "runs"}}
+    is_checkpoint = arguments.target and any(Path(arguments.target, n).is_file() for n in ("config.json", ADAPTER))
+    if is_checkpoint:
+        recipe = {"model": arguments.target, "args": {"output_dir": arguments.target}}
     elif arguments.target:
         recipe = read_recipe(arguments.target)
     for name, text in overrides.items():
         override(recipe, name, text)
-    if other := arguments.model or _trained(recipe):
+    if not is_checkpoint or arguments.model:
+        recipe = _with_adapter(recipe, arguments.target if is_checkpoint else str(recipe["args"]["output_dir"]))
+    if other := arguments.model or (None if is_checkpoint else _trained(recipe)):
         recipe = {**recipe, "model": other, "model_kwargs": {}}
-    recipe["eval_dataset"] = arguments.dataset or recipe.get("eval_dataset")
     recipe["reward"] = arguments.reward or recipe.get("reward")
-    for key, option in (("model", "--model"), ("eval_dataset", "--dataset"), ("reward", "--reward")):
-        if not recipe.get(key):
-            raise ValueError(f"nothing says which {key} to use; give {option}, or a recipe that has it")
     if arguments.temperature is not None:
         recipe["args"]["eval_temperature"] = arguments.temperature
-    if arguments.limit is not None:
-        override(recipe, "eval_dataset.limit", str(arguments.limit))
-    trainer = build_trainer({**recipe, "train_dataset": None})
-    if trainer.args.world_size > 1:
-        raise ValueError(f"sppo eval runs in one process, not {trainer.args.world_size}; start it without a launcher")
-    recorder = trainer.rollout_engine = _Recorder(trainer.rollout_engine)
-    problems: Any = trainer.eval_dataset
-    print(f"evaluating {recipe['model']} on {_describe(recipe['eval_dataset'])} ({len(problems)} problems)")
-    metrics = trainer.evaluate()
-    output = arguments.output or Path(str(trainer.args.output_dir), "eval.jsonl")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w") as lines:
-        for i, sample in enumerate(recorder.samples):
-            lines.write(json.dumps(_result(i, sample, problems[i])) + "\n")
-    print(
-        f"accuracy {metrics['eval_success_rate']:.3f} on {metrics['eval_problems']:.0f} problems, mean reward "
-        f"{metrics['eval_reward']:.3f}, mean length {metrics['eval_response_length']:.0f} tokens, "
-        f"cut off {metrics['eval_truncated']:.1%}; each problem in {output}"
-    )
-    return 0
+    sources = arguments.dataset or [recipe.get("eval_dataset")]
+    for what, value, option in (
+        ("model", recipe.get("model"), "--model"),
+        ("eval_dataset", sources[0], "--dataset"),
+        ("reward", recipe["reward"], "--reward"),
+    ):
+        if not value:
+            raise ValueError(f"nothing says which {what} to use; give {option}, or a recipe that has it")
+    if arguments.output and len(sources) > 1:
+        raise ValueError(f"--output names one file for {len(sources)} datasets; leave it out, or give --output_dir")
+    return recipe, dict(zip(_dataset_names(sources), sources, strict=True))
+
+
+def _dataset_names(sources: Sequence[Any]) -> list[str]:
+    """A short name for each dataset, good for a file: ``data/math_500.parquet?limit=9`` is ``math_500``."""
+    names: list[str] = []
+    for source in sources:
+        text = str(source.get("name")) if isinstance(source, dict) else str(source)
+        base = re.split(r"[/\\:]", text.partition("?")[0].rstrip("/"))[-1]
+        name = re.sub(r"\.(parquet|jsonl?|csv)$", "", base)
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    return names
+
+
+def _add_to_summary(path: Path, metrics: dict[str, Any]) -> None:
+    """Put the metrics of datasets beside those that the file has of others."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}")
+    staged.write_text(json.dumps({**known, **metrics}, indent=1) + "\n")
+    os.replace(staged, path)
 
 
 def _value(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
-    if overrides:
-        raise ValueError(f"unknown option --{next(iter(overrides))}; sppo value --help lists them")
+    _refuse(overrides, "value")
     if not Path(arguments.critic).is_dir():
         raise ValueError(
             f"there is no critic in {arguments.critic!r}; train one with sppo train, or name a folder with --critic"
@@ -267,27 +368,37 @@ def _value(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     return 0
 
 
-class _Recorder:
-    """A rollout engine that keeps the samples another makes; the trainer writes their rewards into them."""
+def _plot(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+    _refuse(overrides, "plot")
+    from sppo.plot import plot
 
-    def __init__(self, engine: RolloutEngine) -> None:
-        self.engine = engine
-        self.samples: list[Sample] = []
-
-    def generate(self, prompts: Sequence[Any], **settings: Any) -> list[Sample]:
-        self.samples += (made := self.engine.generate(prompts, **settings))
-        return made
+    plot(arguments.runs, arguments.output, arguments.x)
+    print(arguments.output)
+    return 0
 
 
-def _result(index: int, sample: Sample, row: dict[str, Any]) -> dict[str, Any]:
-    facts = {"index": index, "prompt": sample.prompt, "completion": sample.completion, "answer": row.get("answer")}
-    return {**facts, "reward": sample.reward, "tokens": len(sample.response_ids), "truncated": sample.truncated}
+def _doctor(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+    _refuse(overrides, "doctor")
+    from sppo.doctor import diagnose
+
+    return diagnose()
+
+
+def _refuse(overrides: dict[str, str], command: str) -> None:
+    if overrides:
+        raise ValueError(f"unknown option --{next(iter(overrides))}; sppo {command} --help lists them")
 
 
 def _trained(recipe: Recipe) -> str | None:
     """The model that a run of the recipe saved."""
     folder = Path(str(recipe["args"]["output_dir"]))
     return str(folder) if (folder / "config.json").is_file() else None
+
+
+def _with_adapter(recipe: Recipe, folder: str) -> Recipe:
+    """The recipe with the adapter that a run left in a folder, if it did, in place of one to learn."""
+    trained = Path(folder, ADAPTER).is_file()
+    return {**recipe, "adapter": folder, "peft_config": None} if trained else {**recipe, "peft_config": None}
 
 
 def _print_plan(recipe: Recipe, trainer: Any, *, resumes: bool) -> None:

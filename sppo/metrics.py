@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppo.rollout import Sample
+from sppo.rollout.engine import Sample
 
 Gather = Callable[[list[Any]], list[Any]]
 """Gives the concatenation of every process's list."""
@@ -78,8 +78,8 @@ def print_completions(samples: Sequence[Sample], step: int) -> None:
     """Show samples of the last rollout: a table with rich where that is installed, plain lines elsewhere."""
     rows = [
         (
-            _text(s.prompt),
-            _text(s.completion),
+            as_text(s.prompt),
+            as_text(s.completion),
             "-" if s.reward is None else f"{s.reward:.2f}",
             "-" if s.advantage is None else f"{s.advantage.mean():+.2f}",
         )
@@ -100,5 +100,6 @@ def print_completions(samples: Sequence[Sample], step: int) -> None:
     Console().print(table)
 
 
-def _text(prompt: Any) -> str:
+def as_text(prompt: Any) -> str:
+    """A prompt or completion as one text, also where it is chat messages."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

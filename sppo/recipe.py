@@ -8,6 +8,8 @@ These are a recipe's keys; what it lacks has the default of :class:`sppo.SPPOTra
     train_dataset: {name: train.parquet, drop_duplicates: true}   # what sppo.data.load_prompts takes
     eval_dataset: test.parquet?limit=200
     reward: math                            # a name or module:function, or a list of them
+    peft_config: {r: 16, target_modules: all-linear}   # of peft.LoraConfig: learn by an adapter
+    adapter: runs/before                    # a folder with an adapter, which the model gets
     args: {learning_rate: 1e-6}             # fields of SPPOConfig; output_dir is runs/<recipe> unless given
 """
 
@@ -38,6 +40,8 @@ _KINDS: dict[str, tuple[type | types.UnionType, str]] = {
     "train_dataset": (str | dict, _DATASET),
     "eval_dataset": (str | dict, _DATASET),
     "reward": (str | list, "a reward's name or module:function, or a list of them"),
+    "peft_config": (dict, "a mapping of peft.LoraConfig's arguments"),
+    "adapter": (str, "a folder with an adapter"),
     "args": (dict, "a mapping of settings"),
 }
 KEYS = tuple(_KINDS)
@@ -189,9 +193,21 @@ def build_trainer(recipe: Recipe) -> SPPOTrainer:
     data = {key: load_prompts(recipe[key]) for key in ("train_dataset", "eval_dataset") if recipe.get(key) is not None}
     set_seed(args.seed)  # of weights that a function makes
     model, tokenizer = load_model(recipe["model"], recipe.get("model_kwargs") or {})
-    return SPPOTrainer(
-        model, rewards, args=args, critic=_load_critic(recipe.get("critic")), processing_class=tokenizer, **data
+    if recipe.get("adapter"):
+        from sppo.adapters import load_adapter
+
+        model = load_adapter(model, recipe["adapter"])
+    trainer = SPPOTrainer(
+        model,
+        rewards,
+        args=args,
+        critic=_load_critic(recipe.get("critic")),
+        processing_class=tokenizer,
+        peft_config=_lora(recipe.get("peft_config")),
+        **data,
     )
+    trainer.recipe = recipe
+    return trainer
 
 
 def load_model(spec: str, settings: dict[str, Any]) -> tuple[Any, Any]:
@@ -202,11 +218,9 @@ def load_model(spec: str, settings: dict[str, Any]) -> tuple[Any, Any]:
             raise ValueError(f"model {spec!r} gave {type(made).__name__}; the function returns (model, tokenizer)")
         return made
 
-    import torch
-    from transformers import AutoModelForCausalLM
+    from sppo.inputs import from_folder
 
-    model = AutoModelForCausalLM.from_pretrained(spec, **{"dtype": torch.float32, **settings})
-    return model, load_tokenizer(spec, settings)
+    return from_folder(spec, **settings), load_tokenizer(spec, settings)
 
 
 def load_tokenizer(spec: str, settings: dict[str, Any]) -> Any:
@@ -238,6 +252,17 @@ def _load_critic(spec: str | dict[str, Any] | None) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(
         name, **{"num_labels": 1, "dtype": torch.float32, **settings}
     )
+
+
+def _lora(settings: dict[str, Any] | None) -> Any:
+    if settings is None:
+        return None
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings})
+    except TypeError as error:
+        raise ValueError(f"peft_config {settings!r} is none of peft.LoraConfig: {error}") from error
 
 
 def _call(spec: str, settings: dict[str, Any]) -> Any:

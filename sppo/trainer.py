@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from sppo import agreement, checkpoint
@@ -27,11 +28,14 @@ from sppo.attention import NAME, use_attention
 from sppo.config import SPPOConfig
 from sppo.critic import PromptCritic, TokenCritic, build_critic, head, load_critic, save_critic
 from sppo.experience import ExperienceStream, Progress, Prompts, score_samples
+from sppo.files import replacing
 from sppo.inputs import check_dataset, check_tokenizer, load_policy, named, short_enough, with_master_weights
-from sppo.metrics import Meter, print_completions
+from sppo.metrics import Meter
+from sppo.model_card import model_card
 from sppo.rewards import Reward, resolve
 from sppo.rollout import RolloutEngine, engine_class, rollout_seed
 from sppo.sharding import full, full_state, gathered, load_weights
+from sppo.tracking import MetricsFile, SampleCompletions, name_run, prepare_trackers
 from sppo_kernels import policy_loss
 
 logger = logging.get_logger(__name__)
@@ -63,6 +67,8 @@ class SPPOTrainer(Trainer):
     """
 
     args: SPPOConfig
+    recipe: dict[str, Any] | None = None
+    """What the run was built from, for its model card."""
 
     def __init__(
         self,
@@ -104,15 +110,19 @@ class SPPOTrainer(Trainer):
         elif critic is not None and train_dataset is not None:
             logger.warning(f"algorithm={args.algorithm!r} has no critic: the one given is not used")
         pair = ActorCritic(policy, judge)
+        name_run(args)
         super().__init__(
             model=pair,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[_EpochCallback(), *(callbacks or [])],
+            callbacks=[_EpochCallback(), MetricsFile(), *(callbacks or [])],
             compute_loss_func=policy_loss,  # tells Trainer that compute_loss has divided by the whole update's count
         )
+        prepare_trackers(self.callback_handler.callbacks, args)
+        if args.log_completions:
+            self.add_callback(SampleCompletions(lambda: self.experience.samples, self.callback_handler.callbacks))
         pair.check_packing()
         self.rollout_engine: RolloutEngine = rollout_engine or engine_class(args.rollout_engine)(
             policy,
@@ -318,12 +328,10 @@ class SPPOTrainer(Trainer):
         return norms.get("policy_grad_norm", torch.zeros((), device=self.args.device))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last log to those of a training step, and show sample completions."""
+        """Add the metrics since the last log to those of a training step."""
         if "loss" in logs:
             logs |= self.meter.read(self._gather)
             logs["total_generated_tokens"] = self.experience.progress.generated_tokens
-            if self.args.log_completions and self.is_world_process_zero():
-                print_completions(self.experience.samples[: self.args.num_completions_to_print], self.state.global_step)
         super().log(logs, start_time)
 
     def evaluate(
@@ -402,6 +410,42 @@ class SPPOTrainer(Trainer):
                 self.tokenizer.save_pretrained(folder / "critic")
             (folder / "training_args.json").write_text(self.args.to_json_string())
 
+    def create_model_card(  # type: ignore[override]
+        self,
+        *,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
+        language: str | None = None,
+    ) -> None:
+        """Write the model card into ``README.md`` of ``output_dir``; :meth:`push_to_hub` takes the same arguments.
+
+        Args:
+            model_name: its title; None: the name of ``output_dir``.
+            finetuned_from: hub name of the model before training; None: where it was loaded from.
+            dataset_tags: hub names of the training data; None: the recipe's.
+            dataset: what the card's text calls them.
+            tags: more tags.
+            license, language: left out where None.
+        """
+        if self.is_world_process_zero():
+            names, hub_names, more = ([x] if isinstance(x, str) else x or [] for x in (dataset, dataset_tags, tags))
+            card = model_card(
+                self,
+                model_name=model_name,
+                base_model=finetuned_from,
+                datasets=hub_names,
+                dataset_names=names,
+                tags=more,
+                license=license,
+                language=language,
+            )
+            with replacing(self.output_dir / "README.md") as staged:
+                staged.write_text(str(card), encoding="utf-8")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if has_adapter(self._pair.policy):
             load_weights(self._pair, checkpoint.load_learned(resume_from_checkpoint), strict=False)
@@ -444,8 +488,13 @@ class SPPOTrainer(Trainer):
         return os.path.join(folder, checkpoint.STAGING) if self._staging else folder
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._staging:  # the folder is about to move
-            super()._push_from_checkpoint(checkpoint_folder)
+        if self._staging:  # the folder is about to move
+            return
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            self.create_model_card()
+            if self._pair.critic is not None:  # transformers takes the policy's files along, and no folders
+                shutil.copytree(Path(checkpoint_folder, "critic"), self.output_dir / "critic", dirs_exist_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     _staging = False
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from sppo.cli import main
+from sppo.cli import _dataset_names, main
 from sppo.recipe import config_from, convert, override, read_recipe, shipped_recipes
 
 HERE = Path(__file__).parent / "cli_run.py"
@@ -132,6 +132,9 @@ def test_shipped_recipes_are_sound(name, tmp_path):
         (["train", "RECIPE", "stray"], "unexpected argument 'stray'"),
         (["eval"], "nothing says which model"),
         (["eval", "--model", "m", "--reward", "exact"], "give --dataset"),
+        (["eval", "RECIPE", "--k", "4"], "k=4 with temperature 0: greedy decoding gives 4 times the same"),
+        (["eval", "RECIPE", "--dataset", "a", "--dataset", "b", "--output", "c"], "--output names one file for 2"),
+        (["eval", "RECIPE", "--k", "0"], "k must be at least 1"),
     ],
 )
 def test_a_mistake_is_one_clear_line(recipe, capsys, arguments, says):
@@ -213,16 +216,59 @@ def test_train_evaluate_resume_and_refuse(recipe, capsys):
 
     assert main(["eval", recipe, "--limit", "3"]) == 0
     said = capsys.readouterr().out
-    assert "evaluating runs/tiny" in said
-    assert "accuracy" in said
-    results = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    assert "evaluating runs/tiny on sums (3 problems, k=1)" in said
+    header, *results = [json.loads(line) for line in (out / "eval/sums.jsonl").read_text().splitlines()]
+    assert header["model"] == "runs/tiny"
     assert [row["index"] for row in results] == [0, 1, 2]
     assert results[0]["prompt"] == "6+0="
-    assert all(0 <= row["reward"] <= 1 for row in results)
+    assert all(0 <= row["rewards"][0] <= 1 for row in results)
 
-    command = ["eval", "runs/tiny/checkpoint-6", "--dataset", f"{HERE}:sums?count=2", "--reward", "exact", "--use_cpu"]
-    assert main([*command, "--output", "here/results.jsonl", "--max_completion_length", "3"]) == 0
-    assert len(Path("here/results.jsonl").read_text().splitlines()) == 2
+
+def test_evaluate_goes_on_adds_to_the_summary_and_refuses(recipe, capsys):
+    from sppo.recipe import load_model
+
+    for part in load_model(f"{HERE}:policy", {}):
+        part.save_pretrained("checkpoint")
+    # A setting that argparse does not know comes first: its value is no checkpoint's name.
+    model = ["--use_cpu", "--max_completion_length", "3", "--reward", f"{HERE}:letter", "--model", "checkpoint"]
+    sets = ["--dataset", f"{HERE}:sums?count=3", "--dataset", f"{HERE}:sums?count=2"]
+    sampled = ["--k", "2", "--temperature", "1"]
+    assert main(["eval", *model, *sets, *sampled]) == 0
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert table[0].split()[:6] == ["dataset", "problems", "avg@2", "standard_error", "pass@2", "maj@2"]
+    assert [line.split()[:2] for line in table[1:]] == [["sums", "3"], ["sums-2", "2"]]
+    summary = json.loads(Path("runs/eval/summary.json").read_text())
+    assert [f"{summary[name]['avg@2']:.3f}" for name in ("sums", "sums-2")] == [line.split()[2] for line in table[1:]]
+    assert summary["sums"]["seed"] == 42
+
+    kept = {path: path.read_bytes() for path in Path("runs/eval").iterdir()}
+    cut = Path("runs/eval/sums.jsonl")
+    cut.write_bytes(kept[cut][:-30])
+    assert main(["eval", *model, *sets, *sampled]) == 0
+    assert {path: path.read_bytes() for path in Path("runs/eval").iterdir()} == kept
+
+    assert main(["eval", *model, *sets]) == 2
+    assert "'runs/eval/sums.jsonl' holds another evaluation (k: 2 there, 1 here" in capsys.readouterr().err
+    assert main(["eval", *model, *sets[:2], "--overwrite", "--limit", "1"]) == 0
+    summary = json.loads(Path("runs/eval/summary.json").read_text())
+    assert summary["sums"]["problems"] == 1
+    assert summary["sums-2"]["problems"] == 2
+
+    command = ["eval", "checkpoint", *sets[:2], "--reward", "exact", "--use_cpu", "--max_completion_length", "3"]
+    assert main([*command, "--output", "here/results.jsonl"]) == 0
+    assert len(Path("here/results.jsonl").read_text().splitlines()) == 4
+    assert Path("checkpoint/eval/summary.json").exists()
+
+
+def test_evaluation_by_a_launcher_is_refused(recipe, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["eval", recipe]) == 2
+    assert "sppo eval runs in one process, not 2 (WORLD_SIZE); start it without" in capsys.readouterr().err
+
+
+def test_files_are_named_after_their_datasets():
+    sources = ["data/math_500.parquet?limit=3", "org/MATH-500", "reasoning_gym:chain_sum", {"name": "b/math_500.jsonl"}]
+    assert _dataset_names(sources) == ["math_500", "MATH-500", "chain_sum", "math_500-4"]
 
 
 # The critic

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from resume_run import make_trainer
 
-from sppo.report import draw, summarize, write_report
+from sppo.report import summarize, write_report
 
 BEFORE = {"eval_success_rate": 0.25, "eval_reward": 0.3}
 AFTER = {"eval_success_rate": 0.75, "eval_reward": 0.8}
@@ -44,10 +44,6 @@ def finished(folder, log=LOG):
     )
 
 
-def lines(axes):
-    return {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-
-
 def test_report(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     path = write_report(finished(tmp_path / "runs" / "quickstart"), BEFORE, AFTER, recipe="quickstart")
@@ -75,20 +71,11 @@ def test_a_folder_that_names_no_recipe_is_not_taken_for_one(tmp_path, capsys):
     assert " train RECIPE --seed 4" in capsys.readouterr().out
 
 
-def test_curve(tmp_path):
-    top, bottom = draw(LOG, BEFORE, AFTER).axes
-    assert lines(top)["held-out prompts"] == [[0, 0.3], [100, 0.4], [200, 0.8], [200, 0.8]]
-    assert [tokens for tokens, _ in lines(top)["rollouts"]] == [100, 200]
-    assert lines(bottom)["critic"] == [[100, pytest.approx(0.2)], [200, pytest.approx(0.2)]]
-    assert "tokens" in bottom.get_xlabel()
-
-
 def test_without_held_out_prompts_or_logs(tmp_path, capsys):
     summary = json.loads(write_report(finished(tmp_path, log=[]), {}, {}).read_text())
     assert summary["accuracy_before"] is None
     assert summary["seconds"] == 0
     assert "accuracy" not in capsys.readouterr().out
-    assert "held-out prompts" not in lines(draw([step(1)], {}, {}).axes[0])
 
 
 def test_totals_of_a_resumed_run_cover_all_of_it(tmp_path):
@@ -108,9 +95,3 @@ def test_totals_of_a_resumed_run_cover_all_of_it(tmp_path):
     later = sum(value for entry in after_it for name, value in entry.items() if name.startswith("seconds/"))
     assert found["seconds"] == pytest.approx(before_the_stop + later, abs=0.01)
     assert before_the_stop > 0 < later
-
-
-def test_updates_without_a_rollout_or_a_verdict_are_left_out_of_the_picture():
-    used_again = {"loss": 0.5, "total_generated_tokens": 200, "step": 2}
-    axes = draw([step(1), used_again], {}, {}).axes
-    assert all(points == [[100, pytest.approx(points[0][1])]] for points in lines(axes[1]).values())
