@@ -145,12 +145,12 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A model's weights under the names they have without an adapter, its adapter added in; the model is left as it is.
 
-    A tied weight comes once.
+    A tied weight comes under each of its names.
 
     Raises:
         ValueError: the adapter is of a kind that is no sum with the weights (DoRA).
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, adapted, last = name.partition(".base_layer.")
         if _is_of_adapter(name):
             continue

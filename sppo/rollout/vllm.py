@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class VLLMRollout:
         self.top_p = top_p
         self.top_k = top_k
         self.eos_ids = eos_tokens(policy, tokenizer)
-        self.llm = _start(policy, tokenizer, settings)
+        self.llm = _start(policy, settings)
 
     def generate(self, prompts: Sequence[Prompt], *, seed: int, temperature: float, batch_size: int) -> list[Sample]:
         """See :class:`sppo.RolloutEngine`; ``batch_size`` is vLLM's own affair, ``max_num_seqs`` among the settings."""
@@ -89,7 +89,7 @@ class VLLMRollout:
         )
 
 
-def _start(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> Any:
+def _start(policy: PreTrainedModel, settings: dict[str, Any]) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the policy's weights are
     try:
         from vllm import LLM
@@ -102,16 +102,16 @@ def _start(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings
         "dtype": str(policy.dtype).removeprefix("torch."),
         "gpu_memory_utilization": 0.3,
         "load_format": "dummy",  # sync() brings the weights
+        "skip_tokenizer_init": True,  # tokens go in, tokens come out
         "logprobs_mode": "processed_logprobs",  # at the sampling temperature, as the trainer's
         "enable_prefix_caching": True,
     }
-    if torch.distributed.is_initialized():  # each process of a run serves itself
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:  # each process of a run serves itself
         own["distributed_executor_backend"] = "external_launcher"
     with tempfile.TemporaryDirectory() as folder:
-        policy.config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if policy.generation_config is not None:
-            policy.generation_config.save_pretrained(Path(folder))
+        config = copy.deepcopy(policy.config)
+        config.architectures = [type(policy).__name__]  # which a model made from a configuration lacks
+        config.save_pretrained(folder)
         try:
             return LLM(model=folder, **{**own, **settings})
         except TypeError as error:
