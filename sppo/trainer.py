@@ -202,6 +202,10 @@ class SPPOTrainer(Trainer):
         # Its own generator: a loader draws a seed from the global one otherwise, one more each time it is made.
         return DataLoader(self.experience, batch_size=None, generator=torch.Generator())
 
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """On the device, as they are: for DeepSpeed transformers would round advantages to the precision of weights."""
+        return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of the micro-batches that the Trainer takes for one."""
         *first, last = inputs
@@ -282,19 +286,25 @@ class SPPOTrainer(Trainer):
                     weight_decay = decay if decays else 0.0
                     groups.append({"params": params, "lr": rate, "weight_decay": weight_decay, "part": part})
             self.optimizer = kind([group for group in groups if group["params"]], **settings)
-            self.optimizer.register_step_pre_hook(lambda optimizer, *_: self._scale_policy_rate(optimizer))
-            self.optimizer.register_step_post_hook(lambda optimizer, *_: self._restore_policy_rate(optimizer))
+            self.optimizer.register_step_pre_hook(lambda optimizer, *_: self._scale_rates(optimizer))
+            self.optimizer.register_step_post_hook(lambda optimizer, *_: self._restore_rates(optimizer))
         return self.optimizer
 
-    def _scale_policy_rate(self, optimizer: torch.optim.Optimizer) -> None:
-        """Slow the policy down for this step until its gradients have agreed."""
-        for group in optimizer.param_groups:
-            if group["part"] == "policy." and not self._policy_is_trusted:
-                group["full_lr"], group["lr"] = group["lr"], group["lr"] * agreement.UNTRUSTED_RATE
+    def _scale_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Slow the policy down for this step until its gradients have agreed.
 
-    def _restore_policy_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        DeepSpeed keeps gradients to itself, so there what may not learn is held still by a rate of 0.
+        """
+        scale = {"policy.": 1.0 if self._policy_is_trusted else agreement.UNTRUSTED_RATE, "critic.": 1.0}
+        if self.is_deepspeed_enabled:
+            scale["policy."] *= self.experience.policy_learns
+            scale["critic."] *= self.experience.update.critic_learns
         for group in optimizer.param_groups:
-            group["lr"] = group.pop("full_lr", group["lr"])
+            group["full_lr"], group["lr"] = group["lr"], group["lr"] * scale[group["part"]]
+
+    def _restore_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = group.pop("full_lr")
 
     @property
     def _policy_is_trusted(self) -> bool:
@@ -303,8 +313,11 @@ class SPPOTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip policy and critic apart. What may not learn, and both where a gradient is not finite, get no gradient.
 
-        Optimizers leave parameters without a gradient alone, momentum and weight decay too.
+        Optimizers leave parameters without a gradient alone, momentum and weight decay too. DeepSpeed has clipped, and
+        made its step, by now.
         """
+        if self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
         policy, critic = self._pair.policy, self._pair.critic
         norms = {}
         for name, part, limit, learns in (

@@ -32,5 +32,5 @@ def run_ranks(script: Path, world: int, out: Path, *arguments: str) -> tuple[dic
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0] * world, said
+    assert [process.returncode for process in started] == [0] * world, "\n".join(text[-3000:] for text in said)
     return torch.load(out / "result.pt", weights_only=True), said

@@ -106,7 +106,9 @@ def _start(policy: PreTrainedModel, settings: dict[str, Any]) -> Any:
         "logprobs_mode": "processed_logprobs",  # at the sampling temperature, as the trainer's
         "enable_prefix_caching": True,
     }
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:  # each process of a run serves itself
+    if (
+        torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    ):  # each process of a run serves itself
         own["distributed_executor_backend"] = "external_launcher"
     with tempfile.TemporaryDirectory() as folder:
         config = copy.deepcopy(policy.config)

@@ -105,11 +105,11 @@ def make(
         peft_config=adapter if lora else None,
     )
     if sharding == "fsdp2" and world > 1:
-        shard(trainer)
+        use_fsdp2(trainer)
     return trainer
 
 
-def shard(trainer: SPPOTrainer) -> None:
+def use_fsdp2(trainer: SPPOTrainer) -> None:
     """What ``fsdp=True`` does on a GPU; on a CPU accelerate takes DDP in its place, without a word."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT"

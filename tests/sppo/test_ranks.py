@@ -15,7 +15,7 @@ RUNS = {
     "sppo": {"algorithm": "sppo", "ratio_level": "sequence_mean"},
     "ppo": {"algorithm": "ppo", "max_tokens_per_micro_batch": 20},
     "seven prompts, no response left on rank 1": {"prompts": 7, "lost": True},
-    "rank 1 has equal rewards": {"equal": True, "beta": 0.1},
+    "rank 1 has the same reward everywhere": {"equal": True, "beta": 0.1},
     "fsdp2": {"sharding": "fsdp2", "ratio_level": "sequence_mean"},
     "fsdp2, ppo, no response left on rank 1": {"sharding": "fsdp2", "algorithm": "ppo", "lost": True},
     "fsdp2, resumed": {"sharding": "fsdp2", "resumes": True, "min_agreement": 3.5, **ADAM},

@@ -308,3 +308,34 @@ def test_a_smaller_critic(tmp_path):
     trainer = make(tmp_path, critic=AutoModelForSequenceClassification.from_config(config))
     trainer.train()
     assert trainer.model.critic.score.weight.any()
+
+
+def test_under_deepspeed_a_rate_of_0_holds_still_what_may_not_learn(tmp_path):
+    """DeepSpeed itself runs on no CPU under accelerate: this is the hook on its optimizer alone."""
+    trainer = make(tmp_path, reward=lambda completions, **_: [0.0] * len(completions), max_steps=1, weight_decay=0.1)
+    trainer.train()
+    assert not trainer.experience.policy_learns
+    trainer.is_deepspeed_enabled = True
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    trainer._scale_rates(trainer.optimizer)
+    held = {group["part"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert held == {"policy.": 0.0, "critic.": trainer.args.critic_learning_rate}
+    trainer._restore_rates(trainer.optimizer)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == rates
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}, "min_agreement": 0}, "stage 3 spreads weights"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}, "min_agreement": 0},
+            "one learning rate for policy and critic",
+        ),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "min_agreement needs gradients"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused(tmp_path, settings, says):
+    pytest.importorskip("deepspeed")
+    with pytest.raises(ValueError, match=says):
+        make(tmp_path, **({"min_agreement": 3.5} | settings))
