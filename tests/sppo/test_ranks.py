@@ -22,6 +22,9 @@ RUNS = {
     "fsdp2, adapters": {"sharding": "fsdp2", "lora": True, "beta": 0.1, "resumes": True, **ADAM},
 }
 
+SAMPLED = {"fsdp2, sampled": {"sharding": "fsdp2", "sampled": True, "eval_strategy": "steps", "eval_steps": 1, **ADAM}}
+"""Each process samples for itself, so what they make is not what one process makes."""
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
@@ -29,7 +32,8 @@ def results(tmp_path_factory):
     found = {}
     for world in (1, 2):
         out = tmp_path_factory.mktemp(f"world{world}")
-        found[world] = (out, run_ranks(HERE / "ranks_run.py", world, out, json.dumps(RUNS))[0])
+        runs = RUNS if world == 1 else RUNS | SAMPLED
+        found[world] = (out, run_ranks(HERE / "ranks_run.py", world, out, json.dumps(runs))[0])
     return found
 
 
@@ -68,3 +72,11 @@ def test_what_is_saved_is_whole(results, name):
         assert ours.keys() == theirs.keys(), file
         for key in theirs:
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_sample_apart(results):
+    """Responses of unequal lengths, held-out prompts that one process has fewer of: neither waits for the other."""
+    (run,) = (results[2][1][name] for name in SAMPLED)
+    assert len(run["log"]) == 2
+    assert run["evaluation"]["eval_problems"] == 3
