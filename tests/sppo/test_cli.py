@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_models import char_tokenizer, tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from sppo.cli import _dataset_names, main
@@ -313,3 +314,41 @@ def test_what_next_is_the_same_command(recipe, capsys):
     assert "algorithm   ppo, 1 a prompt, token ratio" in said
     assert f"train {recipe} --algorithm ppo --max_steps 2 --seed 43 --output_dir run-43" in said
     assert json.loads(Path("run/summary.json").read_text())["algorithm"] == "ppo"
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """What a newcomer has: a model's folder, prompts in JSONL, and a reward in a file."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("model")
+    char_tokenizer().save_pretrained("model")
+    rows = [{"prompt": f"{i % 7}+{i % 5}=", "answer": "abcde"[i % 5]} for i in range(24)]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("my_reward.py").write_text("def score(completion, answer):\n    return float(answer in completion)\n")
+    given = ["--model", "model", "--train_dataset", "mine.jsonl", "--reward", "my_reward.py:score"]
+    return [*given, "--max_steps", "1", "--per_device_train_batch_size", "8", "--max_completion_length", "4",
+            "--use_cpu", "true", "--disable_tqdm", "true", "--save_strategy", "no"]  # fmt: skip
+
+
+def test_train_on_data_and_a_reward_of_ones_own_without_a_recipe(own, capsys):
+    assert main(["train", *own, "--output_dir", "runs/mine"]) == 0
+    assert "reward      score" in capsys.readouterr().out
+    assert main(["eval", "runs/mine", "--dataset", "mine.jsonl", "--reward", "my_reward.py:score", "--limit", "4"]) == 0
+    assert "mine" in capsys.readouterr().out
+    assert main(["train", "--train_dataset", "mine.jsonl"]) == 2
+    assert "the recipe has no 'model'; give --model" in capsys.readouterr().err
+
+
+def test_an_adapter_is_trained_evaluated_and_trained_on(own, capsys):
+    assert main(["train", *own, "--peft_config.r", "4", "--output_dir", "runs/lora"]) == 0
+    assert not Path("runs/lora/config.json").exists()
+    evaluate = ["--dataset", "mine.jsonl", "--reward", "my_reward.py:score", "--limit", "4"]
+    tables = []
+    for target in (["runs/lora"], ["runs/lora", "--model", "model", "--output_dir", "runs/named"]):
+        assert main(["eval", *target, *evaluate]) == 0
+        tables.append(capsys.readouterr().out.splitlines()[-2:])
+    assert tables[0] == tables[1]
+    assert main(["train", *own, "--adapter", "runs/lora", "--output_dir", "runs/more"]) == 0
+    assert Path("runs/more/adapter_config.json").exists()
+    assert main(["train", *own, "--peft_config.rank", "4", "--output_dir", "runs/none"]) == 2
+    assert "peft_config {'rank': 4} is none of peft.LoraConfig" in capsys.readouterr().err
