@@ -103,24 +103,27 @@ def count_passed(code: str, tests: list[str], *, seconds: float, memory_mb: int,
     if sys.platform != "linux":
         raise RuntimeError(f"runs a model's code on Linux only, this is {sys.platform}; nothing was run")
     nonce = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as verdict:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.NamedTemporaryFile() as verdict:
         job = {"solution": code, "tests": tests, "nonce": nonce, "folder": folder, "isolation": isolation}
         limits = {"seconds": seconds, "memory_mb": memory_mb}
-        jail = subprocess.run(
-            [sys.executable, "-IB", _JAIL],
-            input=json.dumps(job | limits).encode(),
-            stdout=verdict,
-            stderr=subprocess.PIPE,
-            env=_ENVIRONMENT,
-            timeout=seconds + _START,
-        )
-        verdict.seek(0)
+        told = os.open(verdict.name, os.O_WRONLY | os.O_APPEND)  # to be added to, not to be read
+        try:
+            jail = subprocess.run(
+                [sys.executable, "-IB", _JAIL],
+                input=json.dumps(job | limits).encode(),
+                stdout=told,
+                stderr=subprocess.PIPE,
+                env=_ENVIRONMENT,
+                timeout=seconds + _START,
+            )
+        finally:
+            os.close(told)
         started_and_passed = verdict.read(len(nonce) * (len(tests) + 1)).count(nonce.encode())
-    if not started_and_passed:
+    if not started_and_passed and jail.stderr:
         reason = (jail.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
         raise RuntimeError(
             f"cannot set up its sandbox here ({reason}); nothing was run. Cutting off network and files takes Linux "
             "5.12 and root or unprivileged user namespaces; in a container that is itself the sandbox, choose "
             "unit_tests?isolation=limits"
         )
-    return started_and_passed - 1
+    return max(0, started_and_passed - 1)

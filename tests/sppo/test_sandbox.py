@@ -87,6 +87,9 @@ def test_part_marks_for_the_tests_that_pass():
     [
         "import sys; sys.exit(0)",
         "import os; os._exit(0)",
+        "import os\nos.fork()",
+        "import os\nwords = os.pread(3, 32, 0)\nos.write(3, words * 9)\nos._exit(0)",
+        "import os\nos.ftruncate(3, 0)\nos._exit(0)",
         "print('passed'); print('1 passed', file=__import__('sys').stderr)",
         "import os\nfor fd in range(64):\n    try: os.write(fd, b'passed' * 100)\n    except OSError: pass",
         "import os\ndef twice(x): os._exit(0)",
