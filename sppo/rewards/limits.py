@@ -35,7 +35,7 @@ class Worker:
         command = [sys.executable, "-c", serve]
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.owner = os.getpid()
-        self.loaded: set[str] = set()
+        self.loaded: dict[str, str] = {}
         self.lock = threading.Lock()
         self.replies: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -49,9 +49,10 @@ class Worker:
         return worker
 
     def load(self, spec: str) -> None:
-        if spec not in self.loaded:
-            self.request({"load": spec}, LOAD_TIMEOUT)
-            self.loaded.add(spec)
+        here = os.getcwd()  # from which a file is named; it may have changed since this worker began
+        if self.loaded.get(spec) != here:
+            self.request({"load": spec, "cwd": here}, LOAD_TIMEOUT)
+            self.loaded[spec] = here
 
     def request(self, message: dict[str, Any], timeout: float) -> list[Verdict]:
         try:

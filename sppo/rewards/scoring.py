@@ -93,7 +93,8 @@ def resolve(spec: Reward | Callable[..., Any] | str) -> Reward:
     if base not in BUILTIN and ":" not in base:
         near = difflib.get_close_matches(base, BUILTIN, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"no reward named {base!r}; {hint}known: {', '.join(BUILTIN)}, or give module:function")
+        own = f"{base}:FUNCTION" if base.endswith(".py") else "module:function"
+        raise ValueError(f"no reward named {base!r}; {hint}known: {', '.join(BUILTIN)}, or give {own}")
     target = BUILTIN.get(base, base)
     reward = Reward(target.rpartition(":")[2], target, options)
     try:

@@ -2,7 +2,7 @@
 
 A line of JSON in, a line of JSON out, in turn, on standard input and output:
 
-    {"load": spec}                                                 -> {"values": []} or {"error": text}
+    {"load": spec, "cwd": folder}                                  -> {"values": []} or {"error": text}
     {"call": spec, "options", "prompts", "completions", "columns"} -> {"values": [...]} or {"error": text}
 """
 
@@ -211,6 +211,7 @@ def _receive(lines: Any, requests: queue.SimpleQueue[bytes]) -> None:
 def _answer(request: dict[str, Any], functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
     try:
         if "load" in request:
+            os.chdir(request["cwd"])
             functions[request["load"]] = import_object(request["load"])
             return {"values": []}
         function = functions[request.pop("call")]
