@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_NOT_OF_LEARNING = ("inference_mode", "base_model_name_or_path", "task_type", "peft_version", "revision")
 _PREFIX = "base_model.model."  # where PEFT's own wrapper has the model
 
 
@@ -51,6 +52,7 @@ def add_adapter(model: PreTrainedModel, config: Any, *, also: Iterable[nn.Module
         raise ValueError(
             f"{type(model).__name__} has an adapter; leave peft_config None to train that, or merge it into the model"
         )
+    _check_config(config)
     config, also = copy.deepcopy(config), list(also)
     config.base_model_name_or_path = model.config._name_or_path or None
     model.requires_grad_(False)
@@ -64,17 +66,60 @@ def add_adapter(model: PreTrainedModel, config: Any, *, also: Iterable[nn.Module
         module.float().requires_grad_(True)
 
 
+def _check_config(config: Any) -> None:
+    """ValueError for what would learn beside the factors, or is no sum with the weights: it could not be merged."""
+    troubles = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None}
+    troubles |= {"trainable_token_indices": None}
+    for name, only in troubles.items():
+        if (value := getattr(config, name, only)) != only:
+            raise ValueError(
+                f"peft_config.{name} must be {only!r}, got {value!r}: it cannot be merged into the weights"
+            )
+
+
+def settings_of_adapter(model: nn.Module) -> dict[str, Any] | None:
+    """The adapter's configuration, as far as it decides how it learns; None without one."""
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None:
+        return None
+    found = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_LEARNING}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in found.items()}
+
+
+def the_model_in(wrapped: Any) -> PreTrainedModel:
+    """The model in PEFT's own wrapper, with the adapter in it.
+
+    Raises:
+        ValueError: it has no LoRA adapter, or several, or one of another name than PEFT's default.
+    """
+    kinds = {name: type(config).__name__ for name, config in wrapped.peft_config.items()}
+    if kinds != {"default": "LoraConfig"}:
+        raise ValueError(
+            f"model has the adapters {kinds}; give one with a single LoRA adapter called 'default', as get_peft_model "
+            "makes, or the base model and peft_config"
+        )
+    model = wrapped.get_base_model()
+    _check_config(wrapped.peft_config["default"])
+    model.peft_config = wrapped.peft_config
+    return model
+
+
 def continue_adapter(model: PreTrainedModel) -> None:
     """Let the adapter that is in a model learn, in float32, and nothing else.
 
     Raises:
-        ValueError: it stands on the output embedding.
+        ValueError: it stands on an embedding.
     """
     output = model.get_output_embeddings()
     if output is not None and has_adapter(output):
         raise ValueError(
             "peft_config puts an adapter on the output embedding, which the fused log-probabilities read as one "
             "matrix; leave it out of target_modules ('all-linear' does)"
+        )
+    if has_adapter(model.get_input_embeddings()):
+        raise ValueError(
+            "peft_config puts an adapter on the input embedding, which may be tied to the output; leave it out of "
+            "target_modules"
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_of_adapter(name))
@@ -92,7 +137,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     from peft import PeftModel
 
     try:
-        return cast(PreTrainedModel, PeftModel.from_pretrained(model, str(folder)).get_base_model())
+        return the_model_in(PeftModel.from_pretrained(model, str(folder)))
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the adapter in {str(folder)!r} does not fit {type(model).__name__}: {error}") from error
 
@@ -146,9 +191,6 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A model's weights under the names they have without an adapter, its adapter added in; the model is left as it is.
 
     A tied weight comes under each of its names.
-
-    Raises:
-        ValueError: the adapter is of a kind that is no sum with the weights (DoRA).
     """
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, adapted, last = name.partition(".base_layer.")
@@ -158,8 +200,6 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach()
         elif last == "weight":
             layer: Any = model.get_submodule(owner)
-            if any(layer.use_dora.values()):
-                raise ValueError(f"the adapter of {owner} is a DoRA, which cannot be merged here; set use_dora=False")
             change = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
             yield f"{owner}.weight", (parameter + change).to(parameter.dtype)
         else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
 from sppo.actor_critic import ActorCritic
-from sppo.adapters import trainable
+from sppo.adapters import settings_of_adapter, trainable
 from sppo.config import SPPOConfig
 from sppo.experience import ExperienceStream, Progress, Update
 
@@ -113,6 +113,7 @@ def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset, re
         "model": _digest(_architecture(model.policy.config)),
         "critic": _digest(_architecture(model.critic.config)) if model.critic is not None else None,
         "learns": _digest(sorted(trainable(model))),
+        "adapter": _digest(settings_of_adapter(model.policy)),
         "dataset": _digest([len(dataset), *(dataset[i] for i in range(0, len(dataset), len(dataset) // 64 + 1))]),
         "rewards": list(rewards),
     }

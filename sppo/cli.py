@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import json
 import logging
 import math
@@ -39,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments, _overrides(rest))
     except KeyboardInterrupt:
-        print("sppo: interrupted; train goes on with --resume, eval with the same command", file=sys.stderr)
+        print(
+            "sppo: interrupted; train goes on from its last checkpoint (save_steps) with --resume, eval with the same "
+            "command",
+            file=sys.stderr,
+        )
         return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
         if arguments.traceback or os.environ.get("SPPO_DEBUG"):
@@ -206,6 +211,8 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
         print(f"  {' '.join(['sppo train', named, '--output_dir'])} {folder}-2")
         return 0
     checkpoints = list(folder.glob("checkpoint-*"))
+    if arguments.resume and not checkpoints:
+        print(f"{folder} holds no checkpoint to resume from: the run starts at its beginning")
     if checkpoints and not arguments.resume:
         raise ValueError(
             f"output_dir {str(folder)!r} holds a checkpoint of an earlier run ({checkpoints[0].name}); "
@@ -223,13 +230,28 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     trainer.save_model()
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if trainer.is_world_process_zero():
-        others = {name: text for name, text in overrides.items() if name not in ("output_dir", "seed")}
-        started = " ".join([named, *(f"--{name} {shlex.quote(text)}" for name, text in others.items())]).strip()
-        write_report(trainer, before, after, recipe=started)
+        started = _command(named, overrides, without=("output_dir", "seed"))
+        write_report(trainer, before, after, recipe=started, evaluation=_evaluation_of(recipe, named, overrides))
         trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return 0
+
+
+def _command(named: str, overrides: dict[str, str], without: Sequence[str]) -> str:
+    """A recipe's name and the overrides, but for some, as they are typed."""
+    kept = {name: text for name, text in overrides.items() if name.partition(".")[0] not in without}
+    return " ".join([named, *(f"--{name} {shlex.quote(text)}" for name, text in kept.items())]).strip()
+
+
+def _evaluation_of(recipe: Recipe, named: str, overrides: dict[str, str]) -> str:
+    """What ``sppo eval`` is to be told for the model that a run has left, which an adapter's base model belongs to."""
+    folder = str(recipe["args"]["output_dir"])
+    if not recipe.get("eval_dataset"):
+        return f"{folder} --dataset FILE --reward {shlex.quote(str(recipe['reward']))}"
+    base = () if Path(folder, ADAPTER).is_file() else ("model", "model_kwargs")
+    told = _command(named, overrides, without=(*base, "critic", "train_dataset", "max_steps", "output_dir"))
+    return f"{told} --output_dir {folder}"
 
 
 def _evaluate_before(trainer: SPPOTrainer, folder: Path, *, resumes: bool) -> dict[str, float]:
@@ -271,7 +293,11 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     metrics = {}
     for name, dataset in problems.items():
         output = arguments.output or folder / f"{name}.jsonl"
-        print(f"evaluating {recipe['model']} on {name} ({len(dataset)} problems, k={arguments.k}) into {output}")
+        what = f"{recipe['adapter']} on {recipe['model']}" if recipe.get("adapter") else recipe["model"]
+        print(
+            f"evaluating {what} on {name} ({len(dataset)} problems, k={arguments.k}, at most "
+            f"{args.max_completion_length} tokens) into {output}"
+        )
         with trainer.accelerator.autocast():
             evaluation = evaluate(
                 trainer.rollout_engine,
@@ -299,7 +325,7 @@ def _what_to_evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) 
     recipe: Recipe = {"args": {"output_dir": "runs"}}
     is_checkpoint = arguments.target and any(Path(arguments.target, n).is_file() for n in ("config.json", ADAPTER))
     if is_checkpoint:
-        recipe = {"model": arguments.target, "args": {"output_dir": arguments.target}}
+        recipe = {"model": arguments.target, "args": {"output_dir": arguments.target, **_length_of(arguments.target)}}
     elif arguments.target:
         recipe = read_recipe(arguments.target)
     for name, text in overrides.items():
@@ -324,6 +350,13 @@ def _what_to_evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) 
     return recipe, dict(zip(_dataset_names(sources), sources, strict=True))
 
 
+def _length_of(folder: str) -> dict[str, int]:
+    """How long the completions were that a model was trained on, where its folder says so."""
+    trained = Path(folder, "training_args.json")
+    known = json.loads(trained.read_text()) if trained.is_file() else {}
+    return {name: known[name] for name in ("max_completion_length",) if name in known}
+
+
 def _dataset_names(sources: Sequence[Any]) -> list[str]:
     """A short name for each dataset, good for a file: ``data/math_500.parquet?limit=9`` is ``math_500``."""
     names: list[str] = []
@@ -331,7 +364,8 @@ def _dataset_names(sources: Sequence[Any]) -> list[str]:
         text = str(source.get("name")) if isinstance(source, dict) else str(source)
         base = re.split(r"[/\\:]", text.partition("?")[0].rstrip("/"))[-1]
         name = re.sub(r"\.(parquet|jsonl?|csv)$", "", base)
-        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+        numbered = (f"{name}-{i}" for i in itertools.count(2))
+        names.append(name if name not in names else next(other for other in numbered if other not in names))
     return names
 
 
@@ -418,7 +452,13 @@ def _print_plan(recipe: Recipe, trainer: Any, *, resumes: bool) -> None:
         if trainer.eval_dataset is not None
         else "none (no eval_dataset)",
         "reward": ", ".join(reward.name for reward in trainer.reward_funcs),
-        "updates": f"{updates}, of {per_update:g} completions of at most {args.max_completion_length} tokens",
+        "updates": f"{updates}, of {per_update:g} completions of at most {args.max_completion_length} tokens, on "
+        f"{args.world_size} process{'es' if args.world_size > 1 else ''}",
+        "learning": f"policy at {args.learning_rate:g}"
+        + (
+            f", a fiftieth of it until its gradients agree (min_agreement={args.min_agreement:g})"
+            * (args.min_agreement > 0)
+        ),
         "output": f"{args.output_dir}{', resuming' if resumes else ''}",
     }
     for name, what in plan.items():

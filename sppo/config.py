@@ -300,6 +300,12 @@ class SPPOConfig(TrainingArguments):
             "neftune_noise_alpha": "leave it None: noise on the embeddings belongs to supervised training",
             "label_smoothing_factor": "leave it 0: there are no labels to smooth",
         }
+        cut = self.top_p < 1 or self.top_k > 0
+        if cut and self.rollout_engine != "hf" and self.rollout_correction.startswith("sequence_"):
+            raise ValueError(
+                f"rollout_correction={self.rollout_correction!r} with top_p={self.top_p} and top_k={self.top_k}: what "
+                "is cut off would shrink the weight with each token; use token_truncate, or leave top_p 1 and top_k 0"
+            )
         if self.max_steps == 0:
             raise ValueError(
                 "max_steps must be at least 1, or -1 to count epochs, got 0; to evaluate only, call evaluate()"
@@ -317,6 +323,8 @@ class SPPOConfig(TrainingArguments):
             "fsdp=True": config.is_zero3(),
             "an optimizer in its config has one learning rate for policy and critic; leave it out, optim= chooses "
             "one": config.get_value("optimizer") is not None,
+            "a scheduler in its config has one rate for policy and critic; leave it out, lr_scheduler_type chooses "
+            "one": config.get_value("scheduler") is not None,
             "min_agreement needs gradients, which it keeps to itself; set it to 0": self.min_agreement > 0,
             "max_tokens_per_micro_batch needs backward passes that it does not count; leave it None": (
                 self.max_tokens_per_micro_batch is not None

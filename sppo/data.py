@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from sppo.rewards.builtin import pack, reasoning_gym_task
 from sppo.rewards.scoring import split_options
@@ -93,7 +94,7 @@ def _read(source: str | Dataset, options: dict[str, Any]) -> tuple[Dataset, int 
         _check_options(source, options, ())
         if not path.is_file():
             raise FileNotFoundError(f"dataset {source!r}: there is no such file (looked in {path.absolute().parent})")
-        return load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train"), seed
+        return _read_file(path), seed
     try:
         return load_dataset(source, **{"split": "train", **options}), seed
     except Exception as error:  # the hub's client raises errors of many libraries
@@ -101,6 +102,16 @@ def _read(source: str | Dataset, options: dict[str, Any]) -> tuple[Dataset, int 
         raise ValueError(
             f"dataset {source!r} is neither a file ({kinds}), nor reasoning_gym:TASK, nor module:function, and the hub "
             f"did not give it: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+
+
+def _read_file(path: Path) -> Dataset:
+    try:
+        return load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"dataset {str(path)!r} is no {path.suffix} file: {str(cause).splitlines()[0]}; mend or drop that row"
         ) from error
 
 

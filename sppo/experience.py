@@ -220,10 +220,16 @@ class ExperienceStream(IterableDataset):
             {
                 "response_length": _mean([n for n, *_ in facts]),
                 "truncated": _mean([truncated for _, truncated, _ in facts]),
-                "reward": _mean(rewards),
-                "success_rate": _mean([reward >= 1 for reward in rewards]),
             }
         )
+        if rewards:
+            success = _mean([reward >= 1 for reward in rewards])
+            self.meter.mean({"reward": _mean(rewards), "success_rate": success})
+        else:
+            logger.warning(
+                f"no reward was had for any of the {len(facts)} completions of rollout {rollout}: nothing is learned "
+                "from it; the failures above say why"
+            )
         generated = sum(self.gather([len(s.response_ids) for s in [*samples, *greedy]]))
         self.meter.sum("generated_tokens", generated)
         self.meter.sum("rejected_rewards", len(facts) - len(rewards))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from sppo.adapters import CONFIG, load_adapter
+from sppo.adapters import CONFIG, load_adapter, the_model_in
 from sppo.config import SPPOConfig
 from sppo.critic import embedding_rows
 from sppo.rollout import encode
@@ -23,8 +23,8 @@ def load_policy(model: PreTrainedModel | str) -> PreTrainedModel:
     """A model, or the one of a folder or hub name, in float32."""
     if isinstance(model, (str, Path)):
         return from_folder(model)
-    if wrapped := getattr(model, "get_base_model", None):  # PEFT's, around the model that has the adapter in it
-        model = cast(Any, wrapped)()
+    if hasattr(model, "get_base_model"):
+        model = the_model_in(model)
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise TypeError(f"model must be a causal language model of transformers or the name of one, got {type(model)}")
     return model

@@ -82,7 +82,9 @@ def policy_part(samples: Sequence[Sample]) -> MicroBatch:
         "response_cu_seqlens": cumulative([len(s.response_ids) for s in samples]),
         "advantages": _flat([s.advantage for s in samples]),
     }
-    if samples and all(s.logprobs is not None for s in samples):
+    if len({s.logprobs is None for s in samples}) > 1:
+        raise ValueError("the rollout engine gave some samples logprobs and others none; give all of them or none")
+    if samples and samples[0].logprobs is not None:
         batch["rollout_logprobs"] = torch.tensor([logprob for s in samples for logprob in s.logprobs or []])
     return batch
 

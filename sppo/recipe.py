@@ -16,6 +16,7 @@ These are a recipe's keys; what it lacks has the default of :class:`sppo.SPPOTra
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import types
 import typing
@@ -62,7 +63,8 @@ def read_recipe(name: str) -> Recipe:
     path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(
-            f"no recipe {name!r}{nearest(name, shipped_recipes())}; give a YAML file or one of {shipped_recipes()}"
+            f"no recipe {name!r}{nearest(name, shipped_recipes())}; give a YAML file or one of {shipped_recipes()} "
+            "(to sppo eval also a run's folder)"
         )
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -220,7 +222,13 @@ def load_model(spec: str, settings: dict[str, Any]) -> tuple[Any, Any]:
 
     from sppo.inputs import from_folder
 
-    return from_folder(spec, **settings), load_tokenizer(spec, settings)
+    try:
+        return from_folder(spec, **settings), load_tokenizer(spec, settings)
+    except OSError as error:
+        raise ValueError(
+            f"model {spec!r} could not be loaded: no such folder, or a file is missing in it, and the hub did not give "
+            f"it ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def load_tokenizer(spec: str, settings: dict[str, Any]) -> Any:
@@ -262,7 +270,10 @@ def _lora(settings: dict[str, Any] | None) -> Any:
     try:
         return LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings})
     except TypeError as error:
-        raise ValueError(f"peft_config {settings!r} is none of peft.LoraConfig: {error}") from error
+        known = ", ".join(inspect.signature(LoraConfig).parameters)
+        raise ValueError(
+            f"peft_config {settings!r} does not fit peft.LoraConfig ({error}); it takes {known}"
+        ) from error
 
 
 def _call(spec: str, settings: dict[str, Any]) -> Any:

@@ -23,7 +23,12 @@ PICTURE = "learning_curve.png"
 
 
 def write_report(
-    trainer: SPPOTrainer, before: Mapping[str, float], after: Mapping[str, float], *, recipe: str = "RECIPE"
+    trainer: SPPOTrainer,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    *,
+    recipe: str = "RECIPE",
+    evaluation: str = "RUN",
 ) -> Path:
     """Print the table, and write ``learning_curve.png`` and ``summary.json`` into the run's ``output_dir``.
 
@@ -31,6 +36,7 @@ def write_report(
         trainer: after ``train()``.
         before, after: what ``trainer.evaluate()`` gave then; empty without held-out prompts.
         recipe: what the run was started from, with its overrides, for the commands to try next.
+        evaluation: what ``sppo eval`` is to be told, for the same.
 
     Returns:
         The path of ``summary.json``. It is written last: where it is, the run is finished.
@@ -43,7 +49,7 @@ def write_report(
         staged.write_text(json.dumps(summary, indent=1) + "\n")
     print(_table(summary))
     print(f"\n{folder / PICTURE} shows how it learned, {folder / SUMMARY} has these numbers.\n")
-    print(_what_next(recipe, folder, trainer.args.seed))
+    print(_what_next(recipe, evaluation, folder, trainer.args.seed))
     return folder / SUMMARY
 
 
@@ -95,11 +101,11 @@ def _change(before: float | None, after: float | None) -> str:
     return " -> ".join("?" if value is None else f"{value:.3f}" for value in (before, after)) + "  (held-out prompts)"
 
 
-def _what_next(recipe: str, folder: Path, seed: int) -> str:
+def _what_next(recipe: str, evaluation: str, folder: Path, seed: int) -> str:
     sppo = "sppo" if shutil.which("sppo") else sys.argv[0]  # an environment that is not activated
     return (
         "What to try next:\n"
-        f"  {sppo} eval {recipe} --output_dir {folder} --temperature 0     each held-out answer, greedy\n"
+        f"  {sppo} eval {evaluation} --temperature 0     each held-out answer, greedy\n"
         f"  {sppo} train {recipe} --seed {seed + 1} --output_dir {folder}-{seed + 1}     the same with other samples\n"
         f"  {sppo} train --help     a model and prompts of your own"
     )

@@ -33,7 +33,7 @@ from sppo.inputs import check_dataset, check_tokenizer, load_policy, named, shor
 from sppo.metrics import Meter
 from sppo.model_card import model_card
 from sppo.rewards import Reward, resolve
-from sppo.rollout import RolloutEngine, engine_class, rollout_seed
+from sppo.rollout import RolloutEngine, Sample, make_engine, rollout_seed
 from sppo.sharding import full, full_state, gathered, load_weights
 from sppo.tracking import MetricsFile, SampleCompletions, name_run, prepare_trackers
 from sppo_kernels import policy_loss
@@ -87,6 +87,11 @@ class SPPOTrainer(Trainer):
         args = args or SPPOConfig(output_dir="sppo_output")
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process; start with accelerate launch, or show one GPU only")
+        if (launched := int(os.environ.get("WORLD_SIZE", "1"))) > 1 and args.world_size == 1:
+            raise ValueError(
+                f"WORLD_SIZE={launched}, but this process trains alone (parallel_mode={args.parallel_mode.value}): on "
+                "CPUs set use_cpu=True, on GPUs give each process one"
+            )
         policy = load_policy(model)
         tokenizer = check_tokenizer(policy, processing_class)
         funcs = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [cast(RewardFunction, reward_funcs)]
@@ -124,13 +129,14 @@ class SPPOTrainer(Trainer):
         if args.log_completions:
             self.add_callback(SampleCompletions(lambda: self.experience.samples, self.callback_handler.callbacks))
         pair.check_packing()
-        self.rollout_engine: RolloutEngine = rollout_engine or engine_class(args.rollout_engine)(
+        self.rollout_engine: RolloutEngine = rollout_engine or make_engine(
+            args.rollout_engine,
             policy,
             tokenizer,
+            args.rollout_engine_kwargs or {},
             max_completion_length=args.max_completion_length,
             top_p=args.top_p,
             top_k=args.top_k,
-            **(args.rollout_engine_kwargs or {}),
         )
         self.tokenizer = tokenizer
         self.meter = Meter()
@@ -381,19 +387,20 @@ class SPPOTrainer(Trainer):
         rank, world = self.args.process_index, self.args.world_size
         rows = [dataset[i] for i in range(rank, len(dataset), world)]
         meter, facts = Meter(), []
-        if rows:
-            with torch.no_grad(), self.accelerator.autocast(), self._whole():
+        samples: list[Sample] = []
+        with torch.no_grad(), self.accelerator.autocast(), self._whole():  # by all processes, those without rows too
+            if rows:
                 samples = self.rollout_engine.generate(
                     [row["prompt"] for row in rows],
                     seed=rollout_seed(self.args.seed, 2**32 - 1, rank),
                     temperature=self.args.eval_temperature,
                     batch_size=self.args.per_device_eval_batch_size,
                 )
-            for start in range(0, len(rows), self.args.rollout_size):  # so many at once as reward_timeout is meant for
-                part = slice(start, start + self.args.rollout_size)
-                means = score_samples(samples[part], rows[part], self.reward_funcs, self.args, as_probability=False)
-                meter.mean(dict(means), weight=len(rows[part]))
-            facts = [(s.reward, len(s.response_ids), s.truncated) for s in samples]
+        for start in range(0, len(rows), self.args.rollout_size):  # so many at once as reward_timeout is meant for
+            part = slice(start, start + self.args.rollout_size)
+            means = score_samples(samples[part], rows[part], self.reward_funcs, self.args, as_probability=False)
+            meter.mean(dict(means), weight=len(rows[part]))
+        facts = [(s.reward, len(s.response_ids), s.truncated) for s in samples]
         for reward, length, truncated in facts:
             meter.mean({"response_length": length, "truncated": truncated})
             if reward is not None:
@@ -409,8 +416,10 @@ class SPPOTrainer(Trainer):
         folder = Path(output_dir or self.output_dir)
         policy, critic = self._pair.policy, self._pair.critic
         weights = full_state(self._pair)  # by all processes, as in the next lines
-        with self._whole():
-            of_critic = {n: w.to("cpu", copy=True) for n, w in merged_weights(critic)} if critic is not None else {}
+        of_critic = _part(weights, "critic.")
+        if critic is not None and has_adapter(critic):
+            with self._whole():
+                of_critic = {name: weight.to("cpu", copy=True) for name, weight in merged_weights(critic)}
         if self.args.should_save:
             if has_adapter(policy):
                 save_adapter(policy, _part(weights, "policy."), folder)
@@ -483,11 +492,12 @@ class SPPOTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self._staging = False
             self.accelerator.wait_for_everyone()
+            staged = output_dir / checkpoint.STAGING / name
+            if is_best := self.state.best_model_checkpoint == str(staged):  # on each process, which will load it
+                self.state.best_model_checkpoint = str(output_dir / name)
             if self.args.should_save:
-                staged = output_dir / checkpoint.STAGING / name
                 checkpoint.save_identity(self.identity, staged)
-                if self.state.best_model_checkpoint == str(staged):
-                    self.state.best_model_checkpoint = str(output_dir / name)
+                if is_best:
                     self.state.save_to_json(str(staged / "trainer_state.json"))
                 checkpoint.publish(staged, output_dir / name)
                 checkpoint.clear_staging(output_dir)

@@ -18,7 +18,17 @@ from typing import Any
 from sppo.rollout.engine import Prompt, RolloutEngine, Sample, encode, rollout_seed
 from sppo.rollout.hf import HFRollout
 
-__all__ = ["ENGINES", "HFRollout", "Prompt", "RolloutEngine", "Sample", "encode", "engine_class", "rollout_seed"]
+__all__ = [
+    "ENGINES",
+    "HFRollout",
+    "Prompt",
+    "RolloutEngine",
+    "Sample",
+    "encode",
+    "engine_class",
+    "make_engine",
+    "rollout_seed",
+]
 
 ENGINES = {
     "hf": "sppo.rollout.hf:HFRollout",
@@ -42,3 +52,16 @@ def engine_class(name: str) -> Callable[..., RolloutEngine]:
         raise ValueError(f"rollout_engine must be one of {', '.join(ENGINES)}, or module:Class, got {name!r}")
     found: Any = import_object(name)
     return found
+
+
+def make_engine(name: str, policy: Any, tokenizer: Any, settings: dict[str, Any], **given: Any) -> RolloutEngine:
+    """The engine of that name, with settings of its own.
+
+    Raises:
+        ValueError: there is none, or it has no such setting.
+    """
+    kind = engine_class(name)
+    try:
+        return kind(policy, tokenizer, **given, **settings)
+    except TypeError as error:
+        raise ValueError(f"rollout_engine_kwargs={settings!r} does not fit rollout_engine={name!r}: {error}") from error

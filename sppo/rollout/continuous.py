@@ -33,6 +33,7 @@ class ContinuousRollout(HFRollout):
         **settings: Any,
     ) -> None:
         super().__init__(policy, tokenizer, max_completion_length=max_completion_length, top_p=top_p, top_k=top_k)
+        ContinuousBatchingConfig(**settings)  # what it does not take is to be said now
         self.settings = settings
 
     @torch.no_grad()

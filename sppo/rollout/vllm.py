@@ -28,7 +28,7 @@ class VLLMRollout:
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: a setting that vLLM does not have.
+        TypeError: a setting that vLLM does not have.
     """
 
     def __init__(
@@ -114,7 +114,4 @@ def _start(policy: PreTrainedModel, settings: dict[str, Any]) -> Any:
         config = copy.deepcopy(policy.config)
         config.architectures = [type(policy).__name__]  # which a model made from a configuration lacks
         config.save_pretrained(folder)
-        try:
-            return LLM(model=folder, **{**own, **settings})
-        except TypeError as error:
-            raise ValueError(f"rollout_engine_kwargs={settings!r}: vLLM takes no such setting ({error})") from error
+        return LLM(model=folder, **{**own, **settings})

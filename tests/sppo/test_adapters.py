@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import char_tokenizer, tiny_model
 from tiny_run import DATASET, changed, has_a, logged, snapshot
 from transformers import AutoModelForSequenceClassification
@@ -121,8 +121,11 @@ def test_a_run_with_adapters_resumes_to_the_same_bits(tmp_path):
     rest = make(tmp_path / "cut", **settings, max_steps=4)
     rest.train(resume_from_checkpoint=True)
     assert changed(snapshot(whole.model), rest.model) == []
-    with pytest.raises(ValueError, match=r"checkpoint of another run.*learns"):
-        make(tmp_path / "cut", max_steps=5).train(resume_from_checkpoint=True)
+    for other in (None, lora(lora_alpha=16), lora(r=8)):
+        with pytest.raises(ValueError, match=r"checkpoint of another run.*adapter"):
+            make(tmp_path / "cut", **(settings | {"peft_config": other, "max_steps": 5})).train(
+                resume_from_checkpoint=True
+            )
 
 
 def test_merged_weights_make_the_model_that_the_adapter_makes():
@@ -145,6 +148,9 @@ def test_merged_weights_make_the_model_that_the_adapter_makes():
     [
         (object(), TypeError, "must be a peft.LoraConfig, got object"),
         (lora(target_modules=["q_proj", "lm_head"]), ValueError, "output embedding"),
+        (lora(target_modules=["q_proj", "embed_tokens"]), ValueError, "input embedding"),
+        (lora(use_dora=True), ValueError, "peft_config.use_dora must be False, got True"),
+        (lora(modules_to_save=["norm"]), ValueError, "peft_config.modules_to_save must be None"),
         (lora(target_modules=["no_such"]), ValueError, "does not fit Llama.*no_such"),
     ],
 )
@@ -160,3 +166,17 @@ def test_frozen_bfloat16_weights_stay_and_what_learns_is_float32(tmp_path):
     before = snapshot(trainer.model)
     trainer.train()
     assert any(name.startswith("policy.") for name in changed(before, trainer.model))
+
+
+def test_pefts_own_wrapper_is_taken_off(tmp_path):
+    model = get_peft_model(tiny_model(), lora())
+    trainer = make(tmp_path, model, max_steps=1)
+    before = snapshot(trainer.model)
+    trainer.train()
+    assert any(name.startswith("policy.") for name in changed(before, trainer.model))
+    trainer.save_model()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    saved = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    torch.testing.assert_close(saved(ids).logits, trainer._pair.policy(ids).logits)
+    with pytest.raises(ValueError, match=r"give one with a single LoRA adapter called 'default'"):
+        make(tmp_path / "other", get_peft_model(tiny_model(), lora(), adapter_name="foo"))

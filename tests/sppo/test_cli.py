@@ -217,7 +217,7 @@ def test_train_evaluate_resume_and_refuse(recipe, capsys):
 
     assert main(["eval", recipe, "--limit", "3"]) == 0
     said = capsys.readouterr().out
-    assert "evaluating runs/tiny on sums (3 problems, k=1)" in said
+    assert "evaluating runs/tiny on sums (3 problems, k=1, at most 5 tokens)" in said
     header, *results = [json.loads(line) for line in (out / "eval/sums.jsonl").read_text().splitlines()]
     assert header["model"] == "runs/tiny"
     assert [row["index"] for row in results] == [0, 1, 2]
@@ -269,7 +269,8 @@ def test_evaluation_by_a_launcher_is_refused(recipe, monkeypatch, capsys):
 
 def test_files_are_named_after_their_datasets():
     sources = ["data/math_500.parquet?limit=3", "org/MATH-500", "reasoning_gym:chain_sum", {"name": "b/math_500.jsonl"}]
-    assert _dataset_names(sources) == ["math_500", "MATH-500", "chain_sum", "math_500-4"]
+    assert _dataset_names(sources) == ["math_500", "MATH-500", "chain_sum", "math_500-2"]
+    assert _dataset_names(["a/test.jsonl", "test-2.jsonl", "b/test.jsonl"]) == ["test", "test-2", "test-3"]
 
 
 # The critic
@@ -351,4 +352,4 @@ def test_an_adapter_is_trained_evaluated_and_trained_on(own, capsys):
     assert main(["train", *own, "--adapter", "runs/lora", "--output_dir", "runs/more"]) == 0
     assert Path("runs/more/adapter_config.json").exists()
     assert main(["train", *own, "--peft_config.rank", "4", "--output_dir", "runs/none"]) == 2
-    assert "peft_config {'rank': 4} is none of peft.LoraConfig" in capsys.readouterr().err
+    assert "peft_config {'rank': 4} does not fit peft.LoraConfig" in capsys.readouterr().err

@@ -89,6 +89,10 @@ def test_paper_takes_overrides():
         ({"aggregation": "mean"}, "aggregation must be one of"),
         ({"logprobs_backward": "auto"}, "logprobs_backward must be one of cache, recompute, sparse, got 'auto'"),
         ({"mass_tolerance": 0.0}, r"mass_tolerance must be in \(0, 1\), got 0.0"),
+        (
+            {"rollout_engine": "vllm", "rollout_correction": "sequence_mask", "top_p": 0.9},
+            "would shrink the weight with each token",
+        ),
         ({"rollout_correction": "all"}, "rollout_correction must be one of none, token_truncate"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 is not available"),
         ({"max_steps": 0}, "max_steps must be at least 1"),

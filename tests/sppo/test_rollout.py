@@ -3,7 +3,7 @@ import torch
 from tiny_models import char_tokenizer, tiny_model
 from transformers import GenerationConfig
 
-from sppo.rollout import HFRollout, encode, engine_class, rollout_seed
+from sppo.rollout import HFRollout, encode, engine_class, make_engine, rollout_seed
 from sppo.rollout.continuous import ContinuousRollout
 
 PROMPTS = ["1+2=", "7", "12+34="]
@@ -130,3 +130,11 @@ def test_engines_by_name():
         ValueError, match="rollout_engine must be one of hf, continuous, vllm, or module:Class, got 'vlm'"
     ):
         engine_class("vlm")
+
+
+def test_settings_that_an_engine_does_not_have_are_named():
+    for name in ("hf", "continuous"):
+        with pytest.raises(
+            ValueError, match=f"rollout_engine_kwargs={{'pages': 3}} does not fit rollout_engine='{name}'"
+        ):
+            make_engine(name, tiny_model(), char_tokenizer(), {"pages": 3}, max_completion_length=4)
