@@ -27,7 +27,7 @@ def gathered(model: nn.Module, *, reshard_after_forward: bool) -> Iterator[None]
     if not shards:
         yield
         return
-    _begin(model)
+    _forward_nothing(model)
     layers = [shard for shard in shards if shard is not model]
     for layer in layers:
         layer.set_reshard_after_forward(False, recurse=False)
@@ -36,14 +36,20 @@ def gathered(model: nn.Module, *, reshard_after_forward: bool) -> Iterator[None]
     try:
         yield
     finally:
+        _forward_nothing(model)
         for shard in shards:
             shard.reshard()
         for layer in layers:
             layer.set_reshard_after_forward(reshard_after_forward, recurse=False)
 
 
-def _begin(model: nn.Module) -> None:
-    """A forward that does nothing: in the first one, FSDP2 settles that ``model`` is the outermost module."""
+def _forward_nothing(model: nn.Module) -> None:
+    """A forward that does nothing.
+
+    In the first one, FSDP2 settles that ``model`` is the outermost module. And in backward it gathers ahead what came
+    before in its record of forwards, also of those without gradients: this one stands before those of training, on a
+    process that has made others in between and on one that has not.
+    """
     model.forward = lambda: None
     try:
         model()
@@ -63,7 +69,8 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items():
         of = owner.get(name, name)
-        found[name] = found[of] if of in found else full(weight).cpu()
+        # A copy of what was gathered, which lies in storage with padding that safetensors does not write.
+        found[name] = found[of] if of in found else full(weight).to("cpu", copy=isinstance(weight, DTensor))
     return found
 
 
