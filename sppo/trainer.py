@@ -386,7 +386,7 @@ class SPPOTrainer(Trainer):
     def _answer(self, dataset: datasets.Dataset) -> dict[str, float]:
         rank, world = self.args.process_index, self.args.world_size
         rows = [dataset[i] for i in range(rank, len(dataset), world)]
-        meter, facts = Meter(), []
+        meter = Meter()
         samples: list[Sample] = []
         with torch.no_grad(), self.accelerator.autocast(), self._whole():  # by all processes, those without rows too
             if rows:
