@@ -167,8 +167,8 @@ def check_identity(run: dict[str, Any], folder: str) -> None:
     for name in (_IDENTITY, "trainer_state.json", *steps, *experience, *critic):
         if not any(Path(folder).glob(name)):
             raise ValueError(
-                f"{folder!r} is no whole checkpoint of SPPOTrainer ({name} is missing, as after save_only_model=True); "
-                "resume from another one, or start over with model= this folder"
+                f"{folder!r} is no whole checkpoint of SPPOTrainer ({name.replace('*', '.pt')} is missing, as after "
+                "save_only_model=True); resume from another one, or start over with model= this folder"
             )
     saved = json.loads(Path(folder, _IDENTITY).read_text())
     here = json.loads(json.dumps(run))  # tuples as lists, as in the file

@@ -244,14 +244,17 @@ def _restore_bias(critic: PreTrainedModel) -> None:
         set_head(critic, torch.tensor([bias]))
 
 
-def save_critic(critic: PreTrainedModel, folder: str | Path, kind: str, weights: Mapping[str, Tensor]) -> None:
-    """Write a critic with these weights, whole and without an adapter, as an ordinary sequence classifier.
+def save_critic(
+    critic: PreTrainedModel, folder: str | Path, kind: str, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a critic as an ordinary sequence classifier, with its own weights or these, whole and without an adapter.
 
     Transformers' classifiers have no bias in their head, so it goes into the configuration as ``score_bias``:
     P(success) is ``sigmoid(logit + config.score_bias)`` of what ``AutoModelForSequenceClassification`` loads, and
     ``sigmoid(logit)`` of what :func:`load_critic` does. ``critic_kind`` beside it is ``"prompt"``, or ``"token"`` for
     values that no sigmoid is taken of.
     """
+    weights = critic.state_dict() if weights is None else weights
     critic.config.score_bias = weights["score.bias"].item()
     critic.config.critic_kind = kind
     critic.config.architectures = [type(critic).__name__]

@@ -35,7 +35,7 @@ def test_a_process_without_samples_starts_its_critic_like_the_others():
     stream.algorithm = SPPO(SPPOConfig("out", use_cpu=True))
     stream.rank, others = 1, [[1.0, 1.0], [(1.0, i, "p", 3, torch.tensor(0.75), None) for i in range(2)], [2]]
     stream.gather = lambda items: [*others.pop(0), *items]
-    stream._judge([])
+    stream._judge([], stream._take_in([]))
     assert critic.score.bias.item() == pytest.approx(math.log(3))  # 3 of 4, with the prior
 
 

@@ -47,7 +47,7 @@ def test_front_matter_and_results(tmp_path):
     assert [row[0] for row in rows] == ["0", "2"]
     assert float(rows[-1][2]) == pytest.approx(final["eval_reward"], abs=1e-3)
     assert "load_critic(folder)" in card.text
-    assert "eprint = {2604.08865}" in card.text
+    assert "arXiv:2604.08865" in card.text
 
 
 def test_without_a_critic_evaluations_or_known_names(tmp_path):
