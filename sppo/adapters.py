@@ -36,7 +36,7 @@ def add_adapter(model: PreTrainedModel, config: Any, *, also: Iterable[nn.Module
 
     Args:
         model: without an adapter; its weights keep their dtype, those of the adapter are float32.
-        config: a ``peft.LoraConfig``; its ``target_modules`` must leave the output embedding out.
+        config: a ``peft.LoraConfig``; its ``target_modules`` must leave the embeddings out.
         also: modules that learn besides, with all their weights: a critic's head.
 
     Raises:
@@ -132,7 +132,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: it is another model's.
+        ValueError: its weights do not fit the model's, or it is of a kind that cannot be merged. An adapter of another
+            model whose weights happen to fit is not told apart.
     """
     from peft import PeftModel
 

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sppo.files import replacing
+
 try:
     from sppo.recipe import KEYS, RECIPES, Recipe, build_trainer, config_from, override, read_recipe, shipped_recipes
 except ModuleNotFoundError as error:
@@ -372,10 +374,8 @@ def _dataset_names(sources: Sequence[Any]) -> list[str]:
 def _add_to_summary(path: Path, metrics: dict[str, Any]) -> None:
     """Put the metrics of datasets beside those that the file has of others."""
     known = json.loads(path.read_text()) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}")
-    staged.write_text(json.dumps({**known, **metrics}, indent=1) + "\n")
-    os.replace(staged, path)
+    with replacing(path) as staged:
+        staged.write_text(json.dumps({**known, **metrics}, indent=1) + "\n")
 
 
 def _value(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:

@@ -1,6 +1,7 @@
 """The whole loop on tiny models: it learns, it stands still when it should, and it says what is wrong."""
 
 import logging
+import math
 import time
 
 import datasets
@@ -8,6 +9,9 @@ import pytest
 import torch
 from tiny_models import char_tokenizer, tiny_model
 from tiny_run import DATASET, changed, has_a, logged, make, snapshot
+
+from sppo import HFRollout
+from sppo.attention import use_attention
 
 
 def test_learns(tmp_path):
@@ -339,3 +343,38 @@ def test_what_deepspeed_cannot_do_is_refused(tmp_path, settings, says):
     pytest.importorskip("deepspeed")
     with pytest.raises(ValueError, match=says):
         make(tmp_path, **({"min_agreement": 3.5} | settings))
+
+
+class OffByATenth(HFRollout):
+    """An engine of its own kernels, which take every token for less likely than it is, by a tenth of a nat."""
+
+    def generate(self, prompts, **settings):
+        samples = super().generate(prompts, **settings)
+        for sample in samples:
+            ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+            with use_attention(self.policy, self.attention):
+                logits = self.policy(ids).logits[0, len(sample.prompt_ids) - 1 : -1] / settings["temperature"]
+            chosen = logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+            sample.logprobs = (chosen - 0.1).tolist()
+        return samples
+
+
+@pytest.mark.parametrize(
+    ("settings", "weight"),
+    [
+        ({}, math.exp(0.1)),
+        ({"rollout_cap": 1.05, "num_iterations": 2}, 1.05),
+        ({"rollout_correction": "none"}, 1.0),
+        ({"rollout_correction": "sequence_mask", "rollout_cap": 1.01, "ratio_level": "sequence_mean"}, 0.0),
+    ],
+)
+def test_the_loss_answers_for_what_the_engine_thought_of_a_token(tmp_path, settings, weight):
+    settings = {"rollout_engine": f"{__file__}:OffByATenth", "temperature": 0.7, "max_steps": 1} | settings
+    trainer = make(tmp_path, **settings)
+    before = snapshot(trainer._pair.policy)
+    trainer.train()
+    assert logged(trainer, "rollout_kl") == pytest.approx([-0.1], abs=1e-4)
+    assert logged(trainer, "rollout_weight_mean") == pytest.approx([weight], abs=1e-3)
+    # At first the ratio is 1, so the loss is the weight times the mean of -advantages: nothing where all are masked.
+    assert (logged(trainer, "policy_grad_norm")[0] == 0) == (weight == 0)
+    assert bool(changed(before, trainer._pair.policy)) == (weight > 0)
