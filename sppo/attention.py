@@ -70,6 +70,8 @@ def packed_attention(
         ``[1, N, heads, D]`` and None, for the attention weights that no kernel here keeps.
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if torch.is_autocast_enabled(query.device.type):  # over float32 weights rotary leaves query and key in float32
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         if flash := flash_attention(torch.cuda.get_device_capability(query.device)):
             out = by_flash_attention(

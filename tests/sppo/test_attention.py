@@ -50,6 +50,20 @@ def test_pack():
     assert packed.cu_seqlens.dtype == torch.int32
 
 
+def test_autocast_reaches_what_rotary_left_in_float32(monkeypatch):
+    seen = []
+    attend = attention._attend
+    monkeypatch.setattr(attention, "_attend", lambda *qkv: seen.extend(x.dtype for x in qkv[:3]) or attend(*qkv))
+    q, k, v = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8).bfloat16()
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+    call = {"cu_seq_lens_q": cu_seqlens, "max_length_q": 3}
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = packed_attention(torch.nn.Module(), q, k, v, None, **call)
+    assert set(seen) == {torch.bfloat16} == {out.dtype}
+    exact, _ = packed_attention(torch.nn.Module(), q, k, v.float(), None, **call)
+    torch.testing.assert_close(out.float(), exact, atol=0.05, rtol=0.05)
+
+
 def test_use_attention_restores_after_an_error():
     model = tiny_model()
     seen = []
