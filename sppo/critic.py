@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
@@ -282,7 +282,7 @@ def _set_constant(critic: PreTrainedModel, output: float) -> None:
 def prompt_values(critic: PreTrainedModel, prompts: Sequence[list[int]]) -> list[float]:
     """P(success) for each prompt; each distinct prompt is read once, packed without padding."""
     distinct = list(dict.fromkeys(map(tuple, prompts)))
-    ends = [hidden[-1] for hidden in _packed_states(critic, distinct)]
+    ends = [hidden[-1].clone() for hidden in _packed_states(critic, distinct)]  # a view would keep all of its chunk
     if not ends:
         return []
     states = torch.stack(ends)
@@ -292,14 +292,14 @@ def prompt_values(critic: PreTrainedModel, prompts: Sequence[list[int]]) -> list
     return [values[tuple(prompt)] for prompt in prompts]
 
 
-def _packed_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Last hidden states ``[T, H]`` of each sequence."""
-    states: list[Tensor] = []
-    with use_attention(model, NAME):
-        for chunk in _chunks(sequences):
-            packed = Packed(*(x.to(model.device) for x in pack(chunk)))
-            states += packed_hidden(model, packed, max(map(len, chunk))).split([len(sequence) for sequence in chunk])
-    return states
+def _packed_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    """Last hidden states ``[T, H]`` of each sequence, a chunk of them at a time: a rollout's are gigabytes."""
+    for chunk in _chunks(sequences):
+        packed = Packed(*(x.to(model.device) for x in pack(chunk)))
+        with use_attention(model, NAME):
+            states = packed_hidden(model, packed, max(map(len, chunk)))
+        yield from states.split([len(sequence) for sequence in chunk])
+        del states
 
 
 def _chunks(sequences: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:

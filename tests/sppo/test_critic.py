@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from tiny_models import char_tokenizer, tiny_model
@@ -114,6 +116,26 @@ def test_values_before_each_token():
     states = critic.base_model(torch.tensor([[3, 4, 5, 6]])).last_hidden_state[0]
     torch.testing.assert_close(first, critic.score(states)[1:, 0])
     assert (len(first), len(second)) == (3, 1)
+
+
+def test_states_of_a_rollout_are_never_all_there(monkeypatch):
+    model = build_critic(None, tiny_model(), char_tokenizer(), "token")
+    monkeypatch.setattr(module, "_TOKENS_AT_ONCE", 4)
+    read, chunks = module.packed_hidden, []
+
+    def states(*args):
+        assert sum(chunk() is not None for chunk in chunks) <= 2  # the one before is still in the reader's hands
+        out = read(*args)
+        chunks.append(weakref.ref(out.untyped_storage()))
+        return out
+
+    monkeypatch.setattr(module, "packed_hidden", states)
+    samples = [Sample("", "", [2, 3 + i], [4, 5, 1], truncated=False) for i in range(6)]
+    with torch.no_grad():
+        TokenCritic(model, 0.2).values(samples)
+        assert len(chunks) == 6
+        prompt_values(model, [[2, 3 + i] for i in range(6)])
+        assert len(chunks) == 9
 
 
 def test_a_saved_critic_is_taken_up_however_it_is_given(tmp_path):
