@@ -215,7 +215,8 @@ class SPPOTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of the micro-batches that the Trainer takes for one."""
         *first, last = inputs
-        with self.accelerator.no_sync(model) if first else nullcontext():
+        each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        with self.accelerator.no_sync(model) if first and not each else nullcontext():
             losses = [super(SPPOTrainer, self).training_step(model, batch, num_items_in_batch) for batch in first]
         return torch.stack([*losses, super().training_step(model, last, num_items_in_batch)]).sum()
 

@@ -68,6 +68,18 @@ def test_no_micro_batch_has_more_tokens_than_wanted(tmp_path):
     assert len(seen) % 4 == 0
 
 
+@pytest.mark.parametrize("each", [False, True])
+def test_gradients_wait_for_the_last_micro_batch_unless_told_otherwise(tmp_path, each):
+    config = {"gradient_accumulation_kwargs": {"sync_each_batch": each}}
+    trainer = make(tmp_path, max_steps=1, max_tokens_per_micro_batch=20, accelerator_config=config)
+    waits = []
+    no_sync = trainer.accelerator.no_sync
+    trainer.accelerator.no_sync = lambda model: waits.append(model) or no_sync(model)
+    trainer.train()
+    assert len(trainer.experience.update.micro_batches) > 1
+    assert bool(waits) != each
+
+
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
 def test_loss_is_that_of_the_whole_update(tmp_path, aggregation):
     trainer = make(
