@@ -365,7 +365,7 @@ class ExperienceStream(IterableDataset):
         elif self.reference is not None:
             wanted["ref_logprobs"] = (self.reference, nullcontext())
         for name, (model, as_it_was) in wanted.items():
-            with use_attention(model, NAME), as_it_was:
+            with self.meter.phase("log-probabilities"), use_attention(model, NAME), as_it_was:
                 for batch in update.micro_batches:
                     there = {key: value.to(model.device) for key, value in batch.items()}
                     logprobs, _ = policy_logprobs(

@@ -22,6 +22,7 @@ class Meter:
     """Collects weighted means, extremes, sums and seconds; tensors stay on their device until :meth:`read`."""
 
     def __init__(self) -> None:
+        self._inside = 0.0  # seconds of the phases inside the one that is counted now
         self.clear()
 
     def clear(self) -> None:
@@ -41,12 +42,15 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds of a block as ``seconds/<name>``."""
-        start = time.perf_counter()
+        """Count the seconds of a block as ``seconds/<name>``, without those of phases inside it."""
+        start, before = time.perf_counter(), self._inside
+        self._inside = 0.0
         try:
             yield
         finally:
-            self.sum(f"seconds/{name}", time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self.sum(f"seconds/{name}", seconds - self._inside)
+            self._inside = before + seconds
 
     def read(self, gather: Gather) -> dict[str, float]:
         """Everything since the last read, over all processes. Seconds of no phase are the update's."""
