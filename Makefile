@@ -36,7 +36,7 @@ format: $(VENV)/ready
 
 # Every benchmark suite in its quick form, without a GPU, in under 10 minutes; bench-gpu is all that wants a GPU, in 8.
 bench: $(VENV)/ready
-	for suite in compile traffic flops memory sparse kernels algorithms updates trl endurance gpu report; do $(BIN)/python -m benchmarks $$suite --quick || exit 1; done
+	for suite in compile traffic flops memory sparse kernels algorithms step trl endurance gpu report; do $(BIN)/python -m benchmarks $$suite --quick || exit 1; done
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-max-time=0.1 --benchmark-columns=median,iqr,rounds
 
 bench-gpu: $(VENV)/ready

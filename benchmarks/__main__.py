@@ -18,10 +18,10 @@ import benchmarks.learning
 import benchmarks.memory
 import benchmarks.report
 import benchmarks.sparse
+import benchmarks.step
 import benchmarks.traffic
 import benchmarks.trl_patch
 import benchmarks.tune
-import benchmarks.updates
 
 SUITES = {
     "kernels": benchmarks.kernels,
@@ -32,7 +32,7 @@ SUITES = {
     "sparse": benchmarks.sparse,
     "learning": benchmarks.learning,
     "algorithms": benchmarks.algorithms,
-    "updates": benchmarks.updates,
+    "step": benchmarks.step,
     "trl": benchmarks.trl_patch,
     "endurance": benchmarks.endurance,
     "tune": benchmarks.tune,

@@ -26,10 +26,10 @@ from benchmarks import (
     memory,
     results,
     sparse,
+    step,
     traffic,
     trl_patch,
     tune,
-    updates,
 )
 from benchmarks.results import Row, markdown
 
@@ -167,9 +167,19 @@ def _comparison(name: str) -> Callable[[Path], str]:
     return table
 
 
-def updates_table(folder: Path) -> str:
-    """A line a model and kind of responses."""
-    return markdown(_one(folder, "updates")["rows"], updates.COLUMNS)
+def step_table(folder: Path) -> str:
+    """A line a case and algorithm."""
+    return markdown(_steps(folder), step.COLUMNS)
+
+
+def step_trl_table(folder: Path) -> str:
+    """A line a case and algorithm that TRL has too."""
+    return markdown(step.beside_trl(_steps(folder)), step.BESIDE_TRL)
+
+
+def _steps(folder: Path) -> list[Row]:
+    rows = [row for report in load(folder, "step") for row in report["rows"]]
+    return sorted(rows, key=lambda row: row["lengths"] == "live")
 
 
 def trl_table(folder: Path) -> str:
@@ -191,7 +201,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels_table,
     "ways": ways_table,
     "learning": learning_table,
-    "updates": updates_table,
+    "step": step_table,
+    "step-trl": step_trl_table,
     "trl": trl_table,
     "endurance": endurance_table,
     **{name: _comparison(name) for name in algorithms.COMPARISONS},
@@ -207,7 +218,7 @@ CHARTS = {
     "sparse": sparse,
     "learning": learning,
     "algorithms": algorithms,
-    "updates": updates,
+    "step": step,
     "trl": trl_patch,
 }
 

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,8 +23,11 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from benchmarks import results, updates
+from benchmarks import results
 from benchmarks.results import Row
+from benchmarks.step.models import make_policy
+from benchmarks.step.prepared import KINDS, Prepared, lengths_of
+from benchmarks.step.trainers import Probe, Way, make_trainer, settings_of
 from sppo_kernels.integrations import trl as fused
 
 
@@ -51,6 +53,8 @@ SIZES = {
 MEANS = {"cpu": 24, "cuda": 512}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8192}
 TOLERANCES = {"cpu": 1e-4, "cuda": 2e-2}  # of the gradient; on a GPU it is bfloat16's
+PROMPTS, RESPONSES = 4, 32
+PROMPT = 32  # tokens, about
 MIB = 1 << 20
 
 
@@ -80,21 +84,20 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
-def train(
-    way: str, size: dict[str, int], prepared: updates.Prepared, **settings: Any
-) -> tuple[Tensor, list[float], list[int]]:
+def train(way: str, size: dict[str, int], prepared: Prepared, **settings: Any) -> tuple[Tensor, list[float], list[int]]:
     """Train -> what it moved the weights by, the seconds and the peak of each update but the first."""
-    model, peak = updates.make_model(size), Peak()
-    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    policy, peak, probe, grpo = make_policy(size, results.this_device()), Peak(), Probe(), Way("TRL", "grpo")
+    before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
     with tempfile.TemporaryDirectory() as folder, WAYS[way]():
-        marks = updates.run_trl(model, prepared, updates.settings_of(folder, **settings), callbacks=[peak])
-    moved = torch.cat([p.detach().flatten().cpu() for p in model.parameters()]) - before.cpu()
-    return moved, [b - a for a, b in pairwise(marks)], peak.peaks[1:]
+        settings = settings_of(grpo, prepared, folder, gradient_checkpointing=False, **settings)
+        make_trainer(grpo, policy, prepared, settings, probe, callbacks=[peak]).train()
+    moved = torch.cat([p.detach().flatten().cpu() for p in policy.parameters()]) - before.cpu()
+    return moved, [sum(step.seconds.values()) for step in probe.steps[1:]], peak.peaks[1:]
 
 
 def measure(kind: str, size: dict[str, int], lengths: Sequence[int], rounds: int) -> list[Row]:
     """A row for each way, of two updates a round by turns."""
-    prepared = updates.Prepared(updates.make_tokenizer(size["vocab_size"]), size["vocab_size"], lengths)
+    prepared = Prepared(size["vocab_size"], PROMPTS, PROMPT, lengths)
     moved = {way: train(way, size, prepared, max_steps=1, optim="sgd", learning_rate=1.0)[0] for way in WAYS}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     peaks: dict[str, list[int]] = {way: [] for way in WAYS}
@@ -158,8 +161,8 @@ def run(args: argparse.Namespace) -> int:
     size = (QUICK if args.quick else SIZES[device.type]) | HEADS
     path = args.out / "trl.json"
     rows: list[Row] = []
-    for kind in updates.LEAST_SPEEDUP:
-        lengths = updates.lengths_of(kind, 8 if args.quick else MEANS[device.type])
+    for kind in KINDS:
+        lengths = lengths_of(kind, RESPONSES, 8 if args.quick else MEANS[device.type])
         rows += measure(kind, size, lengths, 1 if args.quick else args.rounds)
         results.write(
             path,

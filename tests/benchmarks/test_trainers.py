@@ -1,10 +1,10 @@
-"""The suites algorithms, updates, trl and endurance: short runs of each, and what they would say of worse ones."""
+"""The suites algorithms, trl and endurance: short runs of each, and what they would say of worse ones."""
 
 import json
 
 import pytest
 
-from benchmarks import algorithms, endurance, trl_patch, updates
+from benchmarks import algorithms, endurance, trl_patch
 from benchmarks.__main__ import main
 
 
@@ -66,22 +66,6 @@ def test_stuck_rewards(kind, expected):
     rewards = algorithms.stuck_reward(kind, 0)(["x"] * 50)
     assert set(rewards) == expected
     assert rewards == algorithms.stuck_reward(kind, 0)(["y"] * 50)
-
-
-@pytest.mark.slow
-def test_one_update_beside_trl(tmp_path):
-    pytest.importorskip("trl")
-    assert main(["updates", "--quick", "--out", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "updates.json").read_text())
-    assert [row["responses"] for row in report["rows"]] == ["equal", "mixed"]
-    assert all(row["gradient_error"] <= updates.TOLERANCE for row in report["rows"])
-
-
-def test_what_is_too_slow_or_differs_is_a_failure():
-    row = {"responses": "mixed", "hidden_size": 64, "gradient_error": 1e-4, "speedup": 1.6}
-    assert updates.failures_of([row]) == []
-    assert updates.failures_of([row | {"speedup": 1.4}]) == ["mixed, hidden 64: 1.40 times as fast as TRL, wanted 1.5"]
-    assert updates.failures_of([row | {"gradient_error": float("nan")}]) == ["mixed: gradients differ by nan"]
 
 
 @pytest.mark.slow

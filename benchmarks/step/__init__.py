@@ -1,0 +1,205 @@
+"""One training step of each algorithm, and of TRL's GRPOTrainer and RLOOTrainer: seconds and peak memory by phase.
+
+A step is a rollout and the optimizer steps on it, one by default, in the trainers' own loops: the same model of random
+weights, the same prompts and responses, AdamW, activation checkpointing, micro-batches of 8 sequences; on a GPU
+autocast to bfloat16 over float32 weights. Responses were made beforehand, of equal length or of mixed lengths, and are
+handed over in place of generation, which then takes no time; with ``--live`` each trainer generates, by transformers'
+generate(). The ways take turns, round by round, so that a machine shared with others slows all.
+
+Phases are those that the trainer logs, and TRL's methods timed alike: "critic" has its values, the advantages and the
+packing, of which algorithms without a critic have the last two; "log-probabilities" are those without gradients, which
+a rollout of several updates needs, and TRL's RLOO always takes; "update" is all the rest, the critic's own too. Those
+of the step of median length are told. Peak memory is the most that PyTorch had allocated in a phase, weights and
+optimizer states included; it is not measured on a CPU. A way that runs out of memory says so in its row.
+
+Before that an update by SGD is made with each of TRL's trainers and with this one, and the gradients must be the same,
+or neither has a time. The exit code is 1 when they are not, when a way fails, or when a step of one update with
+responses made beforehand is slower than TRL's where they are of equal length, or less than 1.5 times as fast where
+they are mixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
+
+import torch
+
+from benchmarks import results
+from benchmarks.results import Row
+from benchmarks.step.cases import DIFFERS, MEASURED, Case, Limits, measure
+from benchmarks.step.models import MODELS
+from benchmarks.step.prepared import KINDS
+from benchmarks.step.trainers import ways
+
+LEAST_SPEEDUP = {"equal": 1.0, "mixed": 1.5}
+GIB = 1 << 30
+
+# The most telling first: what there is no time for is left out.
+PLANS = {
+    "gpu": [
+        Case("qwen2.5-0.5b", "mixed", 1024),
+        Case("qwen2.5-1.5b", "mixed", 1024),
+        Case("qwen2.5-0.5b", "equal", 1024),
+        Case("qwen2.5-0.5b", "equal", 128, equal="prompts", live=True),
+        Case("qwen2.5-0.5b", "mixed", 1024, updates=2),
+        Case("qwen2.5-1.5b", "equal", 1024),
+        Case("qwen2.5-0.5b", "mixed", 1024, equal="prompts"),
+    ]
+}
+PLAN_SECONDS = 450  # no turn is begun later; loading libraries and the last turn take more
+
+
+def _seconds(*phases: str) -> results.Columns:
+    return {f"{name}, s": lambda row, name=name: row.get("seconds", {}).get(name) for name in phases}
+
+
+def _peaks(row: Row) -> str | None:
+    peaks = row.get("peak_bytes") or {}
+    return ", ".join(f"{name} {peak / GIB:.1f}" for name, peak in peaks.items()) or None
+
+
+COLUMNS: results.Columns = {
+    "model": lambda row: row["model"],
+    "lengths": lambda row: row["lengths"],
+    "algorithm": lambda row: row["way"],
+    "prompts": lambda row: row["prompts"],
+    "responses": lambda row: row["responses"],
+    "updates": lambda row: row["updates"],
+    "tokens": lambda row: row.get("tokens"),
+    **_seconds("rollout", "reward", "critic", "log-probabilities", "update"),
+    "step, s": lambda row: row.get("step_s", row["outcome"]),
+    "iqr, s": lambda row: row.get("iqr_s"),
+    "tokens/s": lambda row: row.get("tokens_per_s"),
+    "peak, GiB": _peaks,
+}
+BESIDE_TRL: results.Columns = {
+    "model": lambda line: line["model"],
+    "lengths": lambda line: line["lengths"],
+    "algorithm": lambda line: line["algorithm"],
+    "prompts": lambda line: line["prompts"],
+    "responses": lambda line: line["responses"],
+    "updates": lambda line: line["updates"],
+    "tokens": lambda line: line["tokens"],
+    "longest": lambda line: line["longest"],
+    "ours, s": lambda line: line["ours_s"],
+    "TRL, s": lambda line: line["step_s"],
+    "times as fast": lambda line: f"{line['speedup']:.2f}",
+    "gradient, relative difference": lambda line: line["gradient_error"],
+}
+
+
+def beside_trl(rows: Sequence[Row]) -> list[Row]:
+    """A line for each of TRL's steps on the same responses that both have a time of."""
+    key = lambda row: tuple(row[name] for name in ("model", "lengths", "equal", "updates", "algorithm"))
+    ours = {key(row): row for row in rows if row["way"] == row["algorithm"] and row["outcome"] == MEASURED}
+    return [
+        {**row, "ours_s": mine["step_s"], "speedup": row["step_s"] / mine["step_s"]}
+        for row in rows
+        if row["trainer"] == "TRL" and row["lengths"] in KINDS
+        if row["outcome"] == MEASURED and (mine := ours.get(key(row)))
+    ]
+
+
+def failures_of(rows: Sequence[Row], timed: bool = True) -> list[str]:
+    """Gradients that differ, ways that failed, and steps that are not fast enough where that is what was asked."""
+    found = [
+        f"{_name(row)}: gradients differ by {row['gradient_error']:.1e}"
+        for row in rows
+        if row["outcome"] == DIFFERS and row["trainer"] == "TRL"
+    ]
+    found += [f"{_name(row)}: {row['outcome']}" for row in rows if row["outcome"].startswith("failed")]
+    return found + [
+        f"{_name(line)}: {line['speedup']:.2f} times as fast as TRL, wanted {LEAST_SPEEDUP[line['lengths']]}"
+        for line in beside_trl(rows)
+        if timed and line["updates"] == 1 and line["speedup"] < LEAST_SPEEDUP[line["lengths"]]
+    ]
+
+
+def chart(rows: Sequence[Row]) -> results.Chart:
+    """Seconds of a step."""
+    bars = [(_name(row), row["step_s"]) for row in rows if "step_s" in row]
+    return results.Chart("seconds of a step", bars)
+
+
+def _name(row: Row) -> str:
+    return f"{row['way']}, {row['model']}, {row['lengths']}, {row['responses']} responses"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=MODELS, default="tiny", help="(%(default)s)")
+    parser.add_argument("--mean", type=int, metavar="N", help="about how many tokens a response has (the model's)")
+    parser.add_argument(
+        "--equal",
+        choices=("responses", "prompts"),
+        default="responses",
+        help="what all have as many of in a step; with prompts, GRPO has 8 times SPPO's responses (%(default)s)",
+    )
+    parser.add_argument(
+        "--updates", type=int, choices=(1, 2), default=1, help="of each rollout, in a step (%(default)s)"
+    )
+    parser.add_argument("--live", action="store_true", help="generate, at most --mean tokens a response")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each way (%(default)s)")
+    parser.add_argument(
+        "--plan", choices=PLANS, help="instead of all options above: cases for a GPU of 80 GB, in under 9 minutes"
+    )
+    parser.add_argument("--quick", action="store_true", help="the tiny model, 16 short responses, a step of each way")
+    results.add_out(parser)
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """What the command line asks for."""
+    if args.plan:
+        cases = PLANS[args.plan]
+    else:
+        mean = args.mean or MODELS[args.model].response
+        kinds = ("equal",) if args.live else ("mixed",) if args.quick else KINDS
+        cases = [Case(args.model, kind, mean, args.equal, args.live, updates=args.updates) for kind in kinds]
+    return [case._replace(model="tiny", mean=8, responses=16) for case in cases] if args.quick else cases
+
+
+def limits_of(args: argparse.Namespace) -> Limits:
+    """How much of it."""
+    if args.quick:
+        return Limits(rounds=1, steps=1)
+    if args.plan:
+        return Limits(rounds=1, steps=3, end=time.monotonic() + PLAN_SECONDS)
+    return Limits(args.rounds, steps=2)
+
+
+def name_of(args: argparse.Namespace) -> str:
+    """Of the results: what differs from the default."""
+    differs = {
+        args.plan: args.plan,
+        args.model: args.model != "tiny",
+        "prompts": args.equal == "prompts",
+        f"{args.updates}-updates": args.updates > 1,
+        "live": args.live,
+    }
+    return "-".join(["step", *(name for name, holds in differs.items() if holds)])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of the suite."""
+    path = args.out / f"{name_of(args)}.json"
+    about = {
+        "device": results.device_name(results.this_device()),
+        "threads": torch.get_num_threads(),
+        "trl": metadata.version("trl") if find_spec("trl") else None,
+        "quick": args.quick,
+    }
+    rows: list[Row] = []
+    limits = limits_of(args)
+    for case in cases_of(args):
+        print(f"{case.model}, {'live' if case.live else case.lengths}, as many {case.equal}", flush=True)
+        before = list(rows)
+        for found in measure(case, ways(), limits):
+            rows = before + found
+            failures = failures_of(rows, timed=not args.quick)
+            results.write(path, "step", **about, failures=failures, rows=rows)
+    results.write(path, "step", chart(rows), **about, failures=failures, rows=rows)
+    text = "\n\n".join([results.table(rows, COLUMNS), results.table(beside_trl(rows), BESIDE_TRL)])
+    return results.conclude(text, failures, path)

@@ -1,0 +1,162 @@
+"""The ways to make a step: this project's trainer with each algorithm, and TRL's trainers, with the same settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+
+from benchmarks.step.models import make_critic
+from benchmarks.step.prepared import Prepared, odd_end
+from sppo import SPPOConfig, SPPOTrainer
+from sppo.algorithms import algorithm_class
+from sppo.metrics import Gather, Meter
+
+MICRO_BATCH = 8  # sequences
+
+
+class Way(NamedTuple):
+    """A trainer with an algorithm."""
+
+    trainer: str
+    algorithm: str
+    small_critic: bool = False
+
+    @property
+    def name(self) -> str:
+        """As it stands in tables."""
+        own = f"{self.algorithm}, small critic" if self.small_critic else self.algorithm
+        return own if self.trainer == "ours" else f"{own}, TRL"
+
+    @property
+    def generations(self) -> int:
+        """Responses to each prompt, as many as the algorithm's default is here."""
+        return algorithm_class(self.algorithm).defaults["num_generations"]
+
+
+OURS = [
+    Way("ours", "sppo"),
+    Way("ours", "sppo", small_critic=True),
+    *(Way("ours", name) for name in ("ppo", "grpo", "rloo", "remax", "reinforce")),
+]
+TRL = [Way("TRL", "grpo"), Way("TRL", "rloo")]
+
+
+def ways() -> list[Way]:
+    """All that can run here."""
+    return OURS + (TRL if find_spec("trl") else [])
+
+
+class Step(NamedTuple):
+    """An optimizer step and the rollout before it, if one was made; ``peak_bytes`` is empty where not measured."""
+
+    seconds: dict[str, float]
+    peak_bytes: dict[str, int]
+    response_length: float | None
+
+
+class Probe(Meter):
+    """A meter that keeps each step, and can tell the most memory that was allocated on the GPU in each phase."""
+
+    def __init__(self, peaks: bool = False) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+        self._measures_peaks = peaks
+        self._peaks: dict[str, int] = {}
+        self._phase = "update"
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """See :class:`Meter`; the device is through with all work at both ends."""
+        outer = self._turn_to(name)
+        with super().phase(name):
+            try:
+                yield
+            finally:
+                self._turn_to(outer)
+
+    def read(self, gather: Gather) -> dict[str, float]:
+        """See :class:`Meter`; called by the trainers after each step."""
+        self._turn_to("update")
+        entry = super().read(gather)
+        seconds = {name.removeprefix("seconds/"): value for name, value in entry.items() if name.startswith("seconds/")}
+        self.steps.append(Step(seconds, dict(self._peaks), entry.get("response_length")))
+        self._peaks.clear()
+        return entry
+
+    def _turn_to(self, phase: str) -> str:
+        """What is allocated from now on is of this phase; gives the one before."""
+        before, self._phase = self._phase, phase
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if self._measures_peaks:
+            self._peaks[before] = max(self._peaks.get(before, 0), torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+        return before
+
+
+def settings_of(way: Way, prepared: Prepared, folder: str, updates: int = 1, **changes: Any) -> dict[str, Any]:
+    """What a trainer is told; the same for both. A rollout is divided into so many updates."""
+    count = len(prepared.responses) // updates
+    batch = min(MICRO_BATCH, count)
+    on_gpu = torch.cuda.is_available()
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": count // batch,
+        "steps_per_generation": count // batch * updates,
+        "num_generations": way.generations,
+        "max_completion_length": max(map(len, prepared.responses)),
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "temperature": 1.0,
+        "beta": 0.0,
+        "shuffle_dataset": False,
+        "gradient_checkpointing": True,
+        "bf16": on_gpu,  # of computing: weights and AdamW's moments are float32
+        "use_cpu": not on_gpu,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        **changes,
+    }
+
+
+def make_trainer(
+    way: Way,
+    policy: PreTrainedModel,
+    prepared: Prepared,
+    settings: dict[str, Any],
+    meter: Meter,
+    *,
+    live: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Any:
+    """A trainer of either kind; with ``live`` it generates, else it is handed the responses."""
+    given = {
+        "train_dataset": prepared.dataset,
+        "processing_class": prepared.tokenizer,
+        "callbacks": list(callbacks),
+    }
+    trainer: Any
+    if way.trainer == "ours":
+        args = SPPOConfig(**settings, algorithm=way.algorithm, min_agreement=0)  # at its full rate from the start
+        # Made on the device, which the trainer's own copy of the policy is not: initialising 1.5B takes its time.
+        critic = make_critic(policy, way.small_critic) if algorithm_class(way.algorithm).critic else None
+        engine = None if live else prepared
+        trainer = SPPOTrainer(policy, odd_end, args=args, critic=critic, rollout_engine=engine, **given)
+        trainer.experience.meter = meter
+    else:
+        from benchmarks.step import trl_trainers
+
+        kind, config = trl_trainers.KINDS[way.algorithm]
+        trainer = kind(policy, odd_end, args=config(**settings), **given)
+        trainer.prepared = None if live else prepared
+    trainer.meter = meter
+    trainer.remove_callback(PrinterCallback)
+    return trainer
