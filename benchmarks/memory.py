@@ -8,33 +8,27 @@ and only the log-probabilities have gradients (in one of eager PyTorch's rows th
 Not counted: the workspace of the vendor's matrix products (tens of MiB) and what the allocator loses by rounding. The
 default, backward="auto", keeps a quarter of the device memory that is free at the time, beyond the peak of "recompute".
 The exit code is 1 when a peak passes its limit.
+
+--train: peaks of a whole training step in place of these; benchmarks/train_memory.py says what is counted there.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import accumulate, count
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from benchmarks import results
+from benchmarks import results, train_memory
+from benchmarks.allocations import GIB, Allocations, without_values
 from sppo_kernels import _head as head
 from sppo_kernels.ops import linear_logprobs as linear
 from sppo_kernels.ops import linear_policy_loss as linear_policy
 from sppo_kernels.ops import policy_loss as policy
-from sppo_kernels.ops import selective_logprobs as selective
-
-GIB = 1 << 30
 
 
 class Size(NamedTuple):
@@ -47,41 +41,6 @@ class Size(NamedTuple):
 
 FULL = Size(32_768, 3584, 151_936)  # a 7B policy
 SMALL = Size(8192, 4096, 151_936)
-
-
-class Allocations(TorchDispatchMode):
-    """Notes each storage that comes into being under this mode, and each of those that goes."""
-
-    def __init__(self, inputs: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._inputs = {x.untyped_storage() for x in inputs}
-        self._serial = count()
-        self._alive = {storage._cdata: next(self._serial) for storage in self._inputs}
-        self._events: list[tuple[int, int]] = []  # which storage; its bytes, negative when it goes
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.ops.aten.addmm.dtype_out:  # it exists for CUDA alone, and writes in place
-            return kwargs["out"]
-        out = func(*args, **kwargs)
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._note(x.untyped_storage())
-        return out
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self._alive:
-            self._alive[storage._cdata] = next(self._serial)
-            self._events.append((self._alive[storage._cdata], storage.nbytes()))
-            weakref.finalize(storage, self._note_end, storage._cdata, storage.nbytes())
-
-    def _note_end(self, cdata: int, size: int) -> None:
-        self._events.append((self._alive.pop(cdata), -size))
-
-    def peak(self, apart_from: Iterable[Tensor] = ()) -> int:
-        """Most bytes at one time, the storages of some tensors not among them."""
-        left_out = {self._alive[x.untyped_storage()._cdata] for x in apart_from}
-        return max(accumulate(size for serial, size in self._events if serial not in left_out), default=0)
 
 
 class Setting(NamedTuple):
@@ -103,40 +62,6 @@ SETTINGS = {
 }
 
 
-class _NoKernel:
-    """Stands for a Triton kernel: it takes a launch and does nothing."""
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
-
-
-class _ProjectionOnCUDA(head.Projection):
-    """As on a CUDA device. Fake tensors say they are on the CPU: PyTorch built without CUDA refuses to index others."""
-
-    def __init__(self, weights, bias) -> None:
-        self.mixed, self.weights, self.bias = True, weights, bias
-
-
-@contextmanager
-def _without_values(*spans: tuple[int, int]) -> Iterator[None]:
-    """What has to look at values is told which tokens they would single out, one question after the other."""
-    answers = iter(spans)
-    where = lambda mask: torch.arange(*next(answers))
-    modules = (head, linear, linear_policy, policy, selective)
-    patches = [mock.patch.object(head, "Projection", _ProjectionOnCUDA)]
-    patches += [mock.patch.object(module, "where", where) for module in (head, linear, linear_policy)]
-    patches += [
-        mock.patch.object(module, name, _NoKernel())
-        for module in modules
-        for name in vars(module)
-        if name.endswith("_kernel")
-    ]
-    with ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
-        yield
-
-
 def _inputs(size: Size) -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.empty(size.tokens, size.hidden, dtype=torch.bfloat16)
     weight = torch.empty(size.vocab, size.hidden, dtype=torch.bfloat16)
@@ -154,7 +79,7 @@ def linear_logprobs_peak(size: Size, setting: Setting) -> tuple[int, int]:
         # Which bear loss; in backward the same, of which E is of use, which are left.
         spans = [(0, size.tokens), (0, size.tokens), *([(0, kept)] if kept else []), (kept, size.tokens)]
         with (
-            _without_values(*spans),
+            without_values(spans),
             Allocations([hidden, weight, labels, temperature, *upstream]) as allocations,
         ):
             given = [hidden], [weight], None, labels, temperature
@@ -183,7 +108,7 @@ def linear_policy_loss_peak(size: Size) -> tuple[int, int]:
         for first in range(0, size.tokens, block):
             spans += [(0, min(block, size.tokens - first)), (0, 0)]
         with (
-            _without_values(*spans),
+            without_values(spans),
             Allocations([hidden, weight, labels, temperature, old_logprobs, advantages, cu_seqlens]) as allocations,
         ):
             of_head = 0.0, -100, "cache", None, chunk_bytes, 1e-4, 1, "", "triton"
@@ -243,11 +168,14 @@ def chart(rows: Iterable[dict[str, Any]]) -> results.Chart:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the smaller size alone, for which there are no limits")
+    parser.add_argument("--train", action="store_true", help="a whole training step; with --quick a small model's")
     results.add_out(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
+    if args.train:
+        return train_memory.run(args)
     rows = list(_rows([SMALL] if args.quick else [FULL, SMALL]))
     over = [row for row in rows if row["limit_bytes"] and row["peak_bytes"] > row["limit_bytes"]]
     failures = [f"{row['case']}: {row['peak_bytes']} bytes, the limit is {row['limit_bytes']}" for row in over]

@@ -28,6 +28,7 @@ from benchmarks import (
     sparse,
     step,
     traffic,
+    train_memory,
     trl_patch,
     tune,
 )
@@ -83,6 +84,11 @@ def _peak(row: Row | None) -> str:
         return ""
     kept = f" ({row['kept_bytes'] / GIB:.2f} kept)" if row["kept_bytes"] else ""
     return f"{row['peak_bytes'] / GIB:.2f}{kept}"
+
+
+def memory_train_table(folder: Path) -> str:
+    """A line a step, with our operations and without."""
+    return markdown(_one(folder, "memory-train")["rows"], train_memory.COLUMNS)
 
 
 def compile_table(folder: Path) -> str:
@@ -194,6 +200,7 @@ def endurance_table(folder: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "memory": memory_table,
+    "memory-train": memory_train_table,
     "compile": compile_table,
     "passes": passes_table,
     "traffic": traffic_table,
@@ -221,6 +228,7 @@ CHARTS = {
     "step": step,
     "trl": trl_patch,
 }
+DRAWINGS = {"endurance": endurance, "memory-train": train_memory}  # more than a bar a row
 
 
 # Into the pages
@@ -244,8 +252,8 @@ def draw_charts(folder: Path) -> None:
         report = json.loads(path.read_text())
         if report.get("suite") in CHARTS:
             results.draw(path.with_suffix(".png"), CHARTS[report["suite"]].chart(report["rows"]))
-        elif report.get("suite") == "endurance":  # a course, not bars
-            endurance.draw(path.with_suffix(".png"), report["rows"])
+        elif report.get("suite") in DRAWINGS:
+            DRAWINGS[report["suite"]].draw(path.with_suffix(".png"), report["rows"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

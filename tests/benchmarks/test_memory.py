@@ -12,11 +12,10 @@ pytest.importorskip("triton")
 
 from benchmarks import memory
 from benchmarks.__main__ import main
+from benchmarks.allocations import GIB, Allocations
 from benchmarks.memory import (
     FULL,
-    GIB,
     SETTINGS,
-    Allocations,
     Setting,
     Size,
     eager_peak,
