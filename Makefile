@@ -34,13 +34,14 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every benchmark suite in its quick form, without a GPU, in under 10 minutes; bench-gpu is all that wants a GPU, in 8.
+# Every benchmark suite in its quick form, without a GPU, in under 10 minutes; bench-gpu is all that wants a GPU, in 17.
 bench: $(VENV)/ready
-	for suite in compile traffic flops memory sparse kernels algorithms step trl endurance gpu report; do $(BIN)/python -m benchmarks $$suite --quick || exit 1; done
+	for suite in compile traffic flops memory sparse kernels learn algorithms step trl endurance gpu report; do $(BIN)/python -m benchmarks $$suite --quick || exit 1; done
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-max-time=0.1 --benchmark-columns=median,iqr,rounds
 
 bench-gpu: $(VENV)/ready
 	$(BIN)/python -m benchmarks gpu
+	$(BIN)/python -m benchmarks step --plan gpu
 
 # Made again when what is to be installed changes; the stamp is written last, so a broken install is not taken for a whole one.
 $(VENV)/ready: setup.py pyproject.toml

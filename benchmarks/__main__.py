@@ -14,6 +14,7 @@ import benchmarks.endurance
 import benchmarks.flops
 import benchmarks.gpu
 import benchmarks.kernels
+import benchmarks.learn
 import benchmarks.learning
 import benchmarks.memory
 import benchmarks.report
@@ -30,6 +31,7 @@ SUITES = {
     "flops": benchmarks.flops,
     "memory": benchmarks.memory,
     "sparse": benchmarks.sparse,
+    "learn": benchmarks.learn,
     "learning": benchmarks.learning,
     "algorithms": benchmarks.algorithms,
     "step": benchmarks.step,

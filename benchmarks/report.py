@@ -22,6 +22,7 @@ from benchmarks import (
     endurance,
     flops,
     kernels,
+    learn,
     learning,
     memory,
     results,
@@ -32,12 +33,14 @@ from benchmarks import (
     trl_patch,
     tune,
 )
+from benchmarks.learn.variants import ALGORITHMS
 from benchmarks.results import Row, markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 PAGES = (
     "README.md",
+    "docs/benchmarks.md",
     "docs/results.md",
     "docs/log-probabilities.md",
     "docs/few-entries.md",
@@ -84,6 +87,23 @@ def _peak(row: Row | None) -> str:
         return ""
     kept = f" ({row['kept_bytes'] / GIB:.2f} kept)" if row["kept_bytes"] else ""
     return f"{row['peak_bytes'] / GIB:.2f}{kept}"
+
+
+def learn_table(folder: Path) -> str:
+    """A line a task and algorithm."""
+    return markdown([line for line in _learned(folder) if line["variant"] in ALGORITHMS], learn.COLUMNS)
+
+
+def learn_variants_table(folder: Path) -> str:
+    """A line for each variant of an algorithm, after SPPO on its task."""
+    lines = _learned(folder)
+    tasks = {line["task"] for line in lines if line["variant"] not in ALGORITHMS}
+    shown = [line for line in lines if line["task"] in tasks and line["variant"] not in set(ALGORITHMS) - {"sppo"}]
+    return markdown(shown, learn.COLUMNS)
+
+
+def _learned(folder: Path) -> list[Row]:
+    return learn.compared(learn.reported(_one(folder, "learn")))
 
 
 def memory_train_table(folder: Path) -> str:
@@ -201,6 +221,8 @@ def endurance_table(folder: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "memory": memory_table,
     "memory-train": memory_train_table,
+    "learn": learn_table,
+    "learn-variants": learn_variants_table,
     "compile": compile_table,
     "passes": passes_table,
     "traffic": traffic_table,
@@ -228,7 +250,11 @@ CHARTS = {
     "step": step,
     "trl": trl_patch,
 }
-DRAWINGS = {"endurance": endurance, "memory-train": train_memory}  # more than a bar a row
+DRAWINGS: dict[str, Callable[[Path, Report], None]] = {  # more than a bar a row
+    "endurance": lambda path, report: endurance.draw(path, report["rows"]),
+    "memory-train": lambda path, report: train_memory.draw(path, report["rows"]),
+    "learn": learn.draw,
+}
 
 
 # Into the pages
@@ -253,7 +279,7 @@ def draw_charts(folder: Path) -> None:
         if report.get("suite") in CHARTS:
             results.draw(path.with_suffix(".png"), CHARTS[report["suite"]].chart(report["rows"]))
         elif report.get("suite") in DRAWINGS:
-            DRAWINGS[report["suite"]].draw(path.with_suffix(".png"), report["rows"])
+            DRAWINGS[report["suite"]](path.with_suffix(".png"), report)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ import sppo_kernels
 
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], object]]
+NO_CHART = "no chart: matplotlib is not installed (pip install 'sppo-kernels[bench]')"
 
 
 class Chart(NamedTuple):
@@ -109,7 +110,7 @@ def draw(path: Path, chart: Chart) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no chart: matplotlib is not installed (pip install 'sppo-kernels[bench]')", file=sys.stderr)
+        print(NO_CHART, file=sys.stderr)
         return
     labels, values = zip(*chart.bars, strict=True)
     figure = Figure(figsize=(9, 1 + 0.22 * len(labels)), layout="constrained")

@@ -69,6 +69,7 @@ from sppo.attention import NAME, Packed, use_attention
 from sppo.config import SPPOConfig
 from sppo.critic import PromptCritic, TokenCritic, set_head
 from sppo.experience import Update
+from sppo.files import replacing
 from sppo.micro_batches import MicroBatch, deal
 from sppo.rollout import Sample
 from sppo.sharding import gathered
@@ -536,8 +537,11 @@ def failures_of(rows: Sequence[results.Row]) -> list[str]:
 
 def draw(path: Path, rows: Sequence[results.Row]) -> None:
     """Stacked bars: the policy's kinds, then the critic's in the same colours, hatched."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(results.NO_CHART, file=sys.stderr)
+        return
     figure = Figure(figsize=(11, 1.5 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
     colours = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
@@ -557,7 +561,8 @@ def draw(path: Path, rows: Sequence[results.Row]) -> None:
     axes.axvline(DEVICE / GIB, color="#cc3311", linewidth=1)
     axes.set_xlabel("peak of a training step on a device, GiB")
     axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.1))
-    figure.savefig(path, dpi=100)
+    with replacing(path) as staged:
+        figure.savefig(staged, format="png", dpi=100)
 
 
 def run(args: argparse.Namespace) -> int:

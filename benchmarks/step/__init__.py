@@ -155,7 +155,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     if args.plan:
         cases = PLANS[args.plan]
     else:
-        mean = args.mean or MODELS[args.model].response
+        mean = MODELS[args.model].response if args.mean is None else args.mean
         kinds = ("equal",) if args.live else ("mixed",) if args.quick else KINDS
         cases = [Case(args.model, kind, mean, args.equal, args.live, updates=args.updates) for kind in kinds]
     return [case._replace(model="tiny", mean=8, responses=16) for case in cases] if args.quick else cases
@@ -175,6 +175,7 @@ def name_of(args: argparse.Namespace) -> str:
     differs = {
         args.plan: args.plan,
         args.model: args.model != "tiny",
+        f"mean{args.mean}": args.mean is not None,
         "prompts": args.equal == "prompts",
         f"{args.updates}-updates": args.updates > 1,
         "live": args.live,
@@ -184,6 +185,11 @@ def name_of(args: argparse.Namespace) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
+    for name, least in (("rounds", 1), ("mean", 2)):  # a response has a word and its end
+        if (value := getattr(args, name)) is not None and value < least:
+            raise SystemExit(f"--{name} must be at least {least}, got {value}")
+    if args.quick and args.model != "tiny":
+        raise SystemExit(f"--quick is a look at the tiny model, got --model {args.model}; leave one of them out")
     path = args.out / f"{name_of(args)}.json"
     about = {
         "device": results.device_name(results.this_device()),

@@ -100,9 +100,9 @@ def warm_started_model(
     return model, char_tokenizer()
 
 
-def char_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character of the task, after ``<pad>`` (0) and ``<eos>`` (1)."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *chain.ALPHABET])}
+def char_tokenizer(alphabet: str = chain.ALPHABET) -> PreTrainedTokenizerFast:
+    """One token a character of the alphabet, after ``<pad>`` (0) and ``<eos>`` (1)."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()  # without one, text has a space between any two tokens

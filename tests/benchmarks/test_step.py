@@ -42,8 +42,23 @@ def test_every_algorithm_and_trl(tmp_path):
         assert row["entropy"] == pytest.approx(ENTROPY, rel=0.01)
     assert len({row["tokens"] for row in rows.values()}) == 1
     assert all(rows[way.name]["gradient_error"] <= 1e-3 for way in TRL)
-    assert [line["speedup"] > 0 for line in step.beside_trl(report["rows"])] == [True, True]
+    for line in step.beside_trl(report["rows"]):
+        assert line["speedup"] == line["step_s"] / rows[line["algorithm"]]["step_s"]
+    assert len(step.beside_trl(report["rows"])) == len(TRL)
     assert (tmp_path / "step-2-updates.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--mean", "0"], "--mean must be at least 2, got 0"),
+        (["--quick", "--model", "qwen2.5-0.5b"], "--quick is a look at the tiny model, got --model qwen2.5-0.5b"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, options, says):
+    with pytest.raises(SystemExit, match=says):
+        main(["step", *options, "--out", str(tmp_path)])
 
 
 @pytest.mark.slow

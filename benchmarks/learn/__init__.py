@@ -1,0 +1,125 @@
+"""SPPO, PPO, GRPO and their kin learn the same tasks: reward against tokens, updates and seconds.
+
+Chains of thought of 16, 64 and 256 steps with verified outcomes, and a task with prompts of very different difficulty;
+benchmarks/learn/walks.py has the task, variants.py what is compared. All runs on a task begin with one policy. For each
+algorithm and task the learning rates, the critic's too, are the best of a few by runs with a seed of their own; then
+come the runs that count, and those of variants that take SPPO apart, task after task.
+
+Runs are processes of one thread, as many at a time as there are workers; each is written down when it is done, and the
+same command goes on where it was stopped. On 2 cores all of it takes about two hours; ``--quick`` walks through it. The
+exit code is 1 when a run breaks, not when one does not learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from benchmarks import results
+from benchmarks.learn import figures
+from benchmarks.learn.plan import SEEDS, Plan, plans
+from benchmarks.learn.policy import lessons, make_policy
+from benchmarks.learn.runs import Run, train
+from benchmarks.learn.table import COLUMNS, compared
+from benchmarks.learn.variants import QUICK, TASKS, Task
+from benchmarks.results import Row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="four steps, three algorithms, ten rollouts, one seed")
+    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="of the runs that count (%(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (%(default)s)")
+    results.add_out(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of the suite."""
+    for name in ("seeds", "workers"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name} must be at least 1, got {getattr(args, name)}")
+    path = args.out / ("learn-quick.json" if args.quick else "learn.json")
+    rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+    torch.set_num_threads(1)  # or the policies would have other bits on other machines
+    tasks = [QUICK] if args.quick else TASKS
+    files = {task.name: _policy(args.out / "policies", task, args.quick) for task in tasks}
+    hashes = {name: sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
+    planned = plans(rows, tasks, hashes, seeds=1 if args.quick else args.seeds, quick=args.quick)
+    about = {"device": results.device_name(torch.device("cpu")), "threads": 1, "policies": hashes}
+    failures: list[str] = []
+    try:
+        for plan, row in _rows(planned, files, args.workers, failures):
+            plan.done[row["run"]] = row
+            rows.append(row)
+            results.write(path, "learn", **about, failures=failures, rows=rows)
+    except KeyboardInterrupt:
+        failures.append("interrupted; the same command goes on from here")
+    figures.draw(path.with_suffix(".png"), planned)
+    return results.conclude(results.table(compared(planned), COLUMNS), failures, path)
+
+
+def _policy(folder: Path, task: Task, quick: bool) -> Path:
+    course = lessons(task.difficulty, task.horizon)
+    return make_policy(folder, [lesson._replace(steps=3) for lesson in course] if quick else course)
+
+
+def _rows(planned: list[Plan], files: dict[str, Path], workers: int, failures: list[str]) -> Iterator[tuple[Plan, Row]]:
+    """Of all runs that are left, as they come."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
+    try:
+        for plan in planned:
+            for runs in (plan.tuning, plan.counting):
+                for row in _finished(pool, plan.left(runs()), files[plan.task.name], failures):
+                    yield plan, row
+                if failures:
+                    return  # there may be no rates to choose
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.terminate()  # at the end they are idle; where it was interrupted nobody waits for their runs
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished(pool: ProcessPoolExecutor, runs: list[Run], policy: Path, failures: list[str]) -> Iterator[Row]:
+    """Rows as they come; a run that breaks is noted, and the others go on."""
+    if not runs:
+        return
+    pending = {pool.submit(train, run, policy): run for run in runs}
+    for future in tqdm(as_completed(pending), total=len(runs), unit="run", desc=runs[0].task.name):
+        run = pending[future]
+        try:
+            row = future.result()
+        except Exception as error:
+            failures.append(f"{run.task.name}, {run.variant}, seed {run.seed}: {type(error).__name__}: {error}")
+            continue
+        tqdm.write(
+            f"{run.task.name}, {run.variant}, rate {run.learning_rate:.0e}, seed {run.seed}: "
+            f"{row['reward'][0]:.2f} -> {row['reward'][-1]:.2f} in {row['seconds'][-1]:.0f} s"
+        )
+        yield row
+
+
+def _end_with_parent() -> None:
+    """In a worker: where the command is killed its runs end too, instead of keeping the cores busy for nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait = lambda: (parent.join(), os._exit(1))
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def draw(path: Path, report: Row) -> None:
+    """The curves of a report."""
+    figures.draw(path, reported(report))
+
+
+def reported(report: Row) -> list[Plan]:
+    """The plans that a report's rows belong to."""
+    return plans(report["rows"], TASKS, report["policies"])

@@ -1,0 +1,143 @@
+"""The policies that runs begin with: small transformers that have learned the rules, and a teacher's slips in them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.learn import walks
+from sppo.files import replacing
+from sppo.tasks.chain_model import char_tokenizer
+
+SUCCESS = {"even": (0.3, 0.3), "mixed": (0.9, 0.1)}
+"""Share of right answers with the first half of the rules and with the second, when the policy has learned to slip."""
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    return char_tokenizer(walks.ALPHABET)
+
+
+def slips(difficulty: str, horizon: int) -> dict[str, float]:
+    """For each rule how often a step is drawn at random, so that its answers are right as often as is wanted."""
+    halves = (walks.RULES[: len(walks.RULES) // 2], walks.RULES[len(walks.RULES) // 2 :])
+    # A step drawn at random is right by chance in one of ten.
+    return {
+        name: (1 - success ** (1 / horizon)) / 0.9
+        for names, success in zip(halves, SUCCESS[difficulty], strict=True)
+        for name in names
+    }
+
+
+def new_config(hidden_size: int = 64, layers: int = 2) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(walks.ALPHABET) + 2,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+
+
+class Lesson(NamedTuple):
+    """Demonstrations to imitate.
+
+    Attributes:
+        horizon: steps of each.
+        slip: how often a step of each rule is drawn at random.
+        with_slips: whether steps that were drawn are imitated too.
+        demonstrations: how many at a time.
+        steps: of the optimizer.
+        learning_rate: the highest.
+    """
+
+    horizon: int
+    slip: dict[str, float]
+    with_slips: bool
+    demonstrations: int
+    steps: int
+    learning_rate: float
+
+
+def lessons(difficulty: str, horizon: int) -> list[Lesson]:
+    """Short walks teach the rules, long ones to go on by them, and those of the task to slip.
+
+    Without jumps that are not imitated, a long walk would come round and be copied from its past.
+    """
+    jumps = dict.fromkeys(walks.RULES, 0.2)
+    return [
+        Lesson(16, jumps, False, demonstrations=128, steps=800, learning_rate=4e-3),
+        Lesson(256, jumps, False, demonstrations=16, steps=400, learning_rate=2e-3),
+        Lesson(
+            horizon, slips(difficulty, horizon), True, demonstrations=8192 // horizon, steps=300, learning_rate=1e-3
+        ),
+    ]
+
+
+def imitate(model: LlamaForCausalLM, lesson: Lesson) -> None:
+    """Supervised training on demonstrations, each seen once."""
+    rng, encode, every = random.Random(0), tokenizer(), walks.prompts("train")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lesson.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 30) * (1 - step / lesson.steps)
+    )
+    what = "slips" if lesson.with_slips else "rules"
+    progress = tqdm(range(lesson.steps), desc=f"lesson on {what}, {lesson.horizon} steps", mininterval=1)
+    for _ in progress:
+        chosen = rng.choices(every, k=lesson.demonstrations)
+        made, drawn = zip(
+            *(walks.demonstration(p, lesson.horizon, lesson.slip[p[0]], rng) for p in chosen), strict=True
+        )
+        tokens = torch.tensor(encode([prompt + walk for prompt, walk in zip(chosen, made, strict=True)])["input_ids"])
+        labels = tokens[:, 3:]  # the prompt's three tokens are given
+        if not lesson.with_slips:
+            labels = labels.masked_fill(torch.tensor(drawn), -100)
+        loss = cross_entropy(model(tokens[:, :-1]).logits[:, 2:].flatten(0, 1), labels.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def make_policy(folder: Path, course: Sequence[Lesson]) -> Path:
+    """Give a new model some lessons, one after the other, and keep what it is after each in the folder.
+
+    Returns:
+        The file of the last one. Its name tells what it was taught: a course with other lessons has another.
+    """
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(new_config())
+    taught: list[Any] = [new_config().to_diff_dict()]
+    for lesson in course:
+        taught.append(lesson)
+        file = folder / f"policy-{sha256(json.dumps(taught, sort_keys=True).encode()).hexdigest()[:12]}.safetensors"
+        if file.exists():
+            model.load_state_dict(load_file(file))
+            continue
+        imitate(model, lesson)
+        with replacing(file) as staged:
+            save_file(model.state_dict(), staged)
+    return file
+
+
+def load_policy(file: Path) -> LlamaForCausalLM:
+    """What :func:`make_policy` has made."""
+    model = LlamaForCausalLM(new_config())
+    model.load_state_dict(load_file(file))
+    return model.eval()

@@ -1,0 +1,133 @@
+"""One run: a task, a variant, a learning rate and a seed, and how it learned."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, PrinterCallback, TrainerCallback
+
+from benchmarks.learn import walks
+from benchmarks.learn.policy import load_policy, new_config, tokenizer
+from benchmarks.learn.variants import OWN, Task
+from benchmarks.recipes import QUIET
+from benchmarks.results import Row
+from sppo import SPPOConfig, SPPOTrainer
+
+RESPONSES = 64  # a rollout, whatever the algorithm
+EVALUATE_EVERY = 5  # such rollouts; one that is larger is evaluated each time
+HELD_OUT_COPIES = 2  # answers to each of the held-out prompts
+
+
+class Run(NamedTuple):
+    """What a run is; ``settings`` as in :mod:`benchmarks.learn.variants`, ``policy`` the hash of its first weights."""
+
+    task: Task
+    variant: str
+    settings: dict[str, Any]
+    learning_rate: float
+    critic_learning_rate: float
+    seed: int
+    policy: str
+
+    @property
+    def key(self) -> str:
+        """Of all that decides what comes of it."""
+        of_task = self.task.difficulty, self.task.horizon, HELD_OUT_COPIES, self.policy
+        decides = json.dumps([of_task, self.settings.get("critic"), config_of(self)], sort_keys=True)
+        return sha256(decides.encode()).hexdigest()[:16]
+
+
+class Curve(TrainerCallback):
+    """At each evaluation: updates, generated tokens, processor seconds of training, share of held-out answers right.
+
+    Seconds are those of the one thread that a run has, so that a run beside others counts as one that is alone.
+    """
+
+    def __init__(self) -> None:
+        self.points: list[Row] = []
+        self.seconds, self._since = 0.0, time.process_time()
+        self.trainer: SPPOTrainer | None = None
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        now = time.process_time()
+        self.seconds, self._since = self.seconds + now - self._since, now
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        self.points.append(
+            {
+                "updates": state.global_step,
+                "tokens": self.trainer.experience.progress.generated_tokens,
+                "seconds": round(self.seconds, 2),
+                "reward": round(metrics["eval_reward"], 4),
+            }
+        )
+        self._since = time.process_time()
+
+
+def train(run: Run, policy: Path) -> Row:
+    """The run, and its curve."""
+    torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
+    curve = Curve()
+    with tempfile.TemporaryDirectory() as folder:
+        curve.trainer = trainer = SPPOTrainer(
+            load_policy(policy),
+            walks.reward,
+            args=SPPOConfig(folder, **config_of(run)),
+            critic=_small_critic() if "critic" in run.settings else None,
+            train_dataset=walks.dataset("train", run.task.horizon),
+            eval_dataset=walks.dataset("test", run.task.horizon, copies=HELD_OUT_COPIES),
+            processing_class=tokenizer(),
+            callbacks=[curve],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.evaluate()
+        trainer.train()
+    return {
+        "run": run.key,
+        "task": run.task.name,
+        "variant": run.variant,
+        "learning_rate": run.learning_rate,
+        "critic_learning_rate": run.critic_learning_rate if trainer.algorithm.critic else None,
+        "seed": run.seed,
+        **{name: [point[name] for point in curve.points] for name in curve.points[0]},
+    }
+
+
+def config_of(run: Run) -> dict[str, Any]:
+    """Settings of SPPOConfig."""
+    settings: dict[str, Any] = {
+        **QUIET,
+        "report_to": "none",
+        "use_cpu": True,
+        "per_device_train_batch_size": RESPONSES,
+        "per_device_eval_batch_size": 256,
+        "max_completion_length": run.task.horizon,
+        "eval_temperature": 1.0,
+        "eval_strategy": "steps",
+        "learning_rate": run.learning_rate,
+        "critic_learning_rate": run.critic_learning_rate,
+        "min_agreement": 0.0,
+        "ratio_level": "token",
+        "aggregation": "seq-mean-token-mean",
+        "seed": run.seed,
+        **{name: value for name, value in run.settings.items() if name not in OWN},
+    }
+    updates = settings.get("steps_per_generation", 1)
+    evaluate_every = max(1, EVALUATE_EVERY * RESPONSES // (settings["per_device_train_batch_size"] * updates))
+    rollouts = run.settings.get("rollouts", run.task.rollouts)
+    return settings | {"max_steps": updates * rollouts, "eval_steps": updates * evaluate_every}
+
+
+def _small_critic() -> PreTrainedModel:
+    """One layer of a quarter of the policy's width, from random weights."""
+    config: LlamaConfig = new_config(hidden_size=16, layers=1)
+    config.num_labels = 1
+    return LlamaForSequenceClassification(config)

@@ -1,0 +1,80 @@
+"""What is compared, on which tasks: names of runs and the settings of :class:`sppo.SPPOConfig` that they stand for.
+
+Everything else is the same for all: the policy they begin with, 64 responses an update, Adam, no clipping but where it
+is studied (with one update a rollout all ratios are 1), losses that are means over tokens. Three settings are this
+suite's own: ``critic`` is "one layer" where it is no copy of the policy, ``rollouts`` are those of a run that has not
+as many as its task, and ``rates_of`` names the variant whose learning rates it has; others have their own ones chosen.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sppo.algorithms import SPPO, Outcomes
+
+OWN = ("critic", "rollouts", "rates_of")
+
+
+class Task(NamedTuple):
+    """Walks of a length, by rules of one difficulty or of two; rollouts of a run, and the reward it is to reach."""
+
+    difficulty: str
+    horizon: int
+    rollouts: int
+    threshold: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.difficulty}, {self.horizon} steps"
+
+
+SHORT, MIDDLE, LONG = (Task("even", horizon, rollouts, 0.65) for horizon, rollouts in ((16, 60), (64, 60), (256, 50)))
+MIXED = Task("mixed", 64, 60, 0.75)
+TASKS = (SHORT, MIDDLE, MIXED, LONG)
+QUICK = Task("even", 4, 10, 0.7)
+
+RATES = (1e-4, 3e-4, 1e-3)
+CRITIC_RATES = (1e-4, 1e-3)
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "sppo": {"algorithm": "sppo"},
+    "ppo": {"algorithm": "ppo"},
+    "ppo, lambda 0.95": {"algorithm": "ppo", "lam": 0.95},
+    "grpo": {"algorithm": "grpo"},
+    "rloo": {"algorithm": "rloo"},
+    "remax": {"algorithm": "remax"},
+    "reinforce, one mean": {"algorithm": "reinforce", "baseline": "running_mean"},
+    "reinforce, a mean a prompt": {"algorithm": "reinforce", "baseline": "prompt_mean"},
+}
+
+_SPPO = {"algorithm": "sppo", "rates_of": "sppo"}
+_FOUR = {"algorithm": "sppo", "per_device_train_batch_size": 16, "steps_per_generation": 4}
+_LIKE_FOUR = _FOUR | {"rates_of": "sppo, 4 updates a rollout"}
+VARIANTS: dict[Task, dict[str, dict[str, Any]]] = {
+    MIXED: {
+        "sppo, critic of one layer": _SPPO | {"critic": "one layer"},
+        "sppo, critic reads other prompts": _SPPO | {"algorithm": f"{__name__}:OtherPrompts"},
+    },
+    MIDDLE: {
+        "grpo, 64 prompts": {"algorithm": "grpo", "per_device_train_batch_size": 512, "rollouts": 20},
+        "sppo, sparse backward": _SPPO | {"logprobs_backward": "sparse"},
+        "sppo, 4 updates a rollout": _FOUR,
+        "sppo, 4 updates, clip 0.05": _LIKE_FOUR | {"epsilon": 0.05},
+        "sppo, 4 updates, clip 0.8": _LIKE_FOUR | {"epsilon": 0.8},
+        "sppo, 4 updates, ratio of sum": _LIKE_FOUR | {"ratio_level": "sequence_sum"},
+        "sppo, 4 updates, ratio of mean, GSPO's clip": _LIKE_FOUR
+        | {"ratio_level": "sequence_mean", "epsilon": 3e-4, "epsilon_high": 4e-4},
+    },
+}
+
+
+class OtherPrompts(SPPO):
+    """SPPO with each value that of another prompt of the rollout: as good a mean, and nothing of the prompt itself."""
+
+    def advantages(self, outcomes: Outcomes) -> Tensor:
+        """See :class:`sppo.Algorithm`."""
+        assert outcomes.values is not None
+        return outcomes.rewards - torch.roll(outcomes.values, 1)

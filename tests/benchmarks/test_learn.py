@@ -1,0 +1,327 @@
+"""The suite that compares how algorithms learn: its task, its statistics, its plan, and a walk through all of it."""
+
+import json
+import math
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from benchmarks import learn
+from benchmarks.__main__ import main
+from benchmarks.learn import intervals, policy, walks
+from benchmarks.learn.plan import Plan
+from benchmarks.learn.runs import Run, config_of
+from benchmarks.learn.table import compared
+from benchmarks.learn.variants import ALGORITHMS, MIDDLE, MIXED, VARIANTS, OtherPrompts
+from benchmarks.report import ROOT
+from sppo import SPPOConfig
+from sppo.algorithms import Outcomes
+
+# The task
+
+
+def test_a_walk_follows_its_rule():
+    steps = walks.rule("C")
+    digits = [3, 7, *map(int, walks.walk("C37", 50))]
+    assert all(digits[t + 1] == (digits[t - 1] + steps[digits[t]]) % 10 for t in range(1, 51))
+
+
+def test_a_slip_is_never_made_good():
+    right = walks.walk("C37", 64)
+    for wrong in range(10):
+        state = f"C{right[9]}{wrong}"  # step 11, after ten right ones
+        ends_alike = walks.walk(state, 53)[-2:] == right[-2:]
+        assert ends_alike == (str(wrong) == right[10])
+
+
+def test_no_prompt_is_in_both_splits():
+    train, test = walks.prompts("train"), walks.prompts("test")
+    assert len(train) + len(test) == len({*train, *test}) == 800
+    assert 0.1 < len(test) / 800 < 0.15
+    with pytest.raises(ValueError, match="'eval'"):
+        walks.prompts("eval")
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("0123", 1.0),
+        ("abcd", 1.0),
+        ("9923", 1.0),
+        ("0132", 0.0),
+        ("123", 0.0),
+        ("00123", 0.0),
+        ("01AC", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_reward_is_for_length_and_end(completion, reward):
+    assert walks.reward(["A00"], [completion], answer=["23"], steps=[4]) == [reward]
+
+
+def test_right_walks_are_rewarded_however_they_are_written():
+    rows = walks.dataset("test", 16, copies=2)
+    assert len(rows) == 2 * len(walks.prompts("test"))
+    rng = random.Random(0)
+    written = [walks.demonstration(prompt, 16, 0.0, rng)[0] for prompt in rows["prompt"]]
+    assert walks.reward(rows["prompt"], written, rows["answer"], rows["steps"]) == [1.0] * len(rows)
+    assert any(character in walks.OTHERWISE for character in written[0])
+
+
+@pytest.mark.parametrize(("difficulty", "horizon"), [("even", 16), ("even", 256), ("mixed", 64)])
+def test_teachers_slip_as_often_as_the_task_wants(difficulty, horizon):
+    slip, rng = policy.slips(difficulty, horizon), random.Random(0)
+    for name, success in (("A", policy.SUCCESS[difficulty][0]), ("H", policy.SUCCESS[difficulty][1])):
+        answer = walks.walk(f"{name}12", horizon)[-2:]
+        written = [walks.demonstration(f"{name}12", horizon, slip[name], rng)[0] for _ in range(400)]
+        right = statistics.fmean(walks.reward([""] * 400, written, [answer] * 400, [horizon] * 400))
+        # A drawn digit is right in a tenth of the cases, and several can cancel in a hundredth.
+        assert right == pytest.approx(success, abs=0.08)
+
+
+def test_a_policy_is_what_it_was_taught_and_made_once(tmp_path, monkeypatch):
+    course = [lesson._replace(horizon=4, demonstrations=16, steps=30) for lesson in policy.lessons("even", 4)[1:]]
+    file = policy.make_policy(tmp_path, course)
+    made = policy.load_policy(file)
+    probabilities = made(torch.tensor([policy.tokenizer()("C37")["input_ids"]])).logits[0, -1].softmax(-1)
+    digits = policy.tokenizer()(walks.DIGITS + walks.OTHERWISE)["input_ids"]
+    assert probabilities[digits].sum() > 0.8  # of 20 of 30 tokens: it has learned that steps are digits
+
+    taught = []
+    monkeypatch.setattr(policy, "imitate", lambda model, lesson: taught.append(lesson))
+    assert policy.make_policy(tmp_path, course) == file
+    assert taught == []
+    shorter = [course[0], course[1]._replace(steps=2)]
+    assert policy.make_policy(tmp_path, shorter) != file  # else a trial would be taken for the real one
+    assert taught == shorter[1:]
+
+
+# The statistics
+
+
+def row(rewards, cost=100, **more):
+    costs = [cost * i for i in range(len(rewards))]
+    return {"reward": rewards, "tokens": costs, "updates": costs, "seconds": costs, **more}
+
+
+def test_a_threshold_is_reached_by_two_evaluations_together():
+    assert intervals.reached(row([0.3, 0.9, 0.4, 0.8, 0.7]), 0.7, "tokens") == pytest.approx(300 + 100 * 2 / 3)
+    assert intervals.reached(row([0.7, 0.9, 0.4]), 0.7, "tokens") == 100
+    assert intervals.reached(row([0.3, 0.6, 0.6]), 0.65, "tokens") is None
+
+
+def test_ones_own_best_is_of_two_evaluations_too():
+    assert intervals.own_best(row([0.3, 0.9, 0.4, 0.8, 0.7, 0.2]), "tokens") == 400
+
+
+def test_students_interval():
+    # Mean 2, standard deviation 1, error 0.57735, 2 degrees of freedom.
+    assert intervals.mean([1, 2, 3])[:3] == pytest.approx((2, 2 - 4.303 * 0.57735, 2 + 4.303 * 0.57735), rel=1e-4)
+    assert str(intervals.mean([1, 2, 3])) == "2 (-0.484 to 4.48)"
+    assert str(intervals.mean([1.0])) == "1"
+
+
+def test_intervals_cover_as_often_as_they_say():
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(2000):
+        cost = intervals.geometric_mean([math.exp(rng.gauss(1.0, 0.5)) for _ in range(5)])
+        covered += cost.low <= math.exp(1.0) <= cost.high
+    assert 0.93 < covered / 2000 < 0.97
+
+
+def test_bounds_say_so():
+    bound = intervals.at_least([100, 400])
+    assert str(bound) == "at least 200"
+    assert str(bound.times(1e-3)) == "at least 0.2"
+    assert str(intervals.geometric_mean([100, 400]).times(0.01)).startswith("2 (")
+
+
+# The plan
+
+
+def finished(run, rewards=(0.3, 0.5)):
+    fields = {"variant": run.variant, "learning_rate": run.learning_rate, "seed": run.seed}
+    return row(list(rewards), run=run.key, task=run.task.name, critic_learning_rate=None, **fields)
+
+
+def tuned(seeds=5):
+    """A plan with its rates chosen: the middle one, and the lower one of critics."""
+    plan = Plan([], MIXED, "a", seeds=seeds)
+    for run in plan.tuning():
+        good = (run.learning_rate, run.critic_learning_rate) == (3e-4, 1e-4)
+        plan.done[run.key] = finished(run, (0.3, 0.9 if good else 0.5))
+    return plan
+
+
+def test_the_plan_tunes_first_and_goes_on_where_it_stopped():
+    plan = Plan([], MIXED, "a")
+    with_critic = 3  # of the algorithms
+    assert len(plan.left(plan.tuning())) == 3 * (len(ALGORITHMS) + with_critic)
+    assert plan.counted() == {}
+    with pytest.raises(KeyError):
+        plan.counting()
+    plan = tuned()
+    assert not plan.left(plan.tuning())
+    counting = plan.counting()
+    assert len(counting) == 5 * (len(ALGORITHMS) + len(VARIANTS[MIXED]))
+    assert {(run.learning_rate, run.critic_learning_rate) for run in counting} == {(3e-4, 1e-4)}
+    assert {run.seed for run in counting} == set(range(5))
+    plan.done[counting[0].key] = finished(counting[0])
+    resumed = Plan(json.loads(json.dumps(list(plan.done.values()))), MIXED, "a")
+    assert resumed.left(resumed.counting()) == counting[1:]
+
+
+def test_a_run_is_done_only_if_it_was_the_same():
+    run = tuned().counting()[0]
+    others = [
+        run._replace(policy="b"),
+        run._replace(seed=7),
+        run._replace(critic_learning_rate=1e-3),
+        run._replace(settings=run.settings | {"critic": "one layer"}),
+        run._replace(settings=run.settings | {"epsilon": 0.5}),
+        run._replace(task=run.task._replace(rollouts=6)),
+    ]
+    assert len({run.key, *(other.key for other in others)}) == 7
+    assert run._replace(task=run.task._replace(threshold=0.1)).key == run.key  # what it is judged by
+    assert run._replace(variant="the same by another name").key == run.key
+
+
+def test_variants_have_the_rates_of_what_they_vary():
+    tuning = {run.variant for run in Plan([], MIDDLE, "a").tuning()}
+    assert "sppo, 4 updates a rollout" in tuning
+    assert "sppo, 4 updates, clip 0.8" not in tuning
+    for task, variants in VARIANTS.items():
+        for settings in variants.values():
+            assert settings.get("rates_of", "sppo") in {**ALGORITHMS, **VARIANTS[task]}
+
+
+def test_all_that_is_compared_has_settings_that_exist(tmp_path):
+    variants = [(MIXED, name, settings) for name, settings in ALGORITHMS.items()]
+    variants += [(task, name, settings) for task, those in VARIANTS.items() for name, settings in those.items()]
+    for task, name, settings in variants:
+        args = SPPOConfig(str(tmp_path), **config_of(Run(task, name, settings, 1e-3, 1e-3, 0, "a")))
+        larger = settings.get("per_device_train_batch_size") == 512
+        assert args.rollout_size == (512 if larger else 64), name
+        assert args.max_steps == (20 if larger else task.rollouts) * args.updates_per_rollout, name
+        assert args.eval_steps == (1 if larger else 5) * args.updates_per_rollout, name
+
+
+def test_values_of_other_prompts_are_as_good_a_mean():
+    outcomes = Outcomes(
+        rewards=torch.tensor([1.0, 0.0, 1.0]),
+        group_ids=torch.arange(3),
+        prompts="abc",
+        lengths=torch.ones(3, dtype=torch.int64),
+        mean_reward=0.5,
+        values=torch.tensor([0.9, 0.1, 0.5]),
+    )
+    assert OtherPrompts(None).advantages(outcomes).tolist() == pytest.approx([0.5, -0.9, 0.9])
+
+
+def lines_of(curves):
+    """The comparison of runs with these rewards, by variant and seed."""
+    plan = tuned(seeds=2)
+    for run in plan.counting():
+        if run.variant in curves:
+            plan.done[run.key] = finished(run, curves[run.variant][run.seed])
+    return {line["variant"]: line for line in compared([plan])}
+
+
+FAST, SLOW, NEVER = (0.3, 0.9, 0.9, 0.9), (0.3, 0.3, 0.9, 0.9), (0.3, 0.3, 0.3, 0.3)  # 0.75: at 150, 250, never
+
+
+def test_costs_stand_beside_sppos_seed_by_seed():
+    lines = lines_of({"sppo": [FAST, SLOW], "grpo": [SLOW, SLOW]})
+    sppo, grpo = lines["sppo"], lines["grpo"]
+    assert sppo["tokens"].value == pytest.approx(math.sqrt(150 * 250))
+    assert sppo["tokens_to_sppo"] is None
+    assert grpo["tokens_to_sppo"].value == pytest.approx(math.sqrt(250 / 150))
+    assert (grpo["reached"], grpo["runs"]) == (2, 2)
+    assert grpo["after"].value == pytest.approx(0.9)
+
+
+def test_what_never_arrives_is_a_bound():
+    lines = lines_of({"sppo": [FAST, FAST], "grpo": [SLOW, NEVER]})
+    assert str(lines["grpo"]["tokens"]) == "at least 274"  # the mean of 250 and all of 300
+    assert lines["grpo"]["tokens_to_sppo"].is_bound
+    assert lines["grpo"]["reached"] == 1
+    lines = lines_of({"sppo": [FAST, NEVER], "grpo": [SLOW, SLOW]})
+    assert lines["sppo"]["tokens"].is_bound
+    assert lines["grpo"]["tokens_to_sppo"] is None  # it could be anything
+
+
+def test_there_is_a_comparison_without_sppo():
+    lines = lines_of({"grpo": [SLOW, SLOW]})
+    assert list(lines) == ["grpo"]
+    assert lines["grpo"]["tokens_to_sppo"] is None
+
+
+# All of it
+
+
+def test_a_run_that_breaks_is_noted_and_the_others_go_on(tmp_path, monkeypatch):
+    runs = Plan([], MIXED, "a").tuning()[:3]
+
+    def train(run, file):
+        if run == runs[1]:
+            raise ValueError("no such policy")
+        return finished(run)
+
+    monkeypatch.setattr(learn, "train", train)
+    failures = []
+    with ThreadPoolExecutor(1) as pool:
+        rows = list(learn._finished(pool, runs, tmp_path, failures))
+    assert len(rows) == 2
+    assert failures == [f"{MIXED.name}, {runs[1].variant}, seed 1000: ValueError: no such policy"]
+
+
+def test_learn_walks_through_all_of_it_and_resumes(tmp_path, capsys, monkeypatch):
+    command = ["learn", "--quick", "--workers", "1", "--out", str(tmp_path)]
+    full = tmp_path / "learn.json"
+    full.write_text("what took two hours")
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("sppo", "grpo", "reinforce"))
+    report = json.loads((tmp_path / "learn-quick.json").read_text())
+    # Three algorithms at one rate, SPPO's critic at two, then a seed that counts.
+    assert (report["failures"], len(report["rows"])) == ([], 7)
+    for found in report["rows"]:
+        assert found["updates"] == [0, 5, 10]
+        assert found["tokens"][0] == 0 < found["tokens"][1] < found["tokens"][2]
+        assert found["seconds"][0] == 0 < found["seconds"][1] < found["seconds"][2]
+        assert all(0 <= reward <= 1 for reward in found["reward"])
+    assert (tmp_path / "learn-quick.png").exists()
+    monkeypatch.setattr(learn, "train", lambda *args: pytest.fail("a run that is done, again"))
+    assert main(command) == 0
+    assert json.loads((tmp_path / "learn-quick.json").read_text())["rows"] == report["rows"]
+    assert full.read_text() == "what took two hours"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_an_interrupted_command_ends_at_once_and_keeps_what_it_has(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "learn", "--quick", "--workers", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    results = tmp_path / "learn-quick.json"
+    for _ in range(1200):
+        if results.exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "interrupted; the same command goes on from here" in errors
+    assert json.loads(results.read_text())["rows"]
+
+
+def test_wrong_numbers_are_named(tmp_path):
+    with pytest.raises(SystemExit, match="--workers must be at least 1, got 0"):
+        main(["learn", "--workers", "0", "--out", str(tmp_path)])
