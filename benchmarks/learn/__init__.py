@@ -6,8 +6,8 @@ algorithm and task the learning rates, the critic's too, are the best of a few b
 come the runs that count, and those of variants that take SPPO apart, task after task.
 
 Runs are processes of one thread, as many at a time as there are workers; each is written down when it is done, and the
-same command goes on where it was stopped. On 2 cores all of it takes about two hours; ``--quick`` walks through it. The
-exit code is 1 when a run breaks, not when one does not learn.
+same command goes on where it was stopped. On 2 cores all of it takes about two and a half hours; ``--quick`` walks
+through it. The exit code is 1 when a run breaks, not when one does not learn.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from benchmarks.learn.runs import Run, train
 from benchmarks.learn.table import COLUMNS, compared
 from benchmarks.learn.variants import QUICK, TASKS, Task
 from benchmarks.results import Row
+from sppo.checkpoint import sole_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +48,11 @@ def run(args: argparse.Namespace) -> int:
     for name in ("seeds", "workers"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name} must be at least 1, got {getattr(args, name)}")
+    with sole_run(args.out):  # two would overwrite each other's rows
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     path = args.out / ("learn-quick.json" if args.quick else "learn.json")
     rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
     torch.set_num_threads(1)  # or the policies would have other bits on other machines

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.learn.intervals import mean_reward
 from benchmarks.learn.runs import Run
-from benchmarks.learn.variants import ALGORITHMS, CRITIC_RATES, RATES, VARIANTS, Task
+from benchmarks.learn.variants import ALGORITHMS, CRITIC_RATES, VARIANTS, Task
 from benchmarks.results import Row
 from sppo.algorithms import algorithm_class
 
@@ -24,7 +24,7 @@ class Plan:
         task: what is to be learned.
         policy: hash of the weights that runs begin with.
         seeds: of the runs that count.
-        quick: few algorithms and rates, and no variants.
+        quick: few algorithms, and no variants.
     """
 
     def __init__(
@@ -34,7 +34,6 @@ class Plan:
         self.done = {row["run"]: row for row in rows}
         every = {**ALGORITHMS, **VARIANTS.get(task, {})}
         self.variants = {name: every[name] for name in ("sppo", "grpo", "reinforce, one mean")} if quick else every
-        self.rates = RATES[1:2] if quick else RATES
 
     def tuning(self) -> list[Run]:
         """Runs that choose the learning rates, with a seed that does not count."""
@@ -44,7 +43,7 @@ class Plan:
         """A variant's run with each learning rate, and each of its critic where it has one."""
         settings = self.variants[name]
         of_critic = CRITIC_RATES if algorithm_class(settings["algorithm"]).critic else CRITIC_RATES[:1]
-        return [self._run(name, *rates, TUNING_SEED) for rates in itertools.product(self.rates, of_critic)]
+        return [self._run(name, *rates, TUNING_SEED) for rates in itertools.product(self.task.rates, of_critic)]
 
     def _run(self, name: str, rate: float, critic_rate: float, seed: int) -> Run:
         return Run(self.task, name, self.variants[name], rate, critic_rate, seed, self.policy)

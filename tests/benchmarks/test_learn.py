@@ -24,6 +24,7 @@ from benchmarks.learn.variants import ALGORITHMS, MIDDLE, MIXED, VARIANTS, Other
 from benchmarks.report import ROOT
 from sppo import SPPOConfig
 from sppo.algorithms import Outcomes
+from sppo.checkpoint import sole_run
 
 # The task
 
@@ -165,7 +166,7 @@ def tuned(seeds=5):
 def test_the_plan_tunes_first_and_goes_on_where_it_stopped():
     plan = Plan([], MIXED, "a")
     with_critic = 3  # of the algorithms
-    assert len(plan.left(plan.tuning())) == 3 * (len(ALGORITHMS) + with_critic)
+    assert len(plan.left(plan.tuning())) == 2 * (len(ALGORITHMS) + with_critic)
     assert plan.counted() == {}
     with pytest.raises(KeyError):
         plan.counting()
@@ -320,6 +321,11 @@ def test_an_interrupted_command_ends_at_once_and_keeps_what_it_has(tmp_path):
     assert process.returncode == 1
     assert "interrupted; the same command goes on from here" in errors
     assert json.loads(results.read_text())["rows"]
+
+
+def test_two_commands_do_not_write_the_same_results(tmp_path):
+    with sole_run(tmp_path), pytest.raises(ValueError, match="by another process"):
+        main(["learn", "--quick", "--out", str(tmp_path)])
 
 
 def test_wrong_numbers_are_named(tmp_path):
