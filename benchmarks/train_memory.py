@@ -62,6 +62,7 @@ from transformers import (
 
 from benchmarks import results
 from benchmarks.allocations import GIB, Allocations, without_values
+from benchmarks.qwen import QWEN
 from sppo import actor_critic, attention, critic
 from sppo.actor_critic import ActorCritic, policy_logprobs
 from sppo.algorithms import algorithm_class
@@ -81,36 +82,10 @@ WITHOUT_CRITIC = ("grpo", "rloo", "remax")
 LEAST_SAVED = 11  # points of DEVICE
 OWNERS = ("policy", "critic")
 KINDS = ("parameters", "gradients", "optimizer", "copies", "activations", "logits")
-_QWEN = functools.partial(Qwen2Config, max_position_embeddings=131_072)
 _PARAMETERS = [(owner, "parameters") for owner in OWNERS]
-MODELS = {  # DeepSeek-R1-Distill-Qwen of these sizes, and Qwen2.5-0.5B
-    "7B": _QWEN(
-        vocab_size=152_064,
-        hidden_size=3584,
-        intermediate_size=18_944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    ),
-    "1.5B": _QWEN(
-        vocab_size=151_936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    ),
-    "0.5B": _QWEN(
-        vocab_size=151_936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
+MODELS = {  # DeepSeek-R1-Distill-Qwen has heads of its own, Qwen2.5-0.5B its embedding for one
+    name: Qwen2Config(**size, max_position_embeddings=131_072, tie_word_embeddings=name == "0.5B")
+    for name, size in QWEN.items()
 }
 MODELS["two layers"] = copy.deepcopy(MODELS["0.5B"])  # for a quick look
 MODELS["two layers"].num_hidden_layers = 2

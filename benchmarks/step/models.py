@@ -16,6 +16,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from benchmarks.qwen import QWEN
+
 ENTROPY = 0.6  # nats a token at temperature 1; language models have some 0.3 to 1 in their own answers
 Size = dict[str, Any]
 
@@ -28,12 +30,8 @@ class Model(NamedTuple):
     response: int
 
 
-def _real(**size: Any) -> Model:
-    shared = {"vocab_size": 151936, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
-    return Model(size | shared, 128, 1024)
-
-
 _HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048}
+_QWEN = {"tie_word_embeddings": True, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768}
 MODELS = {
     "tiny": Model(
         {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 512} | _HEADS, 32, 96
@@ -41,20 +39,8 @@ MODELS = {
     "small": Model(
         {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 8192} | _HEADS, 32, 96
     ),
-    "qwen2.5-0.5b": _real(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-    ),
-    "qwen2.5-1.5b": _real(
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-    ),
+    "qwen2.5-0.5b": Model(QWEN["0.5B"] | _QWEN, 128, 1024),
+    "qwen2.5-1.5b": Model(QWEN["1.5B"] | _QWEN, 128, 1024),
 }
 
 
