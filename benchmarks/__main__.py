@@ -15,7 +15,6 @@ import benchmarks.flops
 import benchmarks.gpu
 import benchmarks.kernels
 import benchmarks.learn
-import benchmarks.learning
 import benchmarks.memory
 import benchmarks.report
 import benchmarks.sparse
@@ -32,7 +31,6 @@ SUITES = {
     "memory": benchmarks.memory,
     "sparse": benchmarks.sparse,
     "learn": benchmarks.learn,
-    "learning": benchmarks.learning,
     "algorithms": benchmarks.algorithms,
     "step": benchmarks.step,
     "trl": benchmarks.trl_patch,

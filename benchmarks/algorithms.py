@@ -1,16 +1,16 @@
-"""Algorithms compared in one loop: how many generated tokens each needs to learn, and whether it does harm.
+"""Levels of the ratio compared on a recipe, and whether an algorithm does harm when its rewards are stuck.
 
 Each variant of a comparison is trained with each of some seeds on a recipe, and nothing but its settings differs:
 
-    levels      sppo with each level of the ratio, the recipe as it is (one update a rollout) and with four
-    algorithms  every algorithm, reinforce with each baseline
-    stuck       every algorithm under a reward that is random, stuck at 0, or stuck at 1, graded by the true one
+    levels  sppo with each level of the ratio, the recipe as it is (one update a rollout) and with four
+    stuck   every algorithm, reinforce with each baseline, under a reward that is random, stuck at 0, or stuck at 1,
+            graded by the true one
 
 Rows of an earlier run of the same comparison in the same folder are kept: one that was interrupted goes on.
 
 The tokens to the threshold are those of all completions, greedy ones too, until an evaluation on held-out prompts first
-reached it. The exit code of ``algorithms`` is 1 when a run did not reach it, that of ``stuck`` when the accuracy of a
-variant fell by more than twice its standard error over seeds and held-out prompts.
+reached it. The exit code of ``stuck`` is 1 when the accuracy of a variant fell by more than twice its standard error
+over seeds and held-out prompts. How fast algorithms learn is the matter of the suite ``learn``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ COMPARISONS: dict[str, dict[str, dict[str, Any]]] = {
         **{f"{name}, 1 update a rollout": settings for name, settings in _LEVELS.items() if "," not in name},
         **{f"{name}, 4 updates a rollout": settings | _FOUR_UPDATES for name, settings in _LEVELS.items()},
     },
-    "algorithms": _ALGORITHMS,
     "stuck": {CONTROL: {"algorithm": "sppo", "min_agreement": 0, "reward": "random"}}
     | {
         f"{name}, reward {reward}": settings | {"reward": reward}
@@ -162,13 +161,6 @@ COLUMNS: dict[str, results.Columns] = {
         "reached": lambda row: row["reached"],
         "tokens to the threshold": _thousands,
     },
-    "algorithms": {
-        "algorithm": lambda row: row["variant"],
-        "seeds": lambda row: row["seeds"],
-        "tokens to the threshold": _thousands,
-        "accuracy before": lambda row: f"{row['before']:.3f}",
-        "after": lambda row: f"{row['after']:.3f}",
-    },
     "stuck": {
         "algorithm and reward": lambda row: row["variant"],
         "seeds": lambda row: row["seeds"],
@@ -180,12 +172,9 @@ COLUMNS: dict[str, results.Columns] = {
 
 
 def failures_of(comparison: str, lines: Iterable[Row]) -> list[str]:
-    """Algorithms that did not learn everywhere; variants that did harm."""
+    """Variants that did harm."""
     if comparison == "levels":
         return []
-    if comparison == "algorithms":
-        return [f"{line['variant']}: {line['reached']} of {line['seeds']} runs" for line in lines
-                if line["reached"] < line["seeds"]]  # fmt: skip
     found = []
     for line in lines:
         # Two evaluations on the same prompts, each with samples of its own, and what the seeds differ by beyond that.
@@ -204,7 +193,7 @@ def chart(rows: list[Row]) -> results.Chart:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="two updates of one seed and two variants")
-    parser.add_argument("--compare", default="algorithms", choices=COMPARISONS, help="what (%(default)s)")
+    parser.add_argument("--compare", default="levels", choices=COMPARISONS, help="what (%(default)s)")
     parser.add_argument("--recipe", default="quickstart", help="as of sppo train (%(default)s)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how many (%(default)s)")
     parser.add_argument("--steps", type=int, metavar="N", help="updates of a run (the recipe's)")

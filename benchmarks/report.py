@@ -23,7 +23,6 @@ from benchmarks import (
     flops,
     kernels,
     learn,
-    learning,
     memory,
     results,
     sparse,
@@ -173,16 +172,6 @@ def _part_of_sparse(part: str) -> Callable[[Path], str]:
     return lambda folder: markdown(*sparse.tables(_one(folder, "sparse")["rows"])[part])
 
 
-def learning_table(folder: Path) -> str:
-    """A line a mode and recipe."""
-    lines = [
-        {"recipe": report["recipe"], **line}
-        for report in load(folder, "learning")
-        for line in learning.by_mode(report["rows"])
-    ]
-    return markdown(lines, {"recipe": lambda row: f"`{row['recipe']}`", **learning.COLUMNS})
-
-
 def _comparison(name: str) -> Callable[[Path], str]:
     """A line a variant of a comparison of algorithms."""
 
@@ -229,7 +218,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quickstart": quickstart_table,
     "kernels": kernels_table,
     "ways": ways_table,
-    "learning": learning_table,
     "step": step_table,
     "step-trl": step_trl_table,
     "trl": trl_table,
@@ -245,7 +233,6 @@ CHARTS = {
     "compile": compile,
     "tune": tune,
     "sparse": sparse,
-    "learning": learning,
     "algorithms": algorithms,
     "step": step,
     "trl": trl_patch,

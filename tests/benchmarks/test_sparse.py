@@ -1,4 +1,4 @@
-"""The suites sparse and learning: on made-up states and two short runs, and what they would say of a broken bound."""
+"""The suite sparse: on made-up states, and what it would say of a broken bound."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import learning, sparse, states
+from benchmarks import sparse, states
 from benchmarks.__main__ import main
 from sppo_kernels import linear_logprobs
 
@@ -93,27 +93,3 @@ def test_sampled_states_are_kept(tmp_path, monkeypatch):
         read = states.states(tmp_path, "some/prompts.parquet", 0.6, 4, 2)
         assert all(torch.equal(x, y) for x, y in zip(read, made, strict=True))
     assert asked == [("some/prompts.parquet", 0.6, 4, 2)]
-
-
-@pytest.mark.slow
-def test_training_with_entries_is_training(tmp_path):
-    assert main(["learning", "--quick", "--out", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "learning-quickstart.json").read_text())
-    assert [(row["backward"], row["seed"]) for row in report["rows"]] == [
-        ("cache", 0), ("sparse", 0), ("cache", 1), ("sparse", 1)
-    ]  # fmt: skip
-    assert all(row["curve"] and 0 < row["accuracy_after"] < 1 for row in report["rows"])
-
-
-def test_one_seed_has_no_spread(tmp_path):
-    with pytest.raises(SystemExit, match=r"at least 2.*got 1"):
-        main(["learning", "--seeds", "1", "--out", str(tmp_path)])
-
-
-def test_a_difference_that_seeds_do_not_explain_is_a_failure():
-    run = lambda mode, after: {"backward": mode, "accuracy_before": 0.3, "accuracy_after": after, "curve": [[1, 0.5]]}
-    same = [run("cache", 0.90), run("cache", 0.80), run("sparse", 0.88), run("sparse", 0.79)]
-    assert learning.failures_of(same) == []
-    worse = [*same[:2], run("sparse", 0.60), run("sparse", 0.59)]
-    (failure,) = learning.failures_of(worse)
-    assert failure.startswith("after: 0.850 and 0.595")
