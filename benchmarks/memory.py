@@ -9,7 +9,7 @@ Not counted: the workspace of the vendor's matrix products (tens of MiB) and wha
 default, backward="auto", keeps a quarter of the device memory that is free at the time, beyond the peak of "recompute".
 The exit code is 1 when a peak passes its limit.
 
---train: peaks of a whole training step in place of these; benchmarks/train_memory.py says what is counted there.
+--train: peaks of a whole training step in place of these; benchmarks/train_memory says what is counted there.
 """
 
 from __future__ import annotations

@@ -19,27 +19,18 @@ from benchmarks import train_memory
 from benchmarks.__main__ import main
 from benchmarks.allocations import GIB, without_values
 from benchmarks.report import RESULTS
-from benchmarks.train_memory import (
-    KINDS,
+from benchmarks.train_memory import failures_of, measure, surroundings
+from benchmarks.train_memory.cases import (
     MODELS,
-    OWNERS,
     SMALL_CRITIC,
     TOKEN_CRITIC,
     WITHOUT_CRITIC,
     Case,
-    Step,
-    StepAllocations,
-    build,
-    eager_logprobs,
-    failures_of,
-    measure,
-    on_cuda,
-    processes,
     samples_of,
     settings,
-    shard,
-    watched,
 )
+from benchmarks.train_memory.step import KINDS, OWNERS, Step, StepAllocations, build
+from benchmarks.train_memory.surroundings import eager_logprobs, on_cuda, processes, shard, watched
 from sppo.micro_batches import deal
 
 
@@ -85,7 +76,7 @@ def attend(module, query, key, value, attention_mask, *, scaling, **_):
 @pytest.mark.parametrize(("algorithm", "devices"), [("sppo", 1), ("ppo", 4)])
 def test_real_tensors_take_the_same(algorithm, devices, monkeypatch):
     """Of every kind, where the log-probabilities are plain PyTorch; and PyTorch's own tracker sees the same peak."""
-    monkeypatch.setattr(train_memory, "attention_on_cuda", attend)
+    monkeypatch.setattr(surroundings, "attention_on_cuda", attend)
     case = Case(algorithm, "large", "small", devices)
     args = settings(case, **SHORT)
     _, fake = measure(case, args, TINY)

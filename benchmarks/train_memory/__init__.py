@@ -1,0 +1,119 @@
+"""Peak memory of a whole training step on one device, by kind, for the published configurations, without any GPU.
+
+The trainer's own code runs on fake tensors, which have sizes and no data: ActorCritic with activation checkpointing,
+bfloat16 autocast over float32 weights, compute_loss, AdamW of create_optimizer. For several devices accelerate's own
+preparation shards the module by FSDP2, over a process group that sends nothing. What is followed is the last
+micro-batch of an update, beside the gradients of those before it, and the optimizer's step; policy and critic learn in
+the same one. A micro-batch is one sequence with the longest prompt and the longest response, as published. Kinds:
+
+    parameters   float32 weights, all of them or this device's share
+    gradients    float32, this device's share; under FSDP2 also those of a layer on their way to the shares
+    optimizer    both moments of AdamW, and what its step makes besides (foreach, PyTorch's choice on CUDA)
+    copies       bfloat16 weights to compute with: gathered by FSDP2, a layer at a time, or cast by autocast
+    activations  inputs of the checkpointed layers, and all that the layer at work makes
+    logits       whatever the log-probabilities take, forward and backward, the gradient of the head's weight too
+
+"Without" our operations the log-probabilities are as plain trainers compute them, all else is the same: bfloat16 logits
+of the response tokens, float32 from there on, divided by the temperature, log_softmax; the entropies have no gradient.
+
+"Before" the update the trainer computes values of the whole rollout, and old log-probabilities, without gradients, with
+all weights gathered in bfloat16 on each device; that phase has a peak of its own.
+
+Not counted: sampling (a cache of keys and values, another engine's weights), CUDA's context (about half a GiB),
+workspaces of the vendor's kernels, what the allocator loses, buffers of the communication library, and what overlapping
+streams keep longer than one stream would. Gradients are reduced after each micro-batch (sync_each_batch of accelerate);
+without that setting each device holds whole gradients until the last one, two bytes a weight.
+
+The exit code is 1 when the published step with the small critic does not peak at least 11 points of the device's memory
+below that of PPO, or anything peaks higher with the operations of this library than without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from typing import Any
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Qwen2Config
+
+from benchmarks import results
+from benchmarks.allocations import without_values
+from benchmarks.train_memory.cases import CASES, MODELS, QUICK, QUICK_SETTINGS, Case, samples_of, settings
+from benchmarks.train_memory.step import KINDS, OWNERS, Step, StepAllocations, build
+from benchmarks.train_memory.surroundings import before_an_update, eager_logprobs, on_cuda, processes, shard, watched
+from benchmarks.train_memory.table import COLUMNS, draw, failures_of
+from sppo.algorithms import algorithm_class
+from sppo.config import SPPOConfig
+from sppo.micro_batches import deal
+from sppo_kernels import linear_logprobs
+
+
+def run(args: argparse.Namespace) -> int:
+    """``python -m benchmarks memory --train``."""
+    rows = []
+    shorter = QUICK_SETTINGS if args.quick else {}
+    for case in QUICK if args.quick else CASES:
+        print(f"{case.name}, policy {case.policy} on {case.devices}", file=sys.stderr)
+        rows += measure(case, settings(case, **shorter), MODELS)
+    failures = failures_of(rows)
+    path = args.out / "memory-train.json"
+    device = "none (fake tensors)"
+    results.write(path, "memory-train", device=device, quick=args.quick, failures=failures, rows=rows)
+    draw(path.with_suffix(".png"), rows)
+    return results.conclude(f"{results.table(rows, COLUMNS)}\n\nGiB", failures, path)
+
+
+def measure(case: Case, args: SPPOConfig, models: dict[str, Qwen2Config]) -> list[results.Row]:
+    """Peaks of an update and of the phase before it, with the operations of this library and without."""
+    kind = algorithm_class(case.algorithm).critic
+    samples = samples_of(args, kind)
+    (batch,) = deal(samples[:1], 1, kind)
+    tokens = args.max_completion_length
+    kept = min(tokens, args.logits_budget_bytes // (2 * models[case.policy].vocab_size))
+    rows = []
+    with (
+        processes(case.devices) as mesh,
+        FakeTensorMode() as fake,
+        StepAllocations() as allocations,
+        allocations.resizes(),
+        on_cuda(),
+    ):
+        pair = build(case, models, args.cliprange_value)
+        if mesh is not None:
+            shard(pair, mesh)
+        gc.collect()  # whole weights
+        step = Step(allocations, pair, args, samples, {name: fake.from_tensor(x) for name, x in batch.items()})
+        step.start()
+        for operations, logprobs in ((True, linear_logprobs), (False, eager_logprobs)):
+            with watched(allocations, pair, logprobs):
+                first = allocations.moment()
+                # Which tokens bear loss; in backward the same, of which E is of use, which are left.
+                with without_values([(0, tokens), (0, tokens), *([(0, kept)] if kept else []), (kept, tokens)]):
+                    step.update()
+                peak = allocations.peak_by_kind(first)
+                first = allocations.moment()
+                with without_values([(0, tokens)]), before_an_update(pair):
+                    if pair.judge is not None:
+                        step.values()
+                    step.old_logprobs()
+                before = allocations.peak_by_kind(first)
+            rows.append(row(case, args, operations, peak, before))
+    return rows
+
+
+def row(case: Case, args: SPPOConfig, operations: bool, peak: dict[Any, int], before: dict[Any, int]) -> results.Row:
+    """Of the results; bytes."""
+    return {
+        "model": case.policy,
+        "devices": case.devices,
+        "case": case.name,
+        "operations": operations,
+        "prompt_tokens": args.max_prompt_length,
+        "response_tokens": args.max_completion_length,
+        "peak_bytes": sum(peak.values()),
+        "before_bytes": sum(before.values()),
+        **{owner: {kind: peak.get((owner, kind), 0) for kind in KINDS} for owner in OWNERS},
+        "before": {owner: {kind: before.get((owner, kind), 0) for kind in KINDS} for owner in OWNERS},
+    }

@@ -1,0 +1,160 @@
+"""A training step by the trainer's own code, with a kind to each of its allocations."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, Qwen2Config
+
+from benchmarks.allocations import Allocations
+from benchmarks.train_memory.cases import Case
+from sppo import critic
+from sppo.actor_critic import ActorCritic, policy_logprobs
+from sppo.algorithms import algorithm_class
+from sppo.attention import NAME, Packed, use_attention
+from sppo.config import SPPOConfig
+from sppo.critic import PromptCritic, TokenCritic, set_head
+from sppo.experience import Update
+from sppo.micro_batches import MicroBatch
+from sppo.rollout import Sample
+from sppo.trainer import SPPOTrainer
+
+OWNERS = ("policy", "critic")
+KINDS = ("parameters", "gradients", "optimizer", "copies", "activations", "logits")
+_PARAMETERS = [(owner, "parameters") for owner in OWNERS]
+
+
+class StepAllocations(Allocations):
+    """A kind is a pair: of OWNERS and of KINDS. What a parameter is cast to is a copy to compute with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = "policy", "activations"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        call = functools.partial(super().__torch_dispatch__, func, types, args, kwargs)
+        if func is torch.ops.aten._to_copy.default and self.kind_of(args[0]) in _PARAMETERS:
+            with self.making_of_same("copies"):
+                return call()
+        return call()
+
+    def making_of_same(self, what: str) -> AbstractContextManager[None]:
+        """What comes into being inside is of this kind, and of whose the rest is now."""
+        return self.making((self.kind[0], what))
+
+
+def build(case: Case, models: dict[str, Qwen2Config], cliprange: float) -> ActorCritic:
+    """Policy and critic as the trainer has them before they are sharded, float32."""
+    judge = None
+    if case.critic is not None:
+        config = copy.deepcopy(models[case.critic])
+        config.num_labels = 1
+        classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        set_head(classifier, torch.zeros(1))
+        by_token = algorithm_class(case.algorithm).critic == "token"
+        judge = TokenCritic(classifier, cliprange) if by_token else PromptCritic(classifier)
+    pair = ActorCritic(AutoModelForCausalLM.from_config(models[case.policy], dtype=torch.float32), judge)
+    pair.gradient_checkpointing_enable()
+    pair.forward = torch.autocast("cpu", torch.bfloat16)(pair.forward)  # type: ignore[method-assign]  # as accelerate does
+    return pair.train()
+
+
+class Step:
+    """Updates of policy and critic by the trainer's own code, as the whole of it is not there.
+
+    Args:
+        allocations: the mode that is in force.
+        pair: what learns.
+        args: settings.
+        samples: a rollout of this process.
+        batch: the micro-batch of its first sample.
+    """
+
+    def __init__(
+        self,
+        allocations: StepAllocations,
+        pair: ActorCritic,
+        args: SPPOConfig,
+        samples: Sequence[Sample],
+        batch: MicroBatch,
+    ) -> None:
+        self.allocations, self.pair, self.args, self.samples, self.batch = allocations, pair, args, samples, batch
+        self.length = len(samples[0].prompt_ids) + len(samples[0].response_ids)
+        self.parts = {"policy": pair.policy} | ({"critic": pair.critic} if pair.critic is not None else {})
+        for owner, part in self.parts.items():
+            allocations.name((owner, "parameters"), [*part.parameters(), *part.buffers()])
+        self.trainer = self._trainer()
+        self.optimizer = self.trainer.create_optimizer()
+        for group in self.optimizer.param_groups:
+            group["foreach"] = True  # what PyTorch takes on CUDA
+
+    def _trainer(self) -> SPPOTrainer:
+        algorithm = algorithm_class(self.args.algorithm)(self.args)
+        trainer = SPPOTrainer.__new__(SPPOTrainer)
+        update = Update([self.batch], self.length, 1.0, 1.0, policy_learns=True, critic_learns=True)
+        trainer.args, trainer.algorithm, trainer.model, trainer.optimizer = self.args, algorithm, self.pair, None
+        trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+        trainer.experience = SimpleNamespace(update=update, progress=SimpleNamespace(trusted=True))
+        trainer.is_deepspeed_enabled = False
+        trainer._measure = lambda *_, **__: None  # metrics are a few numbers
+        return trainer
+
+    def values(self) -> None:
+        """The critic's, of the rollout. Its chunks take the same, so one goes through the model, the others leave what
+        that left."""
+        read = critic.packed_hidden
+        first: list[Tensor] = []
+
+        def states(model: PreTrainedModel, packed: Packed, length: int) -> Tensor:
+            if not first:
+                first.append(read(model, packed, length))
+                return first[0]
+            return first[0].new_empty(packed.input_ids.shape[1], first[0].shape[1])
+
+        with mock.patch.object(critic, "packed_hidden", states), self.allocations.making(("critic", "activations")):
+            self.pair.judge.values(self.samples)
+
+    def old_logprobs(self) -> None:
+        """Of a micro-batch."""
+        with use_attention(self.pair, NAME):
+            policy_logprobs(self.pair.policy, self.batch, temperature=self.args.temperature, max_length=self.length)
+
+    def update(self) -> None:
+        """The last micro-batch of an update, which finds the gradients of those before it, and the optimizer's step."""
+        self._leave_gradients()
+        with use_attention(self.pair, NAME):
+            loss = self.trainer.compute_loss(self.pair, self.batch)
+            with self.allocations.making((list(self.parts)[-1], "activations")):  # what came last goes back first
+                loss.backward()
+        self._move()
+
+    def start(self) -> None:
+        """The optimizer has its state; and DTensor knows each operation: for one that is new to it, it makes whole
+        tensors without data to learn their shapes, which are not to count."""
+        self._leave_gradients()
+        self._move()
+
+    def _leave_gradients(self) -> None:
+        for owner, part in self.parts.items():
+            with self.allocations.making((owner, "gradients")):
+                for p in part.parameters():
+                    p.grad = torch.zeros_like(p)
+
+    def _move(self) -> None:
+        for part in self.parts.values():
+            nn.utils.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
+        with self.allocations.making_of_same("optimizer"):
+            self.optimizer.step()
+        for owner, part in self.parts.items():
+            states = [
+                self.optimizer.state[p][moment] for p in part.parameters() for moment in ("exp_avg", "exp_avg_sq")
+            ]
+            self.allocations.name((owner, "optimizer"), states)
+        self.optimizer.zero_grad()
