@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from benchmarks import results
 from benchmarks.learn import figures
 from benchmarks.learn.plan import SEEDS, Plan, plans
-from benchmarks.learn.policy import lessons, make_policy
+from benchmarks.learn.policy import greedy_accuracy, lessons, make_policy
 from benchmarks.learn.runs import Run, train
 from benchmarks.learn.table import COLUMNS, compared
 from benchmarks.learn.variants import QUICK, TASKS, Task
@@ -60,7 +60,12 @@ def _run(args: argparse.Namespace) -> int:
     files = {task.name: _policy(args.out / "policies", task, args.quick) for task in tasks}
     hashes = {name: sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
     planned = plans(rows, tasks, hashes, seeds=1 if args.quick else args.seeds, quick=args.quick)
-    about = {"device": results.device_name(torch.device("cpu")), "threads": 1, "policies": hashes}
+    about = {
+        "device": results.device_name(torch.device("cpu")),
+        "threads": 1,
+        "policies": hashes,
+        "greedy": {task.name: greedy_accuracy(files[task.name], task.horizon) for task in tasks},
+    }
     failures: list[str] = []
     try:
         for plan, row in _rows(planned, files, args.workers, failures):

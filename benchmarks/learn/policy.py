@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -141,3 +142,12 @@ def load_policy(file: Path) -> LlamaForCausalLM:
     model = LlamaForCausalLM(new_config())
     model.load_state_dict(load_file(file))
     return model.eval()
+
+
+def greedy_accuracy(file: Path, horizon: int) -> float:
+    """Share of the held-out prompts that a policy's likeliest walk is right for."""
+    model, encode, rows = load_policy(file), tokenizer(), walks.dataset("test", horizon)
+    asked = encode(list(rows["prompt"]), return_tensors="pt")["input_ids"]
+    answered = model.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=horizon, do_sample=False)
+    written = encode.batch_decode(answered[:, 3:], skip_special_tokens=True)
+    return statistics.fmean(walks.reward(rows["prompt"], written, rows["answer"], rows["steps"]))

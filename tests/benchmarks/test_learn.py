@@ -105,6 +105,23 @@ def test_a_policy_is_what_it_was_taught_and_made_once(tmp_path, monkeypatch):
     assert taught == shorter[1:]
 
 
+def test_greedy_accuracy_is_of_the_held_out_prompts(tmp_path, monkeypatch):
+    encode = policy.tokenizer()
+
+    class KnowsTheFirst20:
+        def generate(self, asked, *, max_new_tokens, do_sample, **_):
+            assert not do_sample
+            read = encode.batch_decode(asked)
+            walked = [walks.walk(prompt, max_new_tokens) for prompt in read]
+            written = [right if i < 20 else "0" * len(right) for i, right in enumerate(walked)]
+            assert read == walks.prompts("test")
+            return torch.cat([asked, torch.tensor(encode(written)["input_ids"])], 1)
+
+    monkeypatch.setattr(policy, "load_policy", lambda file: KnowsTheFirst20())
+    by_chance = sum(walks.walk(prompt, 16).endswith("00") for prompt in walks.prompts("test")[20:])
+    assert policy.greedy_accuracy(tmp_path, 16) == pytest.approx((20 + by_chance) / 92)
+
+
 # The statistics
 
 
@@ -295,6 +312,7 @@ def test_learn_walks_through_all_of_it_and_resumes(tmp_path, capsys, monkeypatch
     report = json.loads((tmp_path / "learn-quick.json").read_text())
     # Three algorithms at one rate, SPPO's critic at two, then a seed that counts.
     assert (report["failures"], len(report["rows"])) == ([], 7)
+    assert list(report["greedy"]) == list(report["policies"])
     for found in report["rows"]:
         assert found["updates"] == [0, 5, 10]
         assert found["tokens"][0] == 0 < found["tokens"][1] < found["tokens"][2]
