@@ -90,7 +90,7 @@ PLANS: dict[str, list[Item]] = {
         *_small((*POLICY, *REST), 4096),
     ],
     "dry": [
-        *(Item(name, Point(24, 16, 97, ignored=0.2, clipped=0.2)) for name in OPERATIONS if "logprobs" in name),
+        *(Item(name, Point(8, 16, 97, ignored=0.25, clipped=0.25)) for name in OPERATIONS if "logprobs" in name),
         *_small((*POLICY, *REST), 64),
     ],
     "cpu": [
