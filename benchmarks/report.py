@@ -32,6 +32,7 @@ from benchmarks import (
     trl_patch,
     tune,
 )
+from benchmarks.learn.table import SPEEDUP
 from benchmarks.learn.variants import ALGORITHMS
 from benchmarks.results import Row, markdown
 
@@ -99,6 +100,11 @@ def learn_variants_table(folder: Path) -> str:
     tasks = {line["task"] for line in lines if line["variant"] not in ALGORITHMS}
     shown = [line for line in lines if line["task"] in tasks and line["variant"] not in set(ALGORITHMS) - {"sppo"}]
     return markdown(shown, learn.COLUMNS)
+
+
+def learn_speedup_table(folder: Path) -> str:
+    """A line a task for GRPO with as many responses as SPPO, and with as many prompts."""
+    return markdown([line for line in _learned(folder) if line["variant"].startswith("grpo")], SPEEDUP)
 
 
 def _learned(folder: Path) -> list[Row]:
@@ -212,6 +218,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "memory-train": memory_train_table,
     "learn": learn_table,
     "learn-variants": learn_variants_table,
+    "learn-speedup": learn_speedup_table,
     "compile": compile_table,
     "passes": passes_table,
     "traffic": traffic_table,

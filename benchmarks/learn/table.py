@@ -30,7 +30,7 @@ def compared(plans: Iterable[Plan]) -> list[Row]:
                     "reached": sum(reached(run, threshold, "tokens") is not None for run in runs),
                     **{cost: _cost(runs, threshold, cost) for cost in COSTS},
                     **{f"{cost}_to_sppo": _ratio(pairs, threshold, cost) for cost in COSTS},
-                    "seconds_to_own_best": geometric_mean([own_best(run, "seconds") for run in runs]),
+                    "own_best_to_sppo": _ratio_of_bests(pairs),
                     "before": statistics.fmean(run["reward"][0] for run in runs),
                     "mean": mean([mean_reward(run) for run in runs]),
                     "after": mean([run["reward"][-1] for run in runs]),
@@ -56,6 +56,12 @@ def _ratio(pairs: list[tuple[Row, Row]], threshold: float, cost: str) -> Cost | 
     return at_least(ratios) if any(mine is None for mine, *_ in spent) else geometric_mean(ratios)
 
 
+def _ratio_of_bests(pairs: list[tuple[Row, Row]]) -> Cost | None:
+    """Seconds to a run's own best reward, over those of SPPO's run to its own, whichever of the two is higher."""
+    ratios = [own_best(run, "seconds") / own_best(other, "seconds") for run, other in pairs]
+    return geometric_mean(ratios) if ratios else None
+
+
 COLUMNS: Columns = {
     "task": lambda line: line["task"],
     "algorithm": lambda line: line["variant"],
@@ -67,6 +73,16 @@ COLUMNS: Columns = {
     "mean reward": lambda line: line["mean"],
     "reward at the end": lambda line: line["after"],
 }
+
+SPEEDUP: Columns = {
+    "task": lambda line: line["task"],
+    "beside SPPO": lambda line: line["variant"],
+    "tokens to the threshold": lambda line: line["tokens_to_sppo"],
+    "updates to it": lambda line: line["updates_to_sppo"],
+    "seconds to it": lambda line: line["seconds_to_sppo"],
+    "seconds to each one's own best": lambda line: line["own_best_to_sppo"],
+}
+"""One speed-up, counted in several ways: all over SPPO's, seed by seed."""
 
 
 def _rates(line: Row) -> str:

@@ -264,6 +264,8 @@ def test_costs_stand_beside_sppos_seed_by_seed():
     assert sppo["tokens_to_sppo"] is None
     assert grpo["tokens_to_sppo"].value == pytest.approx(math.sqrt(250 / 150))
     assert (grpo["reached"], grpo["runs"]) == (2, 2)
+    assert sppo["own_best_to_sppo"] is None
+    assert grpo["own_best_to_sppo"].value == pytest.approx(math.sqrt(300 / 200))  # of seeds: SPPO's at 200 and 300
     assert grpo["after"].value == pytest.approx(0.9)
 
 
