@@ -14,13 +14,16 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks import results
 from benchmarks.recipes import trainer_of
 from benchmarks.results import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST = {"resident_mb": 1.05, "seconds": 1.25}
 
@@ -84,19 +87,19 @@ def failures_of(rows: Sequence[Row]) -> list[str]:
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """Memory and seconds against updates."""
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    for axes, (name, label) in zip(
-        figure.subplots(2, sharex=True),
-        (("resident_mb", "resident memory, MB"), ("seconds", "seconds an update")),
-        strict=True,
-    ):
-        axes.plot([row["update"] for row in rows], [row[name] for row in rows], linewidth=1)
-        axes.set(ylabel=label, ylim=(0, None))
-        axes.grid(alpha=0.3)
-    axes.set_xlabel("update")
-    figure.savefig(path, dpi=100)
+    def fill(figure: Figure) -> None:
+        for axes, (name, label) in zip(
+            figure.subplots(2, sharex=True),
+            (("resident_mb", "resident memory, MB"), ("seconds", "seconds an update")),
+            strict=True,
+        ):
+            axes.plot([row["update"] for row in rows], [row[name] for row in rows], linewidth=1)
+            axes.set(ylabel=label, ylim=(0, None))
+            axes.grid(alpha=0.3)
+        axes.set_xlabel("update")
+
+    results.save_figure(path, (7, 5), fill)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,16 +15,18 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 
 import sppo_kernels
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], object]]
-NO_CHART = "no chart: matplotlib is not installed (pip install 'sppo-kernels[bench]')"
 
 
 class Chart(NamedTuple):
@@ -106,21 +108,30 @@ def _flat(row: Row, prefix: str = "") -> Iterable[tuple[str, object]]:
 
 
 def draw(path: Path, chart: Chart) -> None:
-    """A chart as a PNG file; without matplotlib, a word about it."""
+    """A chart as a PNG file."""
+    labels, values = zip(*chart.bars, strict=True)
+
+    def fill(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.barh(range(len(labels)), values, color="#4477aa")
+        axes.set_yticks(range(len(labels)), labels, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlabel(chart.unit)
+        if chart.limit is not None:
+            axes.axvline(chart.limit, color="#cc3311", linewidth=1)
+
+    save_figure(path, (9, 1 + 0.22 * len(labels)), fill)
+
+
+def save_figure(path: Path, size: tuple[float, float], fill: Callable[[Figure], None]) -> None:
+    """A figure of so many inches as a PNG file, once it is filled; without matplotlib, a word about it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(NO_CHART, file=sys.stderr)
+        print("no chart: matplotlib is not installed (pip install 'sppo-kernels[bench]')", file=sys.stderr)
         return
-    labels, values = zip(*chart.bars, strict=True)
-    figure = Figure(figsize=(9, 1 + 0.22 * len(labels)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(range(len(labels)), values, color="#4477aa")
-    axes.set_yticks(range(len(labels)), labels, fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel(chart.unit)
-    if chart.limit is not None:
-        axes.axvline(chart.limit, color="#cc3311", linewidth=1)
+    figure = Figure(figsize=size, layout="constrained")
+    fill(figure)
     _replace(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 

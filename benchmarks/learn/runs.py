@@ -95,7 +95,7 @@ def train(run: Run, policy: Path) -> Row:
         "task": run.task.name,
         "variant": run.variant,
         "learning_rate": run.learning_rate,
-        "critic_learning_rate": run.critic_learning_rate if trainer.algorithm.critic else None,
+        "critic_learning_rate": trainer.args.critic_learning_rate if trainer.algorithm.critic else None,
         "seed": run.seed,
         **{name: [point[name] for point in curve.points] for name in curve.points[0]},
     }

@@ -65,6 +65,9 @@ VARIANTS: dict[Task, dict[str, dict[str, Any]]] = {
     MIXED: {
         "sppo, critic of one layer": _SPPO | {"critic": "one layer"},
         "sppo, critic reads other prompts": _SPPO | {"algorithm": f"{__name__}:OtherPrompts"},
+        "sppo, critic's rate 1e-3": _SPPO | {"critic_learning_rate": 1e-3},
+        "sppo, critic's rate 1e-3, alone for 10 rollouts": _SPPO
+        | {"critic_learning_rate": 1e-3, "critic_warmup_steps": 10},
     },
     MIDDLE: {
         "grpo, 64 prompts": {"algorithm": "grpo", "per_device_train_batch_size": 512, "rollouts": 20},

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import results
 from benchmarks.allocations import GIB
 from benchmarks.train_memory.cases import SMALL_CRITIC, TOKEN_CRITIC
 from benchmarks.train_memory.step import KINDS, OWNERS
-from sppo.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DEVICE = 80 * GIB
 LEAST_SAVED = 11  # points of DEVICE
@@ -55,29 +57,26 @@ def failures_of(rows: Sequence[results.Row]) -> list[str]:
 
 def draw(path: Path, rows: Sequence[results.Row]) -> None:
     """Stacked bars: the policy's kinds, then the critic's in the same colours, hatched."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(results.NO_CHART, file=sys.stderr)
-        return
-    figure = Figure(figsize=(11, 1.5 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    colours = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
-    left = [0.0] * len(rows)
-    for owner, hatch in zip(OWNERS, ("", "////"), strict=True):
-        for kind, colour in zip(KINDS, colours, strict=True):
-            sizes = [row[owner][kind] / GIB for row in rows]
-            if any(sizes):
-                bars = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
-                axes.barh(range(len(rows)), sizes, left=left, label=f"{owner}: {kind}", **bars)
-            left = [a + b for a, b in zip(left, sizes, strict=True)]
-    labels = [
-        f"{row['model']} on {row['devices']}: {row['case']}{'' if row['operations'] else ', without'}" for row in rows
-    ]
-    axes.set_yticks(range(len(rows)), labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(DEVICE / GIB, color="#cc3311", linewidth=1)
-    axes.set_xlabel("peak of a training step on a device, GiB")
-    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.1))
-    with replacing(path) as staged:
-        figure.savefig(staged, format="png", dpi=100)
+
+    def fill(figure: Figure) -> None:
+        axes = figure.subplots()
+        colours = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+        left = [0.0] * len(rows)
+        for owner, hatch in zip(OWNERS, ("", "////"), strict=True):
+            for kind, colour in zip(KINDS, colours, strict=True):
+                sizes = [row[owner][kind] / GIB for row in rows]
+                if any(sizes):
+                    bars = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+                    axes.barh(range(len(rows)), sizes, left=left, label=f"{owner}: {kind}", **bars)
+                left = [a + b for a, b in zip(left, sizes, strict=True)]
+        labels = [
+            f"{row['model']} on {row['devices']}: {row['case']}{'' if row['operations'] else ', without'}"
+            for row in rows
+        ]
+        axes.set_yticks(range(len(rows)), labels, fontsize=8)
+        axes.invert_yaxis()
+        axes.axvline(DEVICE / GIB, color="#cc3311", linewidth=1)
+        axes.set_xlabel("peak of a training step on a device, GiB")
+        axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.1))
+
+    results.save_figure(path, (11, 1.5 + 0.3 * len(rows)), fill)

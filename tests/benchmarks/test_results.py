@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 
 import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import results
+from benchmarks import endurance, results
 
 ROWS = [{"a": 1, "b": {"c": 2.5, "d": None}}, {"a": "word, word", "e": 3}]
 
@@ -41,6 +42,14 @@ def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path):
     with pytest.raises(RuntimeError):
         results.write(path, "suite", rows=[Unwritable()])
     assert path.read_text() == before
+
+
+def test_without_matplotlib_there_are_results_and_a_word_about_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    results.write(tmp_path / "x.json", "suite", results.Chart("ms", [("one", 1.0)]), rows=ROWS)
+    endurance.draw(tmp_path / "y.png", [{"update": 1, "resident_mb": 1.0, "seconds": 1.0}])
+    assert capsys.readouterr().err.count("no chart: matplotlib is not installed") == 2
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv"}
 
 
 def test_columns_of_numbers_stand_to_the_right():
