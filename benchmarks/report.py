@@ -48,6 +48,7 @@ PAGES = (
     "docs/trainers.md",
 )
 GIB = 1 << 30
+VERSIONS = ("torch", "triton", "transformers", "python")
 _TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 Report = dict[str, Any]
@@ -114,6 +115,18 @@ def _learned(folder: Path) -> list[Row]:
 def memory_train_table(folder: Path) -> str:
     """A line a step, with our operations and without."""
     return markdown(_one(folder, "memory-train")["rows"], train_memory.COLUMNS)
+
+
+def files_table(folder: Path) -> str:
+    """A line a file of results: when, on what and with which versions it was made."""
+    reports = [{"file": path.name, **json.loads(path.read_text())} for path in sorted(folder.glob("*.json"))]
+    columns: results.Columns = {
+        "results": lambda row: f"`{row['file']}`",
+        "date": lambda row: row["date"].partition("T")[0],
+        "device": lambda row: row.get("device"),
+        **{name: lambda row, name=name: row["versions"].get(name) for name in VERSIONS},
+    }
+    return markdown([report for report in reports if "versions" in report], columns)
 
 
 def compile_table(folder: Path) -> str:
@@ -221,6 +234,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "learn-speedup": learn_speedup_table,
     "compile": compile_table,
     "passes": passes_table,
+    "files": files_table,
     "traffic": traffic_table,
     "quickstart": quickstart_table,
     "kernels": kernels_table,

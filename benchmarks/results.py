@@ -13,7 +13,9 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,19 +61,26 @@ def device_name(device: torch.device) -> str:
 
 def write(path: Path, suite: str, chart: Chart | None = None, **content: Any) -> None:
     """The results of a suite, with date and versions: JSON at ``path``, CSV and PNG beside it, each written whole."""
-    versions = {
-        "sppo_kernels": sppo_kernels.__version__,
-        "triton": triton.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    head = {"suite": suite, "date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
+    head = {"suite": suite, "date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, lambda file: file.write_text(json.dumps({**head, **content}, indent=1, default=str) + "\n"))
     if rows := content.get("rows"):
         _replace(path.with_suffix(".csv"), lambda file: _write_csv(file, rows))
     if chart and chart.bars:
         draw(path.with_suffix(".png"), chart)
+
+
+def versions() -> dict[str, str]:
+    """Of what results depend on; suites of the operations run without transformers too."""
+    found = {
+        "sppo_kernels": sppo_kernels.__version__,
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    with suppress(PackageNotFoundError):
+        found["transformers"] = version("transformers")
+    return found
 
 
 def conclude(text: str, failures: Sequence[str], path: Path) -> int:

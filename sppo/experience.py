@@ -275,7 +275,10 @@ class ExperienceStream(IterableDataset):
             for sample, value in zip(samples, judge.values(samples), strict=True):
                 sample.value = value
         everyone = self.gather(
-            [(s.reward, s.group, _name(s), len(s.response_ids), s.value, s.greedy_reward) for s in samples]
+            [
+                (s.reward, s.group, prompt_name(s.prompt_ids), len(s.response_ids), s.value, s.greedy_reward)
+                for s in samples
+            ]
         )
         if not everyone:
             return False
@@ -391,9 +394,9 @@ def _outcomes(everyone: Sequence[tuple[Any, ...]], mean_reward: float) -> Outcom
     )
 
 
-def _name(sample: Sample) -> str:
-    """Of a sample's prompt, short."""
-    return blake2b(repr(sample.prompt_ids).encode(), digest_size=8).hexdigest()
+def prompt_name(prompt_ids: Sequence[int]) -> str:
+    """Of a prompt's tokens, short: the same whenever it comes."""
+    return blake2b(repr(list(prompt_ids)).encode(), digest_size=8).hexdigest()
 
 
 def score_samples(

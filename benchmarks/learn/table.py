@@ -33,6 +33,7 @@ def compared(plans: Iterable[Plan]) -> list[Row]:
                     "own_best_to_sppo": _ratio_of_bests(pairs),
                     "before": statistics.fmean(run["reward"][0] for run in runs),
                     "mean": mean([mean_reward(run) for run in runs]),
+                    "mean_less_sppos": _difference(pairs),
                     "after": mean([run["reward"][-1] for run in runs]),
                 }
             )
@@ -56,6 +57,11 @@ def _ratio(pairs: list[tuple[Row, Row]], threshold: float, cost: str) -> Cost | 
     return at_least(ratios) if any(mine is None for mine, *_ in spent) else geometric_mean(ratios)
 
 
+def _difference(pairs: list[tuple[Row, Row]]) -> Cost | None:
+    """Of mean rewards, seed by seed."""
+    return mean([mean_reward(run) - mean_reward(other) for run, other in pairs]) if pairs else None
+
+
 def _ratio_of_bests(pairs: list[tuple[Row, Row]]) -> Cost | None:
     """Seconds to a run's own best reward, over those of SPPO's run to its own, whichever of the two is higher."""
     ratios = [own_best(run, "seconds") / own_best(other, "seconds") for run, other in pairs]
@@ -71,6 +77,7 @@ COLUMNS: Columns = {
     "times SPPO's tokens": lambda line: line["tokens_to_sppo"],
     "times SPPO's seconds": lambda line: line["seconds_to_sppo"],
     "mean reward": lambda line: line["mean"],
+    "less SPPO's": lambda line: line["mean_less_sppos"],
     "reward at the end": lambda line: line["after"],
 }
 

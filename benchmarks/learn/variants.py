@@ -8,12 +8,16 @@ as many as its task, and ``rates_of`` names the variant whose learning rates it 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sppo.algorithms import SPPO, Outcomes
+from benchmarks.learn import walks
+from benchmarks.learn.policy import tokenizer
+from sppo.algorithms import SPPO, Algorithm, Outcomes
+from sppo.experience import prompt_name
 
 OWN = ("critic", "rollouts", "rates_of")
 
@@ -61,16 +65,25 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 _SPPO = {"algorithm": "sppo", "rates_of": "sppo"}
 _FOUR = {"algorithm": "sppo", "per_device_train_batch_size": 16, "steps_per_generation": 4}
 _LIKE_FOUR = _FOUR | {"rates_of": "sppo, 4 updates a rollout"}
+_OTHER_PROMPTS = {"sppo, critic reads other prompts": _SPPO | {"algorithm": f"{__name__}:OtherPrompts"}}
+_CENTRED = {"sppo, centred": _SPPO | {"algorithm": f"{__name__}:Centred"}}
 VARIANTS: dict[Task, dict[str, dict[str, Any]]] = {
+    SHORT: {
+        **_OTHER_PROMPTS,
+        **_CENTRED,
+        "reinforce, 0.3": {"algorithm": "reinforce", "baseline": 0.3, "rates_of": "reinforce, one mean"},
+    },
     MIXED: {
         "sppo, critic of one layer": _SPPO | {"critic": "one layer"},
-        "sppo, critic reads other prompts": _SPPO | {"algorithm": f"{__name__}:OtherPrompts"},
+        **_OTHER_PROMPTS,
+        "reinforce, a mean a rule": {"algorithm": f"{__name__}:RuleMean", "rates_of": "reinforce, one mean"},
         "sppo, critic's rate 1e-3": _SPPO | {"critic_learning_rate": 1e-3},
         "sppo, critic's rate 1e-3, alone for 10 rollouts": _SPPO
         | {"critic_learning_rate": 1e-3, "critic_warmup_steps": 10},
     },
     MIDDLE: {
         "grpo, 64 prompts": {"algorithm": "grpo", "per_device_train_batch_size": 512, "rollouts": 20},
+        **_CENTRED,
         "sppo, sparse backward": _SPPO | {"logprobs_backward": "sparse"},
         "sppo, 4 updates a rollout": _FOUR,
         "sppo, 4 updates, clip 0.05": _LIKE_FOUR | {"epsilon": 0.05},
@@ -89,3 +102,34 @@ class OtherPrompts(SPPO):
         """See :class:`sppo.Algorithm`."""
         assert outcomes.values is not None
         return outcomes.rewards - torch.roll(outcomes.values, 1)
+
+
+class Centred(SPPO):
+    """SPPO with advantages that have a mean of 0 over the rollout, as those of groups and whitened ones do."""
+
+    def advantages(self, outcomes: Outcomes) -> Tensor:
+        """See :class:`sppo.Algorithm`."""
+        advantages = super().advantages(outcomes)
+        return advantages - advantages.mean()
+
+
+class RuleMean(Algorithm):
+    """What a critic can come to at best that is told what decides: a moving average of the rewards of each rule."""
+
+    defaults = SPPO.defaults
+
+    def advantages(self, outcomes: Outcomes) -> Tensor:
+        """See :class:`sppo.Algorithm`."""
+        rules = [_rules()[name] for name in outcomes.prompts]
+        expected = torch.tensor([self.state.get(rule, 0.5) for rule in rules])
+        for rule in sorted(set(rules)):
+            of_rule = outcomes.rewards[[other == rule for other in rules]].mean().item()
+            self.state[rule] = 0.7 * self.state.get(rule, 0.5) + 0.3 * of_rule
+        return outcomes.rewards - expected
+
+
+@cache
+def _rules() -> dict[str, str]:
+    """The rule of each prompt, by the name that outcomes have for it."""
+    prompts = walks.prompts("train")
+    return {prompt_name(ids): prompt[0] for prompt, ids in zip(prompts, tokenizer()(prompts)["input_ids"], strict=True)}

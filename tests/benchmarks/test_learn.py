@@ -20,11 +20,12 @@ from benchmarks.learn import intervals, policy, walks
 from benchmarks.learn.plan import Plan
 from benchmarks.learn.runs import Run, config_of
 from benchmarks.learn.table import compared
-from benchmarks.learn.variants import ALGORITHMS, MIDDLE, MIXED, VARIANTS, OtherPrompts
+from benchmarks.learn.variants import ALGORITHMS, MIDDLE, MIXED, VARIANTS, Centred, OtherPrompts, RuleMean
 from benchmarks.report import ROOT
 from sppo import SPPOConfig
 from sppo.algorithms import Outcomes
 from sppo.checkpoint import sole_run
+from sppo.experience import prompt_name
 
 # The task
 
@@ -233,7 +234,7 @@ def test_all_that_is_compared_has_settings_that_exist(tmp_path):
         assert args.eval_steps == (1 if larger else 5) * args.updates_per_rollout, name
 
 
-def test_values_of_other_prompts_are_as_good_a_mean():
+def test_what_the_variants_make_of_values():
     outcomes = Outcomes(
         rewards=torch.tensor([1.0, 0.0, 1.0]),
         group_ids=torch.arange(3),
@@ -243,6 +244,24 @@ def test_values_of_other_prompts_are_as_good_a_mean():
         values=torch.tensor([0.9, 0.1, 0.5]),
     )
     assert OtherPrompts(None).advantages(outcomes).tolist() == pytest.approx([0.5, -0.9, 0.9])
+    mean = (0.1 - 0.1 + 0.5) / 3
+    assert Centred(None).advantages(outcomes).tolist() == pytest.approx([0.1 - mean, -0.1 - mean, 0.5 - mean])
+
+
+def test_a_mean_a_rule_is_of_the_rewards_before():
+    prompts = ["A12", "A34", "H56"]
+    names = [prompt_name(ids) for ids in policy.tokenizer()(prompts)["input_ids"]]
+    outcomes = Outcomes(
+        rewards=torch.tensor([1.0, 0.0, 1.0]),
+        group_ids=torch.arange(3),
+        prompts=names,
+        lengths=torch.ones(3, dtype=torch.int64),
+        mean_reward=0.5,
+    )
+    algorithm = RuleMean(None)
+    assert algorithm.advantages(outcomes).tolist() == pytest.approx([0.5, -0.5, 0.5])
+    assert algorithm.advantages(outcomes).tolist() == pytest.approx([0.5, -0.5, 0.35])
+    assert algorithm.state == pytest.approx({"A": 0.5, "H": 0.755})
 
 
 def lines_of(curves):
@@ -264,7 +283,8 @@ def test_costs_stand_beside_sppos_seed_by_seed():
     assert sppo["tokens_to_sppo"] is None
     assert grpo["tokens_to_sppo"].value == pytest.approx(math.sqrt(250 / 150))
     assert (grpo["reached"], grpo["runs"]) == (2, 2)
-    assert sppo["own_best_to_sppo"] is None
+    assert sppo["own_best_to_sppo"] is sppo["mean_less_sppos"] is None
+    assert grpo["mean_less_sppos"].value == pytest.approx(-0.6 / 4 / 2)  # one seed is behind by one evaluation of four
     assert grpo["own_best_to_sppo"].value == pytest.approx(math.sqrt(300 / 200))  # of seeds: SPPO's at 200 and 300
     assert grpo["after"].value == pytest.approx(0.9)
 

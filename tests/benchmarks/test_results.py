@@ -21,7 +21,7 @@ def test_rows_are_written_as_csv_and_drawn(tmp_path):
     report = json.loads(path.read_text())
     assert report["rows"] == ROWS
     assert report["suite"] == "suite"
-    assert report["versions"].keys() == {"sppo_kernels", "triton", "torch", "python"}
+    assert report["versions"].keys() == {"sppo_kernels", "triton", "torch", "python", "transformers"}
     with path.with_suffix(".csv").open() as file:
         first, second = csv.DictReader(file)
     assert first == {"a": "1", "b.c": "2.5", "b.d": "", "e": ""}
