@@ -66,10 +66,12 @@ _SPPO = {"algorithm": "sppo", "rates_of": "sppo"}
 _FOUR = {"algorithm": "sppo", "per_device_train_batch_size": 16, "steps_per_generation": 4}
 _LIKE_FOUR = _FOUR | {"rates_of": "sppo, 4 updates a rollout"}
 _OTHER_PROMPTS = {"sppo, critic reads other prompts": _SPPO | {"algorithm": f"{__name__}:OtherPrompts"}}
+_FASTER_CRITIC = {"sppo, critic's rate 1e-3": _SPPO | {"critic_learning_rate": 1e-3}}
 _CENTRED = {"sppo, centred": _SPPO | {"algorithm": f"{__name__}:Centred"}}
 VARIANTS: dict[Task, dict[str, dict[str, Any]]] = {
     SHORT: {
         **_OTHER_PROMPTS,
+        **_FASTER_CRITIC,
         **_CENTRED,
         "reinforce, 0.3": {"algorithm": "reinforce", "baseline": 0.3, "rates_of": "reinforce, one mean"},
     },
@@ -77,7 +79,7 @@ VARIANTS: dict[Task, dict[str, dict[str, Any]]] = {
         "sppo, critic of one layer": _SPPO | {"critic": "one layer"},
         **_OTHER_PROMPTS,
         "reinforce, a mean a rule": {"algorithm": f"{__name__}:RuleMean", "rates_of": "reinforce, one mean"},
-        "sppo, critic's rate 1e-3": _SPPO | {"critic_learning_rate": 1e-3},
+        **_FASTER_CRITIC,
         "sppo, critic's rate 1e-3, alone for 10 rollouts": _SPPO
         | {"critic_learning_rate": 1e-3, "critic_warmup_steps": 10},
     },
