@@ -6,8 +6,8 @@ algorithm and task the learning rates, the critic's too, are the best of a few b
 come the runs that count, and those of variants that take SPPO apart, task after task.
 
 Runs are processes of one thread, as many at a time as there are workers; each is written down when it is done, and the
-same command goes on where it was stopped. On 2 cores all of it takes about two and a half hours; ``--quick`` walks
-through it. The exit code is 1 when a run breaks, not when one does not learn.
+same command goes on where it was stopped. On 2 cores all of it takes about three hours; ``--quick`` walks through
+it. The exit code is 1 when a run breaks, not when one does not learn.
 """
 
 from __future__ import annotations
