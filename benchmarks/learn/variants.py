@@ -116,7 +116,7 @@ class Centred(SPPO):
 
 
 class RuleMean(Algorithm):
-    """What a critic can come to at best that is told what decides: a moving average of the rewards of each rule."""
+    """A moving average of the rewards of each rule: about what a critic could know that has understood what decides."""
 
     defaults = SPPO.defaults
 
