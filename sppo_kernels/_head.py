@@ -42,6 +42,7 @@ try:
     import triton
     import triton.language as tl
 
+    from ._triton import launch
     from .ops.selective_logprobs import launch_shape, scaled_logits
 except ImportError:
     triton = None
@@ -518,7 +519,7 @@ if triton is not None:
         n, vocab = kept.shape
         if n:
             shape = launch_shape(KEEP_CONFIGS, logits)
-            _keep_kernel[(n, triton.cdiv(vocab, shape["BLOCK"]))](
+            launch(_keep_kernel, (n, triton.cdiv(vocab, shape["BLOCK"])),
                 logits, labels, temperature, stats, kept, temperature.stride(0), stats.shape[1], vocab, softcap,
                 HAS_SOFTCAP=softcap > 0, **shape,
             )  # fmt: skip

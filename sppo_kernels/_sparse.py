@@ -48,6 +48,7 @@ try:
     import triton
     import triton.language as tl
 
+    from ._triton import launch
     from .ops.selective_logprobs import FORWARD, add_block, fitted, scaled_logits
 except ImportError:
     triton = None
@@ -354,12 +355,12 @@ if triton is not None:
         noted = new(n, room, dtype=torch.int32), new(n, dtype=torch.int32), new(n)
         log_floor, has_softcap = math.log(tolerance / capacity), softcap > 0
         if n:
-            _note_kernel[(n,)](
+            launch(_note_kernel, (n,),
                 logits, labels, temperature, logprobs, entropy, stats, *noted, temperature.stride(0), n, vocab, softcap,
                 tolerance, log_floor, capacity, KNOWN=known is not None, HAS_SOFTCAP=has_softcap, ROOM=room,
                 **fitted(FORWARD.default, vocab),
             )  # fmt: skip
-            _fill_kernel[(n,)](
+            launch(_fill_kernel, (n,),
                 logits, labels, temperature, stats, *noted, index, value, count, dropped, temperature.stride(0), n,
                 vocab, softcap, tolerance, math.log(tolerance), log_floor, capacity, HAS_SOFTCAP=has_softcap, ROOM=room,
                 STEPS=_BISECTIONS, NATS_BELOW_FLOOR=_NATS_BELOW_FLOOR, num_warps=max(1, room // 256),
@@ -384,7 +385,7 @@ if triton is not None:
     def _launch_weighted_rows(out, place, first, last, index, weight, rows):
         if len(place):
             block = min(128, triton.next_power_of_2(out.shape[1]))
-            _weighted_rows_kernel[(len(place), triton.cdiv(out.shape[1], block))](
+            launch(_weighted_rows_kernel, (len(place), triton.cdiv(out.shape[1], block)),
                 out, place, index, weight, first, last, rows, *rows.stride(), out.shape[1],
                 BLOCK_E=32, BLOCK_H=block, num_warps=4,
             )  # fmt: skip

@@ -1,9 +1,26 @@
-"""Device functions that several kernels share. Imported only where Triton is installed."""
+"""What the Triton kernels share: their launch, and device functions. Imported only where Triton is installed."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    """Run ``kernel[grid](*arguments, **settings)`` on the device of its first tensor.
+
+    Triton launches on the current device, which need not be the one that holds the tensors: with
+    ``device_map="auto"`` the output embedding lies on the last GPU while the current device is the first.
+    """
+    device = next(x.device for x in arguments if isinstance(x, Tensor))
+    guard = nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    with guard:
+        kernel[grid](*arguments, **settings)
 
 
 @triton.jit

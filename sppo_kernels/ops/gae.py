@@ -20,6 +20,8 @@ from .._common import NAMESPACE, check_device, check_floating, check_shape, chec
 try:
     import triton
     import triton.language as tl
+
+    from .._triton import launch
 except ImportError:
     triton = None
 
@@ -176,7 +178,9 @@ if triton is not None:
         advantages, returns = (torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device) for _ in range(2))
         rows, length = rewards.shape
         if rewards.numel():
-            _kernel[(rows,)](
+            launch(
+                _kernel,
+                (rows,),
                 rewards.contiguous(),
                 values.contiguous(),
                 mask.contiguous(),

@@ -30,6 +30,8 @@ from .._common import (
 try:
     import triton
     import triton.language as tl
+
+    from .._triton import launch
 except ImportError:
     triton = None
 
@@ -160,7 +162,9 @@ if triton is not None:
         advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
         n, rows = rewards.shape[0], 32
         if n:
-            _kernel[(triton.cdiv(n, rows),)](
+            launch(
+                _kernel,
+                (triton.cdiv(n, rows),),
                 rewards.contiguous(),
                 group_ids.contiguous(),
                 advantages,

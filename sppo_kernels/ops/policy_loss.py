@@ -48,7 +48,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .._triton import is_last_program
+    from .._triton import is_last_program, launch
 except ImportError:
     triton = None
 
@@ -793,7 +793,9 @@ if triton is not None:
         loss, metrics, gradient, scale = new(), new(len(METRICS)), new(logprobs.shape[0]), new()
         masked_mean = mask is not None and s.mean_in_sequence
         config = CONFIGS.config(logprobs.shape[0] // sequences, logprobs.itemsize)
-        _kernel[(sequences,)](
+        launch(
+            _kernel,
+            (sequences,),
             *(None if x is None else x.contiguous() for x in inputs),
             loss,
             metrics,

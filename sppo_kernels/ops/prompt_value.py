@@ -37,7 +37,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .._triton import is_last_program
+    from .._triton import is_last_program, launch
 except ImportError:
     triton = None
 
@@ -454,7 +454,9 @@ if triton is not None:
         prompts, width = last_index.shape[0], hidden.shape[2]
         logits = torch.empty(prompts, dtype=torch.float32, device=hidden.device)
         if prompts:
-            _forward_kernel[(prompts,)](
+            launch(
+                _forward_kernel,
+                (prompts,),
                 hidden,
                 weight.contiguous(),
                 bias,
@@ -494,7 +496,9 @@ if triton is not None:
         prompts, width = last_index.shape[0], hidden.shape[2]
         if prompts:
             block = min(1024, triton.next_power_of_2(width))
-            _grad_hidden_kernel[(prompts, triton.cdiv(width, block))](
+            launch(
+                _grad_hidden_kernel,
+                (prompts, triton.cdiv(width, block)),
                 grad_logits.contiguous(),
                 weight.contiguous(),
                 last_index.contiguous(),
@@ -512,7 +516,9 @@ if triton is not None:
     def _triton_grad_weight(grad_logits, hidden, weight, last_index):
         dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         block = 64
-        _grad_weight_kernel[(triton.cdiv(hidden.shape[2], block),)](
+        launch(
+            _grad_weight_kernel,
+            (triton.cdiv(hidden.shape[2], block),),
             grad_logits.contiguous(),
             hidden,
             last_index.contiguous(),

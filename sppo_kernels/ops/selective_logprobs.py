@@ -37,7 +37,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .._triton import tanh
+    from .._triton import launch, tanh
 except ImportError:
     triton = None
 
@@ -469,7 +469,9 @@ if triton is not None:
         n, vocab = labels.shape[0], logits.shape[-1]
         logprobs, entropy, stats = (logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (2, n)))
         if n:
-            _forward_kernel[(n,)](
+            launch(
+                _forward_kernel,
+                (n,),
                 logits,
                 labels.contiguous(),
                 temperature,
@@ -493,8 +495,10 @@ if triton is not None:
     ):
         n, vocab = labels.shape[0], logits.shape[-1]
         if n:
-            launch = launch_shape(BACKWARD, logits)
-            _backward_kernel[(n, triton.cdiv(vocab, launch["BLOCK"]))](
+            shape = launch_shape(BACKWARD, logits)
+            launch(
+                _backward_kernel,
+                (n, triton.cdiv(vocab, shape["BLOCK"])),
                 grad_logprobs.contiguous(),
                 grad_entropy.contiguous(),
                 logits,
@@ -511,7 +515,7 @@ if triton is not None:
                 softcap,
                 ignore_index,
                 HAS_SOFTCAP=softcap > 0,
-                **launch,
+                **shape,
             )
 
     ROW_PASSES["triton"] = RowPass(_triton_forward, _triton_backward)

@@ -18,6 +18,8 @@ from .._common import NAMESPACE, check_device, check_floating, check_shape, chec
 try:
     import triton
     import triton.language as tl
+
+    from .._triton import launch
 except ImportError:
     triton = None
 
@@ -132,9 +134,20 @@ if triton is not None:
         if n:
             blocks = triton.cdiv(n, block)
             partial = torch.empty(3, blocks, dtype=torch.float32, device=x.device)
-            _moments_kernel[(blocks,)](x, mask, partial, n, blocks, BLOCK=block, num_warps=4)
-            _normalize_kernel[(blocks,)](
-                x, mask, partial, y, n, blocks, EPS=EPS, BLOCKS_AT_ONCE=256, BLOCK=block, num_warps=4
+            launch(_moments_kernel, (blocks,), x, mask, partial, n, blocks, BLOCK=block, num_warps=4)
+            launch(
+                _normalize_kernel,
+                (blocks,),
+                x,
+                mask,
+                partial,
+                y,
+                n,
+                blocks,
+                EPS=EPS,
+                BLOCKS_AT_ONCE=256,
+                BLOCK=block,
+                num_warps=4,
             )
         return y
 

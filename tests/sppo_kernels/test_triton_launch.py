@@ -1,0 +1,65 @@
+"""Every kernel is launched on the device of its tensors, whatever the current device is."""
+
+from __future__ import annotations
+
+import ast
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import sppo_kernels
+
+pytest.importorskip("triton")
+
+from sppo_kernels._triton import launch
+
+PACKAGE = Path(sppo_kernels.__file__).parent
+
+
+class Recorder:
+    """A stand-in for a kernel that notes which device was current when it was launched."""
+
+    def __init__(self, monkeypatch):
+        self.current, self.launches = torch.device("cuda:0"), []
+        monkeypatch.setattr(torch.cuda, "device", self._guard)
+
+    @contextmanager
+    def _guard(self, device):
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **settings: self.launches.append((self.current, grid, arguments, settings))
+
+
+def test_launch_makes_the_device_of_the_tensors_current(monkeypatch):
+    kernel = Recorder(monkeypatch)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(4, device="cuda:1")
+    launch(kernel, (3,), None, x, 7, BLOCK=8)
+    assert kernel.launches == [(torch.device("cuda:1"), (3,), (None, x, 7), {"BLOCK": 8})]
+    assert kernel.current == torch.device("cuda:0")
+
+
+def test_launch_on_a_cpu_needs_no_guard(monkeypatch):
+    kernel = Recorder(monkeypatch)
+    launch(kernel, (1,), torch.zeros(2))
+    assert len(kernel.launches) == 1
+
+
+def test_no_kernel_is_launched_without_the_guard():
+    """``kernel[grid](...)`` stands in ``launch`` alone."""
+    found = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Subscript)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id.endswith("kernel")
+    ]
+    assert [place.partition(":")[0] for place in found] == ["_triton.py"]
