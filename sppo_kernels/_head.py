@@ -35,7 +35,7 @@ from . import _coverage as coverage
 from . import _sparse as sparse
 from . import _vocab_shard as vocab_shard
 from ._common import without_autocast
-from .ops.selective_logprobs import ROW_PASSES, rows_per_block, safe_labels, scaled_rows
+from .ops.selective_logprobs import ROW_PASSES, rows_per_block, safe_labels, scaled_rows, softcap_derivative
 from .tuning import Config, Tunable
 
 try:
@@ -483,11 +483,11 @@ def _torch_keep(logits, labels, temperature, stats, softcap, kept):
     """Logits [1, C, V] -> E in kept, of as many rows as there is room for: [rows, V], rows <= C."""
     inside, label = safe_labels(labels, kept.shape[1])
     for rows in torch.arange(len(kept), device=kept.device).split(rows_per_block(kept.shape[1])):
-        z, capped = scaled_rows(logits[0, rows], temperature[rows], softcap)
+        z, ratio = scaled_rows(logits[0, rows], temperature[rows], softcap)
         e = (z - stats[0, rows, None] - stats[1, rows, None]).exp_().neg_()
         e.scatter_add_(-1, label[rows, None], inside[rows, None].float())
-        if capped is not None:
-            e *= 1 - capped.square_()
+        if ratio is not None:
+            e *= softcap_derivative(ratio)
         kept[rows] = e.to(kept.dtype)
 
 
@@ -504,11 +504,11 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         tau = tl.load(tau_ptr + row * stride_tau)
-        z, capped = scaled_logits(x_ptr + row * V, col, 1, V, softcap, tau, HAS_SOFTCAP)
+        z, slope = scaled_logits(x_ptr + row * V, col, 1, V, softcap, tau, HAS_SOFTCAP)
         p = tl.exp(z - tl.load(stat_ptr + row) - tl.load(stat_ptr + C + row))
         e = tl.where(col == tl.load(label_ptr + row), 1.0 - p, -p)
         if HAS_SOFTCAP:
-            e *= 1.0 - capped * capped
+            e *= slope
         tl.store(kept_ptr + row * V + col, e, mask=col < V)
 
     # As selective_logprobs's backward, which does the same to the same rows.

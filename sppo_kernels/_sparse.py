@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .ops.selective_logprobs import row_statistics, rows_per_block, safe_labels, scaled_rows
+from .ops.selective_logprobs import row_statistics, rows_per_block, safe_labels, scaled_rows, softcap_derivative
 
 try:
     import triton
@@ -119,7 +119,7 @@ def _torch_select(logits, labels, temperature, softcap, tolerance, known, index,
     noted = []
     for first in range(0, n, height):
         rows = slice(first, min(n, first + height))
-        z, capped = scaled_rows(logits[0, rows], temperature[rows], softcap)
+        z, ratio = scaled_rows(logits[0, rows], temperature[rows], softcap)
         e = buffer[: len(z)]
         if known is None:
             stats[0, rows], target, total = row_statistics(z, labels[rows], e)
@@ -131,7 +131,7 @@ def _torch_select(logits, labels, temperature, softcap, tolerance, known, index,
             torch.exp(z.sub_(known[0, rows, None]), out=e)
         mass = total if known is None else e.sum(-1)
         row, column, p, is_label = _above(e, mass, total, labels[rows], tolerance, index.shape[1])
-        slope = 1.0 if capped is None else 1 - capped[row, column].square()
+        slope = 1.0 if ratio is None else softcap_derivative(ratio[row, column])
         noted.append((row + first, column, p, is_label, torch.where(is_label, 1 - p, -p) * slope))
         passed_over[rows] = e.sum(-1) / total
     row, column, p, is_label, entry = (torch.cat(parts) for parts in zip(*noted, strict=True))
@@ -226,7 +226,7 @@ if triton is not None:
         label = tl.load(label_ptr + row)
         tau = tl.load(tau_ptr + row * stride_tau)
         in_range = (label >= 0) & (label < V)
-        target, _target_capped = scaled_logits(x_ptr, tl.where(in_range, label, 0), 1, V, softcap, tau, HAS_SOFTCAP)
+        target, _slope_at_target = scaled_logits(x_ptr, tl.where(in_range, label, 0), 1, V, softcap, tau, HAS_SOFTCAP)
         label = tl.where(in_range, label, -1).to(tl.int32)  # on another rank: no column, not even a masked one past V
         lanes = tl.arange(0, BLOCK)
         found = tl.zeros([], tl.int32)
@@ -257,6 +257,7 @@ if triton is not None:
             tl.store(stat_ptr + N + row, log_total)
             left_out = tl.sum(beyond, 0) / total
             again = (found > ROOM) & (K / total >= 1.0 - tolerance)
+        tl.debug_barrier()  # the second pass overwrites what other threads stored in the first
         if again:
             found = tl.zeros([], tl.int32)
             beyond = tl.zeros([BLOCK], tl.float32)
@@ -287,7 +288,7 @@ if triton is not None:
         noted = lane < found
         column = tl.load(noted_ptr + row * ROOM + lane, mask=noted, other=V)
         tau = tl.load(tau_ptr + row * stride_tau)
-        z, capped = scaled_logits(x_ptr + row * V, column, 1, V, softcap, tau, HAS_SOFTCAP)
+        z, slope = scaled_logits(x_ptr + row * V, column, 1, V, softcap, tau, HAS_SOFTCAP)
         p = tl.where(noted, tl.exp(z - m - log_total), 0.0)
         is_label = noted & (column == label)
         loose = tl.where(is_label, 0.0, p)
@@ -307,7 +308,7 @@ if triton is not None:
         enough = (found <= ROOM) & (dropped <= tolerance) & (count <= K)  # NaN is not at most anything
         entry = tl.where(is_label, 1.0 - p, -p)
         if HAS_SOFTCAP:
-            entry *= 1.0 - capped * capped
+            entry *= slope
         keep &= place <= tl.where(enough, K, 0)
         slot = row * K + place - 1
         tl.store(index_ptr + slot, column, mask=keep)
@@ -322,7 +323,8 @@ if triton is not None:
         tl.store(noted_ptr + place, column, mask=near & (place < ROOM))
         return tl.max(place, 0) + 1
 
-    # One program a range of the list and block of columns; 32 rows of the range at a time.
+    # One program per range of the list and block of columns, BLOCK_E rows of the range at a time. Partial sums are
+    # reduced after the loop: a reduction in each iteration would overwrite shared memory that threads still read.
     @triton.jit
     def _weighted_rows_kernel(
         out_ptr, place_ptr, index_ptr, weight_ptr, first_ptr, last_ptr, rows_ptr, stride_row, stride_column, H,
@@ -332,16 +334,16 @@ if triton is not None:
         column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
         first = tl.load(first_ptr + i)
         last = tl.load(last_ptr + i)
-        total = tl.zeros([BLOCK_H], tl.float32)
+        total = tl.zeros([BLOCK_E, BLOCK_H], tl.float32)
         for start in range(first, last, BLOCK_E):
             entry = start + tl.arange(0, BLOCK_E)
             row = tl.load(index_ptr + entry, mask=entry < last, other=0)
             weight = tl.load(weight_ptr + entry, mask=entry < last, other=0.0)
             mask = (entry < last)[:, None] & (column < H)[None, :]
             x = tl.load(rows_ptr + row[:, None] * stride_row + column[None, :] * stride_column, mask=mask, other=0.0)
-            total += tl.sum(weight[:, None] * x.to(tl.float32), 0)
+            total += weight[:, None] * x.to(tl.float32)
         out_ptr += tl.load(place_ptr + i) * H + column
-        tl.store(out_ptr, tl.load(out_ptr, mask=column < H, other=0.0) + total, mask=column < H)
+        tl.store(out_ptr, tl.load(out_ptr, mask=column < H, other=0.0) + tl.sum(total, 0), mask=column < H)
 
     # In the blocks that selective_logprobs's forward has unless it is tuned, so that log-probabilities have the bits
     # that they have without selection. Its larger candidates leave selection no registers.

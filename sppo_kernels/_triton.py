@@ -39,6 +39,13 @@ def tanh(x):
 
 
 @triton.jit
+def tanh_derivative(x):
+    """1 - tanh(x)^2 as 4 e / (1 + e)^2 with e = exp(-2|x|), which does not cancel where tanh saturates."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def is_last_program(counter_ptr, n_programs):
     """Whether all other programs of this launch have stored what they stored before calling this.
 

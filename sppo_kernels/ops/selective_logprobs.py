@@ -37,7 +37,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .._triton import launch, tanh
+    from .._triton import launch, tanh, tanh_derivative
 except ImportError:
     triton = None
 
@@ -242,11 +242,17 @@ def rows_per_block(vocab: int) -> int:
 
 
 def scaled_rows(x: Tensor, temperature: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
-    """z of rows x [R, V], which is written over x, and tanh(x / s) where there is a cap."""
+    """z of rows x [R, V], which is written over x, and x / s where there is a cap."""
     if not softcap:
         return x.div_(temperature[:, None]), None
-    capped = torch.tanh(x / softcap)
-    return torch.mul(capped, softcap, out=x).div_(temperature[:, None]), capped
+    ratio = x / softcap
+    return torch.tanh(ratio, out=x).mul_(softcap).div_(temperature[:, None]), ratio
+
+
+def softcap_derivative(ratio: Tensor) -> Tensor:
+    """d cap(x) / dx at x / s = ``ratio``: 1 - tanh^2, written so that it does not cancel where tanh saturates."""
+    e = (-2 * ratio.abs()).exp_()
+    return 4 * e / (1 + e).square_()
 
 
 def safe_labels(labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
@@ -300,15 +306,15 @@ def _torch_backward(
     rows_out = dx.zero_().view(-1, logits.shape[-1])
     live = torch.where((grad_logprobs != 0) | (grad_entropy != 0), labels, ignore_index)
     for index in _row_blocks(logits, live, ignore_index):
-        z, capped = scaled_rows(_block_of_rows(logits, index), temperature[index], softcap)
+        z, ratio = scaled_rows(_block_of_rows(logits, index), temperature[index], softcap)
         logp = z - stats[0, index, None] - stats[1, index, None]
         p = logp.exp()
         inside, label = safe_labels(labels[index], z.shape[-1])
         e = (-p).scatter_add_(-1, label[:, None], inside[:, None].float())  # 1 - p first: it is exact near p = 1
         spread = logp.clamp_(min=_LOG_ZERO) + entropy[index, None]
         g = grad_logprobs[index, None] * e - grad_entropy[index, None] * p * spread
-        if capped is not None:
-            g *= 1 - capped.square_()
+        if ratio is not None:
+            g *= softcap_derivative(ratio)
         rows_out[index] = (g / temperature[index, None]).to(dx.dtype)
 
 
@@ -321,13 +327,16 @@ if triton is not None:
 
     @triton.jit
     def scaled_logits(x_ptr, col, stride_v, V, softcap, tau, HAS_SOFTCAP: tl.constexpr):
-        """z of a block of columns, float32, and tanh(x / s). Columns past V are -inf after the cap, not before it."""
+        """z of a block of columns, float32, and the cap's derivative (without a cap: nothing of use).
+
+        Columns past V are -inf after the cap, not before it.
+        """
         x = tl.load(x_ptr + col.to(tl.int64) * stride_v, mask=col < V, other=0.0).to(tl.float32)
-        capped = x
+        slope = x
         if HAS_SOFTCAP:
-            capped = tanh(x / softcap)
-            x = softcap * capped
-        return tl.where(col < V, x / tau, float("-inf")), capped
+            slope = tanh_derivative(x / softcap)
+            x = softcap * tanh(x / softcap)
+        return tl.where(col < V, x / tau, float("-inf")), slope
 
     # A row goes by once:
     #
@@ -432,14 +441,14 @@ if triton is not None:
             return
         tau = tl.load(tau_ptr + row * stride_tau)
         x_ptr += (row // T) * stride_b + (row % T) * stride_t
-        z, capped = scaled_logits(x_ptr, col, stride_v, V, softcap, tau, HAS_SOFTCAP)
+        z, slope = scaled_logits(x_ptr, col, stride_v, V, softcap, tau, HAS_SOFTCAP)
         logp = z - tl.load(stat_ptr + row) - tl.load(stat_ptr + N + row)
         p = tl.exp(logp)
         e = tl.where(col == label, 1.0 - p, -p)  # before it is multiplied: 1 - p is exact near p = 1
         g = g_logprob * e - tl.where(p > 0.0, g_entropy * p * (logp + tl.load(entropy_ptr + row)), 0.0)
         g = g / tau
         if HAS_SOFTCAP:
-            g *= 1.0 - capped * capped
+            g *= slope
         tl.store(dx_ptr, g, mask=col < V)
 
     # Eight elements a thread: 16 bytes of a half-precision row in one load, and registers left for s and t. The others

@@ -139,6 +139,22 @@ def test_sequences_of_one_and_of_many_tokens(tokens):
     check(backend, **inputs(tokens, 5, 13, torch.bfloat16))
 
 
+@pytest.mark.parametrize("backward", ["recompute", "cache", "sparse"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_softcap_where_it_saturates(backend, backward):
+    """The weight is the identity, so that the gradient of hidden is that of the logits."""
+    hidden = torch.tensor([[8.0, -8.5, 6.0, -4.0, 7.3, 0.5]], device=DEVICE)
+    weight, label = torch.eye(6, device=DEVICE), torch.tensor([1], device=DEVICE)
+
+    def gradient(op, dtype, **settings):
+        x = hidden.to(dtype).requires_grad_()
+        return torch.autograd.grad(op(x, weight.to(dtype), label, softcap=1.0, **settings).logprobs.sum(), x)[0]
+
+    got = gradient(linear_logprobs, torch.float32, backend=backend, backward=backward)
+    exact = gradient(reference.linear_logprobs, torch.float64)
+    torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0])
 @each_way
 def test_softcap_where_the_label_is_next_to_impossible(backend, backward, temperature):

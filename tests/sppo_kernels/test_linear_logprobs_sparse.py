@@ -193,6 +193,25 @@ def test_rows_of_many_entries_are_summed_in_pieces(backend):
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 16, 32, 130])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weighted_rows_of_any_width(backend, width):
+    """Ranks of adapters among them; ranges of several blocks of entries; rows that lie apart."""
+    lengths = torch.tensor([0, 1, 33, 100, 64])
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(DEVICE)
+    index, weight, rows = randint(0, 9, int(lengths.sum())), randn(int(lengths.sum())), randn(9, 2 * width)[:, ::2]
+    place = torch.tensor([4, 0, 2, 5, 1], device=DEVICE)
+    out = randn(6, width)
+    want, again = out.double(), out.clone()
+    for i in range(len(lengths)):
+        part = slice(int(bounds[i]), int(bounds[i + 1]))
+        want[place[i]] += weight[part].double() @ rows[index[part]].double()
+    for result in (out, again):
+        _sparse.WEIGHTED_ROWS[backend](result, place, index, weight, bounds, rows)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-4)
+    assert torch.equal(out, again)
+
+
 @pytest.mark.parametrize(("value", "says"), [(0, "at least 1, got 0"), (2000, "at most 1024.*got 2000")])
 def test_wrong_capacity_is_named(value, says):
     with pytest.raises(ValueError, match=f"max_entries must be {says}"):

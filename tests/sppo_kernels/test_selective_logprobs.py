@@ -93,6 +93,22 @@ def test_enormous_logits_through_softcap_and_low_temperature(backend):
     check(backend, logits, randint(0, 70, 3), temperature=1e-2)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_softcap_where_it_saturates(backend):
+    """The cap's derivative, down to 6e-8 here, keeps its leading digits: ``1 - tanh^2`` in float32 would lose them."""
+    logits = torch.tensor([[8.0, -8.5, 6.0, -4.0, 7.3, 0.5]], device=DEVICE)
+    label = torch.tensor([1], device=DEVICE)
+
+    def gradient(op, x, **settings):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(op(x, label, softcap=1.0, **settings).logprobs.sum(), x)[0]
+
+    exact = gradient(reference.selective_logprobs, logits.double())
+    torch.testing.assert_close(
+        gradient(selective_logprobs, logits, backend=backend).double(), exact, rtol=2e-5, atol=0.0
+    )
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_impossible_tokens(backend, softcap):
