@@ -18,8 +18,9 @@ averaged over 100,000 tokens leaves upstream gradients that it could not carry.
 
 Memory beyond inputs and gradients: ``chunk_bytes`` for E and the logits under way, 4 V H bytes of d weight where it is
 wanted, and what is kept (the PyTorch backend's forward, where it keeps E of a block: up to a third of ``chunk_bytes``
-more). E is a block of four chunks of logits, because d weight is read and written once a block,
-8 V H bytes, which have to hide behind the 6 H V operations that each of the block's tokens costs.
+more). E is a block of four chunks of logits, because d weight is read and written once a block, 8 V H bytes, which have
+to hide behind the 6 H V operations that each of the block's tokens costs. Rows of logits and of E begin at multiples of
+64 elements, so that matrix products can copy 16 bytes at a time for any V.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ except ImportError:
 
 EXACT, EXACT_FROM_KEPT = -1, -2  # counts of entries that are none
 _AUTO_BUDGET_CPU = 1 << 30
+_ROW_MULTIPLE = 64  # elements: 128 bytes in half precision, for any V
 
 _log = logging.getLogger(__name__)
 
@@ -73,10 +75,15 @@ class Results(NamedTuple):
     entries: Tensor  # [N] int32: how many on this rank, or EXACT, or EXACT_FROM_KEPT
 
 
+def row_stride(vocab: int) -> int:
+    """Elements from one row of logits, or of E, to the next."""
+    return -(-vocab // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
 class Kept(NamedTuple):
     """What forward leaves to backward besides, a row a token, in the order in which it was given them."""
 
-    e: Tensor  # [dense, V]
+    e: Tensor  # [dense, row_stride(V)], of which the first V columns are used
     slot_index: Tensor  # [tokens or 0, capacity] int32
     slot_value: Tensor  # the same
 
@@ -114,7 +121,7 @@ class Head(NamedTuple):
 
         ``vocab``: of the largest shard, where all ranks have to meet in every block.
         """
-        row = (vocab or self.vocab) * (self.weights[0].itemsize + 1)
+        row = row_stride(vocab or self.vocab) * (self.weights[0].itemsize + 1)
         return max(256, self.chunk_bytes // row // 256 * 256)
 
     def no_results(self) -> Results:
@@ -154,7 +161,7 @@ class Head(NamedTuple):
                     probed = -(-len(index) // coverage.PROBED)
                     exact += self._exact_among(probed, logits, index, whole[2], plan, len(shards))
                     seen += probed
-                KEEP[self.backend](logits, *row, whole[2], self.softcap, kept.e[rows])
+                KEEP[self.backend](logits, *row, whole[2], self.softcap, kept.e[rows, : self.vocab])
             logprobs[index], entropy[index], stats[:, index] = whole
             done += len(index)
             del logits  # before the next chunk's
@@ -190,7 +197,7 @@ class Head(NamedTuple):
     def _room(self, tokens: int, plan: Plan) -> Kept:
         slots = tokens if plan.entries else 0, plan.capacity
         return Kept(
-            self.weights[0].new_empty(plan.dense, self.vocab),
+            self.weights[0].new_empty(plan.dense, row_stride(self.vocab)),
             self.labels.new_empty(slots, dtype=torch.int32),
             self.labels.new_empty(slots, dtype=torch.float32),
         )
@@ -237,7 +244,7 @@ class Head(NamedTuple):
         size = self._rows_at_once() if in_place else self.block()
         for i, part in enumerate(split(rows, size)):
             block = e[i * size : (i + 1) * size] if in_place else e[part]
-            sums.add(tokens[part], block, coefficient[tokens[part]].unsqueeze(-1))
+            sums.add(tokens[part], block[:, : self.vocab], coefficient[tokens[part]].unsqueeze(-1))
             del block  # before the next one
 
     def _add_again(
@@ -245,9 +252,9 @@ class Head(NamedTuple):
     ) -> None:
         block = self.block()
         room = sums.project.room(min(block // 4, len(tokens)))
-        blocks = self.weights[0].new_empty(min(block, len(tokens)), self.vocab)
+        blocks = self.weights[0].new_empty(min(block, len(tokens)), row_stride(self.vocab))
         for index in split(tokens, block):
-            e = blocks[: len(index)]
+            e = blocks[: len(index), : self.vocab]
             for part, rows in zip(index.split(block // 4), e.split(block // 4), strict=True):
                 logits = sums.project([hidden[part] for hidden in self.hiddens], room)
                 ROW_PASSES[self.backend].backward(
@@ -308,7 +315,7 @@ def plan(
             entries = watched.take_entries()
         else:
             watched = None
-    row_bytes = head.vocab * head.weights[0].itemsize
+    row_bytes = row_stride(head.vocab) * head.weights[0].itemsize
     dense = 0 if entries else tokens_to_keep(backward, budget, tokens, row_bytes, head.labels.device)
     return Plan(entries, capacity, tolerance, dense, watched)
 
@@ -363,26 +370,31 @@ class Projection:
         """``x`` as ``product`` takes it."""
         return x if self.mixed else x.float()
 
-    def product(self, a: Tensor, b: Tensor, plus: Tensor | None = None, room: Tensor | None = None) -> Tensor:
+    def product(self, a: Tensor, b: Tensor, plus: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """``a b + plus``, float32, written over ``plus``: no second tensor of that size is ever beside it."""
         out_dtype: dict[str, Any] = {"out_dtype": torch.float32} if self.mixed else {}
         with without_autocast(a.device):
             if plus is None:
-                return torch.mm(a, b, **out_dtype, out=room)
+                return torch.mm(a, b, **out_dtype, out=out)
             return torch.addmm(plus, a, b, **out_dtype, out=plus)
 
     def room(self, tokens: int) -> Tensor | None:
         """For the logits of one chunk after the other, where an allocator does not hand out the same memory again by
         itself: on a CPU the system clears each page of it first, which takes a third of the time of the product."""
+        return self._logits(tokens) if self.weights[0].device.type == "cpu" else None
+
+    def _logits(self, tokens: int) -> Tensor:
+        """Room for [tokens, V] float32, with rows that begin at multiples of 64 elements."""
         weight = self.weights[0]
-        return weight.new_empty(tokens, len(weight)) if weight.device.type == "cpu" and not self.mixed else None
+        return weight.new_empty(tokens, row_stride(len(weight)), dtype=torch.float32)[:, : len(weight)]
 
     def __call__(self, hiddens: Sequence[Tensor], room: Tensor | None = None) -> Tensor:
         """Logits of a chunk, [1, C, V] float32, in ``room`` if there is some."""
+        tokens = len(hiddens[0])
+        room = self._logits(tokens) if room is None else room[:tokens]
         logits = None
-        room = None if room is None else room[: len(hiddens[0])]
         for hidden, weight in zip(hiddens, self.weights, strict=True):
-            logits = self.product(self.factor(hidden), weight.t(), plus=logits, room=room)
+            logits = self.product(self.factor(hidden), weight.t(), plus=logits, out=room)
         assert logits is not None
         return (logits if self.bias is None else logits.add_(self.bias)).unsqueeze(0)
 
@@ -480,7 +492,7 @@ class Gradients:
 
 
 def _torch_keep(logits, labels, temperature, stats, softcap, kept):
-    """Logits [1, C, V] -> E in kept, of as many rows as there is room for: [rows, V], rows <= C."""
+    """Logits [1, C, V] -> E in kept, of as many rows as there is room for: [rows, V], rows <= C; any row strides."""
     inside, label = safe_labels(labels, kept.shape[1])
     for rows in torch.arange(len(kept), device=kept.device).split(rows_per_block(kept.shape[1])):
         z, ratio = scaled_rows(logits[0, rows], temperature[rows], softcap)
@@ -498,18 +510,18 @@ if triton is not None:
     # One program a row and block of columns. Reads 4 bytes an element and writes that of E, 2 in half precision.
     @triton.jit
     def _keep_kernel(
-        x_ptr, label_ptr, tau_ptr, stat_ptr, kept_ptr, stride_tau, C, V, softcap,
+        x_ptr, label_ptr, tau_ptr, stat_ptr, kept_ptr, stride_x, stride_kept, stride_tau, C, V, softcap,
         HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         tau = tl.load(tau_ptr + row * stride_tau)
-        z, slope = scaled_logits(x_ptr + row * V, col, 1, V, softcap, tau, HAS_SOFTCAP)
+        z, slope = scaled_logits(x_ptr + row * stride_x, col, 1, V, softcap, tau, HAS_SOFTCAP)
         p = tl.exp(z - tl.load(stat_ptr + row) - tl.load(stat_ptr + C + row))
         e = tl.where(col == tl.load(label_ptr + row), 1.0 - p, -p)
         if HAS_SOFTCAP:
             e *= slope
-        tl.store(kept_ptr + row * V + col, e, mask=col < V)
+        tl.store(kept_ptr + row * stride_kept + col, e, mask=col < V)
 
     # As selective_logprobs's backward, which does the same to the same rows.
     KEEP_CONFIGS = Tunable("linear_logprobs.keep", Config(2048, 8), Config(1024, 4), Config(2048, 4), Config(4096, 8))
@@ -520,8 +532,8 @@ if triton is not None:
         if n:
             shape = launch_shape(KEEP_CONFIGS, logits)
             launch(_keep_kernel, (n, triton.cdiv(vocab, shape["BLOCK"])),
-                logits, labels, temperature, stats, kept, temperature.stride(0), stats.shape[1], vocab, softcap,
-                HAS_SOFTCAP=softcap > 0, **shape,
+                logits, labels, temperature, stats, kept, logits.stride(1), kept.stride(0), temperature.stride(0),
+                stats.shape[1], vocab, softcap, HAS_SOFTCAP=softcap > 0, **shape,
             )  # fmt: skip
 
     KEEP["triton"] = _triton_keep

@@ -217,11 +217,11 @@ if triton is not None:
     @triton.jit
     def _note_kernel(
         x_ptr, label_ptr, tau_ptr, logprob_ptr, entropy_ptr, stat_ptr, noted_ptr, found_ptr,
-        left_out_ptr, stride_tau, N, V, softcap, tolerance, log_floor, K,
+        left_out_ptr, stride_x, stride_tau, N, V, softcap, tolerance, log_floor, K,
         KNOWN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
-        x_ptr += row * V
+        x_ptr += row * stride_x
         noted_ptr += row * ROOM
         label = tl.load(label_ptr + row)
         tau = tl.load(tau_ptr + row * stride_tau)
@@ -275,7 +275,7 @@ if triton is not None:
     @triton.jit
     def _fill_kernel(
         x_ptr, label_ptr, tau_ptr, stat_ptr, noted_ptr, found_ptr, left_out_ptr, index_ptr, value_ptr,
-        count_ptr, dropped_ptr, stride_tau, N, V, softcap, tolerance, log_tolerance, log_floor, K,
+        count_ptr, dropped_ptr, stride_x, stride_tau, N, V, softcap, tolerance, log_tolerance, log_floor, K,
         HAS_SOFTCAP: tl.constexpr, ROOM: tl.constexpr, STEPS: tl.constexpr, NATS_BELOW_FLOOR: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
@@ -288,7 +288,7 @@ if triton is not None:
         noted = lane < found
         column = tl.load(noted_ptr + row * ROOM + lane, mask=noted, other=V)
         tau = tl.load(tau_ptr + row * stride_tau)
-        z, slope = scaled_logits(x_ptr + row * V, column, 1, V, softcap, tau, HAS_SOFTCAP)
+        z, slope = scaled_logits(x_ptr + row * stride_x, column, 1, V, softcap, tau, HAS_SOFTCAP)
         p = tl.where(noted, tl.exp(z - m - log_total), 0.0)
         is_label = noted & (column == label)
         loose = tl.where(is_label, 0.0, p)
@@ -355,16 +355,17 @@ if triton is not None:
         stats = new(2, n) if known is None else known.contiguous()
         room = 4 * triton.next_power_of_2(capacity)
         noted = new(n, room, dtype=torch.int32), new(n, dtype=torch.int32), new(n)
+        strides = logits.stride(1), temperature.stride(0)
         log_floor, has_softcap = math.log(tolerance / capacity), softcap > 0
         if n:
             launch(_note_kernel, (n,),
-                logits, labels, temperature, logprobs, entropy, stats, *noted, temperature.stride(0), n, vocab, softcap,
-                tolerance, log_floor, capacity, KNOWN=known is not None, HAS_SOFTCAP=has_softcap, ROOM=room,
+                logits, labels, temperature, logprobs, entropy, stats, *noted, *strides, n, vocab, softcap, tolerance,
+                log_floor, capacity, KNOWN=known is not None, HAS_SOFTCAP=has_softcap, ROOM=room,
                 **fitted(FORWARD.default, vocab),
             )  # fmt: skip
             launch(_fill_kernel, (n,),
-                logits, labels, temperature, stats, *noted, index, value, count, dropped, temperature.stride(0), n,
-                vocab, softcap, tolerance, math.log(tolerance), log_floor, capacity, HAS_SOFTCAP=has_softcap, ROOM=room,
+                logits, labels, temperature, stats, *noted, index, value, count, dropped, *strides, n, vocab,
+                softcap, tolerance, math.log(tolerance), log_floor, capacity, HAS_SOFTCAP=has_softcap, ROOM=room,
                 STEPS=_BISECTIONS, NATS_BELOW_FLOOR=_NATS_BELOW_FLOOR, num_warps=max(1, room // 256),
             )  # fmt: skip
         return Selected(logprobs, entropy, stats, count, dropped)

@@ -39,7 +39,7 @@ from .._common import (
     pick_backend,
     reject,
 )
-from .._head import EXACT_FROM_KEPT, Gradients, Head, Kept, Results, plan, where
+from .._head import EXACT_FROM_KEPT, Gradients, Head, Kept, Results, plan, row_stride, where
 from .selective_logprobs import (
     LogprobOutput,
     check_label_and_temperature_values,
@@ -165,8 +165,9 @@ def linear_logprobs(
             makes what was kept useless. Nothing is kept where nothing requires a gradient.
         logits_budget_bytes: how much of that gradient ``"cache"`` and ``"auto"`` may keep; the tokens beyond it are
             recomputed. None: everything in ``"cache"``; in ``"auto"`` a quarter of the device memory that is free at
-            the time, 1 GiB on a CPU. The last bits of gradients depend on how many tokens are kept. Entries do not
-            count: they are at most ``8 * max_entries`` bytes a token.
+            the time, 1 GiB on a CPU. A token takes ``V`` elements, rounded up to a multiple of 64. The last bits of
+            gradients depend on how many tokens are kept. Entries do not count: they are at most ``8 * max_entries``
+            bytes a token.
         chunk_bytes: memory for a block of tokens under way, at least 256 tokens; None: 2 GiB on an accelerator, 256 MiB
             on a CPU. The last bits of results depend on it.
         mass_tolerance: of ``"sparse"``, and ``"auto"`` where it is: the most probability that a token's entries may
@@ -396,8 +397,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hiddens [N, H] and weights [V, H] (then those of the adapter), bias [V], labels and temperature [N]
     -> logprobs, entropy [N], stats [2, N] (row maximum, log-sum), dropped, entries [N] (of the certificate),
-    kept [tokens, V], slot_index and slot_value [tokens, K], count [N] (of slots, on this rank), first_row [1] (of the
-    shard).
+    kept [tokens, row_stride(V)], slot_index and slot_value [tokens, K], count [N] (of slots, on this rank), first_row
+    [1] (of the shard).
     """
     vocab = weights[0].shape[0]
     shards = vocab_shard.sizes(group, vocab, labels.device)
@@ -435,8 +436,9 @@ def _(hiddens, weights, bias, labels, temperature, softcap, ignore_index, backwa
     kept = _size_known_when_run(at_most=n) if backward in ("cache", "auto") else 0
     slots = (_size_known_when_run(at_most=n) if backward in ("sparse", "auto") else 0), settings[3]
     new = lambda *shape, dtype=torch.float32: labels.new_empty(shape, dtype=dtype)
+    kept_e = weights[0].new_empty(kept, row_stride(len(weights[0])))
     return (
-        new(n), new(n), new(2, n), new(n), new(n, dtype=torch.int32), weights[0].new_empty(kept, weights[0].shape[0]),
+        new(n), new(n), new(2, n), new(n), new(n, dtype=torch.int32), kept_e,
         new(*slots, dtype=torch.int32), new(*slots), new(n, dtype=torch.int32), labels.new_empty(1),
     )  # fmt: skip
 

@@ -421,6 +421,7 @@ if triton is not None:
         stride_b,
         stride_t,
         stride_v,
+        stride_dx,
         stride_tau,
         T,
         N,
@@ -432,7 +433,7 @@ if triton is not None:
     ):
         row = tl.program_id(0).to(tl.int64)
         col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        dx_ptr += row * V + col
+        dx_ptr += row * stride_dx + col
         label = tl.load(label_ptr + row)
         g_logprob = tl.load(grad_logprob_ptr + row).to(tl.float32)
         g_entropy = tl.load(grad_entropy_ptr + row).to(tl.float32)
@@ -474,6 +475,11 @@ if triton is not None:
         block = min(config.block, triton.next_power_of_2(length))
         return {"BLOCK": block, "num_warps": max(1, config.num_warps * block // config.block)}
 
+    def _strides(logits: Tensor) -> tuple[int, int, int]:
+        """From batch to batch, row to row, column to column; a single batch has no first one that could change."""
+        batch, row, column = logits.stride()
+        return (batch if logits.shape[0] > 1 else 0), row, column
+
     def _triton_forward(logits, labels, temperature, softcap, ignore_index):
         n, vocab = labels.shape[0], logits.shape[-1]
         logprobs, entropy, stats = (logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (2, n)))
@@ -487,7 +493,7 @@ if triton is not None:
                 logprobs,
                 entropy,
                 stats,
-                *logits.stride(),
+                *_strides(logits),
                 temperature.stride(0),
                 logits.shape[1],
                 n,
@@ -516,7 +522,8 @@ if triton is not None:
                 entropy,
                 stats,
                 dx,
-                *logits.stride(),
+                *_strides(logits),
+                dx.stride(-2),
                 temperature.stride(0),
                 logits.shape[1],
                 n,

@@ -59,6 +59,11 @@ def check(backend, hidden, weight, labels, *, bias=None, temperature=1.0, u=None
     )
 
 
+def row_bytes(vocab, itemsize=4):
+    """What a row of the kept gradient takes."""
+    return _head.row_stride(vocab) * itemsize
+
+
 def inputs(n, width, vocab, dtype=torch.float32, bias=False, ignored=0, rank=0):
     labels = randint(0, vocab, n)
     labels[:ignored] = IGNORED
@@ -274,7 +279,7 @@ def test_passes_over_the_vocabulary(backward, frozen, expected):
 @pytest.mark.parametrize(("kept", "expected"), [(0, 4), (0.5, 3.5), (1, 3)])
 def test_passes_over_what_the_budget_holds(kept, expected):
     given = inputs(330, 6, 29)
-    assert passes(given, backward="auto", logits_budget_bytes=int(kept * 330) * 29 * 4) == expected
+    assert passes(given, backward="auto", logits_budget_bytes=int(kept * 330) * row_bytes(29)) == expected
 
 
 @pytest.mark.parametrize(("entropies", "expected"), [(0, 3), (110, 3 + 1 / 3), (330, 4)])
@@ -425,8 +430,8 @@ def test_keeps_nothing_where_nothing_needs_a_gradient(backward):
     [
         ({"backward": "recompute"}, 0),
         ({"backward": "cache"}, 6),
-        ({"backward": "cache", "logits_budget_bytes": 3 * 29 * 2}, 3),
-        ({"backward": "cache", "logits_budget_bytes": 4 * 29 * 2 - 1}, 3),
+        ({"backward": "cache", "logits_budget_bytes": 3 * row_bytes(29, 2)}, 3),
+        ({"backward": "cache", "logits_budget_bytes": 4 * row_bytes(29, 2) - 1}, 3),
         ({"backward": "auto", "logits_budget_bytes": 0}, 0),
         ({"backward": "auto", "logits_budget_bytes": 1 << 20}, 6),
         ({"backward": "auto"}, 6),
@@ -442,6 +447,26 @@ def test_says_what_it_chose(settings, kept, caplog):
     assert f"6 of 8 tokens bear loss, E of {kept} is kept" in forward
     from_kept = min(kept, 5)
     assert f"{from_kept} tokens from kept E, {5 - from_kept} recomputed" in backward
+
+
+@pytest.mark.parametrize("kept", [0, 3, 6])
+def test_rows_of_logits_and_their_gradients_are_aligned(kept, monkeypatch):
+    """Whatever the vocabulary: matrix products read and write them 16 bytes at a time. Of kept rows some are of use."""
+    strides = []
+    product = _head.Projection.product
+
+    def noted(self, a, b, plus=None, out=None):
+        result = product(self, a, b, plus=plus, out=out)
+        strides.extend(x.stride(0) for x in (a, a.t(), result) if x.shape[1] == 29 and x.stride(1) == 1)
+        return result
+
+    monkeypatch.setattr(_head.Projection, "product", noted)
+    given = inputs(8, 4, 29, ignored=2)
+    budget = kept * row_bytes(29)
+    out = linear_logprobs(**given, backward="cache", logits_budget_bytes=budget, backend="torch")
+    out.logprobs[:-1].sum().backward()
+    assert len(strides) == (5 if 0 < kept < 6 else 3) + (kept < 6)
+    assert all(stride % 64 == 0 for stride in strides)
 
 
 @pytest.mark.parametrize(("backward", "kept"), [("recompute", 0), ("cache", 10**6), ("auto", 2**30 // 4000)])
@@ -465,7 +490,12 @@ def test_budget_changes_rounding_alone(backend, softcap):
     leaves = [given["hidden"], given["weight"]]
     grads = []
     for tokens in (0, 1, 100, 260):
-        settings = {"backward": "cache", "logits_budget_bytes": tokens * 29 * 4, "softcap": softcap, **SMALL_CHUNKS}
+        settings = {
+            "backward": "cache",
+            "logits_budget_bytes": tokens * row_bytes(29),
+            "softcap": softcap,
+            **SMALL_CHUNKS,
+        }
         out = linear_logprobs(**given, **settings, backend=backend)
         grads.append(torch.autograd.grad(out.logprobs.sum(), leaves))
     for other in grads[1:]:
