@@ -508,7 +508,7 @@ KEEP: dict[str, Callable[..., None]] = {"torch": _torch_keep}
 
 if triton is not None:
     # One program a row and block of columns. Reads 4 bytes an element and writes that of E, 2 in half precision.
-    @triton.jit
+    @triton.jit(do_not_specialize=["C"])
     def _keep_kernel(
         x_ptr, label_ptr, tau_ptr, stat_ptr, kept_ptr, stride_x, stride_kept, stride_tau, C, V, softcap,
         HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,

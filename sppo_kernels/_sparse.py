@@ -214,7 +214,7 @@ WEIGHTED_ROWS: dict[str, Callable[..., None]] = {"torch": _torch_weighted_rows}
 
 if triton is not None:
     # Step 1, one program a row. In a launch of its own, since the other steps want as many threads for a short row.
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _note_kernel(
         x_ptr, label_ptr, tau_ptr, logprob_ptr, entropy_ptr, stat_ptr, noted_ptr, found_ptr,
         left_out_ptr, stride_x, stride_tau, N, V, softcap, tolerance, log_floor, K,
@@ -272,7 +272,7 @@ if triton is not None:
         tl.store(left_out_ptr + row, left_out)
 
     # Steps 2 and 3, one program a row.
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _fill_kernel(
         x_ptr, label_ptr, tau_ptr, stat_ptr, noted_ptr, found_ptr, left_out_ptr, index_ptr, value_ptr,
         count_ptr, dropped_ptr, stride_x, stride_tau, N, V, softcap, tolerance, log_tolerance, log_floor, K,

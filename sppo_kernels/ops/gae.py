@@ -133,7 +133,7 @@ if triton is not None:
         """First the later token's map, then this one's: x -> term + factor * (later_term + later_factor * x)."""
         return later_factor * factor, term + factor * later_term
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["T"])
     def _kernel(
         reward_ptr,
         value_ptr,

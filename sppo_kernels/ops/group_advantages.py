@@ -120,7 +120,7 @@ _BACKENDS = {"torch": _torch_group_advantages}
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["B"])
     def _kernel(
         reward_ptr,
         id_ptr,

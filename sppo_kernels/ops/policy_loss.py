@@ -534,7 +534,7 @@ if triton is not None:
     def _bounded_exp(x, MAX: tl.constexpr):
         return tl.exp(tl.minimum(x, MAX))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["B"])
     def _kernel(
         logprob_ptr,
         old_ptr,

@@ -340,7 +340,7 @@ if triton is not None:
         return tl.where(x < 0.05, series, tl.log(1.0 + x))
 
     # One program a prompt. Without outcomes it ends at the logit; with them the last program adds up the losses.
-    @triton.jit
+    @triton.jit(do_not_specialize=["B", "T"])
     def _forward_kernel(
         hidden_ptr,
         weight_ptr,
@@ -391,7 +391,7 @@ if triton is not None:
                 tl.store(loss_ptr, tl.sum(total, 0) / tl.load(normalizer_ptr).to(tl.float32))
 
     # One program a prompt and block of columns. Prompts that share a row all write the same sum: nobody adds to memory.
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows_a_prompt", "B", "T"])
     def _grad_hidden_kernel(
         grad_ptr,
         weight_ptr,
@@ -419,7 +419,7 @@ if triton is not None:
         tl.store(dh_ptr + row * H + col, tl.sum(grads, 0) * weight, mask=col < width)
 
     # One program a block of columns: the batch goes by in a fixed order.
-    @triton.jit
+    @triton.jit(do_not_specialize=["B", "T"])
     def _grad_weight_kernel(
         grad_ptr,
         hidden_ptr,

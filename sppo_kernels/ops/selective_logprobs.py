@@ -359,8 +359,9 @@ if triton is not None:
         s = scale * s + e
         return m_new, s, t, e, scale
 
-    # One program a row.
-    @triton.jit
+    # Counts of tokens change from call to call: specialised on, each new kind of count would compile anew. One program
+    # per row.
+    @triton.jit(do_not_specialize=["T", "N"])
     def _forward_kernel(
         x_ptr,
         label_ptr,
@@ -408,7 +409,7 @@ if triton is not None:
         tl.store(stat_ptr + N + row, log_total)
 
     # One program a row and block of columns: nothing is shared but three numbers a row, so rows need not be whole.
-    @triton.jit
+    @triton.jit(do_not_specialize=["T", "N"])
     def _backward_kernel(
         grad_logprob_ptr,
         grad_entropy_ptr,

@@ -85,7 +85,7 @@ if triton is not None:
         keep = tl.load(mask_ptr + index, mask=index < N, other=0) != 0
         return index, keep, tl.load(x_ptr + index, mask=keep, other=0.0).to(tl.float32)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N", "BLOCKS"])
     def _moments_kernel(x_ptr, mask_ptr, partial_ptr, N, BLOCKS, BLOCK: tl.constexpr):
         _, keep, x = _block(x_ptr, mask_ptr, N, BLOCK)
         n = tl.sum(keep.to(tl.float32), 0)
@@ -96,7 +96,7 @@ if triton is not None:
         tl.store(partial_ptr + BLOCKS, mean)
         tl.store(partial_ptr + 2 * BLOCKS, tl.sum(deviation * deviation, 0))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N", "BLOCKS"])
     def _normalize_kernel(
         x_ptr,
         mask_ptr,

@@ -1,0 +1,104 @@
+"""What Triton compiles the kernels to, for a GPU that need not be there.
+
+Kernels are launched and compiled in a process without TRITON_INTERPRET: where it is set, nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+
+PROGRAM = """
+import json, sys
+import torch, triton
+import sppo_kernels as ours
+from benchmarks.compile import Case, TARGETS, _kernel, launches
+
+def linear(tokens, vocab, backward):
+    hidden, weight = (torch.zeros(n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (tokens, vocab))
+    labels = torch.zeros(tokens, dtype=torch.int64)
+    out = ours.linear_logprobs(hidden, weight, labels, backward=backward, backend="triton")
+    out.logprobs.sum().backward(retain_graph=True)
+    out.entropy.sum().backward()
+
+def others(tokens):
+    x = torch.zeros(tokens)
+    logits = torch.zeros(tokens, 64, requires_grad=True)
+    ours.selective_logprobs(logits, torch.zeros(tokens, dtype=torch.int64), backend="triton").logprobs.sum().backward()
+    cu_seqlens = torch.arange(tokens + 1, dtype=torch.int32)
+    ours.policy_loss(x.clone().requires_grad_(), x, x, cu_seqlens=cu_seqlens, backend="triton").loss.backward()
+    hidden, weight = torch.zeros(tokens, 64, requires_grad=True), torch.zeros(64, requires_grad=True)
+    last_index = torch.arange(tokens)
+    ours.prompt_value_loss(hidden, weight, last_index, x, backend="triton").loss.backward()
+    long = torch.zeros(2, 1024 + tokens)
+    ours.gae(long, long, long == 0, backend="triton")
+    ours.whiten(x[None], x[None] == 0, backend="triton")
+    ours.group_advantages(x, torch.zeros(tokens, dtype=torch.int64), backend="triton")
+
+cases = [Case("linear", json.dumps([n, v, mode]), lambda n=n, v=v, mode=mode: linear(n, v, mode))
+         for mode in ("recompute", "cache", "sparse") for n, v in ((33, 97), (33, 151_936))]
+counts = [2, 32, 33, 100]
+counted = [Case("linear", f"tokens {n}", lambda n=n: linear(n, 512, "cache")) for n in counts]
+counted += [Case("others", f"tokens {n}", lambda n=n: others(n)) for n in counts]
+
+def ptx(launch):
+    source = triton.compiler.ASTSource(_kernel(launch), launch.signature, launch.constants, launch.attributes)
+    return triton.compile(source, target=TARGETS[launch.target].gpu, options=launch.options).asm["ptx"]
+
+compiled = [[launch.module, launch.kernel, launch.case, ptx(launch)] for launch in launches(cases, ["sm_90"])]
+kinds = [[launch.module, launch.kernel, launch.case] for launch in launches(counted, ["sm_90"])]
+json.dump({"compiled": compiled, "kinds": kinds}, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def built():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def code_of(built, kernel, vocab):
+    (code,) = [ptx for _, name, case, ptx in built["compiled"] if name == kernel and json.loads(case)[1] == vocab][:1]
+    return code
+
+
+def test_the_second_pass_of_selection_waits_for_the_first(built):
+    """Other threads' stores of the first pass are overwritten; one warp alone has no barrier from its reductions."""
+    code = code_of(built, "_note_kernel", 97)
+    assert ".reqntid 32" in code  # one warp
+    assert "bar.sync" in code or "barrier.sync" in code
+
+
+@pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel", "_keep_kernel", "_note_kernel"])
+def test_row_passes_load_16_bytes_at_a_time(built, kernel):
+    """The alignment of rows reaches the compiler: neither counts of tokens nor strides hide it."""
+    assert "ld.global.v4.b32" in code_of(built, kernel, 151_936)
+
+
+def test_counts_of_tokens_and_sequences_compile_nothing_anew(built):
+    kinds = defaultdict(list)
+    for module, kernel, case in built["kinds"]:
+        kinds[f"{module}.{kernel}"].append(case)
+    assert {name.rpartition(".")[2] for name in kinds} >= {"_forward_kernel", "_backward_kernel", "_keep_kernel"}
+    anew = {name: cases for name, cases in kinds.items() if len(cases) > EXPECTED.get(name, 1)}
+    assert anew == {}
+
+
+# Of one kernel there is another kind where it is launched from another operation, on other dtypes.
+EXPECTED = {
+    "sppo_kernels.ops.selective_logprobs._forward_kernel": 2,
+    "sppo_kernels.ops.selective_logprobs._backward_kernel": 2,
+}
