@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # The torch that everything here was tested with; any torch >= 2.10 works (make TORCH=torch==2.11.0 ...).
 TORCH ?= torch==2.13.0
+# The interpreter of Triton 3.6, which torch 2.10 and 2.11 come with, fails on numpy 2.4 and newer.
+NUMPY := $(if $(filter torch==2.10% torch==2.11%,$(TORCH)),'numpy<2.4')
 BIN := $(VENV)/bin
 
 .PHONY: quickstart test test-gpu test-integrations test-vllm lint format bench bench-gpu clean
@@ -47,7 +49,7 @@ bench-gpu: $(VENV)/ready
 $(VENV)/ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet $(TORCH) $(NUMPY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numbers
 import os
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from typing import NoReturn
 
 import torch
@@ -21,6 +23,23 @@ except ImportError:  # macOS, Windows: the torch backend serves
     triton = None
     INTERPRETED = False
 
+
+def interpreter_fault(triton_version: str, numpy_version: str) -> str:
+    """Why Triton's interpreter would fail, and the remedy; "" where it works.
+
+    That of Triton 3.6 takes an array of one element for a number, which numpy refuses from 2.4 on.
+    """
+    release = lambda text: tuple(map(int, re.findall(r"\d+", text)[:2]))
+    if release(triton_version) >= (3, 7) or release(numpy_version) < (2, 4):
+        return ""
+    return (
+        f"the interpreter of Triton {triton_version} (TRITON_INTERPRET=1) fails on numpy 2.4 and newer, found numpy "
+        f"{numpy_version}: pip install 'numpy<2.4', or take triton 3.7 or newer"
+    )
+
+
+_INTERPRETER_FAULT = interpreter_fault(triton.__version__, version("numpy")) if INTERPRETED else ""
+
 BACKENDS = ("reference", "torch", "triton")
 
 # Operations are registered under the package's own name, sppo_kernels. A copy that was imported under another name, as
@@ -34,7 +53,7 @@ def pick_backend(backend: str | None, tensor: Tensor) -> str:
 
     Raises:
         ValueError: an unknown name; or triton for CPU tensors without its interpreter.
-        ImportError: triton where it is not installed.
+        ImportError: triton where it is not installed, or its interpreter with a numpy on which it fails.
     """
     accelerated = tensor.device.type in ("cuda", "xpu")
     if backend is None:
@@ -48,6 +67,8 @@ def pick_backend(backend: str | None, tensor: Tensor) -> str:
             f"backend='triton' runs on CUDA, ROCm or XPU tensors, got one on {tensor.device}; use backend='torch', "
             "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
         )
+    if backend == "triton" and INTERPRETED and _INTERPRETER_FAULT:
+        raise ImportError(_INTERPRETER_FAULT)
     return backend
 
 
