@@ -461,7 +461,6 @@ if triton is not None:
         Config(1024, 4),
         Config(4096, 8),
         Config(4096, 16),
-        Config(8192, 16),
     )
     BACKWARD = Tunable(
         "selective_logprobs.backward", Config(2048, 8), Config(1024, 4), Config(2048, 4), Config(4096, 8)
