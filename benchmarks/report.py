@@ -130,22 +130,25 @@ def files_table(folder: Path) -> str:
 
 
 def compile_table(folder: Path) -> str:
-    """A line a kernel: the most registers that any of its launches takes, on each target."""
-    report = _one(folder, "compile")
+    """A line per kernel and version of Triton: the most registers that any of its launches takes, on each target."""
     found: dict[tuple[str, str], list[Row]] = {}
-    for row in report["rows"]:
-        found.setdefault((row["module"].rpartition(".")[2], row["kernel"]), []).append(row)
+    for report in sorted(load(folder, "compile"), key=lambda report: report["versions"]["triton"]):
+        for row in report["rows"]:
+            kernel = f"`{row['module'].rpartition('.')[2]}.{row['kernel']}`"
+            found.setdefault((kernel, report["versions"]["triton"]), []).append(row)
+    targets = list(dict.fromkeys(row["target"] for rows in found.values() for row in rows))
     lines = [
         {
-            "kernel": f"`{module}.{kernel}`",
+            "kernel": kernel,
+            "Triton": version,
             "launches": len(rows),
             "spills": sum(row["spills"] for row in rows),
-            **{
-                target: max(row["registers"] for row in rows if row["target"] == target) for target in report["targets"]
-            },
+            **{target: max(row["registers"] for row in rows if row["target"] == target) for target in targets},
         }
-        for (module, kernel), rows in found.items()
+        for (kernel, version), rows in found.items()
     ]
+    order = list(dict.fromkeys(line["kernel"] for line in lines))
+    lines.sort(key=lambda line: order.index(line["kernel"]))
     return markdown(lines, {key: lambda row, key=key: row[key] for key in lines[0]})
 
 

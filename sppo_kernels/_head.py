@@ -381,7 +381,7 @@ class Projection:
     def room(self, tokens: int) -> Tensor | None:
         """For the logits of one chunk after the other, where an allocator does not hand out the same memory again by
         itself: on a CPU the system clears each page of it first, which takes a third of the time of the product."""
-        return self._logits(tokens) if self.weights[0].device.type == "cpu" else None
+        return self._logits(tokens) if self.weights[0].device.type == "cpu" and not self.mixed else None
 
     def _logits(self, tokens: int) -> Tensor:
         """Room for [tokens, V] float32, with rows that begin at multiples of 64 elements."""

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 from benchmarks.__main__ import main
 from benchmarks.compile import TARGETS, Launch, Row, parse_amdgcn, parse_cuobjdump, table
+from sppo_kernels.tuning import TUNABLES
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +118,19 @@ def test_every_kernel_is_covered_on_every_target(library):
     assert len(kernels) > 5
     assert set(kernels.values()) == {len(TARGETS)}
     assert all(row["registers"] > 0 for row in report["rows"])
+
+
+@pytest.mark.parametrize("version", ["3.6", "3.9"])
+def test_the_committed_report_of_each_version_of_triton_is_whole_and_has_no_spill(version):
+    (file,) = (ROOT / "benchmarks/results/cpu").glob(f"compile-triton-{version}.*.json")
+    report = json.loads(file.read_text())
+    assert (report["failures"], report["quick"], report["targets"]) == ([], False, list(TARGETS))
+    assert all(row["spills"] == 0 and not row["error"] for row in report["rows"])
+    for name, tunable in TUNABLES.items():
+        tuned = {
+            row["case"].rpartition(" tuned ")[2] for row in report["rows"] if row["operation"] == name.split(".")[0]
+        }
+        assert tuned >= {f"{config.block}/{config.num_warps}" for config in tunable.candidates[1:]}
 
 
 @pytest.mark.slow

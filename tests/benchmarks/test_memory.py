@@ -22,6 +22,7 @@ from benchmarks.memory import (
     linear_logprobs_peak,
     linear_policy_loss_peak,
 )
+from sppo_kernels._head import row_stride
 
 
 @pytest.mark.parametrize("mode", [FakeTensorMode, torch.enable_grad], ids=["fake", "real"])
@@ -49,16 +50,16 @@ def test_bytes_are_counted(mode):
 def test_recompute_holds_a_block_and_the_gradient_of_the_weight():
     """In one block: E in bfloat16, float32 logits of a quarter of it, d weight in float32; little else."""
     tokens, hidden, vocab = size = Size(1024, 64, 50_000)
-    peak, kept = linear_logprobs_peak(size, Setting(chunk_bytes=1024 * vocab * 3))
+    peak, kept = linear_logprobs_peak(size, Setting(chunk_bytes=1024 * row_stride(vocab) * 3))
     assert kept == 0
-    least = tokens * vocab * 2 + tokens // 4 * vocab * 4
+    least = tokens * row_stride(vocab) * 2 + tokens // 4 * row_stride(vocab) * 4
     assert least < peak < least + vocab * hidden * 4 + 20 * tokens * hidden
 
 
 def test_one_block_and_one_chunk_are_alive_at_a_time():
     """Four blocks take what one takes, and the weight's gradient; forward alone one chunk of logits."""
     tokens, hidden, vocab = size = Size(4096, 64, 50_000)
-    block = 1024 * vocab * 3
+    block = 1024 * row_stride(vocab) * 3
     least = block + vocab * hidden * 4
     peak, _ = linear_logprobs_peak(size, Setting(chunk_bytes=block))
     assert least < peak < least + 20 * tokens * hidden
@@ -69,10 +70,12 @@ def test_one_block_and_one_chunk_are_alive_at_a_time():
 def test_cache_holds_what_it_keeps():
     tokens, _, vocab = size = Size(1024, 64, 50_000)
     peak, kept = linear_logprobs_peak(size, Setting(backward="cache"))
-    assert kept == tokens * vocab * 2
-    assert kept < peak < kept + tokens * vocab * 4 + 1e6  # while the one chunk of logits is there
-    _, part = linear_logprobs_peak(size, Setting(backward="cache", logits_budget_bytes=300 * 50_000 * 2 + 1))
-    assert part == 300 * 50_000 * 2
+    assert kept == tokens * row_stride(vocab) * 2
+    assert kept < peak < kept + tokens * row_stride(vocab) * 4 + 1e6  # while the one chunk of logits is there
+    _, part = linear_logprobs_peak(
+        size, Setting(backward="cache", logits_budget_bytes=300 * row_stride(50_000) * 2 + 1)
+    )
+    assert part == 300 * row_stride(50_000) * 2
 
 
 def test_kept_blocks_are_bounded_by_the_chunk_too():
@@ -80,7 +83,7 @@ def test_kept_blocks_are_bounded_by_the_chunk_too():
     tokens, hidden, vocab = size = Size(65_536, 4096, 1000)
     chunk = 2**26
     peak, kept = linear_logprobs_peak(size, Setting(backward="cache", chunk_bytes=chunk))
-    assert kept == tokens * vocab * 2
+    assert kept == tokens * row_stride(vocab) * 2
     assert peak < kept + 4 * vocab * hidden + chunk + 60 * tokens
 
 
