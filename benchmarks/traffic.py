@@ -186,6 +186,7 @@ def _sparse_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
         call,
         (
             Kernel("_sparse._note_kernel", tokens * (vocab * 4 + 44) + 4 * entries),
+            Kernel("_sparse._note_known_kernel", 4 * tokens),  # no row is to be read again
             Kernel("_sparse._fill_kernel", tokens * 36 + (4 + 4 + 8) * entries),
             Kernel("_sparse._weighted_rows_kernel", lists + gathered + sums + 24 * (tokens + entries)),
         ),

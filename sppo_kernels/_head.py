@@ -44,7 +44,7 @@ try:
     import triton.language as tl
 
     from ._triton import launch
-    from .ops.selective_logprobs import launch_shape, scaled_logits
+    from .ops.selective_logprobs import launch_shape, scaled_block, store_block
 except ImportError:
     triton = None
 
@@ -514,14 +514,15 @@ if triton is not None:
         HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
-        col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        start = tl.program_id(1) * BLOCK
         tau = tl.load(tau_ptr + row * stride_tau)
-        z, slope = scaled_logits(x_ptr + row * stride_x, col, 1, V, softcap, tau, HAS_SOFTCAP)
+        z, slope = scaled_block(x_ptr + row * stride_x, start, 1, V, softcap, tau, HAS_SOFTCAP, BLOCK)
         p = tl.exp(z - tl.load(stat_ptr + row) - tl.load(stat_ptr + C + row))
-        e = tl.where(col == tl.load(label_ptr + row), 1.0 - p, -p)
+        is_label = start + tl.arange(0, BLOCK) == tl.load(label_ptr + row)
+        e = tl.where(is_label, 1.0 - p, -p)
         if HAS_SOFTCAP:
             e *= slope
-        tl.store(kept_ptr + row * stride_kept + col, e, mask=col < V)
+        store_block(kept_ptr + row * stride_kept, start, e, V, BLOCK)
 
     # As selective_logprobs's backward, which does the same to the same rows.
     KEEP_CONFIGS = Tunable("linear_logprobs.keep", Config(2048, 8), Config(1024, 4), Config(2048, 4), Config(4096, 8))

@@ -49,7 +49,7 @@ try:
     import triton.language as tl
 
     from ._triton import launch
-    from .ops.selective_logprobs import FORWARD, add_block, fitted, scaled_logits
+    from .ops.selective_logprobs import FORWARD, add_block, fitted, scaled_block, scaled_logits
 except ImportError:
     triton = None
 
@@ -213,63 +213,79 @@ WEIGHTED_ROWS: dict[str, Callable[..., None]] = {"torch": _torch_weighted_rows}
 
 
 if triton is not None:
-    # Step 1, one program a row. In a launch of its own, since the other steps want as many threads for a short row.
+    # Step 1, one program per row. In launches of their own, since steps 2 and 3 want as many threads for a short row.
     @triton.jit(do_not_specialize=["N"])
     def _note_kernel(
-        x_ptr, label_ptr, tau_ptr, logprob_ptr, entropy_ptr, stat_ptr, noted_ptr, found_ptr,
-        left_out_ptr, stride_x, stride_tau, N, V, softcap, tolerance, log_floor, K,
-        KNOWN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+        x_ptr, label_ptr, tau_ptr, logprob_ptr, entropy_ptr, stat_ptr, noted_ptr, found_ptr, left_out_ptr,
+        stride_x, stride_tau, N, V, softcap, tolerance, log_floor, K,
+        HAS_SOFTCAP: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
+        """Statistics of a row, and the columns that stand above the floor as it rises. Where more were found than there
+        is room for, and K entries could suffice, ``found`` is -1: the row is to be read once more."""
         row = tl.program_id(0).to(tl.int64)
         x_ptr += row * stride_x
         noted_ptr += row * ROOM
-        label = tl.load(label_ptr + row)
         tau = tl.load(tau_ptr + row * stride_tau)
-        in_range = (label >= 0) & (label < V)
-        target, _slope_at_target = scaled_logits(x_ptr, tl.where(in_range, label, 0), 1, V, softcap, tau, HAS_SOFTCAP)
-        label = tl.where(in_range, label, -1).to(tl.int32)  # on another rank: no column, not even a masked one past V
+        label = _label_of_row(label_ptr + row, V)
+        target, _slope = scaled_logits(x_ptr, tl.maximum(label, 0), 1, V, softcap, tau, HAS_SOFTCAP, True)
+        least_top = tl.where(label >= 0, target, float("-inf"))
         lanes = tl.arange(0, BLOCK)
         found = tl.zeros([], tl.int32)
-        left_out = 0.0
-        if KNOWN:
-            m = tl.load(stat_ptr + row)
-            log_total = tl.load(stat_ptr + N + row)
-            again = True
-        else:
-            m = float("-inf")
-            s = tl.zeros([BLOCK], tl.float32)
-            t = tl.zeros([BLOCK], tl.float32)
-            beyond = tl.zeros([BLOCK], tl.float32)
-            least_top = tl.where(in_range, target, float("-inf"))
-            for start in range(0, V, BLOCK):
-                z, _ = scaled_logits(x_ptr, start + lanes, 1, V, softcap, tau, HAS_SOFTCAP)
-                m, s, t, e, scale = add_block(z, m, s, t)
-                floor = tl.maximum(m, least_top) + log_floor
-                near = (z > floor) | (lanes == label - start)
-                beyond = scale * beyond + tl.where(near, 0.0, e)
-                if (tl.max(z, 0) > floor) | ((label >= start) & (label < start + BLOCK)):
-                    found = _note(noted_ptr, start + lanes, near, found, ROOM)
-            total = tl.sum(s, 0)
-            log_total = tl.log(total)
-            tl.store(logprob_ptr + row, tl.where(in_range, target, float("nan")) - m - log_total)
-            tl.store(entropy_ptr + row, log_total - tl.sum(t, 0) / total)
-            tl.store(stat_ptr + row, m)
-            tl.store(stat_ptr + N + row, log_total)
-            left_out = tl.sum(beyond, 0) / total
-            again = (found > ROOM) & (K / total >= 1.0 - tolerance)
-        tl.debug_barrier()  # the second pass overwrites what other threads stored in the first
-        if again:
-            found = tl.zeros([], tl.int32)
-            beyond = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, V, BLOCK):
-                z, _ = scaled_logits(x_ptr, start + lanes, 1, V, softcap, tau, HAS_SOFTCAP)
-                log_p = z - m - log_total
-                near = (log_p > log_floor) | (lanes == label - start)
-                beyond += tl.where(near, 0.0, tl.exp(log_p))
+        m = float("-inf")
+        s = tl.zeros([BLOCK], tl.float32)
+        t = tl.zeros([BLOCK], tl.float32)
+        beyond = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, V, BLOCK):
+            z, _ = scaled_block(x_ptr, start, 1, V, softcap, tau, HAS_SOFTCAP, BLOCK)
+            m, s, t, e, scale = add_block(z, m, s, t)
+            floor = tl.maximum(m, least_top) + log_floor
+            near = (z > floor) | (lanes == label - start)
+            beyond = scale * beyond + tl.where(near, 0.0, e)
+            if (tl.max(z, 0) > floor) | ((label >= start) & (label < start + BLOCK)):
                 found = _note(noted_ptr, start + lanes, near, found, ROOM)
-            left_out = tl.sum(beyond, 0)
+        total = tl.sum(s, 0)
+        log_total = tl.log(total)
+        tl.store(logprob_ptr + row, tl.where(label >= 0, target, float("nan")) - m - log_total)
+        tl.store(entropy_ptr + row, log_total - tl.sum(t, 0) / total)
+        tl.store(stat_ptr + row, m)
+        tl.store(stat_ptr + N + row, log_total)
+        again = (found > ROOM) & (K / total >= 1.0 - tolerance)
+        tl.store(found_ptr + row, tl.where(again, -1, found))
+        tl.store(left_out_ptr + row, tl.sum(beyond, 0) / total)
+
+    @triton.jit(do_not_specialize=["N"])
+    def _note_known_kernel(
+        x_ptr, label_ptr, tau_ptr, stat_ptr, noted_ptr, found_ptr, left_out_ptr,
+        stride_x, stride_tau, N, V, softcap, log_floor,
+        ALL_ROWS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """The columns above the floor of rows whose statistics are known: of all, or where ``found`` is -1."""
+        row = tl.program_id(0).to(tl.int64)
+        if not ALL_ROWS and tl.load(found_ptr + row) >= 0:
+            return
+        x_ptr += row * stride_x
+        noted_ptr += row * ROOM
+        tau = tl.load(tau_ptr + row * stride_tau)
+        label = _label_of_row(label_ptr + row, V)
+        m = tl.load(stat_ptr + row)
+        log_total = tl.load(stat_ptr + N + row)
+        lanes = tl.arange(0, BLOCK)
+        found = tl.zeros([], tl.int32)
+        beyond = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, V, BLOCK):
+            z, _ = scaled_block(x_ptr, start, 1, V, softcap, tau, HAS_SOFTCAP, BLOCK)
+            log_p = z - m - log_total
+            near = (log_p > log_floor) | (lanes == label - start)
+            beyond += tl.where(near, 0.0, tl.exp(log_p))
+            found = _note(noted_ptr, start + lanes, near, found, ROOM)
         tl.store(found_ptr + row, found)
-        tl.store(left_out_ptr + row, left_out)
+        tl.store(left_out_ptr + row, tl.sum(beyond, 0))
+
+    @triton.jit
+    def _label_of_row(label_ptr, V):
+        """The label as int32; -1, no column and not even a masked one past V, where it is on another rank."""
+        label = tl.load(label_ptr)
+        return tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
 
     # Steps 2 and 3, one program a row.
     @triton.jit(do_not_specialize=["N"])
@@ -288,7 +304,7 @@ if triton is not None:
         noted = lane < found
         column = tl.load(noted_ptr + row * ROOM + lane, mask=noted, other=V)
         tau = tl.load(tau_ptr + row * stride_tau)
-        z, slope = scaled_logits(x_ptr + row * stride_x, column, 1, V, softcap, tau, HAS_SOFTCAP)
+        z, slope = scaled_logits(x_ptr + row * stride_x, column, 1, V, softcap, tau, HAS_SOFTCAP, False)
         p = tl.where(noted, tl.exp(z - m - log_total), 0.0)
         is_label = noted & (column == label)
         loose = tl.where(is_label, 0.0, p)
@@ -358,10 +374,15 @@ if triton is not None:
         strides = logits.stride(1), temperature.stride(0)
         log_floor, has_softcap = math.log(tolerance / capacity), softcap > 0
         if n:
-            launch(_note_kernel, (n,),
-                logits, labels, temperature, logprobs, entropy, stats, *noted, *strides, n, vocab, softcap, tolerance,
-                log_floor, capacity, KNOWN=known is not None, HAS_SOFTCAP=has_softcap, ROOM=room,
-                **fitted(FORWARD.default, vocab),
+            settings = {"HAS_SOFTCAP": has_softcap, "ROOM": room, **fitted(FORWARD.default, vocab)}
+            if known is None:
+                launch(_note_kernel, (n,),
+                    logits, labels, temperature, logprobs, entropy, stats, *noted, *strides, n, vocab, softcap,
+                    tolerance, log_floor, capacity, **settings,
+                )  # fmt: skip
+            launch(_note_known_kernel, (n,),
+                logits, labels, temperature, stats, *noted, *strides, n, vocab, softcap, log_floor,
+                ALL_ROWS=known is not None, **settings,
             )  # fmt: skip
             launch(_fill_kernel, (n,),
                 logits, labels, temperature, stats, *noted, index, value, count, dropped, *strides, n, vocab,

@@ -780,7 +780,7 @@ if triton is not None:
         tl.store(metric_ptr + 10, weight_mean)
 
     # At most two elements a thread: twelve sums and a dozen terms of each fill its registers, and four spill.
-    CONFIGS = Tunable("policy_loss", Config(512, 8), Config(512, 16), Config(256, 4), Config(256, 8))
+    CONFIGS = Tunable("policy_loss", Config(512, 8), Config(256, 4), Config(256, 8))
 
     def _triton_policy_loss(
         logprobs, old_logprobs, advantages, mask, cu_seqlens, normalizer, ref_logprobs, rollout_logprobs, per_token, s

@@ -326,17 +326,40 @@ ROW_PASSES: dict[str, RowPass] = {"torch": RowPass(_torch_forward, _torch_backwa
 if triton is not None:
 
     @triton.jit
-    def scaled_logits(x_ptr, col, stride_v, V, softcap, tau, HAS_SOFTCAP: tl.constexpr):
-        """z of a block of columns, float32, and the cap's derivative (without a cap: nothing of use).
+    def scaled_logits(x_ptr, col, stride_v, V, softcap, tau, HAS_SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
+        """z of some columns, float32, and the cap's derivative (without a cap: nothing of use).
 
-        Columns past V are -inf after the cap, not before it.
+        WHOLE: no column is past V. Else those that are become -inf, after the cap, not before it.
         """
-        x = tl.load(x_ptr + col.to(tl.int64) * stride_v, mask=col < V, other=0.0).to(tl.float32)
+        x_ptr += col.to(tl.int64) * stride_v
+        x = (tl.load(x_ptr) if WHOLE else tl.load(x_ptr, mask=col < V, other=0.0)).to(tl.float32)
         slope = x
         if HAS_SOFTCAP:
             slope = tanh_derivative(x / softcap)
             x = softcap * tanh(x / softcap)
-        return tl.where(col < V, x / tau, float("-inf")), slope
+        z = x / tau
+        return z if WHOLE else tl.where(col < V, z, float("-inf")), slope
+
+    # A mask at V, which may be a multiple of nothing, narrows loads and stores to one element each: only the last block
+    # of a row has one.
+    @triton.jit
+    def scaled_block(x_ptr, start, stride_v, V, softcap, tau, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+        """``scaled_logits`` of the columns from ``start`` on."""
+        col = start + tl.arange(0, BLOCK)
+        if start + BLOCK <= V:
+            z, slope = scaled_logits(x_ptr, col, stride_v, V, softcap, tau, HAS_SOFTCAP, True)
+        else:
+            z, slope = scaled_logits(x_ptr, col, stride_v, V, softcap, tau, HAS_SOFTCAP, False)
+        return z, slope
+
+    @triton.jit
+    def store_block(y_ptr, start, y, V, BLOCK: tl.constexpr):
+        """Store ``y`` in the columns from ``start`` on, as far as V."""
+        col = start + tl.arange(0, BLOCK)
+        if start + BLOCK <= V:
+            tl.store(y_ptr + col, y)
+        else:
+            tl.store(y_ptr + col, y, mask=col < V)
 
     # A row goes by once:
     #
@@ -391,18 +414,19 @@ if triton is not None:
             return
         tau = tl.load(tau_ptr + row * stride_tau)
         x_ptr += (row // T) * stride_b + (row % T) * stride_t
+        # Before the loop, so that registers hold one number through it, not the label and where it lies.
+        in_range = (label >= 0) & (label < V)
+        safe_label = tl.where(in_range, label, 0)
+        target, _ = scaled_logits(x_ptr, safe_label, stride_v, V, softcap, tau, HAS_SOFTCAP, True)
+        target = tl.where(in_range, target, float("nan"))
         m = float("-inf")
         s = tl.zeros([BLOCK], tl.float32)
         t = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
-            z, _ = scaled_logits(x_ptr, start + tl.arange(0, BLOCK), stride_v, V, softcap, tau, HAS_SOFTCAP)
+            z, _ = scaled_block(x_ptr, start, stride_v, V, softcap, tau, HAS_SOFTCAP, BLOCK)
             m, s, t, _, _ = add_block(z, m, s, t)
         total = tl.sum(s, 0)
         log_total = tl.log(total)
-        in_range = (label >= 0) & (label < V)
-        safe_label = tl.where(in_range, label, 0)
-        target, _ = scaled_logits(x_ptr, safe_label, stride_v, V, softcap, tau, HAS_SOFTCAP)
-        target = tl.where(in_range, target, float("nan"))
         tl.store(logprob_ptr + row, target - m - log_total)
         tl.store(entropy_ptr + row, log_total - tl.sum(t, 0) / total)
         tl.store(stat_ptr + row, m)
@@ -433,25 +457,26 @@ if triton is not None:
         BLOCK: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
-        col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        dx_ptr += row * stride_dx + col
+        start = tl.program_id(1) * BLOCK
+        dx_ptr += row * stride_dx
         label = tl.load(label_ptr + row)
         g_logprob = tl.load(grad_logprob_ptr + row).to(tl.float32)
         g_entropy = tl.load(grad_entropy_ptr + row).to(tl.float32)
         if (label == ignore_index) | ((g_logprob == 0.0) & (g_entropy == 0.0)):
-            tl.store(dx_ptr, tl.zeros([BLOCK], tl.float32), mask=col < V)
+            store_block(dx_ptr, start, tl.zeros([BLOCK], tl.float32), V, BLOCK)
             return
         tau = tl.load(tau_ptr + row * stride_tau)
         x_ptr += (row // T) * stride_b + (row % T) * stride_t
-        z, slope = scaled_logits(x_ptr, col, stride_v, V, softcap, tau, HAS_SOFTCAP)
+        z, slope = scaled_block(x_ptr, start, stride_v, V, softcap, tau, HAS_SOFTCAP, BLOCK)
         logp = z - tl.load(stat_ptr + row) - tl.load(stat_ptr + N + row)
         p = tl.exp(logp)
-        e = tl.where(col == label, 1.0 - p, -p)  # before it is multiplied: 1 - p is exact near p = 1
+        is_label = start + tl.arange(0, BLOCK) == label
+        e = tl.where(is_label, 1.0 - p, -p)  # before it is multiplied: 1 - p is exact near p = 1
         g = g_logprob * e - tl.where(p > 0.0, g_entropy * p * (logp + tl.load(entropy_ptr + row)), 0.0)
         g = g / tau
         if HAS_SOFTCAP:
             g *= slope
-        tl.store(dx_ptr, g, mask=col < V)
+        store_block(dx_ptr, start, g, V, BLOCK)
 
     # Eight elements a thread: 16 bytes of a half-precision row in one load, and registers left for s and t. The others
     # trade bytes in flight (a larger block) for programs side by side (a smaller one).
@@ -459,7 +484,6 @@ if triton is not None:
         "selective_logprobs.forward",
         Config(2048, 8),
         Config(1024, 4),
-        Config(4096, 8),
         Config(4096, 16),
     )
     BACKWARD = Tunable(

@@ -84,7 +84,7 @@ def test_every_kernel_moves_what_it_is_designed_to(tmp_path, capsys):
     assert report["failures"] == []
     rows = report["rows"]
     row_passes = [row for row in rows if "logprobs" in row["operation"]]
-    assert len(row_passes) == 11
+    assert len(row_passes) == 12
     assert all(row["designed"] == 1.0 and row["ratio"] <= 1.05 for row in row_passes)
     assert "over the least" in capsys.readouterr().out
 

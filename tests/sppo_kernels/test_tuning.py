@@ -67,8 +67,9 @@ def test_what_is_chosen_is_launched(name):
     assert selective.launch_shape(tunable, rows) == {"BLOCK": 1024, "num_warps": 4}
     assert selective.launch_shape(tunable, rows.bfloat16()) == {"BLOCK": 2048, "num_warps": 8}
     assert selective.launch_shape(tunable, rows[..., :4096]) == {"BLOCK": 2048, "num_warps": 8}
-    with tunable.using(Config(4096, 8)):
-        assert selective.launch_shape(tunable, rows)["BLOCK"] == 4096
+    other = tunable.candidates[-1]
+    with tunable.using(other):
+        assert selective.launch_shape(tunable, rows)["BLOCK"] == other.block == 4096
     assert selective.launch_shape(tunable, rows)["BLOCK"] == 1024
     tuning.reset()
     assert selective.launch_shape(tunable, rows)["BLOCK"] == 2048
