@@ -1,60 +1,59 @@
 """Command line of the benchmark suites: ``python -m benchmarks SUITE [options]``.
 
-A suite is a module with a docstring, ``add_arguments(parser)`` and ``run(args) -> exit code``.
+A suite is a module with a docstring, ``add_arguments(parser)`` and ``run(args) -> exit code``. It is imported when it is
+chosen: suites of the kernels need torch, triton and numpy alone, those of the trainer what the trainer needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib
 import sys
-
-import benchmarks.algorithms
-import benchmarks.compile
-import benchmarks.endurance
-import benchmarks.flops
-import benchmarks.gpu
-import benchmarks.kernels
-import benchmarks.learn
-import benchmarks.memory
-import benchmarks.report
-import benchmarks.sparse
-import benchmarks.step
-import benchmarks.traffic
-import benchmarks.trl_patch
-import benchmarks.tune
+from pathlib import Path
 
 SUITES = {
-    "kernels": benchmarks.kernels,
-    "compile": benchmarks.compile,
-    "traffic": benchmarks.traffic,
-    "flops": benchmarks.flops,
-    "memory": benchmarks.memory,
-    "sparse": benchmarks.sparse,
-    "learn": benchmarks.learn,
-    "algorithms": benchmarks.algorithms,
-    "step": benchmarks.step,
-    "trl": benchmarks.trl_patch,
-    "endurance": benchmarks.endurance,
-    "tune": benchmarks.tune,
-    "gpu": benchmarks.gpu,
-    "report": benchmarks.report,
+    "kernels": "kernels",
+    "compile": "compile",
+    "traffic": "traffic",
+    "flops": "flops",
+    "memory": "memory",
+    "sparse": "sparse",
+    "learn": "learn",
+    "algorithms": "algorithms",
+    "step": "step",
+    "trl": "trl_patch",
+    "endurance": "endurance",
+    "tune": "tune",
+    "gpu": "gpu",
+    "report": "report",
 }
 
 
+def docstring(module: str) -> str:
+    """The docstring of a module of this package, which is not imported for it."""
+    path = Path(__file__).parent / module
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ast.get_docstring(ast.parse(source.read_text())) or ""
+
+
 def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmark suites of sppo_kernels.")
     suites = parser.add_subparsers(title="suites", metavar="SUITE")
     for name, module in SUITES.items():
-        description = module.__doc__ or ""
+        description = docstring(module)
         suite = suites.add_parser(
             name,
             help=description.partition("\n")[0],
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_arguments(suite)
-        suite.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+        if given[:1] == [name]:
+            chosen = importlib.import_module(f"benchmarks.{module}")
+            chosen.add_arguments(suite)
+            suite.set_defaults(run=chosen.run)
+    args = parser.parse_args(given)
     if "run" not in args:
         parser.print_help()
         return 0
