@@ -185,8 +185,8 @@ def _sparse_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
         f"sparse, {_name(dtype)}",
         call,
         (
-            Kernel("_sparse._note_kernel", tokens * (vocab * 4 + 44) + 4 * entries),
-            Kernel("_sparse._note_known_kernel", 4 * tokens),  # no row is to be read again
+            Kernel("selective_logprobs._forward_kernel", tokens * (vocab * 4 + 28)),
+            Kernel("_sparse._note_kernel", tokens * (vocab * 4 + 28) + 4 * entries),
             Kernel("_sparse._fill_kernel", tokens * 36 + (4 + 4 + 8) * entries),
             Kernel("_sparse._weighted_rows_kernel", lists + gathered + sums + 24 * (tokens + entries)),
         ),

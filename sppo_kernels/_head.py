@@ -150,7 +150,7 @@ class Head(NamedTuple):
             if self.group or not plan.entries:
                 found = ROW_PASSES[self.backend].forward(logits, *row, self.softcap, self.ignore_index)
                 whole = vocab_shard.combine(self.group, *found, here=row[0] < self.vocab) if self.group else found
-            if plan.entries:  # in the same read of the logits, unless the whole row's sum comes from other ranks
+            if plan.entries:  # with statistics of their own, unless the whole row's sum comes from other ranks
                 known = whole[2] if whole else None
                 slots = kept.slot_index[rows], kept.slot_value[rows]
                 selected = self._select(logits, index, known, plan, len(shards), *slots)

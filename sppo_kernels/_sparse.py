@@ -7,21 +7,18 @@ logits is off by at most |c| dropped / tau, summed over the row, for any loss (c
 
 Selection, row by row of a chunk of logits [C, V]:
 
-    1  the forward pass of selective_logprobs, which reads the row once, notes on its way every entry that stands above
-       a floor: floor = log(tolerance / K) below the largest logit so far, the label's to begin with. That is never
-       above the true log-sum-exp, so all of p > tolerance / K is noted, and little else as soon as the top of the row
-       is known. What is passed over adds up beside the sum of all.
+    1  every entry above floor = log(tolerance / K) below the true log-sum-exp, which the forward pass of
+       selective_logprobs has found, is noted: all of p > tolerance / K. What is passed over is added up.
     2  among the entries noted the largest threshold is found, by bisection, below which not too much lies. There is
        room for 4 K of them or more: registers, not memory.
     3  entries above it are written, in the order of the vocabulary.
 
-    traffic a row   read 4 V bytes, as without selection; for each entry noted its column out and in, and its logit
-                    once more; 8 bytes for each entry kept. A dense E is 4 V read again and 2 V written.
+    traffic a row   read 4 V bytes once more than without selection; for each entry noted its column out and in, and
+                    its logit once more; 8 bytes for each entry kept. A dense E is 4 V read again and 2 V written.
 
-Where more was noted than there is room for, because the row's top came late, the row is read a second time, with the
-floor below its true log-sum-exp; not if it is so flat that K entries could not suffice anyway. (The PyTorch backend,
-which has a block of rows in the cache, takes the true log-sum-exp at once, and has room for all.) A token that needs
-more than K entries, or whose noted entries leave out too much, has a count of -1: it goes the exact way.
+A row so flat that K entries could not suffice is not read again. (The PyTorch backend has a block of rows in the cache,
+where a second look costs no traffic.) A token that needs more than K entries, or whose noted entries leave out too
+much, has a count of -1: it goes the exact way.
 
 Products, with the entries of all tokens in one list of (token, column, weight = c e / tau):
 
@@ -42,20 +39,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .ops.selective_logprobs import row_statistics, rows_per_block, safe_labels, scaled_rows, softcap_derivative
+from .ops.selective_logprobs import (
+    ROW_PASSES,
+    row_statistics,
+    rows_per_block,
+    safe_labels,
+    scaled_rows,
+    softcap_derivative,
+)
+from .tuning import Config
 
 try:
     import triton
     import triton.language as tl
 
     from ._triton import launch
-    from .ops.selective_logprobs import FORWARD, add_block, fitted, scaled_block, scaled_logits
+    from .ops.selective_logprobs import fitted, scaled_block, scaled_logits
 except ImportError:
     triton = None
 
 MAX_CAPACITY = 1024
 _BISECTIONS = 16  # of some 20 nats: the threshold is within a thousandth of the best
 _NATS_BELOW_FLOOR = 12.0  # where that search begins: what was noted early may lie below the floor
+_NO_LABEL = 1 - 2**31  # an ignore_index that ignores nothing: all of these tokens bear loss
 _PIECE = MAX_CAPACITY  # entries that are summed in one go: those of a token always, those of a column mostly
 
 
@@ -213,62 +219,35 @@ WEIGHTED_ROWS: dict[str, Callable[..., None]] = {"torch": _torch_weighted_rows}
 
 
 if triton is not None:
-    # Step 1, one program per row. In launches of their own, since steps 2 and 3 want as many threads for a short row.
+
+    @triton.jit
+    def _note(noted_ptr, column, near, found, ROOM: tl.constexpr):
+        """Stores those that are near behind the ``found`` ones as far as there is room; how many there are then."""
+        place = found + tl.cumsum(near.to(tl.int32), 0) - 1
+        tl.store(noted_ptr + place, column, mask=near & (place < ROOM))
+        return tl.max(place, 0) + 1
+
+    _NOTE_CONFIG = Config(1024, 8)  # four elements a thread: 16 bytes, and few enough registers for the scan
+
+    # Step 1, one program per row. In a launch of its own, since steps 2 and 3 want as many threads for a short row.
     @triton.jit(do_not_specialize=["N"])
     def _note_kernel(
-        x_ptr, label_ptr, tau_ptr, logprob_ptr, entropy_ptr, stat_ptr, noted_ptr, found_ptr, left_out_ptr,
-        stride_x, stride_tau, N, V, softcap, tolerance, log_floor, K,
-        HAS_SOFTCAP: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """Statistics of a row, and the columns that stand above the floor as it rises. Where more were found than there
-        is room for, and K entries could suffice, ``found`` is -1: the row is to be read once more."""
-        row = tl.program_id(0).to(tl.int64)
-        x_ptr += row * stride_x
-        noted_ptr += row * ROOM
-        tau = tl.load(tau_ptr + row * stride_tau)
-        label = _label_of_row(label_ptr + row, V)
-        target, _slope = scaled_logits(x_ptr, tl.maximum(label, 0), 1, V, softcap, tau, HAS_SOFTCAP, True)
-        least_top = tl.where(label >= 0, target, float("-inf"))
-        lanes = tl.arange(0, BLOCK)
-        found = tl.zeros([], tl.int32)
-        m = float("-inf")
-        s = tl.zeros([BLOCK], tl.float32)
-        t = tl.zeros([BLOCK], tl.float32)
-        beyond = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, V, BLOCK):
-            z, _ = scaled_block(x_ptr, start, 1, V, softcap, tau, HAS_SOFTCAP, BLOCK)
-            m, s, t, e, scale = add_block(z, m, s, t)
-            floor = tl.maximum(m, least_top) + log_floor
-            near = (z > floor) | (lanes == label - start)
-            beyond = scale * beyond + tl.where(near, 0.0, e)
-            if (tl.max(z, 0) > floor) | ((label >= start) & (label < start + BLOCK)):
-                found = _note(noted_ptr, start + lanes, near, found, ROOM)
-        total = tl.sum(s, 0)
-        log_total = tl.log(total)
-        tl.store(logprob_ptr + row, tl.where(label >= 0, target, float("nan")) - m - log_total)
-        tl.store(entropy_ptr + row, log_total - tl.sum(t, 0) / total)
-        tl.store(stat_ptr + row, m)
-        tl.store(stat_ptr + N + row, log_total)
-        again = (found > ROOM) & (K / total >= 1.0 - tolerance)
-        tl.store(found_ptr + row, tl.where(again, -1, found))
-        tl.store(left_out_ptr + row, tl.sum(beyond, 0) / total)
-
-    @triton.jit(do_not_specialize=["N"])
-    def _note_known_kernel(
         x_ptr, label_ptr, tau_ptr, stat_ptr, noted_ptr, found_ptr, left_out_ptr,
-        stride_x, stride_tau, N, V, softcap, log_floor,
-        ALL_ROWS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+        stride_x, stride_tau, N, V, softcap, tolerance, log_floor, K,
+        WHOLE_ROWS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """The columns above the floor of rows whose statistics are known: of all, or where ``found`` is -1."""
         row = tl.program_id(0).to(tl.int64)
-        if not ALL_ROWS and tl.load(found_ptr + row) >= 0:
+        m = tl.load(stat_ptr + row)
+        log_total = tl.load(stat_ptr + N + row)
+        if WHOLE_ROWS and K * tl.exp(-log_total) < 1.0 - tolerance:  # K times the largest p are not enough
+            tl.store(found_ptr + row, 0)
+            tl.store(left_out_ptr + row, 1.0)
             return
         x_ptr += row * stride_x
         noted_ptr += row * ROOM
         tau = tl.load(tau_ptr + row * stride_tau)
-        label = _label_of_row(label_ptr + row, V)
-        m = tl.load(stat_ptr + row)
-        log_total = tl.load(stat_ptr + N + row)
+        label = tl.load(label_ptr + row)
+        label = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)  # -1, no column, if it is on another rank
         lanes = tl.arange(0, BLOCK)
         found = tl.zeros([], tl.int32)
         beyond = tl.zeros([BLOCK], tl.float32)
@@ -277,15 +256,10 @@ if triton is not None:
             log_p = z - m - log_total
             near = (log_p > log_floor) | (lanes == label - start)
             beyond += tl.where(near, 0.0, tl.exp(log_p))
-            found = _note(noted_ptr, start + lanes, near, found, ROOM)
+            if (tl.max(log_p, 0) > log_floor) | ((label >= start) & (label < start + BLOCK)):
+                found = _note(noted_ptr, start + lanes, near, found, ROOM)
         tl.store(found_ptr + row, found)
         tl.store(left_out_ptr + row, tl.sum(beyond, 0))
-
-    @triton.jit
-    def _label_of_row(label_ptr, V):
-        """The label as int32; -1, no column and not even a masked one past V, where it is on another rank."""
-        label = tl.load(label_ptr)
-        return tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
 
     # Steps 2 and 3, one program a row.
     @triton.jit(do_not_specialize=["N"])
@@ -332,13 +306,6 @@ if triton is not None:
         tl.store(count_ptr + row, tl.where(enough, count, -1))
         tl.store(dropped_ptr + row, tl.where(enough, dropped, 0.0))
 
-    @triton.jit
-    def _note(noted_ptr, column, near, found, ROOM: tl.constexpr):
-        """Stores those that are near behind the ``found`` ones as far as there is room; how many there are then."""
-        place = found + tl.cumsum(near.to(tl.int32), 0) - 1
-        tl.store(noted_ptr + place, column, mask=near & (place < ROOM))
-        return tl.max(place, 0) + 1
-
     # One program per range of the list and block of columns, BLOCK_E rows of the range at a time. Partial sums are
     # reduced after the loop: a reduction in each iteration would overwrite shared memory that threads still read.
     @triton.jit
@@ -361,28 +328,23 @@ if triton is not None:
         out_ptr += tl.load(place_ptr + i) * H + column
         tl.store(out_ptr, tl.load(out_ptr, mask=column < H, other=0.0) + tl.sum(total, 0), mask=column < H)
 
-    # In the blocks that selective_logprobs's forward has unless it is tuned, so that log-probabilities have the bits
-    # that they have without selection. Its larger candidates leave selection no registers.
     def _triton_select(logits, labels, temperature, softcap, tolerance, known, index, value):
         """As _torch_select; the logits stay as they are."""
         (n, capacity), vocab = index.shape, logits.shape[-1]
         new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=logits.device)
-        logprobs, entropy, dropped, count = new(n), new(n), new(n), new(n, dtype=torch.int32)
-        stats = new(2, n) if known is None else known.contiguous()
+        if known is None:
+            logprobs, entropy, stats = ROW_PASSES["triton"].forward(logits, labels, temperature, softcap, _NO_LABEL)
+        else:
+            logprobs, entropy, stats = new(n), new(n), known.contiguous()
+        dropped, count = new(n), new(n, dtype=torch.int32)
         room = 4 * triton.next_power_of_2(capacity)
         noted = new(n, room, dtype=torch.int32), new(n, dtype=torch.int32), new(n)
         strides = logits.stride(1), temperature.stride(0)
         log_floor, has_softcap = math.log(tolerance / capacity), softcap > 0
         if n:
-            settings = {"HAS_SOFTCAP": has_softcap, "ROOM": room, **fitted(FORWARD.default, vocab)}
-            if known is None:
-                launch(_note_kernel, (n,),
-                    logits, labels, temperature, logprobs, entropy, stats, *noted, *strides, n, vocab, softcap,
-                    tolerance, log_floor, capacity, **settings,
-                )  # fmt: skip
-            launch(_note_known_kernel, (n,),
-                logits, labels, temperature, stats, *noted, *strides, n, vocab, softcap, log_floor,
-                ALL_ROWS=known is not None, **settings,
+            launch(_note_kernel, (n,),
+                logits, labels, temperature, stats, *noted, *strides, n, vocab, softcap, tolerance, log_floor, capacity,
+                WHOLE_ROWS=known is None, HAS_SOFTCAP=has_softcap, ROOM=room, **fitted(_NOTE_CONFIG, vocab),
             )  # fmt: skip
             launch(_fill_kernel, (n,),
                 logits, labels, temperature, stats, *noted, index, value, count, dropped, *strides, n, vocab,
