@@ -1,7 +1,7 @@
 """Command line of the benchmark suites: ``python -m benchmarks SUITE [options]``.
 
-A suite is a module with a docstring, ``add_arguments(parser)`` and ``run(args) -> exit code``. It is imported when it is
-chosen: suites of the kernels need torch, triton and numpy alone, those of the trainer what the trainer needs.
+A suite is a module with a docstring, ``add_arguments(parser)`` and ``run(args) -> exit code``. It is imported when it
+is chosen: suites of the kernels need torch, triton and numpy alone, those of the trainer what the trainer needs.
 """
 
 from __future__ import annotations

@@ -36,6 +36,8 @@ from benchmarks.plans import BARE, PLANS, Item, describe, head_of, item_of
 from benchmarks.results import Row
 from sppo_kernels import _common, tuning
 
+OURS = "ours"
+
 # One way at one point
 
 
@@ -69,6 +71,7 @@ def clock(problem: Problem, function: Function, device: torch.device, seconds: f
         row |= {"both_ms": row["forward_ms"], "both_iqr_ms": row["forward_iqr_ms"]}
     if device.type != "cpu":
         row["host_ms"] = timing.host_ms(both, device, repeats)
+        row["host_bound"] = row["host_ms"] >= times["both" if problem.leaves else "forward"]["ms"]
         timing.synchronize(device)
     return row
 
@@ -121,17 +124,13 @@ class Suite:
             self._free()
             self._relate()
             self.claims = claims.judge(self.rows) if self.device.type != "cpu" else []
-            self.save()
-        self.failures += [
-            f"claim: {claim['claim']}: {claim['measured']:.3f}" for claim in self.claims if not claim["held"]
-        ]
-        self.save()
+            self.save(chart(self.rows))
 
-    def save(self) -> None:
+    def save(self, drawn: results.Chart | None = None) -> None:
         results.write(
             self.path,
             "kernels",
-            chart=chart(self.rows),
+            chart=drawn,
             device=results.device_name(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
             backend=self.backend or "as the device has it",
@@ -147,13 +146,14 @@ class Suite:
         operation = OPERATIONS[item.operation]
         torch.manual_seed(0)
         problem = operation.make(item.point, self.device, self.dtype)
+        ours = {f"ours, {mode}" if mode else "ours": _made(f) for mode, f in operation.ours(self.backend).items()}
         ways: dict[str, Maker] = {
-            **{f"ours, {mode}" if mode else "ours": _made(f) for mode, f in operation.ours(self.backend).items()},
+            **(ours if OURS not in self.without else {}),
             **{name: make for name, make in PEERS[item.operation].items() if name not in self.without},
         }
         start = len(self.rows)
         right = self._check_all(item, operation, problem, ways)
-        if operation.work(item.point, problem.dtype).forward_flops:
+        if OURS not in self.without and operation.work(item.point, problem.dtype).forward_flops:
             self._guarded({**head_of(item), "way": BARE}, partial(self._bare, problem, item, operation))
         for function, row in right.values():
             self._guarded(row, partial(self._time, problem, function, operation.work(item.point, problem.dtype)))
@@ -197,6 +197,7 @@ class Suite:
                 self._fail(f"{describe(item_of(row))}: {row['way']}: {row['note']}")
         if row:
             self.rows.append(row)
+            self.save()
         self._free()
 
     def _free(self) -> None:
@@ -332,13 +333,18 @@ SUMMARY: results.Columns = {
 }
 
 
+def all_ways() -> list[str]:
+    """Ours, in all its modes, and those of the others."""
+    return [OURS, *sorted({way for peers in PEERS.values() for way in peers})]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", choices=PLANS, help="which operations at which points (full; on a CPU cpu)")
     parser.add_argument("--quick", action="store_true", help="the plan quick: tiny sizes")
     parser.add_argument(
         "--only", nargs="+", choices=OPERATIONS, metavar="OPERATION", help=f"of {', '.join(OPERATIONS)}"
     )
-    ways = sorted({way for peers in PEERS.values() for way in peers})
+    ways = all_ways()
     parser.add_argument("--without", nargs="+", default=[], choices=ways, metavar="WAY", help=f"of {', '.join(ways)}")
     parser.add_argument(
         "--tuning", type=Path, metavar="FILE", help="launch configurations that the suite tune measured"

@@ -66,8 +66,14 @@ _TINY = Point(512, 64, 1024)
 _CPU = Point(512, 576, 49_152)  # SmolLM2-135M's head
 
 PLANS: dict[str, list[Item]] = {
-    # What the claims are about.
-    "headline": [*_linear(BASE, SHARP), Item("selective_logprobs", BASE), *_small(POLICY, MILLION)],
+    # What the claims are about, and the heads of small models, where row passes weigh most.
+    "headline": [
+        *_linear(BASE, SHARP, Point(16_384, *HEADS["1.5B"]), Point(4096, *HEADS["0.5B"])),
+        Item("selective_logprobs", BASE),
+        *_small(POLICY, MILLION),
+        Item("linear_logprobs, mean NLL", BASE),
+    ],
+    "compiled": [*_linear(BASE, SHARP), Item("selective_logprobs", BASE)],
     "shapes": _linear(
         BASE._replace(tokens=4096),
         *(Point(8192, *HEADS[name]) for name in ("0.5B", "1.5B", "7B")),
@@ -75,7 +81,6 @@ PLANS: dict[str, list[Item]] = {
     ),
     "others": [
         *(Item("linear_logprobs + policy_loss", point) for point in (BASE, SHARP)),
-        Item("linear_logprobs, mean NLL", BASE),
         *_small(REST, MILLION),
     ],
     "sweep": [

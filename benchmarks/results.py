@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -57,6 +58,51 @@ def device_name(device: torch.device) -> str:
     about = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", about.read_text(), re.M) if about.exists() else None
     return f"{model[1] if model else platform.processor() or 'CPU'}, {os.cpu_count()} cores"
+
+
+_QUERIED = (
+    "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "power.draw",
+    "temperature.gpu", "persistence_mode", "ecc.mode.current",
+)  # fmt: skip
+
+
+def gpu_facts() -> Row:
+    """What times on this GPU depend on: its size from torch, driver, clocks in MHz and power in W from nvidia-smi.
+
+    Empty without a GPU; what cannot be asked for is left out.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    about = torch.cuda.get_device_properties(0)
+    facts = {
+        "name": about.name,
+        "capability": f"{about.major}.{about.minor}",
+        "multiprocessors": about.multi_processor_count,
+        "memory_bytes": about.total_memory,
+        "l2_bytes": getattr(about, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
+    }
+    return facts | _nvidia_smi()
+
+
+def _nvidia_smi() -> Row:
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(_QUERIED)}", "--format=csv,noheader,nounits"]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [value.strip() for value in printed.splitlines()[0].split(",")] if printed.strip() else []
+    return {name: value for name, value in zip(_QUERIED, values, strict=False) if not value.startswith("[")}
+
+
+def describe_gpu(facts: Row) -> str:
+    """A line of them."""
+    return (
+        f"{facts.get('name', 'no GPU')}, driver {facts.get('driver_version', '?')}, CUDA {facts.get('cuda', '?')}; "
+        f"MHz: SM {facts.get('clocks.sm', '?')} of {facts.get('clocks.max.sm', '?')}, "
+        f"memory {facts.get('clocks.mem', '?')} of {facts.get('clocks.max.mem', '?')}; "
+        f"W: {facts.get('power.draw', '?')} of {facts.get('power.limit', '?')}"
+    )
 
 
 def write(path: Path, suite: str, chart: Chart | None = None, **content: Any) -> None:

@@ -1,8 +1,9 @@
 """Times and peaks of calls, and what the device itself can do: its copy bandwidth and its rate of matrix products.
 
-On a GPU each repetition first writes a large buffer several times over: that empties the cache of what the last
-repetition left in it, and keeps the device busy while the host queues the call, so that the time between two events is
-the device's own. How long the host takes to queue a call is measured beside it.
+On a GPU each repetition first reads a large buffer several times over. That replaces what the last repetition left in
+the cache, leaving nothing there to be written back, and keeps the device busy while the host queues the call: the time
+between two events is then the device's own. A call that waits for the device loses this start, and the host's time
+counts from there on. How long the host takes to queue a call is measured beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 FLUSHED_BYTES = 1 << 28  # several times any cache
-FLUSHES = 6  # about half a millisecond on an H100: longer than it takes to queue a few dozen launches
+FLUSHES = 6  # at 3 TB/s about half a millisecond: longer than it takes to queue a few dozen launches
 
 
 class Clock:
@@ -25,12 +26,12 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type != "cpu"
-        self._flushed = torch.empty(FLUSHED_BYTES if self.on_gpu else 0, dtype=torch.uint8, device=device)
+        self._read = torch.zeros(FLUSHED_BYTES // 4 if self.on_gpu else 0, device=device)
 
     def settle(self) -> None:
-        """Empty the cache and give the host a start."""
+        """Replace what is in the cache, by reading, and give the host a start."""
         for _ in range(FLUSHES if self.on_gpu else 0):
-            self._flushed.zero_()
+            self._read.sum()
 
     def mark(self) -> Any:
         """Now, in the order of the device's work."""

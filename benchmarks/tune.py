@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -43,10 +43,13 @@ class Shape(NamedTuple):
     itemsize: int
 
 
-def shapes(tiny: bool) -> list[Shape]:
-    """Rows of logits of the usual vocabularies: half-precision ones that are given, float32 ones that are made."""
+VOCABULARIES = (151_936, 128_256, 49_152)
+
+
+def shapes(tiny: bool, vocabularies: Sequence[int] = VOCABULARIES) -> list[Shape]:
+    """Rows of logits of some vocabularies: half-precision ones that are given, float32 ones that are made."""
     found = []
-    for vocab in (97,) if tiny else (151_936, 128_256, 49_152):
+    for vocab in (97,) if tiny else vocabularies:
         # Of a small hidden size, so that linear_logprobs' products beside the row pass are short.
         point = Point(8 if tiny else 4096, 8 if tiny else 64, vocab)
         for part, dtype in product(("forward", "backward"), (torch.bfloat16, torch.float32)):
@@ -153,6 +156,9 @@ def chart(rows: list[Row]) -> results.Chart:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument(
+        "--vocab", nargs="+", type=int, default=VOCABULARIES, metavar="V", help="vocabularies (%(default)s)"
+    )
     results.add_out(parser)
 
 
@@ -163,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     device = results.this_device()
     tuner = Tuner(device, args.out)
-    tuner.run(shapes(tiny=args.quick or device.type == "cpu"))
+    tuner.run(shapes(tiny=args.quick or device.type == "cpu", vocabularies=args.vocab))
     print(results.table(tuner.rows, COLUMNS))
     judged = "" if tuner.judged else " (interpreted: times say nothing and nothing is chosen)"
     print(f"\n{results.device_name(device)}{judged}; {len(tuner.failures)} failures; written to {args.out}/tuning.json")
