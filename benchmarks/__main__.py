@@ -25,6 +25,7 @@ SUITES = {
     "trl": "trl_patch",
     "endurance": "endurance",
     "tune": "tune",
+    "roofline": "roofline",
     "gpu": "gpu",
     "report": "report",
 }

@@ -1,15 +1,24 @@
-"""Everything that wants a GPU, in one call of under 8 minutes, the most valuable first.
+"""All that a first run on a GPU is for, in one call of at most 6 minutes, the most valuable first.
 
-Each part is a process of its own with a limit of its own, so that one that crashes, hangs or takes the driver down with
-it costs only itself: it is reported and passed over. What a part had saved until then counts. After each part all
-results so far are written again: gpu.json (every part's own report), kernels.json, .csv and .png (all measured rows,
-with the part that they are of), tuning.json (for ``sppo_kernels.tuning.load``) and log.txt.
+    correctness      the compiled kernels against float64: times of wrong kernels say nothing
+    headline         every operation beside its peers, at the sizes that the claims are about, without torch.compile
+    roofline         each kernel and matrix product of a call: time, bandwidth and rate over what the device reaches
+    torch-compile    the same points by torch.compile
+    tune             launch configurations for a vocabulary of 151,936
+    headline-tuned   ours with the configurations that were chosen
+    tests            all other tests of the kernels, as far as the time goes
+
+``--minutes 3`` runs the first three alone. Each part is a process of its own with a limit of its own, so that one that
+crashes, hangs or takes the driver down with it costs only itself: it is reported and passed over. What is measured is
+written below ``--out`` as it comes, so that a killed command loses nothing: first in a folder of its part, and after
+the part in gpu.json (driver, clocks, and every part's own report), kernels.json, .csv and .png (all measured rows with
+their part, and the claims), roofline.json and .csv, tuning.json (for ``sppo_kernels.tuning.load``) and log.txt.
 
 Needs a GPU, torch, triton, numpy, pytest and hypothesis; matplotlib for the chart, pytest-xdist to run the tests in a
 third of the time, and of the other libraries compared with those that are installed: pip install trl==1.16
 liger-kernel cut-cross-entropy. ``--dry-run`` walks through all of it on a CPU, in Triton's interpreter, with tiny
-sizes. The exit code is 1 when a part fails or is stopped at its limit; only the last one, which takes what time is
-left, may be.
+sizes. At most 100 lines are printed, the tables last. The exit code is 1 when a part fails, or one of the first three
+is stopped at its limit; a claim that does not hold is a result, not a failure.
 """
 
 from __future__ import annotations
@@ -19,115 +28,139 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import claims, kernels, results
+from benchmarks import claims, kernels, results, roofline
 from benchmarks.results import Row
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 450  # for all parts; starting Python and saving take the rest of 8 minutes
+STARTING = 10  # seconds that this process itself takes
+LINES = 100
 STOPPED, NO_TIME = "stopped at its limit", "no time left"
 PART_COLUMNS = ("part", "seconds", "outcome", "last_line")
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "numpy")
+# What decides whether the kernels are right: comparisons with float64, bits, bounds, and all that needs a GPU.
+ESSENTIAL = "gpu or agrees_with_float64 or as_without_and_every_run or bound_holds or many_chunks"
 
 
 class Part(NamedTuple):
     """A command, and the most seconds that it may take."""
 
-    name: str
+    name: str  # of its folder too
     command: list[str]
     seconds: int
-    open_ended: bool = False  # as far as the time goes: being stopped is how it ends
+    may_stop: bool = False  # what it has by its limit is of use
+    open_ended: bool = False  # takes all the time that is left
 
 
 def parts(folder: Path, dry: bool) -> list[Part]:
     """What is run, in order; each suite writes into ``folder``."""
     suite = lambda label, name, *options: ["-m", "benchmarks", name, "--out", str(folder / label), *options]
     measured = lambda label, plan, *options: suite(label, "kernels", "--plan", plan, *options)
-    tuned = "--tuning", str(folder / "tune" / "tuning.json")
-    ours = "--without", *_others()
-    trl = bool(importlib.util.find_spec("trl"))
+    only = lambda *ways: ("--without", *[way for way in kernels.all_ways() if way not in ways])
+    tuned = "--tuning", str(folder / "tuning.json")
+    ours = only(kernels.OURS, "eager PyTorch")
     if dry:
-        few = "--only", "linear_logprobs", "policy_loss, token"
+        one = "--only", "selective_logprobs"
         return [
+            Part("correctness", _pytest("tests/sppo_kernels/test_whiten.py", "-k", "float64"), 120),
             Part("headline", measured("headline", "dry", "--without", "torch.compile"), 420),
-            Part("tests", _pytest("tests/sppo_kernels/test_whiten.py", "-k", "float64"), 120),
-            Part("tune", suite("tune", "tune", "--quick"), 240),
-            Part("headline, tuned", measured("headline, tuned", "dry", *few, *tuned, *ours), 120),
-            *[Part("TRL", suite("TRL", "trl", "--quick"), 120)] * trl,
+            Part("roofline", suite("roofline", "roofline", "--quick"), 240),
+            Part("torch-compile", measured("torch-compile", "dry", *one, *only("torch.compile")), 120, may_stop=True),
+            Part("tune", suite("tune", "tune", "--quick"), 240, may_stop=True),
+            Part("headline-tuned", measured("headline-tuned", "dry", *one, *tuned, *ours), 120, may_stop=True),
+            Part("tests", _pytest("tests/sppo_kernels/test_whiten.py", "-k", "empty"), 60, True, open_ended=True),
         ]
-    brief, uncompiled = ("--seconds", "0.5"), ("--without", "torch.compile")
+    brief = "--seconds", "0.3"
+    compiled = measured("torch-compile", "compiled", *brief, *only("torch.compile"))
     return [
-        Part("headline", measured("headline", "headline", *brief), 130),
-        Part("tests", _pytest("tests/sppo_kernels", "-m", "gpu or not slow"), 110),
-        Part("tune", suite("tune", "tune"), 60),
-        Part("headline, tuned", measured("headline, tuned", "headline", *brief, *tuned, *ours), 40),
-        *[Part("TRL", suite("TRL", "trl", "--rounds", "2"), 60)] * trl,
-        Part("shapes", measured("shapes", "shapes", *brief, *uncompiled), 130),
-        Part("others", measured("others", "others", *brief, *uncompiled), 90),
-        Part("sweep", measured("sweep", "sweep", *brief, *ours), SECONDS, open_ended=True),
+        Part("correctness", _pytest("-q", "--maxfail=10", "tests/sppo_kernels", "-k", ESSENTIAL), 45),
+        Part("headline", measured("headline", "headline", *brief, "--without", "torch.compile"), 100),
+        Part("roofline", suite("roofline", "roofline"), 25),
+        Part("torch-compile", compiled, 60, may_stop=True),
+        Part("tune", suite("tune", "tune", "--vocab", "151936"), 40, may_stop=True),
+        Part("headline-tuned", measured("headline-tuned", "headline", *brief, *tuned, *ours), 40, may_stop=True),
+        Part("tests", _pytest("tests/sppo_kernels", "-m", "gpu or not slow"), 20, may_stop=True, open_ended=True),
     ]
 
 
+def planned(wanted: Sequence[Part], seconds: float) -> list[Part]:
+    """As many of the parts, from the first on, as have their whole limits within some seconds."""
+    fitting = []
+    for part in wanted:
+        seconds -= part.seconds
+        if seconds < 0:
+            break
+        fitting.append(part)
+    return fitting
+
+
 def _pytest(*selected: str) -> list[str]:
-    """Each test has its line as it ends, for the log of a run that is stopped. Compiling kernels is most of their time,
-    hence the processes."""
-    several = ["-n", "8"] if importlib.util.find_spec("xdist") and torch.cuda.is_available() else []
-    return ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *several, *selected]
-
-
-def _others() -> list[str]:
-    """Everything but ours and eager PyTorch."""
-    return sorted({way for peers in kernels.PEERS.values() for way in peers} - {"eager PyTorch"})
+    """Compiling kernels is most of the tests' time, hence the processes."""
+    several = ["-n", "12"] if importlib.util.find_spec("xdist") and torch.cuda.is_available() else []
+    return ["-m", "pytest", "--tb=short", "-p", "no:cacheprovider", *several, *selected]
 
 
 class Session:
     """Runs one part after another and keeps all results written."""
 
-    def __init__(self, out: Path, dry: bool) -> None:
-        self.out, self.dry = out, dry
-        self.deadline = time.monotonic() + SECONDS * (2 if dry else 1)
+    def __init__(self, out: Path, dry: bool, seconds: float) -> None:
+        self.out, self.dry, self.seconds = out, dry, seconds
+        self.deadline = time.monotonic() + seconds
+        self.facts = results.gpu_facts()
         self.done: list[Row] = []
         self.rows: list[Row] = []
-        self.claims: list[Row] = []
+        self.rooflines: list[Row] = []
         self.failures: list[str] = []
         self.log = out / "log.txt"
+        self.lines = 0
 
     def run(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         self.log.write_text("")
-        with tempfile.TemporaryDirectory() as folder:
-            for part in parts(Path(folder), self.dry):
-                self._run(part, Path(folder) / part.name)
+        self.say(results.describe_gpu(self.facts))
+        for part in planned(parts(self.out, self.dry), self.seconds):
+            self._run(part, self.out / part.name)
+
+    def say(self, text: str) -> None:
+        """Print progress, as long as half of the lines are left for the tables; the log has everything."""
+        for line in text.splitlines():
+            self.lines += 1
+            if self.lines <= LINES // 3:
+                print(line[:160], file=sys.stderr, flush=True)
 
     def _run(self, part: Part, folder: Path) -> None:
-        limit = min(part.seconds, self.deadline - time.monotonic())
-        print(f"{part.name}: at most {max(0, limit):.0f} s", file=sys.stderr, flush=True)
+        left = self.deadline - time.monotonic()
+        limit = left if part.open_ended else min(part.seconds, left)
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         start = time.monotonic()
         outcome = "interrupted"  # by whoever runs this: what there is by then is saved all the same
         try:
             outcome = self._process(part, limit) if limit > 5 else NO_TIME
         finally:
             seconds = round(time.monotonic() - start, 1)
-            print(f"{part.name}: {outcome}, {seconds} s", file=sys.stderr, flush=True)
+            self.say(f"{part.name}: {outcome}, {seconds} of at most {max(0.0, limit):.0f} s")
             row = {
                 "part": part.name,
                 "seconds": seconds,
                 "outcome": outcome,
                 "last_line": next((line for line in reversed(self._logged()) if line), ""),
+                "gpu_after": results.gpu_facts(),
             }
-            if outcome != "passed" and not (part.open_ended and outcome in (STOPPED, NO_TIME)):
+            if outcome != "passed" and not (part.may_stop and outcome in (STOPPED, NO_TIME)):
                 self.failures.append(f"{part.name}: {outcome}")
             self._collect(row, folder)
             self._save()
+            shutil.rmtree(folder, ignore_errors=True)  # all of it is in the files above
 
     def _collect(self, row: Row, folder: Path) -> None:
         self.done.append(row)
@@ -135,14 +168,20 @@ class Session:
         for report in row["reports"]:
             if report.get("suite") == "kernels":
                 self.rows += [{"part": row["part"], **measured} for measured in report["rows"]]
-                self.claims += [{"part": row["part"], **claim} for claim in report["claims"]]
-        tuning = folder / "tuning.json"
-        if tuning.exists():
-            (self.out / tuning.name).write_bytes(tuning.read_bytes())
+            if report.get("suite") == "roofline":
+                self.rooflines = report["rows"]
+        for path in [folder / "tuning.json", *folder.glob("roofline.*")]:
+            if path.exists():
+                path.replace(self.out / path.name)
+
+    def claims(self) -> list[Row]:
+        """Judged by all rows but those of tuned kernels: the peers of one part beside ours of another."""
+        return [] if self.dry else claims.judge(row for row in self.rows if row["part"] != "headline-tuned")
 
     def _process(self, part: Part, limit: float) -> str:
         """Its outcome in a word or two; what it prints goes to the log, the end of it to the terminal if it fails."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         if self.dry:
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("a") as log:
@@ -160,8 +199,8 @@ class Session:
                 code = None
             finally:
                 _end(process)
-        if code != 0:
-            print(*self._logged(begin)[-15:], sep="\n", file=sys.stderr, flush=True)
+        if code not in (0, None):
+            self.say("\n".join(self._logged(begin)[-6:]))
         return {0: "passed", None: STOPPED}.get(code, f"failed, exit code {code}")
 
     def _logged(self, begin: int = 0) -> list[str]:
@@ -169,16 +208,21 @@ class Session:
         return self.log.read_bytes()[begin:].decode(errors="replace").splitlines()
 
     def _save(self) -> None:
-        about = {"device": results.device_name(results.this_device()), "dry_run": self.dry, "packages": packages()}
+        device = results.device_name(results.this_device())
+        about = {"device": device, "dry_run": self.dry, "gpu": self.facts, "packages": packages()}
         results.write(self.out / "gpu.json", "gpu", **about, failures=self.failures, parts=self.done)
         chart = kernels.chart(self.rows)
-        results.write(self.out / "kernels.json", "kernels", chart, **about, claims=self.claims, rows=self.rows)
+        results.write(self.out / "kernels.json", "kernels", chart, **about, claims=self.claims(), rows=self.rows)
 
     def table(self) -> str:
-        """The parts; where ours stands against the best of the others; the claims."""
-        ran = results.table(self.done, {key: lambda row, key=key: row[key] for key in PART_COLUMNS})
-        held = results.table(self.claims, claims.COLUMNS) if self.claims else ""
-        return "\n\n".join(filter(None, [kernels.summary(self.rows), held, ran]))
+        """Where our kernels stand in a call; ours against the best of the others; the claims; the parts."""
+        shown = [dict(row, last_line=row["last_line"][:70]) for row in self.done]
+        ran = results.table(shown, {key: lambda row, key=key: row[key] for key in PART_COLUMNS})
+        held = results.table(self.claims(), claims.COLUMNS) if self.claims() else ""
+        rest = "\n\n".join(filter(None, [kernels.summary(self.rows), held, ran]))
+        left = LINES - min(self.lines, LINES // 3) - len(rest.splitlines()) - 4
+        where = roofline.table(self.rooflines, lines=left) if self.rooflines and left > 5 else ""
+        return "\n\n".join(filter(None, [where, rest]))
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
@@ -198,6 +242,9 @@ def packages() -> dict[str, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--minutes", type=float, default=6.0, help="for all of it (%(default)s); 3: the first three parts"
+    )
     parser.add_argument("--dry-run", "--quick", action="store_true", help="on a CPU, interpreted, with tiny sizes")
     results.add_out(parser)
 
@@ -208,7 +255,8 @@ def run(args: argparse.Namespace) -> int:
         print("there is no GPU here; --dry-run walks through all parts on a CPU", file=sys.stderr)
         return 2
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the running part would outlive this
-    session = Session(args.out.resolve(), args.dry_run)
+    seconds = 60 * args.minutes - STARTING
+    session = Session(args.out.resolve(), args.dry_run, 5 * seconds if args.dry_run else seconds)
     try:
         session.run()
     finally:
