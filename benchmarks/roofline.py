@@ -83,7 +83,7 @@ class Sizes(NamedTuple):
     vocab: int
     itemsize: int  # of the inputs
     kept: int = 0  # tokens whose logit gradient is kept
-    again: int = 0  # tokens that backward may recompute
+    again: int = 0  # tokens whose logits backward computes once more
     entries: int = 0  # selected, of all tokens
     columns: int = 0  # of the vocabulary in which these lie
 
@@ -113,7 +113,8 @@ BYTES: dict[str, Callable[[Sizes, float], float]] = {
     "_weighted_rows_kernel": lambda s, _: (
         2 * s.entries * (8 + 4)  # index and weight, by token and by column
         + 2 * s.entries * s.hidden * s.itemsize  # a row of the weight and one of the hidden states per entry
-        + (s.tokens + s.columns) * (2 * FLOAT * s.hidden + 24)  # gradients read and written; bounds and places
+        + (s.tokens - s.kept - s.again + s.columns)
+        * (2 * FLOAT * s.hidden + 24)  # gradients read and written; bounds and places
     ),
     # _policy_cases, at token level: two inputs and the gradient, and here a mask, in each launch
     "_kernel": lambda s, launches: launches * s.tokens * (3 * FLOAT + 1),
@@ -321,13 +322,18 @@ def observe(run: Callable[[], object], device: torch.device, flops: float) -> Pr
     """Some calls without the profiler, and some with it."""
     wall_ms = statistics.median(_wall_ms(run, device) for _ in range(3))
     on_gpu = device.type != "cpu"
-    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
+    seen = profiled(run, device)
+    return Profile(events_of(seen, on_gpu), products_of(seen, on_gpu), CALLS, wall_ms, flops)
+
+
+def profiled(run: Callable[[], object], device: torch.device) -> list[Any]:
+    """The profiler's events of some calls."""
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type != "cpu")]
     with named_by_kernel(), profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(CALLS):
             run()
         timing.synchronize(device)
-    seen = list(profiler.events())
-    return Profile(events_of(seen, on_gpu), products_of(seen, on_gpu), CALLS, wall_ms, flops)
+    return list(profiler.events())
 
 
 def _wall_ms(run: Callable[[], object], device: torch.device) -> float:
@@ -421,8 +427,8 @@ def folded(rows: Iterable[Row], least: float) -> list[Row]:
     for case, all_rows in by_case.items():
         ends = {row["kernel"]: row for row in all_rows if row["kernel"] in (IDLE, CALL)}
         kernels = [row for row in all_rows if row["kernel"] not in ends]
-        products = [row for row in kernels if "flops" in row]
-        rest = [row for row in kernels if "flops" not in row]
+        products = [row for row in kernels if "flops" in row or _role_of(row) in ROLES]
+        rest = [row for row in kernels if row not in products]
         small = [row for row in rest if row["of_call"] < least]
         large = [row for row in rest if row["of_call"] >= least]
         shown += [ends[CALL], *_sum(case, _rates(products), products), *large]
@@ -434,9 +440,13 @@ def _rates(products: Sequence[Row]) -> str:
     """How fast the products of each role are."""
     roles: dict[str, list[Row]] = {name: [] for name in ROLES}
     for row in products:
-        roles.setdefault(row["kernel"].partition(":")[0], []).append(row)
+        roles.setdefault(_role_of(row), []).append(row)
     rates = {name: _sum("", name, parts) for name, parts in roles.items() if parts}
     return "products: " + ", ".join(f"{name} {row['tflops']:.0f}" for name, (row,) in rates.items())
+
+
+def _role_of(row: Row) -> str:
+    return row["kernel"].partition(":")[0]
 
 
 def _sum(case: str, name: str, rows: Sequence[Row]) -> list[Row]:
@@ -445,10 +455,10 @@ def _sum(case: str, name: str, rows: Sequence[Row]) -> list[Row]:
         return []
     row: Row = {"case": case, "kernel": name}
     row |= {key: sum(part[key] for part in rows) for key in ("launches", "ms", "of_call")}
-    if all("flops" in part for part in rows):
-        row |= _with_rate(sum(part["flops"] for part in rows), row["ms"])
-        if all("of_product" in part for part in rows):
-            row["of_product"] = row["tflops"] * rows[0]["of_product"] / rows[0]["tflops"]
+    if flops := sum(part.get("flops", 0.0) for part in rows):
+        row |= _with_rate(flops, row["ms"])
+        shares = [part["of_product"] / part["tflops"] for part in rows if "of_product" in part]
+        row["of_product"] = row["tflops"] * shares[0] if shares else None
     return [row]
 
 
@@ -471,6 +481,7 @@ class Suite:
         self.failures: list[str] = []
 
     def run(self, todo: Iterable[Case]) -> None:
+        profiled(lambda: torch.ones(1, device=self.device), self.device)  # the first time takes seconds to set up
         for case in todo:
             print(case.name, file=sys.stderr, flush=True)
             try:
