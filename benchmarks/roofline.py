@@ -190,7 +190,8 @@ def role(product: Product, sizes: Sizes) -> str:
 def rows_of(case: str, seen: Profile, sizes: Sizes, expected: Collection[str] = ()) -> tuple[list[Row], list[str]]:
     """The rows of a case, the whole call and its idle time last; and what makes them untrustworthy."""
     problems = [] if seen.events else ["the profiler saw nothing"]
-    ms, launches = defaultdict(float), Counter[str]()
+    ms: defaultdict[str, float] = defaultdict(float)
+    launches: Counter[str] = Counter()
     for event in seen.events:
         ms[short_name(event.name)] += event.us / 1000 / seen.calls
         launches[short_name(event.name)] += 1
@@ -271,24 +272,35 @@ def problem_of(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 
 def step(case: Case, problem: Problem, backend: str | None) -> Callable[[], Tensor]:
     """Forward and backward; returns the ``entries`` of the certificate."""
-    head = [problem.tensors[name] for name in ("hidden", "weight", "labels")]
-    leaves, upstream = head[:2], [*problem.upstream.values()]
-    if case.way == POLICY:
-        old, advantages = problem.tensors["old_logprobs"], problem.tensors["advantages"]
-        bounds = torch.arange(len(advantages) + 1, dtype=torch.int32, device=old.device)
-        bounds *= len(old) // len(advantages)
+    tensors = problem.tensors
+    hidden, weight, labels = (tensors[name] for name in ("hidden", "weight", "labels"))
+    (upstream,) = problem.upstream.values()
 
-    def run() -> Tensor:
-        if case.way == POLICY:
-            out = sppo_kernels.linear_policy_loss(
-                *head, old, advantages, cu_seqlens=bounds, backward="cache", backend=backend
-            )
-        else:
-            out = sppo_kernels.linear_logprobs(*head, backward=case.way, backend=backend)
-        torch.autograd.grad([out[0]], leaves, upstream)
+    def logprobs() -> Tensor:
+        out = sppo_kernels.linear_logprobs(hidden, weight, labels, backward=case.way, backend=backend)
+        torch.autograd.grad(out.logprobs, (hidden, weight), upstream)
         return out.certificate.entries
 
-    return run
+    def loss() -> Tensor:
+        out = sppo_kernels.linear_policy_loss(
+            hidden,
+            weight,
+            labels,
+            tensors["old_logprobs"],
+            tensors["advantages"],
+            cu_seqlens=cu_seqlens,
+            backward="cache",
+            backend=backend,
+        )
+        torch.autograd.grad(out.loss, (hidden, weight), upstream)
+        return out.certificate.entries
+
+    if case.way != POLICY:
+        return logprobs
+    sequences = len(tensors["advantages"])
+    starts = torch.arange(sequences + 1, dtype=torch.int32, device=labels.device)
+    cu_seqlens = starts * (len(labels) // sequences)
+    return loss
 
 
 def count(run: Callable[[], Tensor], problem: Problem) -> tuple[Sizes, float]:
@@ -495,9 +507,16 @@ class Suite:
             self.save()
 
     def save(self) -> None:
-        about = {"device": results.device_name(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
-        content = {"sizes": self.sizes, "failures": self.failures, "rows": self.rows}
-        results.write(self.path, "roofline", **about, ceilings=self.ceilings, **content)
+        results.write(
+            self.path,
+            "roofline",
+            device=results.device_name(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            ceilings=self.ceilings,
+            sizes=self.sizes,
+            failures=self.failures,
+            rows=self.rows,
+        )
 
     def _measure(self, case: Case) -> None:
         problem = problem_of(case, self.device, self.dtype)
