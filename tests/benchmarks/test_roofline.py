@@ -106,7 +106,7 @@ def test_what_a_product_launches_besides_is_listed_with_it():
     assert found["d hidden: splitKreduce_kernel"]["ms"] == pytest.approx(0.1)
     assert (found["d hidden: Memset"]["launches"], found["Memset"]["launches"]) == (1, 1)
     assert found["Memset"]["ms"] == pytest.approx(0.005)
-    line = next(row for row in roofline.folded(rows, 0.01) if row["kernel"].startswith("products"))
+    line = next(row for row in roofline.folded(rows, []) if row["kernel"].startswith("products"))
     assert line["ms"] == pytest.approx(14.103)
 
 
@@ -193,27 +193,45 @@ def test_the_profilers_events_are_read():
     assert [one.kernels for one in on_cpu] == [(Event("aten::mm", 4.0),), (Event("aten::addmm", 4.0),)]
 
 
-def test_the_table_is_short_and_folds_what_is_small():
+def rows_of_a_run(*names, extra=0):
+    """Of cases that are alike but for many small kernels and one of more than a hundredth of a call."""
     rows = []
-    for case in range(8):
-        name = f"case {case}"
-        extra = [Event(f"void at::native::kernel_{i}<int>(int)", 600.0 + i + case) for i in range(12)]
+    for i, name in enumerate(names):
+        small = [Event(f"void at::native::kernel_{k}<int>(int)", 20.0 + k + i) for k in range(extra)]
         seen = cache_profile(calls=1)
-        rows += rows_of(name, seen._replace(events=[*seen.events, *extra]), SIZES)[0]
+        rows += rows_of(name, seen._replace(events=[*seen.events, *small]), SIZES)[0]
     roofline.relate(rows, CEILINGS)
-    shown = roofline.folded(rows, 0.01)
-    first = [row for row in shown if row["case"] == "case 0"]
-    names = [row["kernel"] for row in first]
-    assert names[:4] == [
-        CALL, "products: logits 718, d hidden 728, d weight 708", "_keep_kernel", "_forward_kernel",
-    ]  # fmt: skip
-    assert names[-2:] == ["other, 3 kernels", IDLE]
+    return rows
+
+
+def test_the_table_folds_what_is_small():
+    rows = rows_of_a_run("one", "two", extra=12)
+    large = [row for row in rows if row["of_call"] >= 0.01]
+    first = [row for row in roofline.folded(rows, large) if row["case"] == "one"]
+    assert [row["kernel"] for row in first] == [
+        f"{CALL}, 0.974 ms idle",
+        "products: logits 718, d hidden 728, d weight 708",
+        "_keep_kernel",
+        "_forward_kernel",
+        "elementwise_kernel direct_copy_kernel_cuda",
+        "other: kernel_11 0.031, kernel_10 0.030, 13 more",
+    ]
     assert first[1]["of_product"] == pytest.approx(3 * ONE / 42.6e-3 / 800e12)
-    assert first[0]["ms"] == pytest.approx(sum(row["ms"] for row in first[1:]))
+    assert first[0]["ms"] == pytest.approx(sum(row["ms"] for row in first[1:]) + 0.974)
+    lines = roofline.table(rows).splitlines()
+    assert len(lines) == 1 + 2 * 6
+    assert [line.partition(" ")[0] for line in lines if not line.startswith(" ")] == ["one", "two"]
+
+
+def test_the_table_of_all_cases_is_short_and_has_our_kernels_where_they_fit():
+    rows = rows_of_a_run(*[case.name for case in roofline.cases(quick=False)], extra=12)
     lines = roofline.table(rows).splitlines()
     assert len(lines) <= 40
-    assert all(len(line) <= 130 for line in lines)
-    assert sum(line.startswith("case") for line in lines) == 8
+    assert sum("_keep_kernel  " in line for line in lines) == 8
+    assert sum("_forward_kernel  " in line for line in lines) == 7  # the last is the largest of the others
+    assert sum("other: _forward_kernel 2.00, direct_copy_kernel_cuda 1.30, 15 more" in line for line in lines) == 1
+    assert not any("elementwise_kernel" in line for line in lines)
+    assert max(map(len, lines)) <= 180
 
 
 @pytest.fixture
