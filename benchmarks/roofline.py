@@ -11,9 +11,10 @@ L2 cache, and its GB/s may exceed the copy bandwidth. Operations are those of ma
 that the profiler records; their sum is held against FlopCounterMode's. "of copy" and "of product" are shares of the
 copy bandwidth and the product rate that were measured in the same run.
 
-The table shows the matrix products of a call in one line and folds small kernels into "other"; the JSON has all of
-them. The exit code is 1 when a case fails, or when its bytes or operations cannot be trusted. Results are saved after
-each case. On a CPU the sizes are tiny and a row is an operation of PyTorch or, with TRITON_INTERPRET=1, a kernel.
+The table shows the matrix products of a call in one line, with the TFLOP/s of each kind, and folds small kernels into
+"other", the largest of them with its ms; the JSON has them all. The exit code is 1 when a case fails, or when its bytes
+or operations cannot be trusted. Results are saved after each case. On a CPU the sizes are tiny and a row is an
+operation of PyTorch or, with TRITON_INTERPRET=1, a kernel.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ BYTES: dict[str, Callable[[Sizes, float], float]] = {
     "_weighted_rows_kernel": lambda s, _: (
         2 * s.entries * (8 + 4)  # index and weight, by token and by column
         + 2 * s.entries * s.hidden * s.itemsize  # a row of the weight and one of the hidden states per entry
-        + (s.tokens - s.kept - s.again + s.columns)
-        * (2 * FLOAT * s.hidden + 24)  # gradients read and written; bounds and places
+        # gradients of both read and written; bounds and places
+        + (s.tokens - s.kept - s.again + s.columns) * (2 * FLOAT * s.hidden + 24)
     ),
     # _policy_cases, at token level: two inputs and the gradient, and here a mask, in each launch
     "_kernel": lambda s, launches: launches * s.tokens * (3 * FLOAT + 1),
@@ -193,8 +194,9 @@ def rows_of(case: str, seen: Profile, sizes: Sizes, expected: Collection[str] = 
     ms: defaultdict[str, float] = defaultdict(float)
     launches: Counter[str] = Counter()
     for event in seen.events:
-        ms[short_name(event.name)] += event.us / 1000 / seen.calls
-        launches[short_name(event.name)] += 1
+        name = short_name(event.name)
+        ms[name] += event.us / 1000 / seen.calls
+        launches[name] += 1
     flops: dict[str, float] = {}
     problems += _split_products(seen, sizes, ms, launches, flops)
     rows = []
@@ -419,19 +421,21 @@ COLUMNS: results.Columns = {
 
 
 def table(rows: Sequence[Row], lines: int = LINES) -> str:
-    """At most so many lines, header included, if that leaves each case four; the smallest kernels of all are folded."""
-    least = LEAST_SHARE
-    while len(shown := folded(rows, least)) + 1 > lines and least < 1:
-        least *= 1.1
+    """At most so many lines, header included, unless the cases alone need more. What does not fit is folded: first
+    kernels that are not ours, then ours, the smallest share of a call first."""
+    large = [row for row in rows if row["of_call"] >= LEAST_SHARE]
+    large.sort(key=lambda row: ("bytes" in row, row["of_call"]), reverse=True)
+    while len(shown := folded(rows, large)) + 1 > lines and large:
+        large.pop()
     named = [
         row if i == 0 or shown[i - 1]["case"] != row["case"] else row | {"case": ""} for i, row in enumerate(shown)
     ]
     return results.table(named, COLUMNS)
 
 
-def folded(rows: Iterable[Row], least: float) -> list[Row]:
-    """Of each case the whole call, its products in one line, kernels of no less than a share of it, the others in one
-    line, and the idle time."""
+def folded(rows: Iterable[Row], large: Collection[Row]) -> list[Row]:
+    """Of each case the whole call with its idle time, its products in one line, those of its kernels that are
+    ``large``, and the others in one line."""
     by_case: dict[str, list[Row]] = {}
     for row in rows:
         by_case.setdefault(row["case"], []).append(row)
@@ -441,11 +445,18 @@ def folded(rows: Iterable[Row], least: float) -> list[Row]:
         kernels = [row for row in all_rows if row["kernel"] not in ends]
         products = [row for row in kernels if "flops" in row or _role_of(row) in ROLES]
         rest = [row for row in kernels if row not in products]
-        small = [row for row in rest if row["of_call"] < least]
-        large = [row for row in rest if row["of_call"] >= least]
-        shown += [ends[CALL], *_sum(case, _rates(products), products), *large]
-        shown += [*_sum(case, f"other, {len(small)} kernels", small), ends[IDLE]]
+        small = [row for row in rest if row not in large]
+        shown.append({**ends[CALL], "kernel": f"{CALL}, {results.cell(ends[IDLE]['ms'])} ms idle"})
+        shown += _sum(case, _rates(products), products)
+        shown += [row for row in rest if row in large]
+        shown += _sum(case, _largest(small), small)
     return shown
+
+
+def _largest(rows: Sequence[Row]) -> str:
+    """Which they are, the two largest with their ms; rows come by time."""
+    names = [f"{row['kernel'].split()[-1][:32]} {results.cell(row['ms'])}" for row in rows[:2]]
+    return "other: " + ", ".join([*names, *[f"{len(rows) - 2} more"] * (len(rows) > 2)])
 
 
 def _rates(products: Sequence[Row]) -> str:

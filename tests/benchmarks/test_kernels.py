@@ -11,12 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import checking, kernels, peers
+from benchmarks import checking, claims, kernels, peers, results
 from benchmarks.__main__ import main
 from benchmarks.checking import allowed_of, check, truth_and_tolerance
-from benchmarks.claims import judge
+from benchmarks.claims import CLAIMS, judge
 from benchmarks.operations import OPERATIONS, Point, Problem
-from benchmarks.plans import BARE, BASE, MILLION, PLANS, Item
+from benchmarks.plans import BARE, BASE, MILLION, PLANS, SHARP, Item
 from sppo_kernels import linear_logprobs
 
 CPU = torch.device("cpu")
@@ -246,28 +246,55 @@ def test_forward_and_backward_are_told_apart():
     assert row["peak_bytes"] is None
 
 
-def test_claims_are_judged_by_the_rows():
-    def row(operation, point, way, both, **other):
-        return {"operation": operation, **point._asdict(), "way": way, "both_ms": both, **other}
+def timed(operation, point, way, both, **other):
+    return {"operation": operation, **point._asdict(), "way": way, "both_ms": both, **other}
 
-    million = Point(MILLION, 1536, 0)
+
+def judged(*rows):
+    return [(claim["target"], claim["measured"], claim["held"]) for claim in judge(rows)]
+
+
+def test_claims_are_judged_by_the_rows():
+    million, sequence = Point(MILLION, 1536, 0), "policy_loss, sequence_mean"
     rows = [
-        row("linear_logprobs", BASE, BARE, 30.0, forward_ms=10.0),
-        row("linear_logprobs", BASE, "ours, cache", 34.0),
-        row("linear_logprobs", BASE, "ours, recompute", 48.0),
-        row(POLICY, million, "ours", 1.0),
-        row(POLICY, million, "eager PyTorch", 12.0),
-        row("selective_logprobs", BASE, "ours", 1.0, forward_of_copy=0.9, of_ceiling=0.8),
+        timed("linear_logprobs", BASE, BARE, 30.0, forward_ms=10.0),
+        timed("linear_logprobs", BASE, "ours, cache", 35.0),
+        timed("linear_logprobs", BASE, "ours, recompute", 51.0),
+        timed(POLICY, million, "ours", 1.0),
+        timed(POLICY, million, "eager PyTorch", 4.0),
+        timed(sequence, million, "ours", 1.0),
+        timed(sequence, million, "eager PyTorch", 4.0),
+        timed("selective_logprobs", BASE, "ours", 1.0, forward_of_copy=0.6, of_ceiling=0.55),
     ]
-    judged = judge(rows)
-    assert [(claim["measured"], claim["held"]) for claim in judged] == [
-        (pytest.approx(34 / 30), True),
-        (pytest.approx(48 / 40), False),
-        (12.0, True),
-        (0.9, True),
-        (0.8, False),
+    assert judged(*rows) == [
+        (1.25, pytest.approx(35 / 30), True),
+        (1.25, pytest.approx(51 / 40), False),
+        (5.0, 4.0, False),
+        (3.0, 4.0, True),
+        (0.5, 0.6, True),
+        (0.6, 0.55, False),
     ]
     assert judge(rows[:1]) == []
+
+
+def test_sparse_has_to_be_as_fast_as_the_fastest_other():
+    ours = timed("linear_logprobs", SHARP, "ours, sparse", 36.0)
+    bare = timed("linear_logprobs", SHARP, BARE, 20.0, forward_ms=7.0)
+    others = [timed("linear_logprobs", SHARP, f"other {ms}", ms) for ms in (90.0, 48.0)]
+    assert judged(ours, bare) == []
+    assert judged(ours, bare, *others) == [(1.0, 0.75, True)]
+    assert judged(ours, *others, timed("linear_logprobs", SHARP, "a third", 30.0)) == [(1.0, 1.2, False)]
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_a_claim_is_expected_to_hold_and_says_its_target(claim):
+    assert all(claim.row(ratio)["held"] for ratio in claim.expected)
+    row = claim.row(claim.target)
+    assert row["held"]
+    assert f" {claim.target:g} " in row["claim"]
+    assert "{" not in row["claim"]
+    assert [column(row) for column in claims.COLUMNS.values()] == [row["claim"], claim.target, claim.target, "held"]
+    assert results.table([{"claim": "old", "measured": 1.0, "held": False}], claims.COLUMNS).endswith("NOT HELD")
 
 
 def test_the_points_that_the_claims_need_are_planned():
