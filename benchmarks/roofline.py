@@ -108,8 +108,7 @@ BYTES: dict[str, Callable[[Sizes, float], float]] = {
     "_keep_kernel": lambda s, _: s.kept * s.vocab * (FLOAT + s.itemsize),
     "_backward_kernel": lambda s, _: s.again * s.vocab * (FLOAT + s.itemsize),
     # _sparse_case
-    "_note_kernel": lambda s, _: s.tokens * (s.vocab * FLOAT + 44) + 4 * s.entries,
-    "_note_known_kernel": lambda s, _: 4 * s.tokens,  # the rows that it reads once more are not in it
+    "_note_kernel": lambda s, _: s.tokens * (s.vocab * FLOAT + 28) + 4 * s.entries,
     "_fill_kernel": lambda s, _: 36 * s.tokens + (4 + 4 + 8) * s.entries,
     "_weighted_rows_kernel": lambda s, _: (
         2 * s.entries * (8 + 4)  # index and weight, by token and by column
@@ -140,7 +139,7 @@ POLICY = "linear_policy_loss"
 KERNELS = {
     "cache": ("_forward_kernel", "_keep_kernel"),
     "recompute": ("_forward_kernel", "_backward_kernel"),
-    "sparse": ("_note_kernel", "_note_known_kernel", "_fill_kernel", "_weighted_rows_kernel"),
+    "sparse": ("_forward_kernel", "_note_kernel", "_fill_kernel", "_weighted_rows_kernel"),
     POLICY: ("_forward_kernel", "_keep_kernel", "_kernel"),
 }
 

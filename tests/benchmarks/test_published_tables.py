@@ -79,7 +79,7 @@ def test_the_table_of_a_gpu_run_has_parts_and_claims(tmp_path):
     page = render("<!-- table: kernels h100 -->\n<!-- end -->\n<!-- table: ways h100 -->\nold\n<!-- end -->", tmp_path)
     assert "**gae: 8 tokens (headline)**" in page
     assert "| ours |  |  | 2.00 |" in page
-    assert "| fast (headline) | 4.50 | held |" in page
+    assert "| fast (headline) |  | 4.50 | held |" in page
     assert "| gae: 8 tokens (headline) | ours | 2.00 | eager PyTorch | 9.00 | 9.00 |  |" in page
     assert "old" not in page
 
