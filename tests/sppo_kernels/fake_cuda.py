@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -194,6 +195,11 @@ class Launches:
 # Tensors without values
 
 
+def without_context(monkeypatch) -> None:
+    """Where there is a GPU, a fake tensor begins with a real one on its device, which need not be there."""
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
+
+
 class Answers(TorchFunctionMode):
     """What the host reads from the device: as many as a mask is long, a piece for each, unless a test says otherwise.
 
@@ -304,6 +310,7 @@ class FakeCUDA:
                             ("memory_allocated", lambda: 0)):  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, partial(self._memory, value))
         monkeypatch.setattr(torch.library, "get_ctx", self._no_symbolic_sizes)
+        without_context(monkeypatch)
 
     def _no_symbolic_sizes(self) -> None:
         raise RuntimeError("there are none here")
