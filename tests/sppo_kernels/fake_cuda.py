@@ -53,8 +53,8 @@ class Product(NamedTuple):
 class Products:
     """``torch.mm`` and ``torch.addmm``, with the checks that ATen makes on CUDA (aten/src/ATen/native/cuda/Blas.cpp).
 
-    Those of ``_mm_dtype_out_cuda``, ``_addmm_dtype_out_cuda`` and ``addmm_out_cuda_impl``; and, as it would be slow,
-    that ``prepare_matrix_for_cublas`` copies none of the matrices, and that autocast is off.
+    Those of ``_mm_dtype_out_cuda``, ``_addmm_dtype_out_cuda`` and ``addmm_out_cuda_impl``, with TunableOp enabled; and,
+    as it would be slow, that ``prepare_matrix_for_cublas`` copies none of the matrices, and that autocast is off.
     """
 
     def __init__(self, monkeypatch) -> None:
@@ -106,6 +106,8 @@ class Products:
         if plus is not None:
             assert plus.dtype in (out_dtype, a.dtype), f"self must be {out_dtype} or {a.dtype}, got {plus.dtype}"
             assert tuple(plus.shape) == shape, f"self must be {shape}, got {tuple(plus.shape)}"
+            refused = out_dtype != a.dtype and _goes_to_cublas_lt(plus, b)
+            assert not refused, "Tunable GEMM is not supported for float output with reduced float input"
         for x in (plus, b, out):
             assert x is None or x.device == a.device, f"expected {a.device}, got {x.device}"
         for name, x in (("mat1", a), ("mat2", b), ("self", plus), ("out", out)):
@@ -119,6 +121,11 @@ def _needs_no_copy(x: Tensor) -> bool:
     lies_row_by_row = across == 1 and down >= max(1, columns)
     lies_column_by_column = down == 1 and across >= max(1, rows)
     return lies_row_by_row or lies_column_by_column or x.is_contiguous() or x.t().is_contiguous()
+
+
+def _goes_to_cublas_lt(plus: Tensor, b: Tensor) -> bool:
+    """As ``isInputCompliesAddmmCudaLt`` has it: one row is taken for a bias."""
+    return plus.is_contiguous() and plus.squeeze().dim() == 1 and plus.shape[-1] == b.shape[1] and min(b.shape) > 1
 
 
 # Launches

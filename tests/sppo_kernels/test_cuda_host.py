@@ -308,12 +308,15 @@ def test_under_autocast_products_stay_as_they_are(cuda, dtype):
     assert_products_are_mixed(cuda, dtype)
 
 
-def test_a_single_token_with_an_adapter(cuda):
-    """The last chunk may be one row, whose product is added to another."""
-    arguments = linear(cuda, torch.bfloat16, n=65, rank=8)
-    results = cuda.run(OPS["linear_logprobs"], *arguments)
-    cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_not_taken_for_a_bias(cuda, dtype):
+    """A chunk of one token with an adapter; d weight of a vocabulary of one. Where TunableOp is on PyTorch refuses."""
+    for shape in ({"n": 65, "rank": 8}, {"n": 300, "vocab": 1}):
+        arguments = linear(cuda, dtype, **shape)
+        results = cuda.run(OPS["linear_logprobs"], *arguments)
+        cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
     assert 1 in {product.shape[0] for product in cuda.products.made}
+    assert_products_are_mixed(cuda, dtype)
 
 
 POLICIES = [
@@ -428,6 +431,7 @@ def test_what_does_not_compile_is_found(cuda, settings):
         ({"out": (torch.float32, 8, 4)}, "out must be"),
         ({"plus": (torch.float16, 4, 8)}, "self must be torch.float32 or torch.bfloat16"),
         ({"plus": (torch.float32, 1, 8)}, "self must be"),
+        ({"a": (torch.bfloat16, 1, 6), "plus": (torch.float32, 1, 8), "out": (torch.float32, 1, 8)}, "Tunable GEMM"),
     ],
 )
 def test_products_that_pytorch_refuses_are_found(cuda, changed, what):

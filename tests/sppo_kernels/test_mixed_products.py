@@ -21,7 +21,7 @@ pytestmark = [
 fault = _common._INTERPRETER_FAULT
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(fault != "", reason=fault))]
 TOKENS, WIDTH, VOCAB, RANK = 600, 24, 300, 3
-FEW, FEW_A_BLOCK = 90, 36  # where an interpreter runs
+FEW, FEW_A_BLOCK = 86, 36  # where an interpreter runs
 # As in test_linear_logprobs: E is rounded to half precision before it is multiplied.
 PRODUCTS_FLOOR = {**FLOOR, torch.float16: 4.0, torch.bfloat16: 4.0}
 
@@ -40,7 +40,7 @@ def inputs(n, dtype, bias, adapter, spread):
         "weight": randn(VOCAB, WIDTH, dtype=dtype, scale=WIDTH**-0.5, grad=True),
         "labels": randint(0, VOCAB, n),
     }
-    given["labels"][::45] = -100
+    given["labels"][::27] = -100
     if bias:
         given["bias"] = randn(VOCAB, dtype=dtype, grad=True)
     if adapter:
@@ -67,7 +67,10 @@ CASES = {
 @pytest.mark.parametrize(("dtype", "bias", "adapter", "upstream", "settings"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_agrees_with_float64(products, monkeypatch, backend, dtype, bias, adapter, upstream, settings):
-    """Three blocks of E, ten chunks of logits. Where a few entries are kept, they do for most tokens, not for all."""
+    """Three blocks of E, ten chunks of logits, the last of a single token: 577 of 600, or 82 of 86, bear loss.
+
+    Where a few entries are kept, they do for most tokens, not for all.
+    """
     n, certificates = TOKENS, []
     if backend == "triton" and not (bias and adapter and settings is PART):
         n = FEW
@@ -86,5 +89,7 @@ def test_agrees_with_float64(products, monkeypatch, backend, dtype, bias, adapte
     assert_close_to_float64(op, definition, backend, given, **more)
     assert {product.dtype for product in products.made} == {dtype}
     assert {product.out_dtype for product in products.made} == {torch.float32}
+    if adapter and settings["backward"] == "recompute":
+        assert 1 in {product.shape[0] for product in products.made}
     if settings["backward"] == "sparse":
         assert 0.5 < certificates[0].sparse_share < 1
