@@ -371,11 +371,14 @@ class Projection:
         return x if self.mixed else x.float()
 
     def product(self, a: Tensor, b: Tensor, plus: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """``a b + plus``, float32, written over ``plus``: no second tensor of that size is ever beside it."""
+        """``a b + plus``, float32, written over ``plus``: no second tensor of that size, unless it is one row, is ever
+        beside it."""
         out_dtype: dict[str, Any] = {"out_dtype": torch.float32} if self.mixed else {}
         with without_autocast(a.device):
             if plus is None:
                 return torch.mm(a, b, **out_dtype, out=out)
+            if self.mixed and len(plus) == 1:  # addmm takes a row for a bias, which PyTorch refuses under TunableOp
+                return plus.add_(torch.mm(a, b, **out_dtype))
             return torch.addmm(plus, a, b, **out_dtype, out=plus)
 
     def room(self, tokens: int) -> Tensor | None:

@@ -14,6 +14,8 @@ import sppo_kernels
 
 pytest.importorskip("triton")
 
+from fake_cuda import without_context
+
 from sppo_kernels._triton import launch
 
 PACKAGE = Path(sppo_kernels.__file__).parent
@@ -38,6 +40,7 @@ class Recorder:
 
 def test_launch_makes_the_device_of_the_tensors_current(monkeypatch):
     kernel = Recorder(monkeypatch)
+    without_context(monkeypatch)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(4, device="cuda:1")
     launch(kernel, (3,), None, x, 7, BLOCK=8)

@@ -1,0 +1,450 @@
+"""What the host does for CUDA, without a device: bodies of operations run on fake tensors, launches are checked."""
+
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fake_cuda import FakeCUDA, registered_operations
+
+from sppo_kernels import _coverage, _head
+from sppo_kernels._triton import launch
+from sppo_kernels.ops import policy_loss, whiten
+
+OPS = registered_operations()
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+IGNORED = -100
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    _coverage.forget()
+    with FakeCUDA(monkeypatch).active() as cuda:
+        yield cuda
+    _coverage.forget()
+
+
+def labels_of(cuda, n):
+    return cuda.new(n, dtype=torch.int64)
+
+
+def temperature_of(cuda, n, per_token=False):
+    return cuda.new(n) if per_token else cuda.new(1).expand(n)
+
+
+# Everything but the products with an output embedding
+
+
+def selective_inputs(cuda, dtype, batch=3, length=700, vocab=50257):
+    """The logits of all tokens but the last of each row: not one block of rows."""
+    logits = cuda.new(batch, length + 1, vocab, dtype=dtype)[:, :-1]
+    return logits, labels_of(cuda, batch * length)
+
+
+def selective(cuda, dtype):
+    logits, labels = selective_inputs(cuda, dtype)
+    return logits, labels, temperature_of(cuda, len(labels)), 0.0, IGNORED, "triton"
+
+
+def selective_backward(cuda, dtype):
+    logits, labels = selective_inputs(cuda, dtype)
+    n = len(labels)
+    grad, entropy, stats = cuda.new(1).expand(n), cuda.new(n), cuda.new(2, n)
+    return grad, cuda.new(n), logits, labels, temperature_of(cuda, n, True), entropy, stats, 30.0, IGNORED, "triton"
+
+
+def policy(cuda, dtype, n=10_000, sequences=7, per_token=False, everything=False, normalizer=False, **settings):
+    some = lambda: cuda.new(n) if everything else None
+    chosen = policy_loss.Settings("token", 0.2, 0.2, None, "token-mean", 0.0, "k3", "none", 2.0)._replace(**settings)
+    return (
+        cuda.new(n, dtype=dtype),
+        cuda.new(n),
+        cuda.new(n if per_token else sequences),
+        cuda.new(n, dtype=torch.bool) if everything else None,
+        cuda.new(sequences + 1, dtype=torch.int32),
+        cuda.new() if normalizer else None,
+        some(),
+        some(),
+        per_token,
+        *chosen,
+        "triton",
+    )
+
+
+def prompt_values(cuda, dtype, prompts=5, length=300, width=1000, packed=False):
+    """Every other row of the hidden states."""
+    hidden = cuda.new(1 if packed else prompts, 2 * length, width, dtype=dtype)[:, ::2]
+    return hidden, cuda.new(width, dtype=dtype), cuda.new(1, dtype=dtype), cuda.new(prompts, dtype=torch.int64)
+
+
+def prompt_value_loss(cuda, dtype, **shape):
+    inputs = prompt_values(cuda, dtype, **shape)
+    return *inputs, cuda.new(len(inputs[-1])), cuda.new(), "triton"
+
+
+def prompt_value_gradient(cuda, dtype, **shape):
+    hidden, weight, _, last = prompt_values(cuda, dtype, **shape)
+    return cuda.new(1).expand(len(last)), hidden, weight, last, "triton"
+
+
+def gae(cuda, dtype, rows=6, length=900):
+    tensors = (cuda.new(rows, length, dtype=dtype) for _ in range(2))
+    return *tensors, cuda.new(length, rows, dtype=torch.bool).t(), 0.99, 0.95, "triton"
+
+
+# The products with an output embedding
+
+
+def head(cuda, dtype, n=600, width=64, vocab=50257, rank=0, bias=False, softcap=0.0, per_token=False):
+    """Hidden states, weights, bias, labels, temperature and softcap."""
+    new = lambda *shape: cuda.new(*shape, dtype=dtype)
+    hiddens, weights = [new(n, width)], [new(vocab, width)]
+    if rank:
+        hiddens.append(new(n, rank))
+        weights.append(new(vocab, rank))
+    temperature = temperature_of(cuda, n, per_token)
+    return hiddens, weights, new(vocab) if bias else None, labels_of(cuda, n), temperature, softcap
+
+
+def linear(cuda, dtype, backward="recompute", budget=None, chunk_bytes=1, capacity=64, **shape):
+    return *head(cuda, dtype, **shape), IGNORED, backward, budget, chunk_bytes, 1e-4, capacity, "", "triton"
+
+
+def linear_backward(cuda, arguments, results, needs=None):
+    """Arguments of the backward pass of a forward pass."""
+    hiddens, weights, bias, labels, temperature, softcap, ignored, backward, _, chunk_bytes, *_ = arguments
+    _, entropy, stats, _, _, *kept = results
+    needs = [True] * (2 * len(hiddens)) + [bias is not None] if needs is None else needs
+    grads = cuda.new(len(labels)), cuda.new(len(labels))
+    tensors = *grads, hiddens, weights, bias, labels, temperature, entropy, stats, *kept
+    return *tensors, needs, softcap, ignored, backward, chunk_bytes, "", "triton"
+
+
+def linear_backward_alone(cuda, dtype):
+    arguments = linear(cuda, dtype)
+    return linear_backward(cuda, arguments, OPS["linear_logprobs"](*arguments))
+
+
+def linear_policy(cuda, dtype, n=600, sequences=5, backward="cache", **more):
+    shape = {key: more.pop(key) for key in ("vocab", "rank", "bias", "softcap", "chunk_bytes") if key in more}
+    arguments = linear(cuda, dtype, backward, n=n, **shape)
+    needs = [True] * (2 * len(arguments[0])) + [arguments[2] is not None]
+    _, *rest, _ = policy(cuda, torch.float32, n, sequences, **more)
+    return *arguments, needs, *rest
+
+
+ARGUMENTS = {
+    "gae": gae,
+    "group_advantages": lambda cuda, dtype: (
+        cuda.new(100, dtype=dtype),
+        cuda.new(100, dtype=torch.int64),
+        "grpo",
+        "triton",
+    ),
+    "linear_logprobs": linear,
+    "linear_logprobs_backward": linear_backward_alone,
+    "linear_policy_loss": linear_policy,
+    "policy_loss": policy,
+    "prompt_value_grad_hidden": prompt_value_gradient,
+    "prompt_value_grad_weight": prompt_value_gradient,
+    "prompt_value_logits": lambda cuda, dtype: (*prompt_values(cuda, dtype), "triton"),
+    "prompt_value_loss": prompt_value_loss,
+    "selective_logprobs": selective,
+    "selective_logprobs_backward": selective_backward,
+    "whiten": lambda cuda, dtype: (cuda.new(70, 90, dtype=dtype), cuda.new(90, 70, dtype=torch.bool).t(), "triton"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_every_operation(cuda, name, dtype):
+    cuda.run(OPS[name], *ARGUMENTS[name](cuda, dtype))
+    assert cuda.launches.made
+
+
+def test_rows_are_read_where_they_lie(cuda):
+    """Of a slice [B, T, V] with two leading strides, and of more than 2^31 logits."""
+    logits, labels = selective_inputs(cuda, torch.bfloat16, batch=9, length=5000)
+    cuda.launches.sizes = {"V": 50257, "T": 5000, "N": 45_000, "softcap": 0.0, "ignore_index": IGNORED}
+    cuda.run(OPS["selective_logprobs"], logits, labels, temperature_of(cuda, 45_000), 0.0, IGNORED, "triton")
+    (launch,) = cuda.launches.made
+    assert launch.grid == (45_000,)
+    assert launch.arguments["x_ptr"] is logits
+    assert launch.arguments["stride_b"] == 5001 * 50257
+
+
+def test_nothing_is_launched_for_no_tokens(cuda):
+    for name, arguments in {
+        "selective_logprobs": (cuda.new(0, 4, 9), labels_of(cuda, 0), temperature_of(cuda, 0), 0.0, IGNORED, "triton"),
+        "linear_logprobs": linear(cuda, torch.bfloat16, n=0),
+        "gae": gae(cuda, torch.float32, rows=0),
+        "whiten": (cuda.new(0), cuda.new(0, dtype=torch.bool), "triton"),
+        "group_advantages": (cuda.new(0), cuda.new(0, dtype=torch.int64), "grpo", "triton"),
+    }.items():
+        cuda.run(OPS[name], *arguments)
+    assert not cuda.launches.made
+
+
+LINEAR = {
+    "bf16": (torch.bfloat16, {}),
+    "fp16": (torch.float16, {"bias": True}),
+    "fp32": (torch.float32, {"rank": 8}),
+    "bias and adapter": (torch.bfloat16, {"bias": True, "rank": 8}),
+    "softcap": (torch.float16, {"softcap": 30.0, "bias": True, "rank": 8, "per_token": True}),
+    "vocabulary of 512": (torch.bfloat16, {"vocab": 512, "rank": 4}),
+}
+
+
+def expect(cuda, shape):
+    """What kernels are told of vocabulary and softcap."""
+    softcap = shape.get("softcap", 0.0)
+    names = {"V": shape.get("vocab", 50257), "softcap": softcap, "HAS_SOFTCAP": softcap > 0}
+    cuda.launches.sizes = {**names, "ignore_index": IGNORED}
+
+
+def assert_products_are_mixed(cuda, dtype):
+    """Of factors that are not converted, with float32 results."""
+    assert cuda.products.made
+    assert {product.dtype for product in cuda.products.made} == {dtype}
+    assert {product.out_dtype for product in cuda.products.made} == {torch.float32}
+
+
+@pytest.mark.parametrize(("dtype", "shape"), LINEAR.values(), ids=LINEAR)
+def test_recompute(cuda, dtype, shape):
+    """500 of 600 tokens bear loss, 450 have gradients: two blocks of E, eight chunks of logits."""
+    arguments = linear(cuda, dtype, **shape)
+    expect(cuda, shape)
+    cuda.answers.counts.extend([500])
+    results = cuda.run(OPS["linear_logprobs"], *arguments)
+    assert results[5].shape[0] == results[6].shape[0] == 0
+    assert cuda.launches.names() == {"_forward_kernel"}
+    assert sum(launch.grid[0] for launch in cuda.launches.made) == 500
+    cuda.answers.counts.extend([500, 450])
+    cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
+    assert sum(launch.grid[0] for launch in cuda.launches.of("_backward_kernel")) == 450
+    assert_products_are_mixed(cuda, dtype)
+
+
+@pytest.mark.parametrize("kept", [500, 300], ids=["all", "part"])
+@pytest.mark.parametrize(("dtype", "shape"), LINEAR.values(), ids=LINEAR)
+def test_cache(cuda, dtype, shape, kept):
+    """E of all tokens, which is read where it lies; or of 300, of which 290 are of use and gathered."""
+    row = _head.row_stride(shape.get("vocab", 50257)) * dtype.itemsize
+    arguments = linear(cuda, dtype, "cache", kept * row, **shape)
+    expect(cuda, shape)
+    cuda.answers.counts.extend([500])
+    results = cuda.run(OPS["linear_logprobs"], *arguments)
+    assert results[5].shape[0] == kept
+    assert sum(launch.grid[0] for launch in cuda.launches.of("_keep_kernel")) == kept
+    cuda.answers.counts.extend([500, kept, 0] if kept == 500 else [500, 290, 160])
+    cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
+    assert bool(cuda.launches.of("_backward_kernel")) == (kept != 500)
+    assert_products_are_mixed(cuda, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), LINEAR.values(), ids=LINEAR)
+def test_sparse(cuda, dtype, shape):
+    """Of 500 tokens entries do for 400, 50 are done again; of the others nothing has a gradient."""
+    arguments = linear(cuda, dtype, "sparse", **shape)
+    expect(cuda, shape)
+    cuda.answers.counts.extend([500])
+    results = cuda.run(OPS["linear_logprobs"], *arguments)
+    assert results[6].shape == results[7].shape == (500, 64)
+    assert cuda.launches.names() == {"_note_kernel", "_note_known_kernel", "_fill_kernel"}
+    cuda.answers.counts.extend([500, 400, 50, 4000])
+    cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
+    assert cuda.launches.of("_weighted_rows_kernel")
+    assert sum(launch.grid[0] for launch in cuda.launches.of("_backward_kernel")) == 50
+    assert_products_are_mixed(cuda, dtype)
+
+
+def test_auto_by_the_memory_of_its_device(cuda):
+    """First a quarter of it is spent on E, while entries are tried; then entries do for all."""
+    row = _head.row_stride(50257) * 2
+    cuda.free = 4 * 200 * row
+    arguments = linear(cuda, torch.bfloat16, "auto")
+    expect(cuda, {})
+    results = cuda.run(OPS["linear_logprobs"], *arguments)
+    assert results[5].shape[0] == 200
+    assert cuda.launches.names() == {"_forward_kernel", "_keep_kernel", "_note_known_kernel", "_fill_kernel"}
+    cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
+    cuda.answers.numbers.extend([0.0, 0.0])  # the share of entropies with gradients; tokens that entries do not do for
+    results = OPS["linear_logprobs"]._init_fn(*arguments)
+    assert results[6].shape[0] == 600
+    assert not cuda.answers.numbers
+
+
+def test_what_was_kept_for_nothing(cuda):
+    arguments = linear(cuda, torch.bfloat16, "cache")
+    results = cuda.run(OPS["linear_logprobs"], *arguments)
+    cuda.answers.counts.extend([600, 0, 600])
+    with pytest.warns(UserWarning, match="for nothing: the entropies have gradients"):
+        cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
+
+
+@pytest.mark.parametrize("frozen", range(5))
+def test_nothing_is_made_for_what_is_frozen(cuda, frozen):
+    arguments = linear(cuda, torch.bfloat16, "cache", rank=8, bias=True)
+    results = cuda.run(OPS["linear_logprobs"], *arguments)
+    needs = [i != frozen for i in range(5)]
+    grads = cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results, needs))
+    assert [grad.numel() > 0 for grad in grads] == needs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_under_autocast_products_stay_as_they_are(cuda, dtype):
+    arguments = linear(cuda, dtype, "cache", rank=8, bias=True)
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "User provided device_type of 'cuda'")
+            results = cuda.run(OPS["linear_logprobs"], *arguments)
+            cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+    assert_products_are_mixed(cuda, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_not_taken_for_a_bias(cuda, dtype):
+    """A chunk of one token with an adapter; d weight of a vocabulary of one. Where TunableOp is on PyTorch refuses."""
+    for shape in ({"n": 65, "rank": 8}, {"n": 300, "vocab": 1}):
+        arguments = linear(cuda, dtype, **shape)
+        results = cuda.run(OPS["linear_logprobs"], *arguments)
+        cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
+    assert 1 in {product.shape[0] for product in cuda.products.made}
+    assert_products_are_mixed(cuda, dtype)
+
+
+POLICIES = [
+    {"everything": False, "normalizer": True},
+    {"everything": False, "per_token": True, "aggregation": "seq-mean-token-mean"},
+    {"everything": True, "dual_clip": 3.0, "kl_coef": 0.1, "aggregation": "seq-mean-token-sum"},
+    {"everything": True, "rollout_correction": "sequence_mask", "kl_estimator": "k1"},
+]
+
+
+@pytest.mark.parametrize("settings", POLICIES, ids=range(len(POLICIES)))
+@pytest.mark.parametrize("level", policy_loss.RATIO_LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_policy_loss(cuda, dtype, level, settings):
+    chosen = {"dual_clip": None, "kl_coef": 0.0, **settings}
+    cuda.launches.sizes = {"B": 7, "RATIO_LEVEL": level, "dual_clip": chosen["dual_clip"], "kl_coef": chosen["kl_coef"]}
+    cuda.run(OPS["policy_loss"], *policy(cuda, dtype, ratio_level=level, **settings))
+    (launch,) = cuda.launches.made
+    assert launch.grid == (7,)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("level", policy_loss.RATIO_LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_policy_loss(cuda, dtype, level, everything):
+    """500 of 600 tokens bear loss: three blocks where a ratio is of whole sequences, else two; half have gradients."""
+    sizes = [256, 244] if level == "token" else [200, 210, 90]
+    if level != "token":
+        cuda.answers.numbers.extend([100, 200, 200, 410, 500])
+    cuda.answers.counts.extend([500] + [x for size in sizes for x in (size // 2, size - size // 2)])
+    shape = {"rank": 8, "bias": True, "softcap": 30.0} if everything else {}
+    expect(cuda, shape)
+    cuda.run(OPS["linear_policy_loss"], *linear_policy(cuda, dtype, ratio_level=level, everything=everything, **shape))
+    assert len(cuda.launches.of("_kernel")) == len(sizes) + 1
+    assert sum(launch.grid[0] for launch in cuda.launches.of("_keep_kernel")) == 500
+    assert_products_are_mixed(cuda, dtype)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_prompt_values(cuda, packed):
+    cuda.launches.sizes = {"B": 5, "T": 300, "H": 1000}
+    for name in ("prompt_value_loss", "prompt_value_grad_hidden", "prompt_value_grad_weight"):
+        cuda.run(OPS[name], *ARGUMENTS[name](cuda, torch.bfloat16, packed=packed))
+    assert len(cuda.launches.made) == 3
+
+
+# These checks are of no use if they let everything pass.
+
+
+def moments(cuda, **changed):
+    """Arguments of a launch that is in order, but for what is changed."""
+    given = {"x": cuda.new(1000, 80), "mask": cuda.new(1000, 80, dtype=torch.bool), "partial": cuda.new(3, 40)}
+    given |= {"n": 80_000, "blocks": 40, **changed}
+    return given.values()
+
+
+def test_a_launch_in_order(cuda):
+    launch(whiten._moments_kernel, (40,), *moments(cuda), BLOCK=2048, num_warps=4)
+    assert len(cuda.launches.made) == 1
+
+
+def test_a_launch_without_guard_is_found(cuda):
+    with pytest.raises(AssertionError, match="launched while cuda:0 is current"):
+        whiten._moments_kernel[(40,)](*moments(cuda), BLOCK=2048)
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        (lambda cuda: {"mask": torch.empty(80_000, device="cuda:0")}, "mask_ptr is on cuda:0"),
+        (lambda cuda: {"partial": torch.empty(3, 40)}, "partial_ptr is on cpu"),
+        (lambda cuda: {"partial": 80_000, "n": cuda.new(3, 40)}, "partial_ptr is 80000"),
+        (lambda cuda: {"n": cuda.new()}, "N is FakeTensor"),
+        (lambda cuda: {"n": 2**63}, "N is 9223372036854775808"),
+        (lambda cuda: {"n": 40, "blocks": 80_000}, "N is 40, not 80000"),
+        (lambda cuda: {"x": cuda.new(1000, 81)[:, :80]}, r"x_ptr has strides \(81, 1\)"),
+    ],
+)
+def test_wrong_arguments_of_a_launch_are_found(cuda, changed, what):
+    cuda.launches.sizes = {"N": 80_000} if "not 80000" in what else {}
+    with pytest.raises(AssertionError, match=what):
+        launch(whiten._moments_kernel, (40,), *moments(cuda, **changed(cuda)), BLOCK=2048)
+
+
+@pytest.mark.parametrize("grid", [(0,), (2**31,), (1, 65536), (1, 1, 1, 1), (2.0,)])
+def test_a_grid_out_of_bounds_is_found(cuda, grid):
+    with pytest.raises(AssertionError, match="_moments_kernel"):
+        launch(whiten._moments_kernel, grid, *moments(cuda), BLOCK=2048)
+
+
+@pytest.mark.parametrize("settings", [{}, {"BLOCK": 2048, "N": 3}, {"BLOCK": 2048, "WIDTH": 3}])
+def test_parameters_not_given_once_are_found(cuda, settings):
+    with pytest.raises(TypeError):
+        launch(whiten._moments_kernel, (40,), *moments(cuda), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"BLOCK": 2000}, {"BLOCK": 2048, "num_warps": 3}])
+def test_what_does_not_compile_is_found(cuda, settings):
+    with pytest.raises(AssertionError):
+        launch(whiten._moments_kernel, (40,), *moments(cuda), **settings)
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"a": (torch.float32, 4, 6)}, "input dtypes must be the same"),
+        ({"b": (torch.bfloat16, 5, 8)}, "cannot be multiplied"),
+        ({"b": (torch.bfloat16, 6)}, "mat2 must be a matrix"),
+        ({"out_dtype": torch.float16}, "out_dtype must be"),
+        ({"out_dtype": None}, "out must be torch.bfloat16, got torch.float32"),
+        ({"out": (torch.bfloat16, 4, 8)}, "out must be torch.float32"),
+        ({"out": (torch.float32, 8, 4)}, "out must be"),
+        ({"plus": (torch.float16, 4, 8)}, "self must be torch.float32 or torch.bfloat16"),
+        ({"plus": (torch.float32, 1, 8)}, "self must be"),
+        ({"a": (torch.bfloat16, 1, 6), "plus": (torch.float32, 1, 8), "out": (torch.float32, 1, 8)}, "Tunable GEMM"),
+    ],
+)
+def test_products_that_pytorch_refuses_are_found(cuda, changed, what):
+    given = {"a": (torch.bfloat16, 4, 6), "b": (torch.bfloat16, 6, 8), "out": (torch.float32, 4, 8)}
+    given |= {"plus": given["out"], "out_dtype": torch.float32, **changed}
+    a, b, out, plus = (cuda.new(*given[name][1:], dtype=given[name][0]) for name in ("a", "b", "out", "plus"))
+    with pytest.raises(AssertionError, match=what):
+        torch.addmm(plus, a, b, out_dtype=given["out_dtype"], out=out)
+
+
+def test_products_that_are_slow_are_found(cuda):
+    a, b = cuda.new(8, 12, dtype=torch.bfloat16), cuda.new(6, 8, dtype=torch.bfloat16)
+    with pytest.raises(AssertionError, match=r"mat1 \(8, 6\) with strides \(12, 2\) is copied"):
+        torch.mm(a[:, ::2], b)
+    with pytest.raises(AssertionError, match="expected cuda:1, got cpu"):
+        torch.mm(a[:, :6], torch.empty(6, 8, dtype=torch.bfloat16))

@@ -1,0 +1,95 @@
+"""Products of half-precision factors with float32 results, as on CUDA, with values: they are emulated on a CPU.
+
+PyTorch has them for CUDA alone; elsewhere factors are converted first. What is added to what, in which dtype and where
+it is written, is the same code on both.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from against_float64 import DEVICE, FLOOR, assert_close_to_float64, randint, randn
+from fake_cuda import Products
+
+from sppo_kernels import _common, _head, linear_logprobs, reference
+
+pytestmark = [
+    pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU all tests multiply so"),
+    pytest.mark.filterwarnings("ignore:linear_logprobs kept"),  # for tokens whose entropies have gradients too
+]
+fault = _common._INTERPRETER_FAULT
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(fault != "", reason=fault))]
+TOKENS, WIDTH, VOCAB, RANK = 600, 24, 300, 3
+FEW, FEW_A_BLOCK = 86, 36  # where an interpreter runs
+# As in test_linear_logprobs: E is rounded to half precision before it is multiplied.
+PRODUCTS_FLOOR = {**FLOOR, torch.float16: 4.0, torch.bfloat16: 4.0}
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """All projections are mixed, whatever the device."""
+    mixed = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(_head.Projection, "mixed", mixed, raising=False)
+    return Products(monkeypatch)
+
+
+def inputs(n, dtype, bias, adapter, spread):
+    given = {
+        "hidden": randn(n, WIDTH, dtype=dtype, scale=spread, grad=True),
+        "weight": randn(VOCAB, WIDTH, dtype=dtype, scale=WIDTH**-0.5, grad=True),
+        "labels": randint(0, VOCAB, n),
+    }
+    given["labels"][::27] = -100
+    if bias:
+        given["bias"] = randn(VOCAB, dtype=dtype, grad=True)
+    if adapter:
+        given["u"] = randn(n, RANK, dtype=dtype, grad=True)
+        given["b"] = randn(VOCAB, RANK, dtype=dtype, grad=True)
+    return given
+
+
+PART = {"backward": "cache", "logits_budget_bytes": _head.row_stride(VOCAB) * 2 * 50}  # E of 50 tokens
+SPARSE = {"backward": "sparse", "max_entries": 32}
+CASES = {
+    "recompute bf16, entropies": (torch.bfloat16, True, True, None, {"backward": "recompute"}),
+    "recompute fp16": (torch.float16, False, False, ["logprobs"], {"backward": "recompute"}),
+    "cache fp16": (torch.float16, True, False, ["logprobs"], {"backward": "cache"}),
+    "cache bf16": (torch.bfloat16, False, False, ["logprobs"], {"backward": "cache"}),
+    "part kept fp16": (torch.float16, True, True, ["logprobs"], PART),
+    "part kept bf16, entropies": (torch.bfloat16, False, True, None, PART),
+    "sparse fp16": (torch.float16, True, True, ["logprobs"], SPARSE),
+    "sparse bf16": (torch.bfloat16, False, False, ["logprobs"], SPARSE),
+    "sparse bf16, entropies": (torch.bfloat16, True, False, None, SPARSE),
+}
+
+
+@pytest.mark.parametrize(("dtype", "bias", "adapter", "upstream", "settings"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_agrees_with_float64(products, monkeypatch, backend, dtype, bias, adapter, upstream, settings):
+    """Three blocks of E, ten chunks of logits, the last of a single token: 577 of 600, or 82 of 86, bear loss.
+
+    Where a few entries are kept, they do for most tokens, not for all.
+    """
+    n, certificates = TOKENS, []
+    if backend == "triton" and not (bias and adapter and settings is PART):
+        n = FEW
+        monkeypatch.setattr(_head.Head, "block", lambda self, vocab=None: FEW_A_BLOCK)
+
+    def op(*, u=None, b=None, **given):
+        out = linear_logprobs(**given, adapter=None if u is None else (u, b), **settings, chunk_bytes=1)
+        certificates.append(out.certificate)
+        return out
+
+    def definition(*, u=None, b=None, **given):
+        return reference.linear_logprobs(**given, adapter=None if u is None else (u, b))
+
+    given = inputs(n, dtype, bias, adapter, spread=8.0 if settings["backward"] == "sparse" else 1.0)
+    more = {"floor": PRODUCTS_FLOOR, "upstream": upstream, "temperature": 0.6}
+    assert_close_to_float64(op, definition, backend, given, **more)
+    assert {product.dtype for product in products.made} == {dtype}
+    assert {product.out_dtype for product in products.made} == {torch.float32}
+    if adapter and settings["backward"] == "recompute":
+        assert 1 in {product.shape[0] for product in products.made}
+    if settings["backward"] == "sparse":
+        assert 0.5 < certificates[0].sparse_share < 1
