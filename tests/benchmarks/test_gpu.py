@@ -98,7 +98,7 @@ time.sleep(99)
 
 @pytest.fixture
 def hanging(tmp_path):
-    """The command in a process whose only part saves something and hangs, and the number of the process of that part."""
+    """The command in a process whose only part saves something and hangs, and the process number of that part."""
     hang = SAVE + "\nimport os, time\n(folder / 'pid').write_text(str(os.getpid()))\ntime.sleep(99)"
     program = f"""
 from benchmarks import gpu

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from fake_cuda import FakeCUDA, registered_operations
 
-from sppo_kernels import _coverage, _head
+from sppo_kernels import _coverage, _head, _sparse
 from sppo_kernels._triton import launch
 from sppo_kernels.ops import policy_loss, whiten
 
@@ -197,11 +197,11 @@ LINEAR = {
 }
 
 
-def expect(cuda, shape):
-    """What kernels are told of vocabulary and softcap."""
+def expect(cuda, shape, ignore_index=IGNORED):
+    """What kernels are told of vocabulary, softcap and the label to ignore."""
     softcap = shape.get("softcap", 0.0)
     names = {"V": shape.get("vocab", 50257), "softcap": softcap, "HAS_SOFTCAP": softcap > 0}
-    cuda.launches.sizes = {**names, "ignore_index": IGNORED}
+    cuda.launches.sizes = {**names, "ignore_index": ignore_index}
 
 
 def assert_products_are_mixed(cuda, dtype):
@@ -248,11 +248,12 @@ def test_cache(cuda, dtype, shape, kept):
 def test_sparse(cuda, dtype, shape):
     """Of 500 tokens entries do for 400, 50 are done again; of the others nothing has a gradient."""
     arguments = linear(cuda, dtype, "sparse", **shape)
-    expect(cuda, shape)
+    expect(cuda, shape, _sparse._NO_LABEL)
     cuda.answers.counts.extend([500])
     results = cuda.run(OPS["linear_logprobs"], *arguments)
     assert results[6].shape == results[7].shape == (500, 64)
-    assert cuda.launches.names() == {"_note_kernel", "_note_known_kernel", "_fill_kernel"}
+    assert cuda.launches.names() == {"_forward_kernel", "_note_kernel", "_fill_kernel"}
+    expect(cuda, shape)
     cuda.answers.counts.extend([500, 400, 50, 4000])
     cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
     assert cuda.launches.of("_weighted_rows_kernel")
@@ -268,8 +269,9 @@ def test_auto_by_the_memory_of_its_device(cuda):
     expect(cuda, {})
     results = cuda.run(OPS["linear_logprobs"], *arguments)
     assert results[5].shape[0] == 200
-    assert cuda.launches.names() == {"_forward_kernel", "_keep_kernel", "_note_known_kernel", "_fill_kernel"}
+    assert cuda.launches.names() == {"_forward_kernel", "_keep_kernel", "_note_kernel", "_fill_kernel"}
     cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
+    expect(cuda, {}, _sparse._NO_LABEL)
     cuda.answers.numbers.extend([0.0, 0.0])  # the share of entropies with gradients; tokens that entries do not do for
     results = OPS["linear_logprobs"]._init_fn(*arguments)
     assert results[6].shape[0] == 600
