@@ -36,9 +36,9 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every benchmark suite in its quick form, without a GPU, in under 10 minutes; bench-gpu is all that wants a GPU, in 17.
+# Every benchmark suite in its quick form, without a GPU, in under 10 minutes; bench-gpu is all that wants a GPU, in 15.
 bench: $(VENV)/ready
-	for suite in compile traffic flops memory sparse kernels learn algorithms step trl endurance gpu report; do $(BIN)/python -m benchmarks $$suite --quick || exit 1; done
+	for suite in compile traffic flops memory sparse kernels learn algorithms step trl endurance roofline gpu report; do $(BIN)/python -m benchmarks $$suite --quick || exit 1; done
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-max-time=0.1 --benchmark-columns=median,iqr,rounds
 
 bench-gpu: $(VENV)/ready
