@@ -152,6 +152,27 @@ def compile_table(folder: Path) -> str:
     return markdown(lines, {key: lambda row, key=key: row[key] for key in lines[0]})
 
 
+def emulated_table(folder: Path) -> str:
+    """A line per kernel whose compiled code was executed on a CPU, two columns per target."""
+    report = _one(folder, "emulated")
+    found: dict[str, dict[str, Row]] = {}
+    for row in report["rows"]:
+        found.setdefault(row["kernel"], {})[row["target"]] = row
+    lines = [
+        {
+            "kernel": f"`{kernel}`",
+            **{
+                f"{target}, {what}": rows[target][what]
+                for target in report["targets"]
+                for what in ("launches", "programs")
+            },
+            "violations": sum(row["violations"] for row in rows.values()),
+        }
+        for kernel, rows in found.items()
+    ]
+    return markdown(lines, {key: lambda row, key=key: row[key] for key in lines[0]})
+
+
 def passes_table(folder: Path) -> str:
     return markdown(_one(folder, "flops")["rows"], flops.COLUMNS)
 
@@ -236,6 +257,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "learn-variants": learn_variants_table,
     "learn-speedup": learn_speedup_table,
     "compile": compile_table,
+    "emulated": emulated_table,
     "passes": passes_table,
     "files": files_table,
     "traffic": traffic_table,
