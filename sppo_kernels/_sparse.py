@@ -307,7 +307,8 @@ if triton is not None:
         tl.store(dropped_ptr + row, tl.where(enough, dropped, 0.0))
 
     # One program per range of the list and block of columns, BLOCK_E rows of the range at a time. Partial sums are
-    # reduced after the loop: a reduction in each iteration would overwrite shared memory that threads still read.
+    # reduced after the loop: reduced in each iteration, those of a narrow block lay in several threads, added up in
+    # different orders, which all wrote theirs to one place in shared memory.
     @triton.jit
     def _weighted_rows_kernel(
         out_ptr, place_ptr, index_ptr, weight_ptr, first_ptr, last_ptr, rows_ptr, stride_row, stride_column, H,
