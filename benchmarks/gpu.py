@@ -28,7 +28,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +45,10 @@ ROOT = Path(__file__).parents[1]
 STARTING = 10  # seconds that this process itself takes
 LINES = 100
 STOPPED, NO_TIME = "stopped at its limit", "no time left"
+# What is left in the end, beside log.txt.
+MERGED = (
+    "gpu.json", "kernels.json", "kernels.csv", "kernels.png", "roofline.json", "roofline.csv", "tuning.json",
+)  # fmt: skip
 PART_COLUMNS = ("part", "seconds", "outcome", "last_line")
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "numpy")
 # What decides whether the kernels are right: comparisons with float64, bits, bounds, and all that needs a GPU.
@@ -126,6 +129,8 @@ class Session:
 
     def run(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
+        for name in MERGED:
+            (self.out / name).unlink(missing_ok=True)
         self.log.write_text("")
         self.say(results.describe_gpu(self.facts))
         for part in planned(parts(self.out, self.dry), self.seconds):
@@ -141,7 +146,7 @@ class Session:
     def _run(self, part: Part, folder: Path) -> None:
         left = self.deadline - time.monotonic()
         limit = left if part.open_ended else min(part.seconds, left)
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+        _remove_results(folder)  # of an earlier run
         start = time.monotonic()
         outcome = "interrupted"  # by whoever runs this: what there is by then is saved all the same
         try:
@@ -160,7 +165,7 @@ class Session:
                 self.failures.append(f"{part.name}: {outcome}")
             self._collect(row, folder)
             self._save()
-            shutil.rmtree(folder, ignore_errors=True)  # all of it is in the files above
+            _remove_results(folder)  # all of it is in the files above
 
     def _collect(self, row: Row, folder: Path) -> None:
         self.done.append(row)
@@ -223,6 +228,15 @@ class Session:
         left = LINES - min(self.lines, LINES // 3) - len(rest.splitlines()) - 4
         where = roofline.table(self.rooflines, lines=left) if self.rooflines and left > 5 else ""
         return "\n\n".join(filter(None, [where, rest]))
+
+
+def _remove_results(folder: Path) -> None:
+    """What suites write, and the folder if nothing else is in it: ``--out`` may have a folder "tests" of its own."""
+    for pattern in ("*.json", "*.csv", "*.png", ".*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _end(process: subprocess.Popen[Any]) -> None:

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from benchmarks import gpu
 from benchmarks.__main__ import main
 from benchmarks.gpu import Part, Session, parts, planned
+from benchmarks.plans import BASE
 
 
 @pytest.fixture
@@ -144,6 +145,57 @@ def test_a_part_finds_what_lies_on_pythonpath(run_parts, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     code, report = run_parts(("one", "import brought_along, benchmarks.gpu", 60))
     assert (code, report["failures"]) == (0, [])
+
+
+def test_results_of_an_earlier_run_are_replaced_and_nothing_else_is_removed(run_parts, tmp_path):
+    """``--out`` may be a folder with a folder "tests" in it, such as a checkout."""
+    out = tmp_path / "out"
+    (out / "saving").mkdir(parents=True)
+    for name in (
+        "saving/kernels-old.json",
+        "saving/.kernels-old.json.tmp",
+        "saving/test.py",
+        "mine.json",
+        "tuning.json",
+    ):
+        (out / name).write_text("{}")
+    code, report = run_parts(("saving", "", 60))
+    assert code == 0
+    assert report["parts"][0]["reports"] == []
+    left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert left == {"saving/test.py", "mine.json", "gpu.json", "kernels.json", "log.txt"}
+
+
+def test_rows_of_a_part_that_was_stopped_can_be_judged(tmp_path, monkeypatch):
+    """They are saved before they are related to the copy bandwidth; the parts after it run all the same."""
+    row = {"operation": "selective_logprobs", **BASE._asdict(), "way": "ours", "both_ms": 1.0}
+    save = f"""
+import json, pathlib, time
+folder = pathlib.Path({str(tmp_path)!r}) / "saving"
+folder.mkdir()
+(folder / "kernels-x.json").write_text(json.dumps({{"suite": "kernels", "rows": [{row}]}}))
+time.sleep(99)
+"""
+    made = [Part("saving", ["-c", save], 6), Part("next", ["-c", ""], 60)]
+    monkeypatch.setattr(gpu, "parts", lambda folder, dry: made)
+    session = Session(tmp_path, dry=False, seconds=300)
+    session.run()
+    assert [part["outcome"] for part in session.done] == ["stopped at its limit", "passed"]
+    assert (len(session.rows), session.claims()) == (1, [])
+
+
+def test_claims_are_judged_across_parts_but_not_by_tuned_rows(tmp_path):
+    """torch.compile is measured in a part of its own, and may be the fastest other."""
+    session = Session(tmp_path, dry=False, seconds=300)
+    sharp = {"operation": "linear_logprobs", **BASE._replace(logits="sharp")._asdict()}
+    for part, way, ms in (
+        ("headline", "ours, sparse", 30.0),
+        ("headline", "eager PyTorch", 90.0),
+        ("torch-compile", "torch.compile", 40.0),
+        ("headline-tuned", "eager PyTorch", 10.0),
+    ):
+        session.rows.append({**sharp, "part": part, "way": way, "both_ms": ms})
+    assert [(claim["measured"], claim["held"]) for claim in session.claims()] == [(0.75, True)]
 
 
 def test_results_are_saved_after_each_part(tmp_path, monkeypatch):

@@ -277,6 +277,12 @@ def test_claims_are_judged_by_the_rows():
     assert judge(rows[:1]) == []
 
 
+def test_a_part_that_was_stopped_decides_fewer_claims():
+    """Its last rows have no share of the copy bandwidth yet, and nothing to compare with."""
+    assert judged(timed("selective_logprobs", BASE, "ours", 1.0)) == []
+    assert judged(timed("linear_logprobs", BASE, "ours, cache", 34.0)) == []
+
+
 def test_sparse_has_to_be_as_fast_as_the_fastest_other():
     ours = timed("linear_logprobs", SHARP, "ours, sparse", 36.0)
     bare = timed("linear_logprobs", SHARP, BARE, 20.0, forward_ms=7.0)
