@@ -181,7 +181,7 @@ class Session:
 
     def claims(self) -> list[Row]:
         """Judged by all rows but those of tuned kernels: the peers of one part beside ours of another."""
-        return [] if self.dry else claims.judge(row for row in self.rows if row["part"] != "headline-tuned")
+        return [] if self.dry else claims.judge(row for row in self.rows if row["part"] != kernels.TUNED)
 
     def _process(self, part: Part, limit: float) -> str:
         """Its outcome in a word or two; what it prints goes to the log, the end of it to the terminal if it fails."""
