@@ -10,6 +10,7 @@ import argparse
 import ast
 import importlib
 import sys
+import time
 from pathlib import Path
 
 SUITES = {
@@ -39,6 +40,7 @@ def docstring(module: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    started = time.monotonic()  # before torch is imported, which takes seconds
     given = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmark suites of sppo_kernels.")
     suites = parser.add_subparsers(title="suites", metavar="SUITE")
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         if given[:1] == [name]:
             chosen = importlib.import_module(f"benchmarks.{module}")
             chosen.add_arguments(suite)
-            suite.set_defaults(run=chosen.run)
+            suite.set_defaults(run=chosen.run, started=started)
     args = parser.parse_args(given)
     if "run" not in args:
         parser.print_help()

@@ -6,13 +6,14 @@
     torch-compile    the same points by torch.compile
     tune             launch configurations for a vocabulary of 151,936
     headline-tuned   ours with the configurations that were chosen
-    tests            all other tests of the kernels, as far as the time goes
+    other-tests      all other tests of the kernels, as far as the time goes
 
-``--minutes 3`` runs the first three alone. Each part is a process of its own with a limit of its own, so that one that
-crashes, hangs or takes the driver down with it costs only itself: it is reported and passed over. What is measured is
-written below ``--out`` as it comes, so that a killed command loses nothing: first in a folder of its part, and after
-the part in gpu.json (driver, clocks, and every part's own report), kernels.json, .csv and .png (all measured rows with
-their part, and the claims), roofline.json and .csv, tuning.json (for ``sppo_kernels.tuning.load``) and log.txt.
+``--minutes 3`` runs the first three alone; parts that do not fit are listed as "no time left". Each part is a process
+with a limit of its own, so that one that crashes, hangs or takes the driver down with it costs only itself: it is
+reported and passed over. What is measured is written below ``--out`` as it comes, so that a killed command loses
+nothing: first in a folder of its part, and after the part in gpu.json (driver, clocks, and every part's own report),
+kernels.json and .csv (all measured rows with their part, and the claims), roofline.json and .csv, tuning.json (for
+``sppo_kernels.tuning.load``) and log.txt; in the end also kernels.png. They replace the results of an earlier run.
 
 Needs a GPU, torch, triton, numpy, pytest and hypothesis; matplotlib for the chart, pytest-xdist to run the tests in a
 third of the time, and of the other libraries compared with those that are installed: pip install trl==1.16
@@ -24,11 +25,11 @@ is stopped at its limit; a claim that does not hold is a result, not a failure.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -40,16 +41,22 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import claims, kernels, results, roofline
+from benchmarks.plans import POLICY
 from benchmarks.results import Row
 
 ROOT = Path(__file__).parents[1]
-STARTING = 10  # seconds that this process itself takes
+STARTING, SAVING = 10, 5  # seconds that this process itself takes, the latter of them at the end
 LINES = 100
-STOPPED, NO_TIME = "stopped at its limit", "no time left"
+STOPPED, NO_TIME, UNTUNED = "stopped at its limit", "no time left", "nothing was tuned"
+# What is left in the end, beside log.txt.
+MERGED = (
+    "gpu.json", "kernels.json", "kernels.csv", "kernels.png", "roofline.json", "roofline.csv", "tuning.json",
+)  # fmt: skip
 PART_COLUMNS = ("part", "seconds", "outcome", "last_line")
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "numpy")
 # What decides whether the kernels are right: comparisons with float64, bits, bounds, and all that needs a GPU.
 ESSENTIAL = "gpu or agrees_with_float64 or as_without_and_every_run or bound_holds or many_chunks"
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Part(NamedTuple):
@@ -71,14 +78,17 @@ def parts(folder: Path, dry: bool) -> list[Part]:
     ours = only(kernels.OURS, "eager PyTorch")
     if dry:
         one = "--only", "selective_logprobs"
+        asked = "--only", "linear_logprobs", "selective_logprobs", *POLICY  # whatever launches another kernel
         return [
             Part("correctness", _pytest("tests/sppo_kernels/test_whiten.py", "-k", "float64"), 120),
-            Part("headline", measured("headline", "dry", "--without", "torch.compile"), 420),
+            Part("headline", measured("headline", "dry", *asked, "--without", "torch.compile"), 420),
             Part("roofline", suite("roofline", "roofline", "--quick"), 240),
             Part("torch-compile", measured("torch-compile", "dry", *one, *only("torch.compile")), 120, may_stop=True),
             Part("tune", suite("tune", "tune", "--quick"), 240, may_stop=True),
             Part("headline-tuned", measured("headline-tuned", "dry", *one, *tuned, *ours), 120, may_stop=True),
-            Part("tests", _pytest("tests/sppo_kernels/test_whiten.py", "-k", "not float64"), 60, True, open_ended=True),
+            Part(
+                "other-tests", _pytest("tests/sppo_kernels/test_triton_launch.py"), 60, may_stop=True, open_ended=True
+            ),
         ]
     brief = "--seconds", "0.3"
     compiled = measured("torch-compile", "compiled", *brief, *only("torch.compile"))
@@ -89,7 +99,7 @@ def parts(folder: Path, dry: bool) -> list[Part]:
         Part("torch-compile", compiled, 60, may_stop=True),
         Part("tune", suite("tune", "tune", "--vocab", "151936"), 40, may_stop=True),
         Part("headline-tuned", measured("headline-tuned", "headline", *brief, *tuned, *ours), 40, may_stop=True),
-        Part("tests", _pytest("tests/sppo_kernels", "-m", "gpu or not slow"), 20, may_stop=True, open_ended=True),
+        Part("other-tests", _pytest("tests/sppo_kernels", "-m", "gpu or not slow"), 20, may_stop=True, open_ended=True),
     ]
 
 
@@ -126,10 +136,24 @@ class Session:
 
     def run(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
+        for name in MERGED:
+            (self.out / name).unlink(missing_ok=True)
         self.log.write_text("")
         self.say(results.describe_gpu(self.facts))
-        for part in planned(parts(self.out, self.dry), self.seconds):
-            self._run(part, self.out / part.name)
+        wanted = parts(self.out, self.dry)
+        fitting = planned(wanted, self.seconds)
+        try:
+            for part in fitting:
+                self._run(part, self.out / part.name)
+        finally:
+            self.done += [
+                {"part": part.name, "seconds": 0.0, "outcome": NO_TIME, "last_line": "", "reports": []}
+                for part in wanted[len(fitting) :]
+            ]
+            self._save()
+            chart = kernels.chart(self.rows)
+            if chart.bars:
+                results.draw(self.out / "kernels.png", chart)
 
     def say(self, text: str) -> None:
         """Print progress, as long as half of the lines are left for the tables; the log has everything."""
@@ -141,11 +165,11 @@ class Session:
     def _run(self, part: Part, folder: Path) -> None:
         left = self.deadline - time.monotonic()
         limit = left if part.open_ended else min(part.seconds, left)
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+        _remove_results(folder)  # of an earlier run
         start = time.monotonic()
         outcome = "interrupted"  # by whoever runs this: what there is by then is saved all the same
         try:
-            outcome = self._process(part, limit) if limit > 5 else NO_TIME
+            outcome = self._outcome(part, limit)
         finally:
             seconds = round(time.monotonic() - start, 1)
             self.say(f"{part.name}: {outcome}, {seconds} of at most {max(0.0, limit):.0f} s")
@@ -153,14 +177,24 @@ class Session:
                 "part": part.name,
                 "seconds": seconds,
                 "outcome": outcome,
-                "last_line": next((line for line in reversed(self._logged()) if line), ""),
+                "last_line": "",
                 "gpu_after": results.gpu_facts(),
             }
-            if outcome != "passed" and not (part.may_stop and outcome in (STOPPED, NO_TIME)):
+            if outcome not in (NO_TIME, UNTUNED):
+                row["last_line"] = next((line for line in reversed(self._logged()) if line), "")
+            if outcome != "passed" and not (part.may_stop and outcome in (STOPPED, NO_TIME, UNTUNED)):
                 self.failures.append(f"{part.name}: {outcome}")
             self._collect(row, folder)
             self._save()
-            shutil.rmtree(folder, ignore_errors=True)  # all of it is in the files above
+            _remove_results(folder)  # all of it is in the files above
+
+    def _outcome(self, part: Part, limit: float) -> str:
+        if limit <= 5:
+            return NO_TIME
+        # Tuning that was stopped before its first choice; if it failed, that is reported of it.
+        if "--tuning" in part.command and not (self.out / "tuning.json").exists():
+            return UNTUNED
+        return self._process(part, limit)
 
     def _collect(self, row: Row, folder: Path) -> None:
         self.done.append(row)
@@ -176,7 +210,7 @@ class Session:
 
     def claims(self) -> list[Row]:
         """Judged by all rows but those of tuned kernels: the peers of one part beside ours of another."""
-        return [] if self.dry else claims.judge(row for row in self.rows if row["part"] != "headline-tuned")
+        return [] if self.dry else claims.judge(row for row in self.rows if row["part"] != kernels.TUNED)
 
     def _process(self, part: Part, limit: float) -> str:
         """Its outcome in a word or two; what it prints goes to the log, the end of it to the terminal if it fails."""
@@ -192,6 +226,7 @@ class Session:
             process = subprocess.Popen(
                 [sys.executable, *part.command],
                 cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=_end_with_parent,
             )  # fmt: skip
             try:
                 code = process.wait(limit)
@@ -211,8 +246,7 @@ class Session:
         device = results.device_name(results.this_device())
         about = {"device": device, "dry_run": self.dry, "gpu": self.facts, "packages": packages()}
         results.write(self.out / "gpu.json", "gpu", **about, failures=self.failures, parts=self.done)
-        chart = kernels.chart(self.rows)
-        results.write(self.out / "kernels.json", "kernels", chart, **about, claims=self.claims(), rows=self.rows)
+        results.write(self.out / "kernels.json", "kernels", **about, claims=self.claims(), rows=self.rows)
 
     def table(self) -> str:
         """Where our kernels stand in a call; ours against the best of the others; the claims; the parts."""
@@ -223,6 +257,21 @@ class Session:
         left = LINES - min(self.lines, LINES // 3) - len(rest.splitlines()) - 4
         where = roofline.table(self.rooflines, lines=left) if self.rooflines and left > 5 else ""
         return "\n\n".join(filter(None, [where, rest]))
+
+
+def _remove_results(folder: Path) -> None:
+    """Remove what suites write, and the folder if nothing else is in it, which may have been there before."""
+    for pattern in ("*.json", "*.csv", "*.png", ".*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _end_with_parent() -> None:
+    """A part whose command was killed would go on using the GPU: on Linux it is killed as well."""
+    if _LIBC:
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
@@ -255,8 +304,10 @@ def run(args: argparse.Namespace) -> int:
         print("there is no GPU here; --dry-run walks through all parts on a CPU", file=sys.stderr)
         return 2
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the running part would outlive this
-    seconds = 60 * args.minutes - STARTING
-    session = Session(args.out.resolve(), args.dry_run, 5 * seconds if args.dry_run else seconds)
+    minutes = 5 * args.minutes if args.dry_run else args.minutes
+    session = Session(args.out.resolve(), args.dry_run, 60 * minutes - STARTING)
+    # From a cold disk torch may take longer to import than planned.
+    session.deadline = min(session.deadline, args.started + 60 * minutes - SAVING)
     try:
         session.run()
     finally:

@@ -61,15 +61,15 @@ def device_name(device: torch.device) -> str:
 
 
 _QUERIED = (
-    "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "power.draw",
+    "uuid", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.draw", "power.limit",
     "temperature.gpu", "persistence_mode", "ecc.mode.current",
 )  # fmt: skip
 
 
 def gpu_facts() -> Row:
-    """What times on this GPU depend on: its size from torch, driver, clocks in MHz and power in W from nvidia-smi.
+    """What times on this GPU depend on: its size, and from nvidia-smi its driver, clocks in MHz and power in W, now.
 
-    Empty without a GPU; what cannot be asked for is left out.
+    Empty without a GPU; what nvidia-smi does not know is left out.
     """
     if not torch.cuda.is_available():
         return {}
@@ -82,26 +82,33 @@ def gpu_facts() -> Row:
         "l2_bytes": getattr(about, "L2_cache_size", None),
         "cuda": torch.version.cuda,
     }
-    return facts | _nvidia_smi()
+    return facts | _nvidia_smi(str(getattr(about, "uuid", "")))
 
 
-def _nvidia_smi() -> Row:
-    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(_QUERIED)}", "--format=csv,noheader,nounits"]
+def _nvidia_smi(uuid: str) -> Row:
+    """Of the GPU with that UUID; of the first where none has it."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_QUERIED)}", "--format=csv,noheader,nounits"]
     try:
         printed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
-    values = [value.strip() for value in printed.splitlines()[0].split(",")] if printed.strip() else []
-    return {name: value for name, value in zip(_QUERIED, values, strict=False) if not value.startswith("[")}
+    lines = [line for line in printed.splitlines() if line.strip()]
+    line = next((line for line in lines if uuid and uuid in line), next(iter(lines), ""))
+    values = zip(_QUERIED, (value.strip() for value in line.split(",")), strict=False)
+    return {name: value for name, value in values if value and not value.startswith("[")}
 
 
 def describe_gpu(facts: Row) -> str:
-    """A line of them."""
+    """The facts in a line."""
+    if not facts:
+        return "no GPU"
+    known = lambda name: facts.get(name, "?")
     return (
-        f"{facts.get('name', 'no GPU')}, driver {facts.get('driver_version', '?')}, CUDA {facts.get('cuda', '?')}; "
-        f"MHz: SM {facts.get('clocks.sm', '?')} of {facts.get('clocks.max.sm', '?')}, "
-        f"memory {facts.get('clocks.mem', '?')} of {facts.get('clocks.max.mem', '?')}; "
-        f"W: {facts.get('power.draw', '?')} of {facts.get('power.limit', '?')}"
+        f"{known('name')}, driver {known('driver_version')}, CUDA {known('cuda')}; "
+        f"MHz: SM {known('clocks.sm')} of {known('clocks.max.sm')}, "
+        f"memory {known('clocks.mem')} of {known('clocks.max.mem')}; "
+        f"W: {known('power.draw')} of {known('power.limit')}; "
+        f"persistence {known('persistence_mode')}, ECC {known('ecc.mode.current')}"
     )
 
 

@@ -80,6 +80,7 @@ class Tuner:
             print(f"[{i + 1}/{len(planned)}] {shape.kernel}, {where}", file=sys.stderr, flush=True)
             self._tune(shape, where)
             self.save()
+        self.save(chart(self.rows))
 
     def _tune(self, shape: Shape, where: str) -> None:
         tunable = TUNABLES[shape.kernel]
@@ -125,12 +126,12 @@ class Tuner:
         self.failures.append(why)
         print(f"FAILED {why}", file=sys.stderr)
 
-    def save(self) -> None:
+    def save(self, drawn: results.Chart | None = None) -> None:
         tuning.save(self.out / "tuning.json")
         results.write(
             self.out / "tune.json",
             "tune",
-            chart(self.rows),
+            drawn,
             device=results.device_name(self.device),
             failures=self.failures,
             rows=self.rows,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -80,3 +82,54 @@ def test_columns_of_numbers_stand_to_the_right():
 )
 def test_numbers_are_short(value, shown):
     assert results.cell(value) == shown
+
+
+PROPERTIES = SimpleNamespace(
+    name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, total_memory=80, L2_cache_size=50, uuid="b-1"
+)
+
+
+@pytest.fixture
+def nvidia_smi(monkeypatch, tmp_path):
+    """A GPU of these properties, and a nvidia-smi that prints what it is given."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: PROPERTIES)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def prints(text, code=0):
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\necho '{text}'\nexit {code}\n")
+        program.chmod(0o755)
+
+    return prints
+
+
+def test_facts_of_the_gpu_are_those_of_the_one_in_use(nvidia_smi):
+    nvidia_smi(
+        "GPU-a-0, 580.1, 345, 1980, 1593, 2619, 70.1, 700.00, 30, Enabled, Enabled\n"
+        "GPU-b-1, 580.1, 1755, 1980, 2619, 2619, 650.5, 700.00, 60, Disabled, [N/A]"
+    )
+    facts = results.gpu_facts()
+    assert facts["multiprocessors"] == 132
+    assert facts["l2_bytes"] == 50
+    assert (facts["clocks.sm"], facts["clocks.max.sm"], facts["persistence_mode"]) == ("1755", "1980", "Disabled")
+    assert "ecc.mode.current" not in facts
+    line = results.describe_gpu(facts)
+    assert "NVIDIA H100, driver 580.1" in line
+    assert "SM 1755 of 1980" in line
+    assert "ECC ?" in line
+
+
+@pytest.mark.parametrize(("text", "code"), [("", 0), ("no devices", 9), (None, 0)])
+def test_facts_without_a_nvidia_smi_are_what_torch_knows(nvidia_smi, text, code):
+    if text is not None:
+        nvidia_smi(text, code)
+    facts = results.gpu_facts()
+    assert facts["name"] == "NVIDIA H100"
+    assert "driver_version" not in facts
+    assert "driver ?" in results.describe_gpu(facts)
+
+
+def test_there_are_no_facts_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert results.gpu_facts() == {}

@@ -6,10 +6,23 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import timing
 
 CPU = torch.device("cpu")
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operations of PyTorch that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
 
 
 def test_parts_are_told_apart_and_add_up():
@@ -32,6 +45,16 @@ def test_warm_up_does_not_count():
 
 def test_the_host_is_clocked_by_itself():
     assert 4 < timing.host_ms(lambda: time.sleep(0.005), CPU, repeats=3) < 50
+
+
+def test_the_cache_is_flushed_without_a_write():
+    """Lines that were written would be written back during the call that is timed."""
+    clock = timing.Clock(CPU)
+    clock.on_gpu = True
+    with Recorder() as recorder:
+        clock.settle()
+    assert recorder.calls == ["aten::sum"] * timing.FLUSHES
+    assert timing.FLUSHED_BYTES > 126 << 20  # the L2 cache of a B200, the largest so far
 
 
 def test_median_and_spread():
