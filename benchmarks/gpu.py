@@ -108,7 +108,7 @@ def planned(wanted: Sequence[Part], seconds: float) -> list[Part]:
     fitting = []
     for part in wanted:
         seconds -= part.seconds
-        if seconds < 0:
+        if not seconds >= 0:  # NaN neither
             break
         fitting.append(part)
     return fitting
@@ -303,11 +303,14 @@ def run(args: argparse.Namespace) -> int:
     if not args.dry_run and not torch.cuda.is_available():
         print("there is no GPU here; --dry-run walks through all parts on a CPU", file=sys.stderr)
         return 2
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the running part would outlive this
     minutes = 5 * args.minutes if args.dry_run else args.minutes
+    if not planned(parts(args.out, args.dry_run), 60 * minutes - STARTING):
+        print(f"--minutes must be at least 1, the time of the first part, got {args.minutes:g}", file=sys.stderr)
+        return 2
     session = Session(args.out.resolve(), args.dry_run, 60 * minutes - STARTING)
     # From a cold disk torch may take longer to import than planned.
     session.deadline = min(session.deadline, args.started + 60 * minutes - SAVING)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the running part would outlive this
     try:
         session.run()
     finally:

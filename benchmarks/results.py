@@ -89,13 +89,14 @@ def _nvidia_smi(uuid: str) -> Row:
     """Of the GPU with that UUID; of the first where none has it."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_QUERIED)}", "--format=csv,noheader,nounits"]
     try:
-        printed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}
-    lines = [line for line in printed.splitlines() if line.strip()]
-    line = next((line for line in lines if uuid and uuid in line), next(iter(lines), ""))
-    values = zip(_QUERIED, (value.strip() for value in line.split(",")), strict=False)
-    return {name: value for name, value in values if value and not value.startswith("[")}
+    # What fails may be said in a sentence, with an exit code of 0.
+    lines = [line for line in done.stdout.splitlines() if line.count(",") == len(_QUERIED) - 1]
+    line = next((line for line in lines if uuid and uuid in line), next(iter(lines), "," * (len(_QUERIED) - 1)))
+    values = zip(_QUERIED, (value.strip() for value in line.split(",")), strict=True)
+    return {name: value for name, value in values if value.strip("[]") not in ("", "N/A", "ERR!", "Not Supported")}
 
 
 def describe_gpu(facts: Row) -> str:

@@ -254,7 +254,7 @@ def test_nothing_tuned_is_launched_where_nothing_was_tuned(tmp_path, monkeypatch
 def test_a_slow_start_counts(tmp_path, monkeypatch):
     """The deadline is that of the command, whose imports may have taken half a minute."""
     late = []
-    monkeypatch.setattr(gpu, "parts", lambda folder, dry: [])
+    monkeypatch.setattr(gpu, "parts", lambda folder, dry: [Part("one", ["-c", ""], 5)])
     monkeypatch.setattr(Session, "run", lambda session: late.append(session.deadline - time.monotonic()))
     args = SimpleNamespace(out=tmp_path, dry_run=True, minutes=0.2, started=time.monotonic() - 30)
     gpu.run(args)
@@ -269,6 +269,13 @@ def test_parts_that_fit_into_the_minutes(tmp_path, minutes, count):
     assert [part.name for part in planned(wanted, seconds)] == [part.name for part in wanted[:count]]
     if minutes >= 3:
         assert len(planned(parts(tmp_path, dry=True), 5 * seconds)) == count
+
+
+@pytest.mark.parametrize("minutes", ["0.1", "0", "nan"])
+def test_too_few_minutes_are_refused(minutes, tmp_path, capsys):
+    assert main(["gpu", "--dry-run", "--minutes", minutes, "--out", str(tmp_path / "out")]) == 2
+    assert f"--minutes must be at least 1, the time of the first part, got {minutes}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_most_valuable_comes_first(tmp_path):

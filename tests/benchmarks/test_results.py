@@ -107,20 +107,22 @@ def nvidia_smi(monkeypatch, tmp_path):
 def test_facts_of_the_gpu_are_those_of_the_one_in_use(nvidia_smi):
     nvidia_smi(
         "GPU-a-0, 580.1, 345, 1980, 1593, 2619, 70.1, 700.00, 30, Enabled, Enabled\n"
-        "GPU-b-1, 580.1, 1755, 1980, 2619, 2619, 650.5, 700.00, 60, Disabled, [N/A]"
+        "GPU-b-1, 580.1, 1755, 1980, 2619, 2619, 650.5, ERR!, 60, Disabled, [N/A]"
     )
     facts = results.gpu_facts()
     assert facts["multiprocessors"] == 132
     assert facts["l2_bytes"] == 50
     assert (facts["clocks.sm"], facts["clocks.max.sm"], facts["persistence_mode"]) == ("1755", "1980", "Disabled")
-    assert "ecc.mode.current" not in facts
+    assert not {"ecc.mode.current", "power.limit"} & facts.keys()
     line = results.describe_gpu(facts)
     assert "NVIDIA H100, driver 580.1" in line
     assert "SM 1755 of 1980" in line
     assert "ECC ?" in line
 
 
-@pytest.mark.parametrize(("text", "code"), [("", 0), ("no devices", 9), (None, 0)])
+@pytest.mark.parametrize(
+    ("text", "code"), [("", 0), ("no devices", 9), ("NVIDIA-SMI has failed", 0), ("\\0377", 0), (None, 0)]
+)
 def test_facts_without_a_nvidia_smi_are_what_torch_knows(nvidia_smi, text, code):
     if text is not None:
         nvidia_smi(text, code)
