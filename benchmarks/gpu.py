@@ -301,11 +301,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
     if not args.dry_run and not torch.cuda.is_available():
-        print("there is no GPU here; --dry-run walks through all parts on a CPU", file=sys.stderr)
+        why = "" if torch.version.cuda or torch.version.hip else ", which is built without CUDA"
+        remedy = "--dry-run walks through all parts on a CPU"
+        print(f"there is no GPU for torch {torch.__version__}{why}; {remedy}", file=sys.stderr)
         return 2
     minutes = 5 * args.minutes if args.dry_run else args.minutes
     if not planned(parts(args.out, args.dry_run), 60 * minutes - STARTING):
         print(f"--minutes must be at least 1, the time of the first part, got {args.minutes:g}", file=sys.stderr)
+        return 2
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "log.txt").touch()
+    except OSError as error:
+        print(f"cannot write to --out {args.out} ({error}); name another folder", file=sys.stderr)
         return 2
     session = Session(args.out.resolve(), args.dry_run, 60 * minutes - STARTING)
     # From a cold disk torch may take longer to import than planned.

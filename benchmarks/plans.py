@@ -13,7 +13,7 @@ HEADS = {"0.5B": (896, 151_936), "1.5B": (1536, 151_936), "7B": (3584, 152_064),
 BASE = Point(8192, *HEADS["8B"])
 MILLION = 1 << 20
 SHARP = BASE._replace(logits="sharp")
-BARE = "bare products"  # the way that is no way: see the suite kernels
+BARE = "bare products"  # a reference, not an implementation: see the suite kernels
 
 
 class Item(NamedTuple):

@@ -271,6 +271,12 @@ def test_parts_that_fit_into_the_minutes(tmp_path, minutes, count):
         assert len(planned(parts(tmp_path, dry=True), 5 * seconds)) == count
 
 
+def test_a_folder_that_cannot_be_written_is_named_at_once(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["gpu", "--dry-run", "--out", str(tmp_path / "file")]) == 2
+    assert f"cannot write to --out {tmp_path / 'file'}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("minutes", ["0.1", "0", "nan"])
 def test_too_few_minutes_are_refused(minutes, tmp_path, capsys):
     assert main(["gpu", "--dry-run", "--minutes", minutes, "--out", str(tmp_path / "out")]) == 2
