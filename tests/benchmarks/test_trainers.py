@@ -93,7 +93,8 @@ def test_trl_with_and_without_the_patch(tmp_path):
     for row in report["rows"]:
         assert len(row["updates_s"]) == 2
         assert row["peak_bytes"] > 0
-        if not row["way"].startswith("TRL, only"):  # where all tokens bear loss, that is TRL to the bit
+        all_bear_loss = row["responses"] == "equal" and row["way"].startswith("TRL, only")
+        if not all_bear_loss:  # where that may be TRL to the bit
             assert (row["gradient_error"] == 0) == (row["way"] == "TRL")  # the same bits would mean the same function
     assert (tmp_path / "trl.png").stat().st_size > 1000
 

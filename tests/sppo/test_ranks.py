@@ -48,9 +48,10 @@ def results(tmp_path_factory):
 def test_two_processes_make_the_updates_of_one(results, name):
     one, two = (results[world][1][name] for world in (1, 2))
     assert one["weights"].keys() == two["weights"].keys()
+    # Adam divides a gradient by its size, so that one of nothing but rounding moves its weight as much as any other.
+    atol = 2e-5 if ADAM.items() <= RUNS[name].items() else 1e-5
     for key, weight in one["weights"].items():
-        # AdamW divides a gradient by its size: one of nothing but rounding moves its weight by as much as any other.
-        torch.testing.assert_close(two["weights"][key], weight, rtol=1e-4, atol=5e-5, msg=lambda m, n=key: f"{n}: {m}")
+        torch.testing.assert_close(two["weights"][key], weight, rtol=1e-4, atol=atol, msg=lambda m, n=key: f"{n}: {m}")
     for ours, theirs in zip(two["log"], one["log"], strict=True):
         names = ["policy_loss", "policy_grad_norm", "ratio_mean", "ratio_max", "clip_fraction", "entropy"]
         assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-3, abs=1e-5)
