@@ -40,7 +40,7 @@ from triton.runtime.jit import JITFunction
 
 import sppo_kernels
 from benchmarks import results
-from sppo_kernels import _common
+from sppo_kernels import _backend
 from sppo_kernels.tuning import TUNABLES, Config, Tunable
 
 
@@ -171,7 +171,7 @@ def _launches_of(case: Case, target: str) -> list[Launch]:
         return True  # "already done": neither compiled nor launched
 
     # The tensors are on the CPU, where the library otherwise insists on Triton's interpreter.
-    with triton.knobs.runtime.scope(), mock.patch.object(_common, "INTERPRETED", True):
+    with triton.knobs.runtime.scope(), mock.patch.object(_backend, "INTERPRETED", True):
         triton.knobs.runtime.jit_cache_hook = note
         case.call()
     return noted

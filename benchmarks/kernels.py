@@ -35,7 +35,7 @@ from benchmarks.operations import IGNORED, OPERATIONS, Function, Operation, Prob
 from benchmarks.peers import PEERS, Maker, Unavailable
 from benchmarks.plans import BARE, PLANS, Item, describe, head_of, item_of
 from benchmarks.results import Row
-from sppo_kernels import _common, tuning
+from sppo_kernels import _backend, tuning
 
 OURS = "ours"
 TUNED = "headline-tuned"  # the part of the suite gpu that launches what the suite tune chose
@@ -110,7 +110,7 @@ class Suite:
         self.plan, self.device, self.seconds, self.without, self.path = plan, device, seconds, without, path
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         # In Triton's interpreter a CPU runs the kernels; without, what the library runs on a CPU.
-        self.backend = "triton" if _common.INTERPRETED else None
+        self.backend = "triton" if _backend.INTERPRETED else None
         self.ceilings: dict[str, float] = {}
         self.rows: list[Row] = []
         self.failures: list[str] = []

@@ -43,7 +43,7 @@ from benchmarks import results, timing
 from benchmarks.operations import OPERATIONS, Point, Problem
 from benchmarks.plans import BASE, HEADS
 from benchmarks.results import Row
-from sppo_kernels import _common, _head, _sparse
+from sppo_kernels import _backend, _head, _sparse
 
 SMALL = Point(16_384, *HEADS["1.5B"])  # where row passes weigh most beside the products
 TINY = Point(12, 16, 256)
@@ -387,7 +387,7 @@ def products_of(seen: Iterable[Any], on_gpu: bool) -> list[Product]:
 @contextmanager
 def named_by_kernel() -> Iterator[None]:
     """In Triton's interpreter, lets the profiler know which kernel runs."""
-    if not _common.INTERPRETED:
+    if not _backend.INTERPRETED:
         yield
         return
     from triton.runtime import interpreter
@@ -495,8 +495,8 @@ class Suite:
     def __init__(self, device: torch.device, path: Path) -> None:
         self.device, self.path = device, path
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self.backend = "triton" if _common.INTERPRETED else None
-        self.by_triton = _common.INTERPRETED or device.type != "cpu"
+        self.backend = "triton" if _backend.INTERPRETED else None
+        self.by_triton = _backend.INTERPRETED or device.type != "cpu"
         self.ceilings: dict[str, float] = {}
         self.rows: list[Row] = []
         self.sizes: dict[str, dict[str, int]] = {}

@@ -32,7 +32,7 @@ import sppo_kernels
 from benchmarks import results
 from benchmarks.operations import IGNORED, OPERATIONS, Point, Problem
 from benchmarks.results import Row
-from sppo_kernels import _common
+from sppo_kernels import _backend
 
 SLACK = 1.05
 CPU = torch.device("cpu")
@@ -327,7 +327,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite. The interpreter is chosen before Triton is imported: where it is not, in another process."""
-    if not _common.INTERPRETED:
+    if not _backend.INTERPRETED:
         command = [sys.executable, "-m", "benchmarks", "traffic", "--out", str(args.out), *["--quick"] * args.quick]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
     np.seterr(all="ignore")  # of what masked lanes hold

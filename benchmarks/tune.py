@@ -24,7 +24,7 @@ from benchmarks import checking, results, timing
 from benchmarks.operations import OPERATIONS, Outputs, Point, Problem, responses
 from benchmarks.plans import MILLION
 from benchmarks.results import Row
-from sppo_kernels import _common, tuning
+from sppo_kernels import _backend, tuning
 from sppo_kernels.tuning import TUNABLES, Config, Tunable
 
 GAIN = 0.02  # a configuration that saves less is as good as noise
@@ -165,7 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
-    if not torch.cuda.is_available() and not _common.INTERPRETED:
+    if not torch.cuda.is_available() and not _backend.INTERPRETED:
         print("there is no GPU here; TRITON_INTERPRET=1 tries the suite in Triton's interpreter", file=sys.stderr)
         return 2
     device = results.this_device()

@@ -171,7 +171,7 @@ def _precision(torch: Any, device: Any) -> str:
 
 
 def _kernels(torch: Any, device: Any) -> str:
-    from sppo_kernels._common import INTERPRETED, pick_backend
+    from sppo_kernels._backend import INTERPRETED, pick_backend
 
     backend = pick_backend(None, torch.empty(0, device=device))
     interpreted = ", but TRITON_INTERPRET=1 is set: Triton interprets its kernels, which is for tests"

@@ -35,7 +35,7 @@ from torch import Tensor
 from . import _coverage as coverage
 from . import _sparse as sparse
 from . import _vocab_shard as vocab_shard
-from ._common import without_autocast
+from ._backend import without_autocast
 from .ops.selective_logprobs import ROW_PASSES, rows_per_block, safe_labels, scaled_rows, softcap_derivative
 from .tuning import Config, Tunable
 
@@ -43,7 +43,7 @@ try:
     import triton
     import triton.language as tl
 
-    from ._triton import launch
+    from ._triton_utils import launch
     from .ops.selective_logprobs import launch_shape, scaled_block, store_block
 except ImportError:
     triton = None

@@ -53,7 +53,7 @@ try:
     import triton
     import triton.language as tl
 
-    from ._triton import launch
+    from ._triton_utils import launch
     from .ops.selective_logprobs import fitted, scaled_block, scaled_logits
 except ImportError:
     triton = None

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._common import reject
+from ._validation import reject
 
 _FORMAT = 1
 

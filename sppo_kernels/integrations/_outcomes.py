@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._common import reject
+from .._validation import reject
 
 
 def outcomes(rewards: Tensor, mask: Tensor, remedy: str) -> Tensor:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._common import reject
+from .._validation import reject
 from ..ops.policy_loss import policy_loss
 from ..ops.selective_logprobs import selective_logprobs
 from ._outcomes import outcomes

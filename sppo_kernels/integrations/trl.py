@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import BACKENDS, check_choice
+from .._backend import BACKENDS
+from .._validation import check_choice
 from ..ops.linear_logprobs import linear_logprobs
 from ..ops.selective_logprobs import selective_logprobs
 from ._patching import Name, Patch, check_version

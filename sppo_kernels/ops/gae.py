@@ -15,13 +15,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._common import NAMESPACE, check_device, check_floating, check_shape, check_tensor, pick_backend, reject
+from .._backend import NAMESPACE, pick_backend
+from .._validation import (
+    check_device,
+    check_floating,
+    check_shape,
+    check_tensor,
+    reject,
+)
 
 try:
     import triton
     import triton.language as tl
 
-    from .._triton import launch
+    from .._triton_utils import launch
 except ImportError:
     triton = None
 

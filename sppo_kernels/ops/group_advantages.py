@@ -16,14 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._common import (
-    NAMESPACE,
+from .._backend import NAMESPACE, pick_backend
+from .._validation import (
     check_choice,
     check_device,
     check_floating,
     check_integer,
     check_shape,
-    pick_backend,
     reject,
 )
 
@@ -31,7 +30,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .._triton import launch
+    from .._triton_utils import launch
 except ImportError:
     triton = None
 

@@ -24,22 +24,24 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import _coverage as coverage
 from .. import _sparse as sparse
 from .. import _vocab_shard as vocab_shard
-from .._common import (
+from .._backend import (
     NAMESPACE,
     OPS,
     autocast_is_on,
+    matmul,
+    pick_backend,
+)
+from .._head import EXACT_FROM_KEPT, Gradients, Head, Kept, Results, plan, row_stride, where
+from .._validation import (
     check_choice,
     check_device,
     check_floating,
+    check_int,
     check_integer,
     check_number,
     check_shape,
-    check_whole_number,
-    matmul,
-    pick_backend,
     reject,
 )
-from .._head import EXACT_FROM_KEPT, Gradients, Head, Kept, Results, plan, row_stride, where
 from .selective_logprobs import (
     LogprobOutput,
     check_label_and_temperature_values,
@@ -305,14 +307,14 @@ def checked(
     check_temperature(temperature, labels)
     check_choice("backward", backward, BACKWARDS)
     if logits_budget_bytes is not None:
-        check_whole_number("logits_budget_bytes", logits_budget_bytes, least=0)
+        check_int("logits_budget_bytes", logits_budget_bytes, least=0)
     if chunk_bytes is not None:
-        check_whole_number("chunk_bytes", chunk_bytes, least=1)
-    check_whole_number("ignore_index", ignore_index, least=-(2**63))
+        check_int("chunk_bytes", chunk_bytes, least=1)
+    check_int("ignore_index", ignore_index, least=-(2**63))
     check_number("mass_tolerance", mass_tolerance)
     if not 0 < mass_tolerance < 1:
         reject("mass_tolerance", mass_tolerance, "in (0, 1)")
-    check_whole_number("max_entries", max_entries, least=1)
+    check_int("max_entries", max_entries, least=1)
     if max_entries > sparse.MAX_CAPACITY:
         reject("max_entries", max_entries, f"at most {sparse.MAX_CAPACITY} (more would cost what they save)")
     backend = pick_backend(backend, hidden)

@@ -32,8 +32,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _vocab_shard as vocab_shard
-from .._common import NAMESPACE, OPS, as_normalizer, check_device, check_floating, check_integer, check_shape, reject
+from .._backend import NAMESPACE, OPS
 from .._head import Gradients, Head, plan, split, where
+from .._validation import (
+    as_normalizer,
+    check_device,
+    check_floating,
+    check_integer,
+    check_shape,
+    reject,
+)
 from .linear_logprobs import Certificate, checked, how_many, over_ranks
 from .linear_logprobs import reference as linear_reference
 from .policy_loss import (

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._common import (
-    NAMESPACE,
+from .._backend import NAMESPACE, pick_backend
+from .._validation import (
     as_normalizer,
     check_choice,
     check_device,
@@ -38,7 +38,6 @@ from .._common import (
     check_normalizer_value,
     check_shape,
     check_tensor,
-    pick_backend,
     reject,
     values_are_checked,
 )
@@ -48,7 +47,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .._triton import is_last_program, launch
+    from .._triton_utils import is_last_program, launch
 except ImportError:
     triton = None
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._common import (
-    NAMESPACE,
+from .._backend import NAMESPACE, matmul, pick_backend
+from .._validation import (
     as_normalizer,
     check_device,
     check_floating,
@@ -27,8 +27,6 @@ from .._common import (
     check_normalizer_value,
     check_shape,
     check_tensor,
-    matmul,
-    pick_backend,
     reject,
     values_are_checked,
 )
@@ -37,7 +35,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .._triton import is_last_program, launch
+    from .._triton_utils import is_last_program, launch
 except ImportError:
     triton = None
 

@@ -20,14 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._common import (
-    NAMESPACE,
+from .._backend import NAMESPACE, pick_backend
+from .._validation import (
     check_device,
     check_floating,
     check_integer,
     check_number,
     check_shape,
-    pick_backend,
     reject,
     values_are_checked,
 )
@@ -37,7 +36,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .._triton import launch, tanh, tanh_derivative
+    from .._triton_utils import launch, tanh, tanh_derivative
 except ImportError:
     triton = None
 

@@ -14,9 +14,9 @@ import traffic_kernels as kernels
 from benchmarks import traffic
 from benchmarks.__main__ import main
 from benchmarks.traffic import Case, Kernel, counted, measure
-from sppo_kernels import _common
+from sppo_kernels import _backend
 
-pytestmark = pytest.mark.skipif(not _common.INTERPRETED, reason="counts in Triton's interpreter")
+pytestmark = pytest.mark.skipif(not _backend.INTERPRETED, reason="counts in Triton's interpreter")
 NAME = "traffic_kernels.copy_kernel"
 TWICE = "traffic_kernels.copy_twice_read_kernel"
 

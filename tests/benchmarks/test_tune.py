@@ -12,12 +12,12 @@ pytest.importorskip("triton")
 from benchmarks import timing, tune
 from benchmarks.__main__ import main
 from benchmarks.tune import Tuner, shapes
-from sppo_kernels import _common, tuning
+from sppo_kernels import _backend, tuning
 from sppo_kernels.tuning import TUNABLES, Config
 
 CPU = torch.device("cpu")
 POLICY = [shape for shape in shapes(tiny=True) if shape.kernel == "policy_loss"]
-needs_interpreter = pytest.mark.skipif(not _common.INTERPRETED, reason="tries the suite in Triton's interpreter")
+needs_interpreter = pytest.mark.skipif(not _backend.INTERPRETED, reason="tries the suite in Triton's interpreter")
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +104,6 @@ def test_a_killed_run_leaves_what_it_had(tmp_path, timed):
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(_common, "INTERPRETED", False)
+    monkeypatch.setattr(_backend, "INTERPRETED", False)
     assert main(["tune", "--out", str(tmp_path)]) == 2
     assert "TRITON_INTERPRET=1" in capsys.readouterr().err

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from fake_cuda import FakeCUDA, registered_operations
 
 from sppo_kernels import _coverage, _head, _sparse
-from sppo_kernels._triton import launch
+from sppo_kernels._triton_utils import launch
 from sppo_kernels.ops import policy_loss, whiten
 
 OPS = registered_operations()

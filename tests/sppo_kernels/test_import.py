@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sppo_kernels import _common, whiten
+from sppo_kernels import _backend, whiten
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,11 +94,11 @@ assert vars(theirs) == before
     [("3.6.0", "2.4.0", False), ("3.6.0", "2.10.1", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.5.2", True)],
 )
 def test_the_interpreter_that_fails_on_this_numpy_is_named(triton, numpy, works, monkeypatch):
-    fault = _common.interpreter_fault(triton, numpy)
+    fault = _backend.interpreter_fault(triton, numpy)
     assert (fault == "") == works
     if works:
         return
-    monkeypatch.setattr(_common, "INTERPRETED", True)
-    monkeypatch.setattr(_common, "_INTERPRETER_FAULT", fault)
+    monkeypatch.setattr(_backend, "INTERPRETED", True)
+    monkeypatch.setattr(_backend, "_INTERPRETER_FAULT", fault)
     with pytest.raises(ImportError, match=r"Triton 3\.6\.0 .* found numpy 2.* pip install 'numpy<2\.4'"):
         whiten(torch.zeros(3), torch.ones(3), backend="triton")

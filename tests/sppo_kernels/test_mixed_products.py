@@ -12,13 +12,13 @@ pytest.importorskip("triton")
 from against_float64 import DEVICE, FLOOR, assert_close_to_float64, randint, randn
 from fake_cuda import Products
 
-from sppo_kernels import _common, _head, linear_logprobs, reference
+from sppo_kernels import _backend, _head, linear_logprobs, reference
 
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU all tests multiply so"),
     pytest.mark.filterwarnings("ignore:linear_logprobs kept"),  # for tokens whose entropies have gradients too
 ]
-fault = _common._INTERPRETER_FAULT
+fault = _backend._INTERPRETER_FAULT
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(fault != "", reason=fault))]
 TOKENS, WIDTH, VOCAB, RANK = 600, 24, 300, 3
 FEW, FEW_A_BLOCK = 86, 36  # where an interpreter runs

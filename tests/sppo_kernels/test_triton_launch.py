@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from fake_cuda import without_context
 
-from sppo_kernels._triton import launch
+from sppo_kernels._triton_utils import launch
 
 PACKAGE = Path(sppo_kernels.__file__).parent
 

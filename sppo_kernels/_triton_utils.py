@@ -1,4 +1,4 @@
-"""What the Triton kernels share: their launch, and device functions. Imported only where Triton is installed."""
+"""Launch of the Triton kernels, and device functions that they share. Imported only where Triton is installed."""
 
 from __future__ import annotations
 
