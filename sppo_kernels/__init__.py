@@ -1,11 +1,11 @@
-"""Fused operations for sequence-level policy optimisation of language models. It imports torch and triton alone."""
+"""Fused operations for sequence-level policy optimization of language models. Imports only torch and triton."""
 
 __version__ = "0.1.0"
 
 from . import reference, tuning
 from .ops.gae import gae
 from .ops.group_advantages import group_advantages
-from .ops.linear_logprobs import Certificate, LinearLogprobOutput, linear_logprobs
+from .ops.linear_logprobs import AutoBackward, Certificate, CertifiedLogprobOutput, linear_logprobs
 from .ops.linear_policy_loss import LinearPolicyLossOutput, linear_policy_loss
 from .ops.policy_loss import PolicyLossOutput, policy_loss
 from .ops.prompt_value import PromptValueOutput, prompt_value_logits, prompt_value_loss
@@ -13,8 +13,9 @@ from .ops.selective_logprobs import LogprobOutput, selective_logprobs
 from .ops.whiten import whiten
 
 __all__ = [
+    "AutoBackward",
     "Certificate",
-    "LinearLogprobOutput",
+    "CertifiedLogprobOutput",
     "LinearPolicyLossOutput",
     "LogprobOutput",
     "PolicyLossOutput",

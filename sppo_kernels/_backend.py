@@ -20,6 +20,7 @@ except ImportError:  # macOS, Windows: only the torch backend is available
     triton = None
     INTERPRETED = False
 
+HAS_TRITON = triton is not None
 BACKENDS = ("reference", "torch", "triton")
 
 # Operations are registered under the package's own name, sppo_kernels. A copy that was imported under another name, as
@@ -57,10 +58,10 @@ def pick_backend(backend: str | None, tensor: Tensor) -> str:
     """
     accelerated = tensor.device.type in ("cuda", "xpu")
     if backend is None:
-        return "triton" if accelerated and triton is not None else "torch"
+        return "triton" if accelerated and HAS_TRITON else "torch"
     if backend not in BACKENDS:
         reject("backend", repr(backend), f"one of {', '.join(BACKENDS)}, or None to choose by device")
-    if backend == "triton" and triton is None:
+    if backend == "triton" and not HAS_TRITON:
         raise ImportError("backend='triton' needs the package triton (pip install triton); use backend='torch'")
     if backend == "triton" and not accelerated and not INTERPRETED:
         raise ValueError(

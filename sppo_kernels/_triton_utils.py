@@ -11,21 +11,21 @@ import triton.language as tl
 from torch import Tensor
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """Run ``kernel[grid](*arguments, **settings)`` on the device of its first tensor.
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Run ``kernel[grid](**arguments)`` on the device of its first tensor. Every argument is named.
 
     Triton launches on the current device, which need not be the one that holds the tensors: with
-    ``device_map="auto"`` the output embedding lies on the last GPU while the current device is the first.
+    ``device_map="auto"`` the output embedding is on the last GPU while the current device is the first.
     """
-    device = next(x.device for x in arguments if isinstance(x, Tensor))
+    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
     guard = nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
     with guard:
-        kernel[grid](*arguments, **settings)
+        kernel[grid](**arguments)
 
 
 @triton.jit
 def tanh(x):
-    """tanh from exp alone: libdevice is missing in Triton's interpreter, and differs between CUDA and ROCm.
+    """Compute tanh from exp: libdevice is missing in Triton's interpreter, and differs between CUDA and ROCm.
 
     (1 - e) / (1 + e) with e = exp(-2|x|) never overflows; it cancels for small x, where five terms of the series are
     exact to float32 rounding.
@@ -40,17 +40,17 @@ def tanh(x):
 
 @triton.jit
 def tanh_derivative(x):
-    """1 - tanh(x)^2 as 4 e / (1 + e)^2 with e = exp(-2|x|), which does not cancel where tanh saturates."""
+    """Compute 1 - tanh(x)^2 as 4 e / (1 + e)^2 with e = exp(-2|x|), which does not cancel where tanh saturates."""
     e = tl.exp(-2.0 * tl.abs(x))
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
 @triton.jit
 def is_last_program(counter_ptr, n_programs):
-    """Whether all other programs of this launch have stored what they stored before calling this.
+    """Return whether the stores of all other programs, made before they called this, are visible.
 
-    The counter starts at 0. It is the only atomic in this library, and it orders programs, it does not sum: the last
-    program then adds the partial results in a fixed order, so the result has the same bits whoever comes last.
+    The counter starts at 0. It is the only atomic in this library. It orders programs and sums nothing: the last
+    program adds the partial results in a fixed order, so the bits do not depend on which program is last.
     """
     tl.debug_barrier()  # every thread of this program has stored before the count goes up
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")

@@ -1,4 +1,4 @@
-"""The definition of every operation, under its public name: plain differentiable PyTorch, float32 or float64."""
+"""Definitions of all operations under their public names: plain differentiable PyTorch in float32 or float64."""
 
 from .ops.gae import reference as gae
 from .ops.group_advantages import reference as group_advantages

@@ -2,12 +2,12 @@
 
     delta_t = r_t + gamma V_next - V_t         A_t = delta_t + gamma lam A_next         return_t = A_t + V_t
 
-"next" is the next unmasked token of the row (a tool's output inside a response is stepped over); after the last one
-both V and A are 0. Masked tokens get 0. A_t = delta_t + a_t A_{t+1} is a linear recurrence, so maps x -> d + a x
-compose, and a block of tokens is an associative scan instead of a loop over tokens.
+"next" is the next unmasked token of the row (a tool's output inside a response is skipped); after the last one both V
+and A are 0. Masked tokens get 0. A_t = delta_t + a_t A_{t+1} is a linear recurrence, so maps x -> d + a x compose, and
+a block of tokens is an associative scan instead of a loop over tokens.
 
-Traffic: rewards, values and mask are read once (values and mask twice, the second time from cache), advantages and
-returns written once.
+Traffic: rewards, values and mask are read once (values and mask a second time from the cache). Advantages and returns
+are written once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backend import NAMESPACE, pick_backend
+from .._backend import HAS_TRITON, NAMESPACE, pick_backend
 from .._validation import (
     check_device,
     check_floating,
@@ -24,13 +24,11 @@ from .._validation import (
     reject,
 )
 
-try:
+if HAS_TRITON:
     import triton
     import triton.language as tl
 
     from .._triton_utils import launch
-except ImportError:
-    triton = None
 
 
 def gae(
@@ -42,22 +40,24 @@ def gae(
     lam: float = 1.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of token-level PPO (arXiv 1506.02438, equation 16). Not differentiated, not whitened.
+    """Compute advantages and returns of token-level PPO (arXiv 1506.02438, equation 16).
+
+    The results are neither differentiated nor whitened.
 
     Args:
-        rewards: ``[B, T]``, the reward that follows each token.
-        values: ``[B, T]``, the critic's value before each token.
+        rewards: ``[B, T]``, floating-point, the reward that follows each token.
+        values: ``[B, T]``, floating-point, the critic's value before each token.
         mask: ``[B, T]``, nonzero where a token belongs to the response.
         gamma: discount, in [0, 1].
-        lam: the mix of one-step (0) and Monte-Carlo (1) estimates, in [0, 1].
+        lam: interpolates between one-step (0) and Monte-Carlo (1) estimates, in [0, 1].
         backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for triton on an accelerator and torch elsewhere.
 
     Returns:
         ``(advantages, returns)``: ``[B, T]`` float32, 0 where masked.
 
     Raises:
-        ValueError: a wrong shape or device, gamma or lam outside [0, 1].
-        TypeError: rewards or values that are not floating-point.
+        ValueError: a shape or device does not match, or gamma or lam is outside [0, 1].
+        TypeError: rewards or values are not floating-point.
     """
     check_floating(rewards=rewards, values=values)
     check_tensor(mask=mask)
@@ -71,13 +71,13 @@ def gae(
     backend = pick_backend(backend, rewards)
     if backend == "reference":
         return reference(rewards, values, mask, gamma=gamma, lam=lam)
-    return _gae(rewards.detach(), values.detach(), mask != 0, gamma, lam, backend)
+    return _gae(rewards.detach(), values.detach(), mask != 0, gamma=gamma, lam=lam, backend=backend)
 
 
 def reference(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The definition: from the last token to the first. float32 or, for float64 rewards, float64."""
+    """Definition of ``gae``: a loop from the last token to the first, in float32, or float64 for float64 rewards."""
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     rewards, values, keep = rewards.detach().to(dtype), values.detach().to(dtype), mask != 0
     advantages = torch.zeros_like(rewards)
@@ -92,13 +92,13 @@ def reference(
 
 @torch.library.custom_op(f"{NAMESPACE}::gae", mutates_args=())
 def _gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, backend: str
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     return _BACKENDS[backend](rewards, values, mask, gamma, lam)
 
 
 @_gae.register_fake
-def _(rewards, values, mask, gamma, lam, backend):
+def _(rewards, values, mask, *, gamma, lam, backend):
     return tuple(torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device) for _ in range(2))
 
 
@@ -106,7 +106,7 @@ def _(rewards, values, mask, gamma, lam, backend):
 
 
 def _reverse_scan(factor: Tensor, term: Tensor) -> Tensor:
-    """y_t = term_t + factor_t * y_{t+1}, y_T = 0, along the last dimension."""
+    """Solve y_t = term_t + factor_t * y_{t+1}, y_T = 0, along the last dimension."""
     factor, term = factor.clone(), term.clone()
     step = 1
     while step < term.shape[1]:
@@ -120,7 +120,7 @@ def _reverse_scan(factor: Tensor, term: Tensor) -> Tensor:
 def _torch_gae(rewards, values, mask, gamma, lam):
     rewards, values = rewards.float(), values.float()
     zero = torch.zeros_like(values)
-    # The value of the next kept token: y_t = V_t where kept, else y_{t+1}; then one step on.
+    # The value of the next unmasked token: y_t = V_t where unmasked, else y_{t+1}; then shifted by one token.
     value_from_here = _reverse_scan((~mask).float(), torch.where(mask, values, zero))
     next_value = torch.nn.functional.pad(value_from_here[:, 1:], (0, 1))
     delta = torch.where(mask, rewards + gamma * next_value - values, zero)
@@ -131,17 +131,17 @@ def _torch_gae(rewards, values, mask, gamma, lam):
 _BACKENDS = {"torch": _torch_gae}
 
 
-# Triton backend: one program a row, blocks of tokens from the last to the first, two numbers carried between them
+# Triton backend: one program per row; blocks of tokens from the last to the first, with two numbers carried over
 
-if triton is not None:
+if HAS_TRITON:
 
     @triton.jit
     def _compose(later_factor, later_term, factor, term):
-        """First the later token's map, then this one's: x -> term + factor * (later_term + later_factor * x)."""
+        """Compose the later token's map with this one's: x -> term + factor * (later_term + later_factor * x)."""
         return later_factor * factor, term + factor * later_term
 
     @triton.jit(do_not_specialize=["T"])
-    def _kernel(
+    def gae_fwd_kernel(
         reward_ptr,
         value_ptr,
         mask_ptr,
@@ -163,7 +163,8 @@ if triton is not None:
             reward = tl.load(reward_ptr + row + col, mask=col < T, other=0.0).to(tl.float32)
             value = tl.where(keep, value, 0.0)
 
-            # The same rows one token on: the value of the next kept token is a scan too, of maps x -> V or x -> x.
+            # The same row shifted by one token: the value of the next unmasked token is also a scan, of maps x -> V or
+            # x -> x.
             keep_after = tl.load(mask_ptr + row + col + 1, mask=col + 1 < T, other=0) != 0
             value_after = tl.load(value_ptr + row + col + 1, mask=col + 1 < T, other=0.0).to(tl.float32)
             pass_on, next_value = tl.associative_scan(
@@ -186,16 +187,16 @@ if triton is not None:
         rows, length = rewards.shape
         if rewards.numel():
             launch(
-                _kernel,
+                gae_fwd_kernel,
                 (rows,),
-                rewards.contiguous(),
-                values.contiguous(),
-                mask.contiguous(),
-                advantages,
-                returns,
-                length,
-                gamma,
-                gamma * lam,
+                reward_ptr=rewards.contiguous(),
+                value_ptr=values.contiguous(),
+                mask_ptr=mask.contiguous(),
+                advantage_ptr=advantages,
+                return_ptr=returns,
+                T=length,
+                gamma=gamma,
+                decay=gamma * lam,
                 BLOCK=min(1024, triton.next_power_of_2(length)),
                 num_warps=4,
             )

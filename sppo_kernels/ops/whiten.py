@@ -2,10 +2,11 @@
 
     y = (x - mean) / sqrt(var + 1e-8)      var with Bessel's correction      0 where masked
 
-Two launches, since every element needs the whole: the first leaves count, mean and sum of squared deviations of each
-block, the second combines them (Chan, Golub and LeVeque, 1979), each program for itself and in the same order, and
-writes its block. Traffic: x and mask are read twice, y is written once. Squares are taken after the block's mean is
-subtracted, so a large common offset does not cancel.
+Two launches, since every element depends on all others. The first writes count, mean and sum of squared deviations of
+each block. In the second every program combines them in the same order (Chan, Golub and LeVeque, 1979) and writes its
+block. Squares are taken after the block's mean is subtracted, so a large common offset does not cancel.
+
+Traffic: x and mask are read twice, y is written once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backend import NAMESPACE, pick_backend
+from .._backend import HAS_TRITON, NAMESPACE, pick_backend
 from .._validation import (
     check_device,
     check_floating,
@@ -21,30 +22,28 @@ from .._validation import (
     check_tensor,
 )
 
-try:
+if HAS_TRITON:
     import triton
     import triton.language as tl
 
     from .._triton_utils import launch
-except ImportError:
-    triton = None
 
 EPS = 1e-8
 
 
 def whiten(x: Tensor, mask: Tensor, *, backend: str | None = None) -> Tensor:
-    """Standardise the unmasked elements, as PPO does with advantages (arXiv 2005.12729, "implementation matters").
+    """Standardize the unmasked elements, as PPO does with advantages (arXiv 2005.12729, "implementation matters").
 
     Args:
-        x: any shape, floating-point. Not differentiated.
-        mask: same shape, nonzero where an element counts.
+        x: ``[...]``, floating-point. Not differentiated.
+        mask: ``[...]``, nonzero where an element counts.
         backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for triton on an accelerator and torch elsewhere.
 
     Returns:
-        The shape of ``x``, float32, 0 where masked; all 0 where fewer than two elements count.
+        ``[...]`` float32, 0 where masked; all 0 if fewer than two elements are unmasked.
 
     Raises:
-        ValueError: a wrong shape or device.
+        ValueError: a shape or device does not match.
         TypeError: ``x`` is not floating-point.
     """
     check_floating(x=x)
@@ -54,11 +53,11 @@ def whiten(x: Tensor, mask: Tensor, *, backend: str | None = None) -> Tensor:
     backend = pick_backend(backend, x)
     if backend == "reference":
         return reference(x, mask)
-    return _whiten(x.detach(), mask != 0, backend)
+    return _whiten(x.detach(), mask != 0, backend=backend)
 
 
 def reference(x: Tensor, mask: Tensor) -> Tensor:
-    """The definition, float32 or, for float64 input, float64."""
+    """Definition of ``whiten``, in float32, or float64 for float64 input."""
     x, keep = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32), mask != 0
     n = keep.sum()
     mean = torch.where(keep, x, 0.0).sum() / n.clamp(min=1)
@@ -67,43 +66,53 @@ def reference(x: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::whiten", mutates_args=())
-def _whiten(x: Tensor, mask: Tensor, backend: str) -> Tensor:
+def _whiten(x: Tensor, mask: Tensor, *, backend: str) -> Tensor:
     return _BACKENDS[backend](x, mask)
 
 
 @_whiten.register_fake
-def _(x, mask, backend):
+def _(x, mask, *, backend):
     return torch.empty(x.shape, dtype=torch.float32, device=x.device)
 
 
-# PyTorch backend: the definition is already the plain way to do it
+# PyTorch backend: the definition
 
-_BACKENDS = {"torch": lambda x, mask: reference(x, mask).contiguous()}
+
+def _torch_whiten(x, mask):
+    return reference(x, mask).contiguous()
+
+
+_BACKENDS = {"torch": _torch_whiten}
 
 
 # Triton backend
 
-if triton is not None:
+if HAS_TRITON:
+    # Rows of the partial results, [_NUM_MOMENTS, BLOCKS]
+    COUNT: tl.constexpr = tl.constexpr(0)
+    MEAN: tl.constexpr = tl.constexpr(1)
+    SQUARES: tl.constexpr = tl.constexpr(2)
+    _NUM_MOMENTS = 3
 
     @triton.jit
-    def _block(x_ptr, mask_ptr, N, BLOCK: tl.constexpr):
+    def _load_block(x_ptr, mask_ptr, N, BLOCK: tl.constexpr):
         index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         keep = tl.load(mask_ptr + index, mask=index < N, other=0) != 0
         return index, keep, tl.load(x_ptr + index, mask=keep, other=0.0).to(tl.float32)
 
     @triton.jit(do_not_specialize=["N", "BLOCKS"])
-    def _moments_kernel(x_ptr, mask_ptr, partial_ptr, N, BLOCKS, BLOCK: tl.constexpr):
-        _, keep, x = _block(x_ptr, mask_ptr, N, BLOCK)
+    def whiten_moments_kernel(x_ptr, mask_ptr, partial_ptr, N, BLOCKS, BLOCK: tl.constexpr):
+        _, keep, x = _load_block(x_ptr, mask_ptr, N, BLOCK)
         n = tl.sum(keep.to(tl.float32), 0)
         mean = tl.sum(x, 0) / tl.maximum(n, 1.0)
         deviation = tl.where(keep, x - mean, 0.0)
         partial_ptr += tl.program_id(0)
-        tl.store(partial_ptr, n)
-        tl.store(partial_ptr + BLOCKS, mean)
-        tl.store(partial_ptr + 2 * BLOCKS, tl.sum(deviation * deviation, 0))
+        tl.store(partial_ptr + COUNT * BLOCKS, n)
+        tl.store(partial_ptr + MEAN * BLOCKS, mean)
+        tl.store(partial_ptr + SQUARES * BLOCKS, tl.sum(deviation * deviation, 0))
 
     @triton.jit(do_not_specialize=["N", "BLOCKS"])
-    def _normalize_kernel(
+    def whiten_normalize_kernel(
         x_ptr,
         mask_ptr,
         partial_ptr,
@@ -118,19 +127,19 @@ if triton is not None:
         mean_sum = tl.zeros([BLOCKS_AT_ONCE], tl.float32)
         for start in range(0, BLOCKS, BLOCKS_AT_ONCE):
             i = start + tl.arange(0, BLOCKS_AT_ONCE)
-            n = tl.load(partial_ptr + i, mask=i < BLOCKS, other=0.0)
+            n = tl.load(partial_ptr + COUNT * BLOCKS + i, mask=i < BLOCKS, other=0.0)
             total += n
-            mean_sum += n * tl.load(partial_ptr + BLOCKS + i, mask=i < BLOCKS, other=0.0)
+            mean_sum += n * tl.load(partial_ptr + MEAN * BLOCKS + i, mask=i < BLOCKS, other=0.0)
         count = tl.sum(total, 0)
         mean = tl.sum(mean_sum, 0) / tl.maximum(count, 1.0)
         squares = tl.zeros([BLOCKS_AT_ONCE], tl.float32)
         for start in range(0, BLOCKS, BLOCKS_AT_ONCE):
             i = start + tl.arange(0, BLOCKS_AT_ONCE)
-            n = tl.load(partial_ptr + i, mask=i < BLOCKS, other=0.0)
-            shift = tl.load(partial_ptr + BLOCKS + i, mask=i < BLOCKS, other=0.0) - mean
-            squares += tl.load(partial_ptr + 2 * BLOCKS + i, mask=i < BLOCKS, other=0.0) + n * shift * shift
+            n = tl.load(partial_ptr + COUNT * BLOCKS + i, mask=i < BLOCKS, other=0.0)
+            shift = tl.load(partial_ptr + MEAN * BLOCKS + i, mask=i < BLOCKS, other=0.0) - mean
+            squares += tl.load(partial_ptr + SQUARES * BLOCKS + i, mask=i < BLOCKS, other=0.0) + n * shift * shift
         variance = tl.sum(squares, 0) / tl.maximum(count - 1.0, 1.0)
-        index, keep, x = _block(x_ptr, mask_ptr, N, BLOCK)
+        index, keep, x = _load_block(x_ptr, mask_ptr, N, BLOCK)
         tl.store(y_ptr + index, tl.where(keep, (x - mean) / tl.sqrt(variance + EPS), 0.0), mask=index < N)
 
     def _triton_whiten(x, mask):
@@ -139,17 +148,27 @@ if triton is not None:
         n, block = x.numel(), 2048
         if n:
             blocks = triton.cdiv(n, block)
-            partial = torch.empty(3, blocks, dtype=torch.float32, device=x.device)
-            launch(_moments_kernel, (blocks,), x, mask, partial, n, blocks, BLOCK=block, num_warps=4)
+            partial = torch.empty(_NUM_MOMENTS, blocks, dtype=torch.float32, device=x.device)
             launch(
-                _normalize_kernel,
+                whiten_moments_kernel,
                 (blocks,),
-                x,
-                mask,
-                partial,
-                y,
-                n,
-                blocks,
+                x_ptr=x,
+                mask_ptr=mask,
+                partial_ptr=partial,
+                N=n,
+                BLOCKS=blocks,
+                BLOCK=block,
+                num_warps=4,
+            )
+            launch(
+                whiten_normalize_kernel,
+                (blocks,),
+                x_ptr=x,
+                mask_ptr=mask,
+                partial_ptr=partial,
+                y_ptr=y,
+                N=n,
+                BLOCKS=blocks,
                 EPS=EPS,
                 BLOCKS_AT_ONCE=256,
                 BLOCK=block,

@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 def registered_operations() -> dict[str, torch.library.CustomOpDef]:
     """All that this package registers, by name."""
-    names = [module.name for module in pkgutil.iter_modules(sppo_kernels.ops.__path__, "sppo_kernels.ops.")]
+    names = [module.name for module in pkgutil.walk_packages(sppo_kernels.ops.__path__, "sppo_kernels.ops.")]
     found = [x for name in names for x in vars(importlib.import_module(name)).values()]
     return {op._name: op for op in found if isinstance(op, torch.library.CustomOpDef)}
 
@@ -157,7 +157,7 @@ class Launches:
         finally:
             self._current = before
 
-    def _launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    def _launch(self, kernel: Any, grid: tuple[int, ...], **settings: Any) -> None:
         """On the device of its tensors, within the limits of a grid, with each parameter given once, and as its name
         says: tensors are called ``..._ptr``, and lie as the strides say that are given beside them."""
         name = kernel.fn.__name__
@@ -170,9 +170,9 @@ class Launches:
         warps = settings.get("num_warps", 4)
         assert warps in (1, 2, 4, 8, 16, 32), f"{name}: num_warps {warps}"
         signature = inspect.signature(kernel.fn)
-        bound = signature.bind(*arguments, **given).arguments  # TypeError: one missing, given twice, or unknown
+        bound = signature.bind(**given).arguments  # TypeError: one missing or unknown
         assert list(bound) == list(kernel.arg_names), name
-        numbers = [x for x in arguments if isinstance(x, int)]
+        numbers = [x for x in bound.values() if isinstance(x, int)]
         for key, x in bound.items():
             if "constexpr" in str(signature.parameters[key].annotation):
                 assert isinstance(x, (bool, int, float, str)), f"{name}: {key} is {x!r}"
@@ -336,10 +336,10 @@ class FakeCUDA:
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=DEVICE)
 
-    def run(self, op: torch.library.CustomOpDef, *arguments: Any) -> Any:
-        """Results of the body of ``op``: on the device, and of the shapes, dtypes and strides that tracing is told."""
-        results = op._init_fn(*arguments)
-        told = op._abstract_fn(*arguments)
+    def run(self, op: torch.library.CustomOpDef, **arguments: Any) -> Any:
+        """Run the body of ``op`` and check device, shapes, dtypes and strides against its fake implementation."""
+        results = op._init_fn(**arguments)
+        told = op._abstract_fn(**arguments)
         for i, (got, want) in enumerate(zip(tree_leaves(results), tree_leaves(told), strict=True)):
             assert got.device == DEVICE, f"{op._name}, result {i}: on {got.device}"
             assert got.dtype == want.dtype, f"{op._name}, result {i}: {got.dtype}, not {want.dtype}"

@@ -78,11 +78,18 @@ def code_of(built, kernel, vocab):
 def test_selection_stores_what_it_notes_once(built):
     """It reads a row once, so that no thread overwrites what another stored; statistics are the forward pass's own."""
     kernels = [name for _, name, case, _ in built["compiled"] if json.loads(case) == [33, 97, "sparse"]]
-    assert kernels[:2] == ["_note_kernel", "_fill_kernel"]
-    assert "_forward_kernel" not in kernels  # the same binary as without selection, so that bits are the same
+    assert kernels[:2] == ["linear_logprobs_candidates_kernel", "linear_logprobs_select_kernel"]
+    assert (
+        "selective_logprobs_fwd_kernel" not in kernels
+    )  # the same binary as without selection, so that bits are the same
 
 
-ROW_PASSES = ["_forward_kernel", "_backward_kernel", "_keep_kernel", "_note_kernel"]
+ROW_PASSES = [
+    "selective_logprobs_fwd_kernel",
+    "selective_logprobs_bwd_kernel",
+    "linear_logprobs_logit_grads_kernel",
+    "linear_logprobs_candidates_kernel",
+]
 
 
 @pytest.mark.parametrize("kernel", ROW_PASSES)
@@ -91,20 +98,24 @@ def test_row_passes_load_and_store_16_bytes_at_a_time(built, kernel, vocab):
     """The alignment of rows reaches the compiler: no count of tokens, stride or mask hides it."""
     code = code_of(built, kernel, vocab)
     assert "ld.global.v4.b32" in code
-    assert "note" in kernel or kernel == "_forward_kernel" or "st.global.v4.b32" in code
+    assert "note" in kernel or kernel == "selective_logprobs_fwd_kernel" or "st.global.v4.b32" in code
 
 
 def test_counts_of_tokens_and_sequences_compile_nothing_anew(built):
     kinds = defaultdict(list)
     for module, kernel, case in built["kinds"]:
         kinds[f"{module}.{kernel}"].append(case)
-    assert {name.rpartition(".")[2] for name in kinds} >= {"_forward_kernel", "_backward_kernel", "_keep_kernel"}
+    assert {name.rpartition(".")[2] for name in kinds} >= {
+        "selective_logprobs_fwd_kernel",
+        "selective_logprobs_bwd_kernel",
+        "linear_logprobs_logit_grads_kernel",
+    }
     anew = {name: cases for name, cases in kinds.items() if len(cases) > EXPECTED.get(name, 1)}
     assert anew == {}
 
 
 # Of one kernel there is another kind where it is launched from another operation, on other dtypes.
 EXPECTED = {
-    "sppo_kernels.ops.selective_logprobs._forward_kernel": 2,
-    "sppo_kernels.ops.selective_logprobs._backward_kernel": 2,
+    "sppo_kernels.ops._row_kernels.selective_logprobs_fwd_kernel": 2,
+    "sppo_kernels.ops._row_kernels.selective_logprobs_bwd_kernel": 2,
 }

@@ -9,9 +9,12 @@ pytest.importorskip("triton")
 
 from fake_cuda import FakeCUDA, registered_operations
 
-from sppo_kernels import _coverage, _head, _sparse
 from sppo_kernels._triton_utils import launch
 from sppo_kernels.ops import policy_loss, whiten
+from sppo_kernels.ops.linear_logprobs import auto_mode, sparse
+from sppo_kernels.ops.linear_logprobs.matmul import row_stride
+from sppo_kernels.ops.linear_logprobs.output import ForwardOutput
+from sppo_kernels.ops.policy_loss.settings import Settings
 
 OPS = registered_operations()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -20,10 +23,10 @@ IGNORED = -100
 
 @pytest.fixture
 def cuda(monkeypatch):
-    _coverage.forget()
+    auto_mode.reset_defaults()
     with FakeCUDA(monkeypatch).active() as cuda:
         yield cuda
-    _coverage.forget()
+    auto_mode.reset_defaults()
 
 
 def labels_of(cuda, n):
@@ -45,130 +48,191 @@ def selective_inputs(cuda, dtype, batch=3, length=700, vocab=50257):
 
 def selective(cuda, dtype):
     logits, labels = selective_inputs(cuda, dtype)
-    return logits, labels, temperature_of(cuda, len(labels)), 0.0, IGNORED, "triton"
+    tensors = {"logits": logits, "labels": labels, "temperature": temperature_of(cuda, len(labels))}
+    return {**tensors, "softcap": 0.0, "ignore_index": IGNORED, "backend": "triton"}
 
 
 def selective_backward(cuda, dtype):
     logits, labels = selective_inputs(cuda, dtype)
     n = len(labels)
-    grad, entropy, stats = cuda.new(1).expand(n), cuda.new(n), cuda.new(2, n)
-    return grad, cuda.new(n), logits, labels, temperature_of(cuda, n, True), entropy, stats, 30.0, IGNORED, "triton"
+    return {
+        "grad_logprobs": cuda.new(1).expand(n),
+        "grad_entropy": cuda.new(n),
+        "logits": logits,
+        "labels": labels,
+        "temperature": temperature_of(cuda, n, True),
+        "entropy": cuda.new(n),
+        "row_stats": cuda.new(2, n),
+        "softcap": 30.0,
+        "ignore_index": IGNORED,
+        "backend": "triton",
+    }
 
 
 def policy(cuda, dtype, n=10_000, sequences=7, per_token=False, everything=False, normalizer=False, **settings):
     some = lambda: cuda.new(n) if everything else None
-    chosen = policy_loss.Settings("token", 0.2, 0.2, None, "token-mean", 0.0, "k3", "none", 2.0)._replace(**settings)
-    return (
-        cuda.new(n, dtype=dtype),
-        cuda.new(n),
-        cuda.new(n if per_token else sequences),
-        cuda.new(n, dtype=torch.bool) if everything else None,
-        cuda.new(sequences + 1, dtype=torch.int32),
-        cuda.new() if normalizer else None,
-        some(),
-        some(),
-        per_token,
-        *chosen,
-        "triton",
+    chosen = Settings(
+        ratio_level="token",
+        clip_low=0.2,
+        clip_high=0.2,
+        dual_clip=None,
+        aggregation="token-mean",
+        kl_coef=0.0,
+        kl_estimator="k3",
+        rollout_correction="none",
+        rollout_cap=2.0,
     )
+    return {
+        "logprobs": cuda.new(n, dtype=dtype),
+        "old_logprobs": cuda.new(n),
+        "advantages": cuda.new(n if per_token else sequences),
+        "mask": cuda.new(n, dtype=torch.bool) if everything else None,
+        "cu_seqlens": cuda.new(sequences + 1, dtype=torch.int32),
+        "normalizer": cuda.new() if normalizer else None,
+        "ref_logprobs": some(),
+        "rollout_logprobs": some(),
+        "per_token": per_token,
+        **chosen._replace(**settings)._asdict(),
+        "backend": "triton",
+    }
 
 
 def prompt_values(cuda, dtype, prompts=5, length=300, width=1000, packed=False):
     """Every other row of the hidden states."""
     hidden = cuda.new(1 if packed else prompts, 2 * length, width, dtype=dtype)[:, ::2]
-    return hidden, cuda.new(width, dtype=dtype), cuda.new(1, dtype=dtype), cuda.new(prompts, dtype=torch.int64)
+    return {
+        "hidden": hidden,
+        "weight": cuda.new(width, dtype=dtype),
+        "bias": cuda.new(1, dtype=dtype),
+        "last_index": cuda.new(prompts, dtype=torch.int64),
+        "backend": "triton",
+    }
 
 
 def prompt_value_loss(cuda, dtype, **shape):
     inputs = prompt_values(cuda, dtype, **shape)
-    return *inputs, cuda.new(len(inputs[-1])), cuda.new(), "triton"
+    return {**inputs, "outcomes": cuda.new(len(inputs["last_index"])), "normalizer": cuda.new()}
 
 
 def prompt_value_gradient(cuda, dtype, **shape):
-    hidden, weight, _, last = prompt_values(cuda, dtype, **shape)
-    return cuda.new(1).expand(len(last)), hidden, weight, last, "triton"
+    inputs = prompt_values(cuda, dtype, **shape)
+    del inputs["bias"]
+    return {**inputs, "grad_logits": cuda.new(1).expand(len(inputs["last_index"]))}
 
 
 def gae(cuda, dtype, rows=6, length=900):
-    tensors = (cuda.new(rows, length, dtype=dtype) for _ in range(2))
-    return *tensors, cuda.new(length, rows, dtype=torch.bool).t(), 0.99, 0.95, "triton"
+    tensors = {name: cuda.new(rows, length, dtype=dtype) for name in ("rewards", "values")}
+    mask = cuda.new(length, rows, dtype=torch.bool).t()
+    return {**tensors, "mask": mask, "gamma": 0.99, "lam": 0.95, "backend": "triton"}
 
 
 # The products with an output embedding
 
 
 def head(cuda, dtype, n=600, width=64, vocab=50257, rank=0, bias=False, softcap=0.0, per_token=False):
-    """Hidden states, weights, bias, labels, temperature and softcap."""
+    """Hidden states, weights, bias, labels, temperature and softcap, by name."""
     new = lambda *shape: cuda.new(*shape, dtype=dtype)
     hiddens, weights = [new(n, width)], [new(vocab, width)]
     if rank:
         hiddens.append(new(n, rank))
         weights.append(new(vocab, rank))
-    temperature = temperature_of(cuda, n, per_token)
-    return hiddens, weights, new(vocab) if bias else None, labels_of(cuda, n), temperature, softcap
+    return {
+        "hiddens": hiddens,
+        "weights": weights,
+        "bias": new(vocab) if bias else None,
+        "labels": labels_of(cuda, n),
+        "temperature": temperature_of(cuda, n, per_token),
+        "softcap": softcap,
+    }
 
 
 def linear(cuda, dtype, backward="recompute", budget=None, chunk_bytes=1, capacity=64, **shape):
-    return *head(cuda, dtype, **shape), IGNORED, backward, budget, chunk_bytes, 1e-4, capacity, "", "triton"
+    return {
+        **head(cuda, dtype, **shape),
+        "ignore_index": IGNORED,
+        "backward": backward,
+        "auto_key": "",
+        "logits_budget_bytes": budget,
+        "chunk_bytes": chunk_bytes,
+        "mass_tolerance": 1e-4,
+        "max_entries": capacity,
+        "group": "",
+        "backend": "triton",
+    }
 
 
 def linear_backward(cuda, arguments, results, needs=None):
     """Arguments of the backward pass of a forward pass."""
-    hiddens, weights, bias, labels, temperature, softcap, ignored, backward, _, chunk_bytes, *_ = arguments
-    _, entropy, stats, _, _, *kept = results
-    needs = [True] * (2 * len(hiddens)) + [bias is not None] if needs is None else needs
-    grads = cuda.new(len(labels)), cuda.new(len(labels))
-    tensors = *grads, hiddens, weights, bias, labels, temperature, entropy, stats, *kept
-    return *tensors, needs, softcap, ignored, backward, chunk_bytes, "", "triton"
+    of_forward = ("logits_budget_bytes", "mass_tolerance", "max_entries")
+    output = ForwardOutput(*results)._asdict()
+    for name in ("logprobs", "dropped_mass", "num_entries"):
+        del output[name]
+    return {
+        **{name: x for name, x in arguments.items() if name not in of_forward},
+        **output,
+        "grad_logprobs": cuda.new(len(arguments["labels"])),
+        "grad_entropy": cuda.new(len(arguments["labels"])),
+        "needs": needs_of(arguments) if needs is None else needs,
+    }
+
+
+def needs_of(arguments):
+    return [True] * (2 * len(arguments["hiddens"])) + [arguments["bias"] is not None]
 
 
 def linear_backward_alone(cuda, dtype):
     arguments = linear(cuda, dtype)
-    return linear_backward(cuda, arguments, OPS["linear_logprobs"](*arguments))
+    return linear_backward(cuda, arguments, OPS["linear_logprobs"](**arguments))
 
 
 def linear_policy(cuda, dtype, n=600, sequences=5, backward="cache", **more):
     shape = {key: more.pop(key) for key in ("vocab", "rank", "bias", "softcap", "chunk_bytes") if key in more}
     arguments = linear(cuda, dtype, backward, n=n, **shape)
-    needs = [True] * (2 * len(arguments[0])) + [arguments[2] is not None]
-    _, *rest, _ = policy(cuda, torch.float32, n, sequences, **more)
-    return *arguments, needs, *rest
+    loss = policy(cuda, torch.float32, n, sequences, **more)
+    del loss["logprobs"]
+    return {**arguments, **loss, "needs": needs_of(arguments)}
 
 
 ARGUMENTS = {
     "gae": gae,
-    "group_advantages": lambda cuda, dtype: (
-        cuda.new(100, dtype=dtype),
-        cuda.new(100, dtype=torch.int64),
-        "grpo",
-        "triton",
-    ),
+    "group_advantages": lambda cuda, dtype: {
+        "rewards": cuda.new(100, dtype=dtype),
+        "group_ids": cuda.new(100, dtype=torch.int64),
+        "estimator": "grpo",
+        "backend": "triton",
+    },
     "linear_logprobs": linear,
     "linear_logprobs_backward": linear_backward_alone,
     "linear_policy_loss": linear_policy,
     "policy_loss": policy,
     "prompt_value_grad_hidden": prompt_value_gradient,
     "prompt_value_grad_weight": prompt_value_gradient,
-    "prompt_value_logits": lambda cuda, dtype: (*prompt_values(cuda, dtype), "triton"),
+    "prompt_value_logits": prompt_values,
     "prompt_value_loss": prompt_value_loss,
     "selective_logprobs": selective,
     "selective_logprobs_backward": selective_backward,
-    "whiten": lambda cuda, dtype: (cuda.new(70, 90, dtype=dtype), cuda.new(90, 70, dtype=torch.bool).t(), "triton"),
+    "whiten": lambda cuda, dtype: {
+        "x": cuda.new(70, 90, dtype=dtype),
+        "mask": cuda.new(90, 70, dtype=torch.bool).t(),
+        "backend": "triton",
+    },
 }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_every_operation(cuda, name, dtype):
-    cuda.run(OPS[name], *ARGUMENTS[name](cuda, dtype))
+    cuda.run(OPS[name], **ARGUMENTS[name](cuda, dtype))
     assert cuda.launches.made
 
 
 def test_rows_are_read_where_they_lie(cuda):
     """Of a slice [B, T, V] with two leading strides, and of more than 2^31 logits."""
     logits, labels = selective_inputs(cuda, torch.bfloat16, batch=9, length=5000)
+    arguments = {**selective(cuda, torch.bfloat16), "logits": logits, "labels": labels}
+    arguments["temperature"] = temperature_of(cuda, 45_000)
     cuda.launches.sizes = {"V": 50257, "T": 5000, "N": 45_000, "softcap": 0.0, "ignore_index": IGNORED}
-    cuda.run(OPS["selective_logprobs"], logits, labels, temperature_of(cuda, 45_000), 0.0, IGNORED, "triton")
+    cuda.run(OPS["selective_logprobs"], **arguments)
     (launch,) = cuda.launches.made
     assert launch.grid == (45_000,)
     assert launch.arguments["x_ptr"] is logits
@@ -176,14 +240,16 @@ def test_rows_are_read_where_they_lie(cuda):
 
 
 def test_nothing_is_launched_for_no_tokens(cuda):
-    for name, arguments in {
-        "selective_logprobs": (cuda.new(0, 4, 9), labels_of(cuda, 0), temperature_of(cuda, 0), 0.0, IGNORED, "triton"),
+    empty, no_labels = cuda.new(0), labels_of(cuda, 0)
+    no_logits = {"logits": cuda.new(0, 4, 9), "labels": no_labels, "temperature": temperature_of(cuda, 0)}
+    for name, changed in {
+        "selective_logprobs": no_logits,
         "linear_logprobs": linear(cuda, torch.bfloat16, n=0),
         "gae": gae(cuda, torch.float32, rows=0),
-        "whiten": (cuda.new(0), cuda.new(0, dtype=torch.bool), "triton"),
-        "group_advantages": (cuda.new(0), cuda.new(0, dtype=torch.int64), "grpo", "triton"),
+        "whiten": {"x": empty, "mask": empty.bool()},
+        "group_advantages": {"rewards": empty, "group_ids": no_labels},
     }.items():
-        cuda.run(OPS[name], *arguments)
+        cuda.run(OPS[name], **{**ARGUMENTS[name](cuda, torch.float32), **changed})
     assert not cuda.launches.made
 
 
@@ -217,13 +283,13 @@ def test_recompute(cuda, dtype, shape):
     arguments = linear(cuda, dtype, **shape)
     expect(cuda, shape)
     cuda.answers.counts.extend([500])
-    results = cuda.run(OPS["linear_logprobs"], *arguments)
+    results = cuda.run(OPS["linear_logprobs"], **arguments)
     assert results[5].shape[0] == results[6].shape[0] == 0
-    assert cuda.launches.names() == {"_forward_kernel"}
+    assert cuda.launches.names() == {"selective_logprobs_fwd_kernel"}
     assert sum(launch.grid[0] for launch in cuda.launches.made) == 500
     cuda.answers.counts.extend([500, 450])
-    cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
-    assert sum(launch.grid[0] for launch in cuda.launches.of("_backward_kernel")) == 450
+    cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
+    assert sum(launch.grid[0] for launch in cuda.launches.of("selective_logprobs_bwd_kernel")) == 450
     assert_products_are_mixed(cuda, dtype)
 
 
@@ -231,16 +297,16 @@ def test_recompute(cuda, dtype, shape):
 @pytest.mark.parametrize(("dtype", "shape"), LINEAR.values(), ids=LINEAR)
 def test_cache(cuda, dtype, shape, kept):
     """E of all tokens, which is read where it lies; or of 300, of which 290 are of use and gathered."""
-    row = _head.row_stride(shape.get("vocab", 50257)) * dtype.itemsize
+    row = row_stride(shape.get("vocab", 50257)) * dtype.itemsize
     arguments = linear(cuda, dtype, "cache", kept * row, **shape)
     expect(cuda, shape)
     cuda.answers.counts.extend([500])
-    results = cuda.run(OPS["linear_logprobs"], *arguments)
+    results = cuda.run(OPS["linear_logprobs"], **arguments)
     assert results[5].shape[0] == kept
-    assert sum(launch.grid[0] for launch in cuda.launches.of("_keep_kernel")) == kept
+    assert sum(launch.grid[0] for launch in cuda.launches.of("linear_logprobs_logit_grads_kernel")) == kept
     cuda.answers.counts.extend([500, kept, 0] if kept == 500 else [500, 290, 160])
-    cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
-    assert bool(cuda.launches.of("_backward_kernel")) == (kept != 500)
+    cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
+    assert bool(cuda.launches.of("selective_logprobs_bwd_kernel")) == (kept != 500)
     assert_products_are_mixed(cuda, dtype)
 
 
@@ -248,50 +314,59 @@ def test_cache(cuda, dtype, shape, kept):
 def test_sparse(cuda, dtype, shape):
     """Of 500 tokens entries do for 400, 50 are done again; of the others nothing has a gradient."""
     arguments = linear(cuda, dtype, "sparse", **shape)
-    expect(cuda, shape, _sparse._NO_LABEL)
+    expect(cuda, shape, sparse._NO_IGNORE_INDEX)
     cuda.answers.counts.extend([500])
-    results = cuda.run(OPS["linear_logprobs"], *arguments)
+    results = cuda.run(OPS["linear_logprobs"], **arguments)
     assert results[6].shape == results[7].shape == (500, 64)
-    assert cuda.launches.names() == {"_forward_kernel", "_note_kernel", "_fill_kernel"}
+    assert cuda.launches.names() == {
+        "selective_logprobs_fwd_kernel",
+        "linear_logprobs_candidates_kernel",
+        "linear_logprobs_select_kernel",
+    }
     expect(cuda, shape)
     cuda.answers.counts.extend([500, 400, 50, 4000])
-    cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
-    assert cuda.launches.of("_weighted_rows_kernel")
-    assert sum(launch.grid[0] for launch in cuda.launches.of("_backward_kernel")) == 50
+    cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
+    assert cuda.launches.of("linear_logprobs_weighted_rows_kernel")
+    assert sum(launch.grid[0] for launch in cuda.launches.of("selective_logprobs_bwd_kernel")) == 50
     assert_products_are_mixed(cuda, dtype)
 
 
 def test_auto_by_the_memory_of_its_device(cuda):
     """First a quarter of it is spent on E, while entries are tried; then entries do for all."""
-    row = _head.row_stride(50257) * 2
+    row = row_stride(50257) * 2
     cuda.free = 4 * 200 * row
     arguments = linear(cuda, torch.bfloat16, "auto")
     expect(cuda, {})
-    results = cuda.run(OPS["linear_logprobs"], *arguments)
+    results = cuda.run(OPS["linear_logprobs"], **arguments)
     assert results[5].shape[0] == 200
-    assert cuda.launches.names() == {"_forward_kernel", "_keep_kernel", "_note_kernel", "_fill_kernel"}
-    cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
-    expect(cuda, {}, _sparse._NO_LABEL)
+    assert cuda.launches.names() == {
+        "selective_logprobs_fwd_kernel",
+        "linear_logprobs_logit_grads_kernel",
+        "linear_logprobs_candidates_kernel",
+        "linear_logprobs_select_kernel",
+    }
+    cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
+    expect(cuda, {}, sparse._NO_IGNORE_INDEX)
     cuda.answers.numbers.extend([0.0, 0.0])  # the share of entropies with gradients; tokens that entries do not do for
-    results = OPS["linear_logprobs"]._init_fn(*arguments)
+    results = OPS["linear_logprobs"]._init_fn(**arguments)
     assert results[6].shape[0] == 600
     assert not cuda.answers.numbers
 
 
 def test_what_was_kept_for_nothing(cuda):
     arguments = linear(cuda, torch.bfloat16, "cache")
-    results = cuda.run(OPS["linear_logprobs"], *arguments)
+    results = cuda.run(OPS["linear_logprobs"], **arguments)
     cuda.answers.counts.extend([600, 0, 600])
     with pytest.warns(UserWarning, match="for nothing: the entropies have gradients"):
-        cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
+        cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
 
 
 @pytest.mark.parametrize("frozen", range(5))
 def test_nothing_is_made_for_what_is_frozen(cuda, frozen):
     arguments = linear(cuda, torch.bfloat16, "cache", rank=8, bias=True)
-    results = cuda.run(OPS["linear_logprobs"], *arguments)
+    results = cuda.run(OPS["linear_logprobs"], **arguments)
     needs = [i != frozen for i in range(5)]
-    grads = cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results, needs))
+    grads = cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results, needs))
     assert [grad.numel() > 0 for grad in grads] == needs
 
 
@@ -303,8 +378,8 @@ def test_under_autocast_products_stay_as_they_are(cuda, dtype):
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "User provided device_type of 'cuda'")
-            results = cuda.run(OPS["linear_logprobs"], *arguments)
-            cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
+            results = cuda.run(OPS["linear_logprobs"], **arguments)
+            cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
     finally:
         torch.set_autocast_enabled("cuda", before)
     assert_products_are_mixed(cuda, dtype)
@@ -315,8 +390,8 @@ def test_a_row_is_not_taken_for_a_bias(cuda, dtype):
     """A chunk of one token with an adapter; d weight of a vocabulary of one. Where TunableOp is on PyTorch refuses."""
     for shape in ({"n": 65, "rank": 8}, {"n": 300, "vocab": 1}):
         arguments = linear(cuda, dtype, **shape)
-        results = cuda.run(OPS["linear_logprobs"], *arguments)
-        cuda.run(OPS["linear_logprobs_backward"], *linear_backward(cuda, arguments, results))
+        results = cuda.run(OPS["linear_logprobs"], **arguments)
+        cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
     assert 1 in {product.shape[0] for product in cuda.products.made}
     assert_products_are_mixed(cuda, dtype)
 
@@ -335,7 +410,7 @@ POLICIES = [
 def test_policy_loss(cuda, dtype, level, settings):
     chosen = {"dual_clip": None, "kl_coef": 0.0, **settings}
     cuda.launches.sizes = {"B": 7, "RATIO_LEVEL": level, "dual_clip": chosen["dual_clip"], "kl_coef": chosen["kl_coef"]}
-    cuda.run(OPS["policy_loss"], *policy(cuda, dtype, ratio_level=level, **settings))
+    cuda.run(OPS["policy_loss"], **policy(cuda, dtype, ratio_level=level, **settings))
     (launch,) = cuda.launches.made
     assert launch.grid == (7,)
 
@@ -351,9 +426,9 @@ def test_linear_policy_loss(cuda, dtype, level, everything):
     cuda.answers.counts.extend([500] + [x for size in sizes for x in (size // 2, size - size // 2)])
     shape = {"rank": 8, "bias": True, "softcap": 30.0} if everything else {}
     expect(cuda, shape)
-    cuda.run(OPS["linear_policy_loss"], *linear_policy(cuda, dtype, ratio_level=level, everything=everything, **shape))
-    assert len(cuda.launches.of("_kernel")) == len(sizes) + 1
-    assert sum(launch.grid[0] for launch in cuda.launches.of("_keep_kernel")) == 500
+    cuda.run(OPS["linear_policy_loss"], **linear_policy(cuda, dtype, ratio_level=level, everything=everything, **shape))
+    assert len(cuda.launches.of("policy_loss_fwd_bwd_kernel")) == len(sizes) + 1
+    assert sum(launch.grid[0] for launch in cuda.launches.of("linear_logprobs_logit_grads_kernel")) == 500
     assert_products_are_mixed(cuda, dtype)
 
 
@@ -361,7 +436,7 @@ def test_linear_policy_loss(cuda, dtype, level, everything):
 def test_prompt_values(cuda, packed):
     cuda.launches.sizes = {"B": 5, "T": 300, "H": 1000}
     for name in ("prompt_value_loss", "prompt_value_grad_hidden", "prompt_value_grad_weight"):
-        cuda.run(OPS[name], *ARGUMENTS[name](cuda, torch.bfloat16, packed=packed))
+        cuda.run(OPS[name], **ARGUMENTS[name](cuda, torch.bfloat16, packed=packed))
     assert len(cuda.launches.made) == 3
 
 
@@ -370,55 +445,54 @@ def test_prompt_values(cuda, packed):
 
 def moments(cuda, **changed):
     """Arguments of a launch that is in order, but for what is changed."""
-    given = {"x": cuda.new(1000, 80), "mask": cuda.new(1000, 80, dtype=torch.bool), "partial": cuda.new(3, 40)}
-    given |= {"n": 80_000, "blocks": 40, **changed}
-    return given.values()
+    given = {"x_ptr": cuda.new(1000, 80), "mask_ptr": cuda.new(1000, 80, dtype=torch.bool)}
+    return {**given, "partial_ptr": cuda.new(3, 40), "N": 80_000, "BLOCKS": 40, **changed}
 
 
 def test_a_launch_in_order(cuda):
-    launch(whiten._moments_kernel, (40,), *moments(cuda), BLOCK=2048, num_warps=4)
+    launch(whiten.whiten_moments_kernel, (40,), **moments(cuda), BLOCK=2048, num_warps=4)
     assert len(cuda.launches.made) == 1
 
 
 def test_a_launch_without_guard_is_found(cuda):
     with pytest.raises(AssertionError, match="launched while cuda:0 is current"):
-        whiten._moments_kernel[(40,)](*moments(cuda), BLOCK=2048)
+        whiten.whiten_moments_kernel[(40,)](**moments(cuda), BLOCK=2048)
 
 
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        (lambda cuda: {"mask": torch.empty(80_000, device="cuda:0")}, "mask_ptr is on cuda:0"),
-        (lambda cuda: {"partial": torch.empty(3, 40)}, "partial_ptr is on cpu"),
-        (lambda cuda: {"partial": 80_000, "n": cuda.new(3, 40)}, "partial_ptr is 80000"),
-        (lambda cuda: {"n": cuda.new()}, "N is FakeTensor"),
-        (lambda cuda: {"n": 2**63}, "N is 9223372036854775808"),
-        (lambda cuda: {"n": 40, "blocks": 80_000}, "N is 40, not 80000"),
-        (lambda cuda: {"x": cuda.new(1000, 81)[:, :80]}, r"x_ptr has strides \(81, 1\)"),
+        (lambda cuda: {"mask_ptr": torch.empty(80_000, device="cuda:0")}, "mask_ptr is on cuda:0"),
+        (lambda cuda: {"partial_ptr": torch.empty(3, 40)}, "partial_ptr is on cpu"),
+        (lambda cuda: {"partial_ptr": 80_000, "N": cuda.new(3, 40)}, "partial_ptr is 80000"),
+        (lambda cuda: {"N": cuda.new()}, "N is FakeTensor"),
+        (lambda cuda: {"N": 2**63}, "N is 9223372036854775808"),
+        (lambda cuda: {"N": 40, "BLOCKS": 80_000}, "N is 40, not 80000"),
+        (lambda cuda: {"x_ptr": cuda.new(1000, 81)[:, :80]}, r"x_ptr has strides \(81, 1\)"),
     ],
 )
 def test_wrong_arguments_of_a_launch_are_found(cuda, changed, what):
     cuda.launches.sizes = {"N": 80_000} if "not 80000" in what else {}
     with pytest.raises(AssertionError, match=what):
-        launch(whiten._moments_kernel, (40,), *moments(cuda, **changed(cuda)), BLOCK=2048)
+        launch(whiten.whiten_moments_kernel, (40,), **moments(cuda, **changed(cuda)), BLOCK=2048)
 
 
 @pytest.mark.parametrize("grid", [(0,), (2**31,), (1, 65536), (1, 1, 1, 1), (2.0,)])
 def test_a_grid_out_of_bounds_is_found(cuda, grid):
-    with pytest.raises(AssertionError, match="_moments_kernel"):
-        launch(whiten._moments_kernel, grid, *moments(cuda), BLOCK=2048)
+    with pytest.raises(AssertionError, match="whiten_moments_kernel"):
+        launch(whiten.whiten_moments_kernel, grid, **moments(cuda), BLOCK=2048)
 
 
-@pytest.mark.parametrize("settings", [{}, {"BLOCK": 2048, "N": 3}, {"BLOCK": 2048, "WIDTH": 3}])
-def test_parameters_not_given_once_are_found(cuda, settings):
+@pytest.mark.parametrize("settings", [{}, {"BLOCK": 2048, "WIDTH": 3}])
+def test_missing_and_unknown_parameters_are_found(cuda, settings):
     with pytest.raises(TypeError):
-        launch(whiten._moments_kernel, (40,), *moments(cuda), **settings)
+        launch(whiten.whiten_moments_kernel, (40,), **moments(cuda), **settings)
 
 
 @pytest.mark.parametrize("settings", [{"BLOCK": 2000}, {"BLOCK": 2048, "num_warps": 3}])
 def test_what_does_not_compile_is_found(cuda, settings):
     with pytest.raises(AssertionError):
-        launch(whiten._moments_kernel, (40,), *moments(cuda), **settings)
+        launch(whiten.whiten_moments_kernel, (40,), **moments(cuda), **settings)
 
 
 @pytest.mark.parametrize(

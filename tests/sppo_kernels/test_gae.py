@@ -112,7 +112,7 @@ def test_same_bits_every_run_float32_and_no_gradient(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_registration_compile_and_fake_tensors(backend):
     tensors = (randn(2, 5), randn(2, 5), randint(0, 2, 2, 5).bool())
-    torch.library.opcheck(_gae, (*tensors, 0.9, 0.8, backend))
+    torch.library.opcheck(_gae, tensors, {"gamma": 0.9, "lam": 0.8, "backend": backend})
     run = lambda r, v, m: gae(r, v, m, gamma=0.9, lam=0.8, backend=backend)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for x, y in zip(compiled(*tensors), run(*tensors), strict=True):

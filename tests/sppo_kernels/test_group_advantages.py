@@ -103,7 +103,7 @@ def test_same_bits_every_run_float32_and_no_gradient(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_registration_compile_and_fake_tensors(backend):
     tensors = (randn(12)[::2], randint(0, 3, 6))
-    torch.library.opcheck(_group_advantages, (*tensors, "grpo", backend))
+    torch.library.opcheck(_group_advantages, tensors, {"estimator": "grpo", "backend": backend})
     run = lambda r, g: group_advantages(r, g, backend=backend)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*tensors), run(*tensors))

@@ -24,8 +24,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from sppo_kernels import _head, linear_logprobs, reference
-from sppo_kernels.ops import linear_logprobs as module
+from sppo_kernels import linear_logprobs, reference
+from sppo_kernels.ops.linear_logprobs import op
+from sppo_kernels.ops.linear_logprobs.cache import _num_cacheable
+from sppo_kernels.ops.linear_logprobs.matmul import Projection, row_stride
+from sppo_kernels.ops.linear_logprobs.output import ForwardOutput
 
 pytestmark = pytest.mark.filterwarnings("ignore:linear_logprobs kept")  # both outputs are differentiated everywhere
 IGNORED = -100
@@ -61,7 +64,7 @@ def check(backend, hidden, weight, labels, *, bias=None, temperature=1.0, u=None
 
 def row_bytes(vocab, itemsize=4):
     """What a row of the kept gradient takes."""
-    return _head.row_stride(vocab) * itemsize
+    return row_stride(vocab) * itemsize
 
 
 def inputs(n, width, vocab, dtype=torch.float32, bias=False, ignored=0, rank=0):
@@ -444,23 +447,23 @@ def test_says_what_it_chose(settings, kept, caplog):
     with caplog.at_level(logging.DEBUG, logger="sppo_kernels"):
         linear_logprobs(**given, **settings, backend="torch").logprobs[:-1].sum().backward()
     forward, backward = caplog.messages
-    assert f"6 of 8 tokens bear loss, E of {kept} is kept" in forward
-    from_kept = min(kept, 5)
-    assert f"{from_kept} tokens from kept E, {5 - from_kept} recomputed" in backward
+    assert f"6 of 8 tokens have a loss, keeping {kept} dense logit gradients" in forward
+    cached = min(kept, 5)
+    assert f"{cached} tokens cached, 0 sparse, {5 - cached} recomputed" in backward
 
 
 @pytest.mark.parametrize("kept", [0, 3, 6])
 def test_rows_of_logits_and_their_gradients_are_aligned(kept, monkeypatch):
     """Whatever the vocabulary: matrix products read and write them 16 bytes at a time. Of kept rows some are of use."""
     strides = []
-    product = _head.Projection.product
+    product = Projection.product
 
     def noted(self, a, b, plus=None, out=None):
         result = product(self, a, b, plus=plus, out=out)
         strides.extend(x.stride(0) for x in (a, a.t(), result) if x.shape[1] == 29 and x.stride(1) == 1)
         return result
 
-    monkeypatch.setattr(_head.Projection, "product", noted)
+    monkeypatch.setattr(Projection, "product", noted)
     given = inputs(8, 4, 29, ignored=2)
     budget = kept * row_bytes(29)
     out = linear_logprobs(**given, backward="cache", logits_budget_bytes=budget, backend="torch")
@@ -472,7 +475,7 @@ def test_rows_of_logits_and_their_gradients_are_aligned(kept, monkeypatch):
 @pytest.mark.parametrize(("backward", "kept"), [("recompute", 0), ("cache", 10**6), ("auto", 2**30 // 4000)])
 def test_budget_unless_it_is_given(backward, kept):
     """On a CPU; on an accelerator it depends on what is free."""
-    assert _head.tokens_to_keep(backward, None, 10**6, 4000, torch.device("cpu")) == kept
+    assert _num_cacheable(backward, None, 10**6, 4000, torch.device("cpu")) == kept
 
 
 def test_auto_keeps_a_quarter_of_the_free_memory(monkeypatch):
@@ -481,7 +484,7 @@ def test_auto_keeps_a_quarter_of_the_free_memory(monkeypatch):
     memory = {"mem_get_info": (1000 * 4000, 9000 * 4000), "memory_reserved": 700 * 4000, "memory_allocated": 300 * 4000}
     for name, value in memory.items():
         monkeypatch.setattr(torch.cuda, name, {device: value}.__getitem__)
-    assert _head.tokens_to_keep("auto", None, 10**9, 4000, device) == (1000 + 700 - 300) / 4
+    assert _num_cacheable("auto", None, 10**9, 4000, device) == (1000 + 700 - 300) / 4
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
@@ -719,27 +722,33 @@ def test_reference_is_its_own_derivative():
 def test_registration(backend, backward):
     hidden, weight, labels, bias, u, b = inputs(4, 6, 11, bias=True, rank=2).values()
     tau = torch.ones(4, device=DEVICE)
-    settings = backward, None, 1000, 1e-4, 8, "", backend
+    common = {"ignore_index": IGNORED, "backward": backward, "auto_key": "", "chunk_bytes": 1000, "group": ""}
+    common["backend"] = backend
+    settings = {**common, "logits_budget_bytes": None, "mass_tolerance": 1e-4, "max_entries": 8}
     pairs = [hidden, u], [weight, b]
     # With a size that is known only when it runs, the checks of autograd and of dynamic shapes do not get along.
     tests = ["test_schema", "test_faketensor"] + ["test_autograd_registration", "test_aot_dispatch_dynamic"] * (
         backward == "recompute"
     )
     torch.library.opcheck(
-        module._linear_logprobs, (*pairs, bias, labels, tau, 2.0, IGNORED, *settings), test_utils=tests
+        op.linear_logprobs, (*pairs, bias, labels, tau), {"softcap": 2.0, **settings}, test_utils=tests
     )
     pairs = tuple([x.detach() for x in pair] for pair in pairs)
-    outputs = module._linear_logprobs(*pairs, None, labels, tau, 0.0, IGNORED, *settings)
+    output = ForwardOutput(*op.linear_logprobs(*pairs, None, labels, tau, softcap=0.0, **settings))
     for needs in (
         [True, True, True, True, False],
         [True, False, False, True, False],
         [False, True, True, False, False],
     ):
-        saved = *outputs[1:3], *outputs[5:]
-        rest = needs, 0.0, IGNORED, backward, settings[2], *settings[5:]
-        given = randn(4), randn(4), *pairs, None, labels, tau, *saved, *rest
+        saved = output.entropy, output.row_stats, *output[5:]
+        tensors = randn(4), randn(4), *pairs, None, labels, tau, *saved
         # Inputs that are no leaves: the backward itself has no derivative to check.
-        torch.library.opcheck(module._linear_logprobs_backward, given, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            op.linear_logprobs_backward,
+            tensors,
+            {"needs": needs, "softcap": 0.0, **common},
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

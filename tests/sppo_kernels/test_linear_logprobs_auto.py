@@ -7,7 +7,8 @@ import torch
 from against_float64 import BACKENDS, DEVICE, randint, randn
 from torch.utils.checkpoint import checkpoint
 
-from sppo_kernels import _coverage, linear_logprobs, linear_policy_loss
+from sppo_kernels import AutoBackward, linear_logprobs, linear_policy_loss
+from sppo_kernels.ops.linear_logprobs import auto_mode
 
 VOCAB, CAPACITY, TOKENS = 100, 8, 128
 SETTINGS = {"max_entries": CAPACITY, "chunk_bytes": 1, "backward": "auto"}  # 64 tokens a chunk (torch: all)
@@ -15,9 +16,9 @@ SETTINGS = {"max_entries": CAPACITY, "chunk_bytes": 1, "backward": "auto"}  # 64
 
 @pytest.fixture(autouse=True)
 def _no_history():
-    _coverage.forget()
+    auto_mode.reset_defaults()
     yield
-    _coverage.forget()
+    auto_mode.reset_defaults()
 
 
 def call(flat, entropy=False, op=linear_logprobs, **settings):
@@ -31,10 +32,10 @@ def call(flat, entropy=False, op=linear_logprobs, **settings):
         ends = torch.tensor([0, TOKENS], dtype=torch.int32, device=DEVICE)
         old_logprobs, advantages = torch.zeros(TOKENS, device=DEVICE), torch.ones(1, device=DEVICE)
         penalty = {"ref_logprobs": old_logprobs, "kl_coef": 1.0, "kl_estimator": "k1"}
-        out = op(*leaves, labels, old_logprobs, advantages, cu_seqlens=ends, **penalty, **given)
+        out = op(*leaves, labels, old_logprobs, advantages, cu_seqlens=ends, return_per_token=True, **penalty, **given)
         loss = out.loss
     else:
-        out = op(*leaves, labels, **given)
+        out = op(*leaves, labels, return_certificate=True, **given)
         loss = out.logprobs.sum() + (out.entropy.sum() if entropy else 0.0)
     return out.certificate, torch.autograd.grad(loss, leaves)
 
@@ -43,33 +44,33 @@ def call(flat, entropy=False, op=linear_logprobs, **settings):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_entries_once_the_call_before_was_peaked(backend, op):
     first, exact = call(1, op=op, backend=backend)
-    assert (first.kept_share, first.sparse_share) == (1, 0)
+    assert (first.cached_share, first.sparse_share) == (1, 0)
     second, sparse = call(1, op=op, backend=backend)
-    assert (second.kept_share, second.sparse_share) == (0, 0.75)
+    assert (second.cached_share, second.sparse_share) == (0, 0.75)
     for x, y in zip(sparse, exact, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4 * float(y.abs().max()))
     call(4, op=op, backend=backend)  # by entries, of which there are none
-    assert call(4, op=op, backend=backend)[0].kept_share == 1
+    assert call(4, op=op, backend=backend)[0].cached_share == 1
 
 
 def test_the_way_does_not_flicker():
     """Between a third and a half of exact tokens it stays as it is."""
-    seen = _coverage.Coverage()
+    seen = AutoBackward()
     ways = []
     for exact in (40, 34, 33, 40, 50, 51, 40, 33):
-        seen.note(torch.tensor(exact), 100, "")
-        ways.append(seen.take_entries())
+        seen.record(torch.tensor(exact), 100, "")
+        ways.append(seen.use_sparse())
     assert ways == [False, False, True, True, True, False, False, True]
-    assert seen.take_entries()  # nothing new was seen
+    assert seen.use_sparse()  # nothing new was seen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_looking_changes_no_bit(backend):
     """What selection tried on a few rows leaves the others, and theirs, as they were."""
     for flat in (0, 2, 4):
-        _coverage.forget()
+        auto_mode.reset_defaults()
         certificate, watched = call(flat, backend=backend)
-        assert certificate.kept_share == 1
+        assert certificate.cached_share == 1
         _, plain = call(flat, backend=backend, backward="cache")
         assert all(torch.equal(x, y) for x, y in zip(watched, plain, strict=True))
 
@@ -80,7 +81,7 @@ def test_keeps_nothing_once_entropies_had_gradients():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         certificate, _ = call(0, entropy=True)
-        assert (certificate.kept_share, certificate.sparse_share) == (0, 0)
+        assert (certificate.cached_share, certificate.sparse_share) == (0, 0)
         assert call(0)[0].sparse_share == 0
         assert call(0)[0].sparse_share == 1  # the very first call has seen that they are peaked
 
@@ -89,15 +90,15 @@ def test_a_small_vocabulary_is_kept_whole():
     """Of so few columns entries save next to nothing."""
     for _ in range(3):
         certificate, _ = call(0, max_entries=64)
-        assert (certificate.kept_share, certificate.sparse_share) == (1, 0)
+        assert (certificate.cached_share, certificate.sparse_share) == (1, 0)
 
 
 def test_heads_of_other_shapes_do_not_mix():
     for _ in range(2):
         call(0)
     hidden, weight = randn(5, 3).requires_grad_(), randn(VOCAB, 3)
-    out = linear_logprobs(hidden, weight, randint(0, VOCAB, 5), **SETTINGS)
-    assert out.certificate.kept_share == 1
+    out = linear_logprobs(hidden, weight, randint(0, VOCAB, 5), return_certificate=True, **SETTINGS)
+    assert out.certificate.cached_share == 1
 
 
 def test_a_checkpointed_forward_is_done_again_as_it_was():
@@ -107,13 +108,13 @@ def test_a_checkpointed_forward_is_done_again_as_it_was():
     certificates = []
 
     def logprobs(hidden):
-        out = linear_logprobs(hidden, weight, labels, **SETTINGS)
+        out = linear_logprobs(hidden, weight, labels, return_certificate=True, **SETTINGS)
         certificates.append(out.certificate)
         return out.logprobs
 
     for _ in range(2):  # a second forward that kept something else would be refused; it ends before it appends
         checkpoint(logprobs, hidden, use_reentrant=False).sum().backward()
-    assert [float(x.kept_share) for x in certificates] == [1, 0]
+    assert [float(x.cached_share) for x in certificates] == [1, 0]
     assert [float(x.sparse_share) for x in certificates] == [0, 1]
 
 
@@ -121,4 +122,25 @@ def test_scoring_is_not_looked_at():
     with torch.no_grad():
         for _ in range(2):
             linear_logprobs(40 * torch.eye(VOCAB), torch.eye(VOCAB), torch.arange(VOCAB), **SETTINGS)
-    assert not _coverage._coverages
+    assert not auto_mode._defaults
+
+
+def test_an_object_of_the_caller_has_its_own_memory():
+    """Calls with the default have no influence on it, nor it on them; without it the defaults stay as they are."""
+    mine = AutoBackward()
+    for _ in range(2):
+        call(0)
+    assert call(0)[0].sparse_share == 1
+    assert call(0, backward=mine)[0].cached_share == 1
+    assert call(0, backward=mine)[0].sparse_share == 1
+    mine.reset()
+    assert call(0, backward=mine)[0].cached_share == 1
+    assert call(0)[0].sparse_share == 1
+
+
+def test_an_object_that_is_gone_by_backward_records_nothing():
+    hidden = (40.0 * torch.eye(VOCAB, device=DEVICE)).requires_grad_()
+    arguments = hidden, torch.eye(VOCAB, device=DEVICE), torch.arange(VOCAB, device=DEVICE)
+    out = linear_logprobs(*arguments, **{**SETTINGS, "backward": AutoBackward()})
+    out.logprobs.sum().backward()
+    assert not auto_mode._defaults

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from sppo_kernels import _sparse, linear_logprobs, reference
+from sppo_kernels import linear_logprobs, reference
+from sppo_kernels.ops.linear_logprobs.weighted_rows import WEIGHTED_ROWS
 
 IGNORED = -100
 
@@ -27,7 +28,8 @@ def inputs(n, width, vocab, spread, dtype=torch.float32):
 def gradients(op, hidden, weight, labels, **settings):
     """Results, the upstream gradient, and the gradients of hidden and weight."""
     leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    out = op(*leaves, labels, **settings)
+    certified = {"return_certificate": True} if op is linear_logprobs else {}
+    out = op(*leaves, labels, **certified, **settings)
     upstream = torch.linspace(-1, 2, len(labels), device=DEVICE, dtype=out.logprobs.dtype)
     return out, upstream, torch.autograd.grad((out.logprobs * upstream).sum(), leaves)
 
@@ -74,7 +76,9 @@ def test_as_few_entries_as_will_do(backend):
     hidden, weight, labels = inputs(12, 16, 3000, 8.0)
     capacity, tolerance = 40, 1e-3
     sparse = {"backward": "sparse", "mass_tolerance": tolerance, "max_entries": capacity, "backend": backend}
-    entries = linear_logprobs(hidden, weight.requires_grad_(), labels, **sparse).certificate.entries
+    entries = linear_logprobs(
+        hidden, weight.requires_grad_(), labels, return_certificate=True, **sparse
+    ).certificate.num_entries
     p = (hidden.double() @ weight.double().t()).softmax(-1)
     p = p.scatter(1, labels[:, None], 0.0).sort(-1).values
     needed = (p.cumsum(-1) > tolerance).sum(-1) + 1
@@ -94,7 +98,7 @@ def test_a_top_that_comes_late_and_is_not_the_label(backend):
     hidden[:, peak] = 60.0
     sparse = {"backward": "sparse", "max_entries": 8, "backend": backend}
     out, upstream, (got, _) = gradients(linear_logprobs, hidden, weight, labels, **sparse)
-    assert out.certificate.entries.tolist() == [2, 2, 2]
+    assert out.certificate.num_entries.tolist() == [2, 2, 2]
     want = torch.zeros_like(got)
     want[range(3), labels], want[:, peak] = upstream, -upstream
     torch.testing.assert_close(got, want)
@@ -119,9 +123,9 @@ def test_flat_rows_and_gradients_of_the_entropy_are_exact(backend):
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     results = []
     for backward in ("sparse", "recompute"):
-        out = linear_logprobs(*leaves, labels, backward=backward, backend=backend)
+        out = linear_logprobs(*leaves, labels, backward=backward, backend=backend, return_certificate=True)
         results.append(torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), leaves))
-        assert (out.certificate.entries == -1).all()
+        assert (out.certificate.num_entries == -1).all()
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
@@ -189,7 +193,7 @@ def test_rows_of_many_entries_are_summed_in_pieces(backend):
     for i in range(3):
         part = slice(int(bounds[i]), int(bounds[i + 1]))
         want[place[i]] += weight[part].double() @ rows[index[part]].double()
-    _sparse.WEIGHTED_ROWS[backend](out, place, index, weight, bounds, rows)
+    WEIGHTED_ROWS[backend](out=out, place=place, index=index, weight=weight, bounds=bounds, rows=rows)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-4)
 
 
@@ -207,7 +211,7 @@ def test_weighted_rows_of_any_width(backend, width):
         part = slice(int(bounds[i]), int(bounds[i + 1]))
         want[place[i]] += weight[part].double() @ rows[index[part]].double()
     for result in (out, again):
-        _sparse.WEIGHTED_ROWS[backend](result, place, index, weight, bounds, rows)
+        WEIGHTED_ROWS[backend](out=result, place=place, index=index, weight=weight, bounds=bounds, rows=rows)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-4)
     assert torch.equal(out, again)
 
@@ -224,4 +228,4 @@ def test_says_how_many_tokens_had_entries(caplog):
     labels[4], hidden[3] = IGNORED, 0.0
     with caplog.at_level(logging.DEBUG, logger="sppo_kernels"):
         linear_logprobs(hidden, weight.requires_grad_(), labels, backward="sparse").logprobs.sum().backward()
-    assert caplog.messages[-1] == "backward: 4 tokens from entries, 1 recomputed"
+    assert caplog.messages[-1] == "backward: 0 tokens cached, 4 sparse, 1 recomputed"

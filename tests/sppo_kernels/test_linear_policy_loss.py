@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from sppo_kernels import _coverage, linear_logprobs, linear_policy_loss, policy_loss, reference
-from sppo_kernels.ops import linear_policy_loss as module
+from sppo_kernels import PolicyLossOutput, linear_logprobs, linear_policy_loss, policy_loss, reference
+from sppo_kernels.ops.linear_logprobs import auto_mode
+from sppo_kernels.ops.linear_policy_loss import op as module
 from sppo_kernels.ops.policy_loss import AGGREGATIONS, RATIO_LEVELS, ROLLOUT_CORRECTIONS
 
 IGNORED = -100
@@ -22,7 +23,7 @@ SMALL_CHUNKS = {"chunk_bytes": 1}  # 256 tokens a block: the least there is
 
 @pytest.fixture(autouse=True)
 def _no_history():
-    _coverage.forget()
+    auto_mode.reset_defaults()
 
 
 def batch(lengths=LENGTHS, width=8, vocab=41, dtype=torch.float32, spread=1.0, drift=0.3, per_token=False, parts=False):
@@ -73,7 +74,8 @@ def double(given):
 
 
 def results(op, given, **settings):
-    out = op(**given, **settings)
+    per_token = {"return_per_token": True} if op is linear_policy_loss else {}
+    out = op(**given, **per_token, **settings)
     return out, torch.autograd.grad(out.loss, leaves_of(given))
 
 
@@ -204,13 +206,17 @@ def test_what_tokens_without_loss_hold_does_not_matter(backend):
 def test_tells_what_was_computed(backend):
     """Log-probabilities to the bit as linear_logprobs gives them, detached, and the certificate."""
     given = batch(spread=30.0)
-    out = linear_policy_loss(**given, backend=backend, backward="sparse")
-    alone = linear_logprobs(given["hidden"], given["weight"], given["labels"], backend=backend, backward="sparse")
+    settings = {"backend": backend, "backward": "sparse"}
+    out = linear_policy_loss(**given, **settings, return_per_token=True)
+    arguments = given["hidden"], given["weight"], given["labels"]
+    alone = linear_logprobs(*arguments, **settings, return_certificate=True)
     assert torch.equal(out.logprobs, alone.logprobs)
     assert torch.equal(out.entropy, alone.entropy)
-    assert torch.equal(out.certificate.entries, alone.certificate.entries)
+    assert torch.equal(out.certificate.num_entries, alone.certificate.num_entries)
     assert not any(x.requires_grad for x in (out.logprobs, out.entropy, *out.certificate))
-    assert linear_policy_loss(**given, backend=backend, backward="cache").certificate.kept_share == 1
+    cached = linear_policy_loss(**given, backend=backend, backward="cache", return_per_token=True)
+    assert cached.certificate.cached_share == 1
+    assert type(linear_policy_loss(**given)) is PolicyLossOutput
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -222,9 +228,9 @@ def test_frozen_parts_get_no_gradient_and_nothing_is_kept_for_none(backend):
     _, (want, _) = results(linear_policy_loss, given, backend=backend)
     torch.testing.assert_close(dh, want)
     with torch.no_grad():
-        out = linear_policy_loss(**given, backend=backend, backward="cache")
+        out = linear_policy_loss(**given, backend=backend, backward="cache", return_per_token=True)
     assert not out.loss.requires_grad
-    assert out.certificate.kept_share == 0
+    assert out.certificate.cached_share == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -275,7 +281,7 @@ def test_entropies_of_linear_logprobs_do_not_decide_for_it():
     out = linear_logprobs(given["hidden"], given["weight"], given["labels"])
     with pytest.warns(UserWarning, match="for nothing"):
         (out.logprobs.sum() + out.entropy.sum()).backward()
-    assert linear_policy_loss(**given).certificate.kept_share == 1
+    assert linear_policy_loss(**given, return_per_token=True).certificate.cached_share == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -325,8 +331,8 @@ def test_micro_batches_add_up_to_the_update():
 def test_autocast_rounds_inputs_and_not_logits(dtype):
     given = batch()
     with torch.autocast(DEVICE, dtype=dtype):
-        out = linear_policy_loss(**given)
-        defined = linear_policy_loss(**given, backend="reference")
+        out = linear_policy_loss(**given, return_per_token=True)
+        defined = linear_policy_loss(**given, backend="reference", return_per_token=True)
     torch.testing.assert_close(out.logprobs, defined.logprobs, rtol=1e-5, atol=1e-5)
     grads = torch.autograd.grad(out.loss, leaves_of(given))
     rounded = {**given, **{name: given[name].detach().to(dtype).requires_grad_() for name in ("hidden", "weight")}}
@@ -374,20 +380,41 @@ def test_registration(backend, needs):
     given = batch(parts=True)
     u, b = given["adapter"]
     pairs = [given["hidden"].detach(), u.detach()], [given["weight"].detach(), b.detach()]
-    arguments = (
-        *pairs, given["bias"].detach(), given["labels"], torch.ones_like(given["old_logprobs"]), 2.0, IGNORED, "cache",
-        None, 1000, 1e-4, 8, "", backend, needs, given["old_logprobs"], given["advantages"], given["mask"],
-        given["cu_seqlens"], None, given["ref_logprobs"], given["rollout_logprobs"], False, "sequence_mean", 0.2, 0.2,
-        None, "token-mean", 0.1, "k3", "none", 2.0,
-    )  # fmt: skip
-    torch.library.opcheck(module._linear_policy_loss, arguments, test_utils=("test_schema", "test_faketensor"))
+    names = ("old_logprobs", "advantages", "mask", "cu_seqlens", "normalizer", "ref_logprobs", "rollout_logprobs")
+    temperature = torch.ones_like(given["old_logprobs"])
+    tensors = *pairs, given["bias"].detach(), given["labels"], temperature, *map(given.get, names)
+    settings = {
+        "softcap": 2.0,
+        "ignore_index": IGNORED,
+        "backward": "cache",
+        "auto_key": "",
+        "logits_budget_bytes": None,
+        "chunk_bytes": 1000,
+        "mass_tolerance": 1e-4,
+        "max_entries": 8,
+        "group": "",
+        "backend": backend,
+        "needs": needs,
+        "per_token": False,
+        "ratio_level": "sequence_mean",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "dual_clip": None,
+        "aggregation": "token-mean",
+        "kl_coef": 0.1,
+        "kl_estimator": "k3",
+        "rollout_correction": "none",
+        "rollout_cap": 2.0,
+    }
+    operation = module.linear_policy_loss
+    torch.library.opcheck(operation, tensors, settings, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_says_how_it_goes_about_it(caplog):
     given = batch(lengths=(100, 120, 300))
     with caplog.at_level(logging.DEBUG, logger="sppo_kernels"):
         linear_policy_loss(**given, ratio_level="sequence_mean", backward="cache", **SMALL_CHUNKS)
-    assert caplog.messages[0] == "416 of 520 tokens bear loss, in 2 blocks (cache)"
+    assert caplog.messages[0] == "416 of 520 tokens have a loss, in 2 blocks (cache)"
 
 
 @pytest.mark.parametrize(
@@ -397,7 +424,7 @@ def test_says_how_it_goes_about_it(caplog):
         ({"labels": torch.full((17,), 41)}, ValueError, r"labels must be in \[0, 41\)"),
         ({"old_logprobs": torch.zeros(16)}, ValueError, r"old_logprobs must be of shape \(17,\)"),
         ({"old_logprobs": None}, TypeError, "old_logprobs must be a torch.Tensor, got None"),
-        ({"advantages": torch.zeros(4)}, ValueError, r"advantages must be of shape \(5,\), one a sequence"),
+        ({"advantages": torch.zeros(4)}, ValueError, r"advantages must be of shape \(5,\), one per sequence"),
         ({"cu_seqlens": None}, TypeError, "cu_seqlens must be a torch.Tensor, got None"),
         ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, "cu_seqlens must be int32"),
         ({"cu_seqlens": torch.tensor([0, 3, 3, 4, 13, 16]).int()}, ValueError, "rising from 0 to .* tokens, 17"),

@@ -12,7 +12,9 @@ pytest.importorskip("triton")
 from against_float64 import DEVICE, FLOOR, assert_close_to_float64, randint, randn
 from fake_cuda import Products
 
-from sppo_kernels import _backend, _head, linear_logprobs, reference
+from sppo_kernels import LogprobOutput, _backend, linear_logprobs, reference
+from sppo_kernels.ops.linear_logprobs.lm_head import LMHead
+from sppo_kernels.ops.linear_logprobs.matmul import Projection, row_stride
 
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU all tests multiply so"),
@@ -30,7 +32,7 @@ PRODUCTS_FLOOR = {**FLOOR, torch.float16: 4.0, torch.bfloat16: 4.0}
 def products(monkeypatch):
     """All projections are mixed, whatever the device."""
     mixed = property(lambda self: True, lambda self, value: None)
-    monkeypatch.setattr(_head.Projection, "mixed", mixed, raising=False)
+    monkeypatch.setattr(Projection, "mixed", mixed, raising=False)
     return Products(monkeypatch)
 
 
@@ -49,7 +51,7 @@ def inputs(n, dtype, bias, adapter, spread):
     return given
 
 
-PART = {"backward": "cache", "logits_budget_bytes": _head.row_stride(VOCAB) * 2 * 50}  # E of 50 tokens
+PART = {"backward": "cache", "logits_budget_bytes": row_stride(VOCAB) * 2 * 50}  # E of 50 tokens
 SPARSE = {"backward": "sparse", "max_entries": 32}
 CASES = {
     "recompute bf16, entropies": (torch.bfloat16, True, True, None, {"backward": "recompute"}),
@@ -74,12 +76,13 @@ def test_agrees_with_float64(products, monkeypatch, backend, dtype, bias, adapte
     n, certificates = TOKENS, []
     if backend == "triton" and not (bias and adapter and settings is PART):
         n = FEW
-        monkeypatch.setattr(_head.Head, "block", lambda self, vocab=None: FEW_A_BLOCK)
+        monkeypatch.setattr(LMHead, "block_size", lambda self, vocab=None: FEW_A_BLOCK)
 
     def op(*, u=None, b=None, **given):
-        out = linear_logprobs(**given, adapter=None if u is None else (u, b), **settings, chunk_bytes=1)
+        adapter = None if u is None else (u, b)
+        out = linear_logprobs(**given, adapter=adapter, **settings, chunk_bytes=1, return_certificate=True)
         certificates.append(out.certificate)
-        return out
+        return LogprobOutput(out.logprobs, out.entropy)
 
     def definition(*, u=None, b=None, **given):
         return reference.linear_logprobs(**given, adapter=None if u is None else (u, b))

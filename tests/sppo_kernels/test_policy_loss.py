@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from sppo_kernels import policy_loss, reference
-from sppo_kernels.ops.policy_loss import METRICS, _policy_loss
+from sppo_kernels.ops.policy_loss import METRICS, op
+from sppo_kernels.ops.policy_loss.settings import Settings
 
 LEVELS = ["token", "sequence_mean", "sequence_sum"]
 AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
@@ -541,25 +542,35 @@ def test_reference_is_its_own_derivative(level):
 
 def op_arguments(backend, tensors, mask=None, normalizer=None, level="token"):
     names = ("logprobs", "old_logprobs", "advantages")
-    return (
+    tensors = (
         *(tensors[k] for k in names),
         mask,
         tensors["cu_seqlens"],
         normalizer,
         tensors["ref_logprobs"],
         tensors["rollout_logprobs"],
-        False,
-        *(level, 0.2, 0.2, 3.0, "token-mean", 0.1, "k3", "sequence_truncate", 2.0, backend),
     )
+    settings = Settings(
+        ratio_level=level,
+        clip_low=0.2,
+        clip_high=0.2,
+        dual_clip=3.0,
+        aggregation="token-mean",
+        kl_coef=0.1,
+        kl_estimator="k3",
+        rollout_correction="sequence_truncate",
+        rollout_cap=2.0,
+    )
+    return tensors, {**settings._asdict(), "per_token": False, "backend": backend}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_registration(backend, dtype):
     tensors = packed([3, 0, 2], dtype)
-    torch.library.opcheck(_policy_loss, op_arguments(backend, tensors))
+    torch.library.opcheck(op.policy_loss, *op_arguments(backend, tensors))
     extra = {"mask": randint(0, 2, 5), "normalizer": torch.tensor(4.0, device=DEVICE)}
-    torch.library.opcheck(_policy_loss, op_arguments(backend, tensors, **extra, level="sequence_sum"))
+    torch.library.opcheck(op.policy_loss, *op_arguments(backend, tensors, **extra, level="sequence_sum"))
 
 
 @pytest.mark.parametrize("layout", [as_packed, as_padded])
@@ -690,7 +701,7 @@ def test_one_launch_and_no_host_sync():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     kernels = [e.name for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert sum(name == "_kernel" for name in kernels) == 1, kernels
+    assert sum(name == "policy_loss_fwd_bwd_kernel" for name in kernels) == 1, kernels
     assert len([name for name in kernels if not name.startswith("Mem")]) <= 2, kernels  # ours, and a counter set to 0
 
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from sppo_kernels import prompt_value_logits, prompt_value_loss, reference
-from sppo_kernels.ops import prompt_value as module
+from sppo_kernels.ops.prompt_value import op
 
 
 def inputs(prompts, tokens, width, dtype=torch.float32, bias=True, padded=False):
@@ -245,11 +245,12 @@ def test_reference_is_its_own_derivative():
 def test_registration(backend):
     tensors = inputs(3, 5, 4, torch.bfloat16, padded=True)
     hidden, weight, bias, index = tensors.values()
-    torch.library.opcheck(module._prompt_value_logits, (hidden, weight, bias, index, backend))
-    arguments = (index, torch.rand(3).to(DEVICE), torch.tensor(3.0, device=DEVICE), backend)
-    torch.library.opcheck(module._prompt_value_loss, (hidden, weight, bias, *arguments))
-    for op in (module._grad_hidden, module._grad_weight):
-        torch.library.opcheck(op, (randn(3), hidden.detach(), weight.detach(), index, backend))
+    settings = {"backend": backend}
+    torch.library.opcheck(op.prompt_value_logits, (hidden, weight, bias, index), settings)
+    arguments = (index, torch.rand(3).to(DEVICE), torch.tensor(3.0, device=DEVICE))
+    torch.library.opcheck(op.prompt_value_loss, (hidden, weight, bias, *arguments), settings)
+    for gradient in (op._grad_hidden, op._grad_weight):
+        torch.library.opcheck(gradient, (randn(3), hidden.detach(), weight.detach(), index), settings)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -354,7 +355,7 @@ def test_one_launch_and_no_host_sync():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     kernels = [e.name for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert sum(name == "_forward_kernel" for name in kernels) == 1, kernels
+    assert sum(name == "prompt_value_fwd_kernel" for name in kernels) == 1, kernels
 
 
 @pytest.mark.gpu

@@ -260,10 +260,11 @@ def test_reference_is_its_own_derivative():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_registration(backend):
     logits, labels, tau = randn(2, 3, 5, grad=True), randint(0, 5, 6), torch.ones(6, device=DEVICE)
-    torch.library.opcheck(_selective_logprobs, (logits, labels, tau, 2.0, IGNORED, backend))
-    _, entropy, stats = _selective_logprobs(logits.detach(), labels, tau, 2.0, IGNORED, backend)
-    grads = (randn(6), randn(6), logits.detach(), labels, tau, entropy, stats, 2.0, IGNORED, backend)
-    torch.library.opcheck(_selective_logprobs_backward, grads)
+    settings = {"softcap": 2.0, "ignore_index": IGNORED, "backend": backend}
+    torch.library.opcheck(_selective_logprobs, (logits, labels, tau), settings)
+    _, entropy, row_stats = _selective_logprobs(logits.detach(), labels, tau, **settings)
+    tensors = (randn(6), randn(6), logits.detach(), labels, tau, entropy, row_stats)
+    torch.library.opcheck(_selective_logprobs_backward, tensors, settings)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

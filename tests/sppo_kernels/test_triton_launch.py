@@ -35,7 +35,7 @@ class Recorder:
         self.current = before
 
     def __getitem__(self, grid):
-        return lambda *arguments, **settings: self.launches.append((self.current, grid, arguments, settings))
+        return lambda **arguments: self.launches.append((self.current, grid, arguments))
 
 
 def test_launch_makes_the_device_of_the_tensors_current(monkeypatch):
@@ -43,14 +43,15 @@ def test_launch_makes_the_device_of_the_tensors_current(monkeypatch):
     without_context(monkeypatch)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(4, device="cuda:1")
-    launch(kernel, (3,), None, x, 7, BLOCK=8)
-    assert kernel.launches == [(torch.device("cuda:1"), (3,), (None, x, 7), {"BLOCK": 8})]
+    launch(kernel, (3,), mask_ptr=None, x_ptr=x, N=7, BLOCK=8)
+    arguments = {"mask_ptr": None, "x_ptr": x, "N": 7, "BLOCK": 8}
+    assert kernel.launches == [(torch.device("cuda:1"), (3,), arguments)]
     assert kernel.current == torch.device("cuda:0")
 
 
 def test_launch_on_a_cpu_needs_no_guard(monkeypatch):
     kernel = Recorder(monkeypatch)
-    launch(kernel, (1,), torch.zeros(2))
+    launch(kernel, (1,), x_ptr=torch.zeros(2))
     assert len(kernel.launches) == 1
 
 

@@ -104,7 +104,7 @@ def test_same_bits_every_run_float32_and_no_gradient(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_registration_compile_and_fake_tensors(backend):
     tensors = (randn(5, 2).t(), randint(0, 2, 2, 5).bool())
-    torch.library.opcheck(_whiten, (*tensors, backend))
+    torch.library.opcheck(_whiten, tensors, {"backend": backend})
     run = lambda x, m: whiten(x, m, backend=backend)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*tensors), run(*tensors))

@@ -117,10 +117,16 @@ def check_auto_agrees():
     shares = []
     for _ in range(3):
         out = linear_logprobs(
-            hidden, weight.requires_grad_(), torch.arange(64), max_entries=2, group=dist.group.WORLD, chunk_bytes=1
+            hidden,
+            weight.requires_grad_(),
+            torch.arange(64),
+            max_entries=2,
+            group=dist.group.WORLD,
+            chunk_bytes=1,
+            return_certificate=True,
         )
         out.logprobs.sum().backward()
-        shares.append(torch.stack([out.certificate.sparse_share, out.certificate.kept_share]))
+        shares.append(torch.stack([out.certificate.sparse_share, out.certificate.cached_share]))
     assert shares[0].tolist() == [0, 1]
     assert shares[-1][0] == 1
     others = [torch.empty_like(torch.stack(shares)) for _ in range(world)]

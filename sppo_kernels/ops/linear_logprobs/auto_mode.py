@@ -1,0 +1,106 @@
+"""The memory of ``backward="auto"``: how peaked the distributions of earlier calls were.
+
+A token whose logit gradient fits in a few entries takes one pass over the vocabulary. Any other takes 1 + 1 + g: g for
+the gradients of hidden and weight, and the logits again. If half of the tokens are of the second kind that makes
+1 + (1 + g) / 2, which never exceeds the 1 + g of the dense cache: from there on sparse no longer pays. Sparse begins at
+a third and ends at a half, so that a share that moves between the two does not change the mode, and with it the last
+bits, every few calls.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import vocab_parallel
+
+ENTER, LEAVE = 1 / 3, 1 / 2  # share of the tokens that need the dense path
+PROBE_EVERY = 16  # without sparse selection, it is tried on one of so many rows
+MIN_VOCAB_PER_ENTRY = 8  # with a smaller vocabulary a dense row costs next to nothing
+
+_numbers = itertools.count()
+_instances: weakref.WeakValueDictionary[str, AutoBackward] = weakref.WeakValueDictionary()
+_defaults: dict[tuple[object, ...], AutoBackward] = {}
+
+
+class AutoBackward:
+    """Chooses between "cache" and "sparse" for each call of ``linear_logprobs(..., backward=auto)``.
+
+    It remembers how peaked the distributions of the calls so far were, so gradients differ in their last bits from
+    call to call where the choice changes. One object serves one output embedding; use one per model, or per stream of
+    calls that should not influence each other. ``backward="auto"`` uses a default one per shape, dtype and device of
+    the weight, for the life of the process (see ``reset_defaults``).
+
+    The sums are kept on the device until they are read, which the next call does.
+    """
+
+    def __init__(self) -> None:
+        self.key = f"auto-{next(_numbers)}"  # names the object in the registered operation, which takes no objects
+        _instances[self.key] = self
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all calls."""
+        self._sparse = self._logits = False
+        self._num_dense: Tensor | None = None  # how many of the tokens seen need the dense path
+        self._num_seen = 0
+        self._entropy_share: Tensor | None = None  # share of the tokens with gradients whose entropy had one
+
+    def use_sparse(self) -> bool:
+        """Return whether the call that begins should select sparse entries. Waits for the previous call."""
+        if _is_recomputation():
+            return self._sparse
+        num_dense, num_seen = self._num_dense, self._num_seen
+        self._num_dense, self._num_seen = None, 0
+        if num_dense is not None:
+            self._sparse = float(num_dense) <= (LEAVE if self._sparse else ENTER) * num_seen
+        return self._sparse
+
+    def needs_logits(self) -> bool:
+        """Return whether most entropies had gradients in the last call, for which anything cached is useless."""
+        if self._entropy_share is not None and not _is_recomputation():
+            self._logits = float(self._entropy_share) > 1 / 2
+            self._entropy_share = None
+        return self._logits
+
+    def record(self, num_dense: Tensor, num_seen: int, group: str) -> None:
+        """Record that ``num_dense`` (0-d) of ``num_seen`` tokens need the dense path.
+
+        With ``group`` the largest count of any rank is recorded, so that all ranks decide alike.
+        """
+        if group:
+            num_dense = vocab_parallel.all_reduce(num_dense, group, dist.ReduceOp.MAX)
+        self._num_dense = num_dense if self._num_dense is None else self._num_dense + num_dense
+        self._num_seen += num_seen
+
+    def record_entropies(self, has_entropy_grad: Tensor, has_grad: Tensor) -> None:
+        """Record the share of tokens with a gradient whose entropy has one. Both arguments are boolean masks."""
+        self._entropy_share = has_entropy_grad.sum() / has_grad.sum().clamp(min=1)
+
+
+def find(key: str, weight: Tensor) -> AutoBackward | None:
+    """Return the object with this key, or None if it is gone; for "" the default of this weight.
+
+    Defaults go by shape, dtype and device, since a parameter is another tensor under autocast and after each gathering
+    of its shards.
+    """
+    if key:
+        return _instances.get(key)
+    identity = (weight.device, weight.dtype, *weight.shape)
+    if identity not in _defaults:
+        _defaults[identity] = AutoBackward()
+    return _defaults[identity]
+
+
+def reset_defaults() -> None:
+    """Discard the default of every weight."""
+    _defaults.clear()
+
+
+def _is_recomputation() -> bool:
+    """Return whether autograd is running: a checkpointed module's second forward must decide as the first did."""
+    return torch._C._current_graph_task_id() != -1

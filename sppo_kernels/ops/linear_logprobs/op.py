@@ -1,0 +1,301 @@
+"""Registered operations of linear_logprobs: forward, backward, fake implementations, gradients and FLOP formulas."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch.utils.flop_counter import register_flop_formula
+
+from ..._backend import NAMESPACE, OPS
+from ..selective_logprobs import check_label_and_temperature_values
+from . import auto_mode, indexing, vocab_parallel
+from .cache import CachedLogitGrads, plan_cache
+from .lm_head import LMHead, SavedForBackward, TokenResults
+from .matmul import row_stride
+from .output import RECOMPUTED, ForwardOutput
+
+_log = logging.getLogger(__name__)
+
+
+def forward(
+    hiddens: list[Tensor],
+    weights: list[Tensor],
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor,
+    *,
+    softcap: float,
+    ignore_index: int,
+    backward: str,
+    auto_key: str,
+    logits_budget_bytes: int | None,
+    chunk_bytes: int,
+    mass_tolerance: float,
+    max_entries: int,
+    group: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the fields of ForwardOutput. Arguments are those of ``Arguments``."""
+    vocab = weights[0].shape[0]
+    shards = vocab_parallel.sizes(group, vocab, labels.device)
+    check_label_and_temperature_values(labels, temperature, sum(shards), ignore_index)
+    first_row = labels.new_full((1,), vocab_parallel.first_row(group, shards))
+    head = LMHead(
+        hiddens=hiddens,
+        weights=weights,
+        bias=bias,
+        labels=labels,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        chunk_bytes=chunk_bytes,
+        group=group,
+        backend=backend,
+        first_row=first_row,
+    )
+    tokens = indexing.nonzero_indices(head.loss_mask)
+    plan = plan_cache(
+        weight=weights[0],
+        backward=backward,
+        monitor=auto_mode.find(auto_key, weights[0]) if backward == "auto" else None,
+        logits_budget_bytes=logits_budget_bytes,
+        num_tokens=len(tokens),
+        mass_tolerance=mass_tolerance,
+        max_entries=max_entries,
+        shards=shards,
+        entropies=True,
+    )
+    kept = f"up to {max_entries} sparse entries per token" if plan.sparse else f"{plan.num_dense} dense logit gradients"
+    _log.debug("forward: %d of %d tokens have a loss, keeping %s (%s)", len(tokens), len(labels), kept, backward)
+    results = TokenResults.zeros(len(labels), labels.device)
+    cached = head.forward(tokens, results, plan, shards)
+    num_entries, dropped_mass = results.num_entries.clone(), results.dropped_mass
+    if group and plan.sparse:
+        num_entries, dropped_mass = reduce_certificate(group, results.num_entries, results.dropped_mass)
+    return ForwardOutput(
+        logprobs=results.logprobs,
+        entropy=results.entropy,
+        row_stats=results.row_stats,
+        dropped_mass=dropped_mass,
+        num_entries=num_entries,
+        cached_grads=cached.dense,
+        sparse_index=cached.sparse_index,
+        sparse_value=cached.sparse_value,
+        local_num_entries=results.num_entries,
+        first_row=first_row,
+    )
+
+
+def reduce_certificate(group: str, num_entries: Tensor, dropped_mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum entries and dropped mass over the ranks.
+
+    A token on the dense path on any rank counts as such, though others may have dropped a part of it.
+    """
+    sums = torch.stack([num_entries.clamp(min=0).float(), (num_entries < 0).float(), dropped_mass])
+    total, dense, dropped_mass = vocab_parallel.all_reduce(sums, group)
+    return torch.where(dense > 0, RECOMPUTED, total.int()), dropped_mass
+
+
+linear_logprobs = torch.library.custom_op(f"{NAMESPACE}::linear_logprobs", forward, mutates_args=())
+
+
+@linear_logprobs.register_fake
+def _(hiddens, weights, bias, labels, temperature, *, backward, max_entries, **settings):
+    n = labels.shape[0]
+    num_dense = _size_known_at_run_time(at_most=n) if backward in ("cache", "auto") else 0
+    sparse = _size_known_at_run_time(at_most=n) if backward in ("sparse", "auto") else 0
+
+    def new(*shape, dtype=torch.float32):
+        return labels.new_empty(shape, dtype=dtype)
+
+    return ForwardOutput(
+        logprobs=new(n),
+        entropy=new(n),
+        row_stats=new(2, n),
+        dropped_mass=new(n),
+        num_entries=new(n, dtype=torch.int32),
+        cached_grads=weights[0].new_empty(num_dense, row_stride(len(weights[0]))),
+        sparse_index=new(sparse, max_entries, dtype=torch.int32),
+        sparse_value=new(sparse, max_entries),
+        local_num_entries=new(n, dtype=torch.int32),
+        first_row=labels.new_empty(1),
+    )
+
+
+def _size_known_at_run_time(at_most: int):
+    try:
+        return torch.library.get_ctx().new_dynamic_size()
+    except (DynamicOutputShapeException, RuntimeError):  # fake tensors without symbolic sizes; meta tensors
+        return at_most
+
+
+def backward_pass(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    hiddens: list[Tensor],
+    weights: list[Tensor],
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor,
+    entropy: Tensor,
+    row_stats: Tensor,
+    cached_grads: Tensor,
+    sparse_index: Tensor,
+    sparse_value: Tensor,
+    local_num_entries: Tensor,
+    first_row: Tensor,
+    *,
+    needs: list[bool],
+    softcap: float,
+    ignore_index: int,
+    backward: str,
+    auto_key: str,
+    chunk_bytes: int,
+    group: str,
+    backend: str,
+) -> list[Tensor]:
+    """Compute the gradients of hiddens, weights and bias, in this order; an empty tensor for one not needed."""
+    head = LMHead(
+        hiddens=hiddens,
+        weights=weights,
+        bias=bias,
+        labels=labels,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        chunk_bytes=chunk_bytes,
+        group=group,
+        backend=backend,
+        first_row=first_row,
+    )
+    tokens = indexing.nonzero_indices(head.loss_mask)
+    has_entropy_grad = head.loss_mask & (grad_entropy != 0)
+    has_grad = head.loss_mask & (grad_logprobs != 0) | has_entropy_grad
+    monitor = auto_mode.find(auto_key, weights[0]) if backward == "auto" else None
+    if monitor is not None:
+        monitor.record_entropies(has_entropy_grad, has_grad)
+    accumulator = head.accumulator(needs, torch.float32 if group else weights[0].dtype)
+    upstream = torch.maximum(grad_logprobs.abs(), grad_entropy.abs()) / temperature
+    scale = accumulator.rescale(torch.where(has_grad, upstream, 0.0))
+    num_served = head.backward(
+        tokens,
+        accumulator=accumulator,
+        cached=CachedLogitGrads(cached_grads, sparse_index, sparse_value),
+        saved=SavedForBackward(entropy=entropy, row_stats=row_stats, num_entries=local_num_entries),
+        grad_logprobs=grad_logprobs / scale,
+        grad_entropy=grad_entropy / scale,
+    )
+    if len(cached_grads) and not num_served and has_grad[tokens[: len(cached_grads)]].any():
+        warnings.warn(
+            f"linear_logprobs cached {cached_grads.nbytes} bytes for nothing: the entropies have gradients, for which "
+            "the logits are computed again; pass backward='recompute'",
+            stacklevel=1,  # autograd's thread has no caller
+        )
+    return head.reduce_hidden_grads(accumulator.results(), needs)
+
+
+linear_logprobs_backward = torch.library.custom_op(
+    f"{NAMESPACE}::linear_logprobs_backward", backward_pass, mutates_args=()
+)
+
+
+@linear_logprobs_backward.register_fake
+def _(grad_logprobs, grad_entropy, hiddens, weights, bias, *tensors, needs, **settings):
+    inputs = (*hiddens, *weights, weights[0][:, 0] if bias is None else bias)
+    return [x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True)]
+
+
+_BACKWARD_SETTINGS = ("softcap", "ignore_index", "backward", "auto_key", "chunk_bytes", "group", "backend")
+
+
+def _save(ctx, inputs, keyword_only_inputs, output):
+    hiddens, weights, bias, labels, temperature = inputs
+    output = ForwardOutput(*output)
+    ctx.settings = {name: keyword_only_inputs[name] for name in _BACKWARD_SETTINGS}
+    ctx.num_pairs = len(hiddens)
+    ctx.set_materialize_grads(False)  # otherwise the cache would get a gradient of its size
+    saved = {
+        "bias": bias,
+        "labels": labels,
+        "temperature": temperature,
+        "entropy": output.entropy,
+        "row_stats": output.row_stats,
+        "cached_grads": output.cached_grads,
+        "sparse_index": output.sparse_index,
+        "sparse_value": output.sparse_value,
+        "local_num_entries": output.local_num_entries,
+        "first_row": output.first_row,
+    }
+    ctx.names = tuple(saved)
+    ctx.save_for_backward(*hiddens, *weights, *saved.values())
+
+
+def _grad(ctx, grad_logprobs, grad_entropy, *_):
+    n, saved = ctx.num_pairs, ctx.saved_tensors  # read once: activation checkpointing recomputes them then
+    others = dict(zip(ctx.names, saved[2 * n :], strict=True))
+    needs_hiddens, needs_weights, needs_bias, *_ = ctx.needs_input_grad
+    needs = [*needs_hiddens, *needs_weights, needs_bias]
+    zeros = torch.zeros_like(others["labels"], dtype=torch.float32)
+    grads = linear_logprobs_backward(
+        grad_logprobs=zeros if grad_logprobs is None else grad_logprobs,
+        grad_entropy=zeros if grad_entropy is None else grad_entropy,
+        hiddens=list(saved[:n]),
+        weights=list(saved[n : 2 * n]),
+        **others,
+        needs=needs,
+        **ctx.settings,
+    )
+    grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return grads[:n], grads[n:-1], grads[-1], None, None
+
+
+linear_logprobs.register_autograd(_grad, setup_context=_save)
+
+
+# FlopCounterMode does not see into a registered operation. These formulas count what the chunks multiply.
+
+
+@register_flop_formula(OPS.linear_logprobs, get_raw=True)
+def _forward_flops(hiddens, weights, bias, labels, temperature, *, ignore_index, **_) -> int:
+    return 2 * indexing.count(labels != ignore_index) * sum(weight.numel() for weight in weights)
+
+
+@register_flop_formula(OPS.linear_logprobs_backward, get_raw=True)
+def _backward_flops(
+    grad_logprobs,
+    grad_entropy,
+    hiddens,
+    weights,
+    bias,
+    labels,
+    temperature,
+    entropy,
+    row_stats,
+    cached_grads,
+    sparse_index,
+    sparse_value,
+    local_num_entries,
+    first_row,
+    *,
+    needs,
+    ignore_index,
+    **_,
+) -> int:
+    loss_mask = labels != ignore_index
+    has_grad = loss_mask & ((grad_logprobs != 0) | (grad_entropy != 0))
+    is_sparse = local_num_entries >= 0
+    is_kept = (loss_mask.cumsum(0) <= len(cached_grads)) | is_sparse
+    num_recomputed = indexing.count(
+        has_grad & ~(is_kept & (grad_entropy == 0)),
+        without_values=len(labels) - len(cached_grads) - len(sparse_index),
+    )
+    num_dense = indexing.count(
+        has_grad & ~(is_sparse & (grad_entropy == 0)), without_values=len(labels) - len(sparse_index)
+    )
+    sizes = [weight.numel() for weight in weights]
+    products = sum(size for size, need in zip((*sizes, *sizes), needs[:-1], strict=True) if need)
+    return 2 * (num_recomputed * sum(sizes) + num_dense * products)  # sparse entries are not worth counting

@@ -1,0 +1,73 @@
+"""Vocabulary parallelism: an output embedding split by rows over a process group.
+
+Every rank projects the same hidden states on its own rows, and computes log-sum-exp, entropy and, where it has it, the
+target logit over them. Two all-reduces per chunk of tokens combine these, of one and then four floats per token. One
+more at the end of backward sums the ranks' gradients of the hidden states. Nothing of the size of the vocabulary is
+communicated.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._row_kernels import RowResults
+
+
+def sizes(group: str, rows: int, device: torch.device) -> list[int]:
+    """Return how many rows each rank has; they may differ."""
+    if not group:
+        return [rows]
+    members = _members(group)
+    counts = torch.zeros(members.size(), dtype=torch.int64, device=device)
+    counts[members.rank()] = rows
+    return all_reduce(counts, group).tolist()
+
+
+def first_row(group: str, shards: list[int]) -> int:
+    """Return the number of the first row of this rank."""
+    return sum(shards[: _members(group).rank()]) if group else 0
+
+
+def local_labels(labels: Tensor, ignore_index: int, first_row: Tensor, rows: int) -> tuple[Tensor, int]:
+    """Return labels as row numbers of this shard, and the new ignore_index, -1.
+
+    A label on another rank becomes ``rows``.
+    """
+    local = labels - first_row
+    local = torch.where((local >= 0) & (local < rows), local, rows)
+    return torch.where(labels == ignore_index, -1, local), -1
+
+
+def combine(group: str, results: RowResults, *, is_local: Tensor) -> RowResults:
+    """Combine the results over each shard into those over the complete vocabulary.
+
+    Args:
+        group: name of the process group.
+        results: of C tokens over this shard's rows.
+        is_local: ``[C]``, whether a token's label is one of this shard's rows.
+    """
+    logprobs, entropy, (maximum, log_sum) = results
+    top = all_reduce(maximum.clone(), group, dist.ReduceOp.MAX)
+    # exp(z - top) summed over the shard, and times (z - top): mean z - m is log_sum - entropy. A shard in which all
+    # logits are -inf has neither a maximum nor a mean.
+    share = torch.where(maximum == float("-inf"), 0.0, (maximum - top + log_sum).exp())
+    weighted = torch.where(share > 0, share * (log_sum - entropy + maximum - top), 0.0)
+    target = torch.where(is_local, logprobs + log_sum + (maximum - top), 0.0)
+    sums = torch.stack([share, weighted, target, is_local.float()])
+    share, weighted, target, owners = all_reduce(sums, group)
+    log_total = share.log()
+    # A label that no shard has becomes NaN, as without a group.
+    logprobs = torch.where(owners > 0, target - log_total, float("nan"))
+    return RowResults(logprobs, log_total - weighted / share, torch.stack([top, log_total]))
+
+
+def all_reduce(x: Tensor, group: str, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce ``x`` over the ranks in place, by default to the sum."""
+    dist.all_reduce(x, operation, group=_members(group))
+    return x
+
+
+def _members(group: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]

@@ -1,0 +1,249 @@
+"""Registered operation of linear_policy_loss: forward with its gradients, fake implementation and FLOP formula."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..._backend import NAMESPACE, OPS
+from ..linear_logprobs import auto_mode, indexing, vocab_parallel
+from ..linear_logprobs.cache import plan_cache
+from ..linear_logprobs.lm_head import LMHead, SavedForBackward, TokenResults
+from ..linear_logprobs.op import reduce_certificate
+from ..linear_logprobs.output import RECOMPUTED
+from ..policy_loss.op import BACKENDS
+from ..policy_loss.output import METRICS, LossAndGradient
+from ..policy_loss.settings import Settings, check_values
+from ..selective_logprobs import check_label_and_temperature_values
+
+_log = logging.getLogger(__name__)
+
+
+class ForwardOutput(NamedTuple):
+    """Output of the registered operation."""
+
+    loss: Tensor  # []
+    metrics: Tensor  # [len(METRICS)]
+    logprobs: Tensor  # [N]
+    entropy: Tensor  # [N]
+    dropped_mass: Tensor  # [N]
+    num_entries: Tensor  # [N] int32
+    coefficients: Tensor  # [N], d loss / d logprobs
+    grads: list[Tensor]  # of hiddens, weights and bias; an empty tensor for one that is not needed
+
+
+def forward(
+    hiddens: list[Tensor],
+    weights: list[Tensor],
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    normalizer: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    *,
+    softcap: float,
+    ignore_index: int,
+    backward: str,
+    auto_key: str,
+    logits_budget_bytes: int | None,
+    chunk_bytes: int,
+    mass_tolerance: float,
+    max_entries: int,
+    group: str,
+    backend: str,
+    needs: list[bool],
+    per_token: bool,
+    ratio_level: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    aggregation: str,
+    kl_coef: float,
+    kl_estimator: str,
+    rollout_correction: str,
+    rollout_cap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """Compute the fields of ForwardOutput from the fields of Arguments and Settings."""
+    shards = vocab_parallel.sizes(group, weights[0].shape[0], labels.device)
+    check_values(cu_seqlens, normalizer, labels.shape[0])
+    loss_mask = labels != ignore_index if mask is None else (labels != ignore_index) & (mask != 0)
+    labels = torch.where(loss_mask, labels, ignore_index)
+    check_label_and_temperature_values(labels, temperature, sum(shards), ignore_index)
+    head = LMHead(
+        hiddens=hiddens,
+        weights=weights,
+        bias=bias,
+        labels=labels,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        chunk_bytes=chunk_bytes,
+        group=group,
+        backend=backend,
+        first_row=labels.new_full((1,), vocab_parallel.first_row(group, shards)),
+    )
+    settings = Settings(
+        ratio_level=ratio_level,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        aggregation=aggregation,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        rollout_correction=rollout_correction,
+        rollout_cap=rollout_cap,
+    )
+
+    def loss_of(logprobs: Tensor) -> LossAndGradient:
+        return BACKENDS[backend](
+            logprobs=logprobs,
+            old_logprobs=old_logprobs,
+            advantages=advantages,
+            mask=loss_mask,
+            cu_seqlens=cu_seqlens,
+            normalizer=normalizer,
+            ref_logprobs=ref_logprobs,
+            rollout_logprobs=rollout_logprobs,
+            per_token=per_token,
+            settings=settings,
+        )
+
+    results = TokenResults.zeros(len(labels), labels.device)
+    saved = SavedForBackward(entropy=results.entropy, row_stats=results.row_stats, num_entries=results.num_entries)
+    accumulator = head.accumulator(needs, torch.float32 if group else _grad_dtype(hiddens[0]))
+    logprobs, coefficients = old_logprobs.float(), torch.zeros_like(results.logprobs)
+    logprobs = logprobs.clone() if logprobs is old_logprobs else logprobs
+    no_grad = torch.zeros_like(coefficients)
+    tokens = indexing.nonzero_indices(loss_mask)
+    block_size = head.block_size(max(shards)) if any(needs) else len(tokens)
+    blocks = _blocks(tokens, cu_seqlens if settings.sequence_level else None, block_size)
+    plan = plan_cache(
+        weight=weights[0],
+        backward=backward,
+        monitor=auto_mode.find(auto_key, weights[0]) if backward == "auto" else None,
+        logits_budget_bytes=logits_budget_bytes,
+        num_tokens=max(map(len, blocks), default=0),
+        mass_tolerance=mass_tolerance,
+        max_entries=max_entries,
+        shards=shards,
+        entropies=False,
+    )
+    _log.debug("%d of %d tokens have a loss, in %d blocks (%s)", len(tokens), len(labels), len(blocks), backward)
+    for block in blocks:
+        cached = head.forward(block, results, plan._replace(num_dense=min(plan.num_dense, len(block))), shards)
+        logprobs[block] = results.logprobs[block]
+        if any(needs):
+            loss = loss_of(logprobs)
+            coefficients[block] = (loss.gradient * loss.scale)[block]
+            scale = accumulator.rescale(coefficients[block] / temperature[block])
+            head.backward(
+                block,
+                accumulator=accumulator,
+                cached=cached,
+                saved=saved,
+                grad_logprobs=coefficients / scale,
+                grad_entropy=no_grad,
+            )
+        del cached  # before the next block's
+    loss = loss_of(logprobs)
+    num_entries, dropped_mass = results.num_entries, results.dropped_mass
+    if group and plan.sparse:
+        num_entries, dropped_mass = reduce_certificate(group, num_entries, dropped_mass)
+    return ForwardOutput(
+        loss=loss.loss,
+        metrics=loss.metrics,
+        logprobs=results.logprobs,
+        entropy=results.entropy,
+        dropped_mass=dropped_mass,
+        num_entries=num_entries,
+        coefficients=coefficients,
+        grads=head.reduce_hidden_grads(accumulator.results(_grad_dtype), needs, _grad_dtype),
+    )
+
+
+def _grad_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a gradient waits for backward: a loss scale comes too late for float16 underflow."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+linear_policy_loss = torch.library.custom_op(f"{NAMESPACE}::linear_policy_loss", forward, mutates_args=())
+_NUM_TENSORS = 12
+
+
+@linear_policy_loss.register_fake
+def _(hiddens, weights, bias, labels, *tensors, needs, **settings):
+    n = labels.shape[0]
+
+    def new(*shape, dtype=torch.float32):
+        return labels.new_empty(shape, dtype=dtype)
+
+    inputs = (*hiddens, *weights, weights[0][:, 0] if bias is None else bias)
+    return ForwardOutput(
+        loss=new(),
+        metrics=new(len(METRICS)),
+        logprobs=new(n),
+        entropy=new(n),
+        dropped_mass=new(n),
+        num_entries=new(n, dtype=torch.int32),
+        coefficients=new(n),
+        grads=[new(*(x.shape if need else (0,)), dtype=_grad_dtype(x)) for x, need in zip(inputs, needs, strict=True)],
+    )
+
+
+def _save(ctx, inputs, keyword_only_inputs, output):
+    hiddens, weights, bias, *_ = inputs
+    ctx.num_pairs = len(hiddens)
+    ctx.dtypes = [None if x is None else x.dtype for x in (*hiddens, *weights, bias)]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*ForwardOutput(*output).grads)
+
+
+def _grad(ctx, grad_loss, *_):
+    if torch.is_grad_enabled():  # create_graph=True: the saved gradients are constants, their derivatives would be 0
+        raise RuntimeError("linear_policy_loss has no second derivative; for one, use backend='reference'")
+    n = ctx.num_pairs
+    needs_hiddens, needs_weights, needs_bias, *_ = ctx.needs_input_grad
+    needs = [*needs_hiddens, *needs_weights, needs_bias]
+    grads = [
+        (grad * grad_loss).to(dtype) if need and grad_loss is not None else None
+        for grad, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
+    ]
+    return grads[:n], grads[n:-1], grads[-1], *(None,) * (_NUM_TENSORS - 3)
+
+
+linear_policy_loss.register_autograd(_grad, setup_context=_save)
+
+
+@register_flop_formula(OPS.linear_policy_loss, get_raw=True)
+def _flops(hiddens, weights, *tensors: Any, needs, out_val: Any, **settings: Any) -> int:
+    """Count tokens with a loss forward and those with a coefficient backward, plus logits that are recomputed."""
+    output = ForwardOutput(*out_val)
+    sizes = [weight.numel() for weight in weights]
+    products = sum(size for size, need in zip((*sizes, *sizes), needs[:-1], strict=True) if need)
+    is_dense = (output.coefficients != 0) & (output.num_entries < 0)
+    num_projected = indexing.count(output.num_entries != 0)
+    num_recomputed = indexing.count(is_dense & (output.num_entries == RECOMPUTED))
+    return 2 * (num_projected + num_recomputed) * sum(sizes) + 2 * indexing.count(is_dense) * products
+
+
+def _blocks(tokens: Tensor, cu_seqlens: Tensor | None, size: int) -> Sequence[Tensor]:
+    """Split tokens into blocks of up to ``size``; with ``cu_seqlens`` of complete sequences, a longer one by itself."""
+    if cu_seqlens is None or not len(tokens):
+        return indexing.chunks(tokens, size)
+    ends = torch.searchsorted(tokens, cu_seqlens[1:].long()).tolist()
+    bounds = [0]
+    for end, following in zip(ends, [*ends[1:], None], strict=True):
+        if following is None or following - bounds[-1] > size:
+            bounds.append(end)
+    return [tokens[first:last] for first, last in pairwise(bounds) if last > first]
