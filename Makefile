@@ -36,10 +36,9 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every benchmark suite in its quick form, without a GPU, in under 10 minutes; bench-gpu is all that wants a GPU, in 15.
+# Every benchmark suite in its quick form, without a GPU, in under 10 minutes; bench-gpu is all that needs a GPU, in 15.
 bench: $(VENV)/ready
-	for suite in compile traffic flops memory sparse kernels learn algorithms step trl endurance roofline gpu report; do $(BIN)/python -m benchmarks $$suite --quick || exit 1; done
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-max-time=0.1 --benchmark-columns=median,iqr,rounds
+	for suite in $$($(BIN)/python -m benchmarks --list); do $(BIN)/python -m benchmarks $$suite --quick || exit 1; done
 
 bench-gpu: $(VENV)/ready
 	$(BIN)/python -m benchmarks gpu

@@ -1,4 +1,4 @@
-"""Many updates in one run: whether memory grows, and whether updates get slower.
+"""Memory and seconds per update over 500 updates: whether either grows.
 
 The quickstart's model is trained for 500 updates; after each one the resident memory of the process and the seconds
 that the update took are noted. The exit code is 1 when the median of the last fifth is more than 5% above that of the
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks import results
-from benchmarks.recipes import trainer_of
-from benchmarks.results import Row
+from benchmarks.harness import results
+from benchmarks.harness.recipe_trainer import build_quiet_trainer
+from benchmarks.harness.results import Row
+from benchmarks.harness.suite import Suite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ def train(updates: int, folder: Path) -> list[Row]:
     saved = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 2, "output_dir": folder}
     # Far from the rate that learns: the lengths of responses, and so the work, are to stay what they are.
     run = {"max_steps": updates, "learning_rate": 1e-6, "logging_steps": 10}
-    trainer = trainer_of("quickstart", {**saved, **run})
+    trainer = build_quiet_trainer("quickstart", {**saved, **run})
     trainer.add_callback(Watch())
     start = time.perf_counter()
     trainer.train()
@@ -126,3 +127,17 @@ def run(args: argparse.Namespace) -> int:
     draw(path.with_suffix(".png"), rows)
     said = ", ".join(f"{name} {by:.3f} times" for name, by in grown.items())
     return results.conclude(f"{len(rows)} updates, last fifth over second: {said}", failures, path)
+
+
+def table(folder: Path) -> str:
+    """Return one line for the run."""
+    return results.markdown([results.load(folder, "endurance")], COLUMNS)
+
+
+SUITE = Suite(
+    add_arguments,
+    run,
+    tables={"endurance": table},
+    draw=lambda path, report: draw(path, report["rows"]),
+    needs="the trainer",
+)

@@ -1,4 +1,4 @@
-"""Passes over the vocabulary that linear_logprobs takes, counted while it runs on a CPU, and those it is designed to.
+"""Passes over the vocabulary that linear_logprobs takes, counted on a CPU, compared with its design.
 
 A pass is one product of all tokens with the output embedding, 2 N H V operations: the forward needs one, the gradients
 of hidden and weight one each. They are counted twice over: by FlopCounterMode, which takes the operation's own word for
@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import operations, results
-from benchmarks.operations import IGNORED
-from benchmarks.results import Row
+from benchmarks.harness import operations, results
+from benchmarks.harness.operations import IGNORED
+from benchmarks.harness.results import Row
+from benchmarks.harness.suite import Suite
 from sppo_kernels import linear_logprobs, linear_policy_loss
 
 FULL, QUICK = (1536, 64, 4096), (384, 16, 128)  # tokens, hidden size, vocabulary
@@ -183,3 +184,6 @@ def run(args: argparse.Namespace) -> int:
         args.out / "flops.json", "flops", chart(rows), quick=args.quick, **names, failures=failures, rows=rows
     )
     return results.conclude(results.table(rows, COLUMNS), failures, args.out / "flops.json")
+
+
+SUITE = Suite(add_arguments, run, tables={"passes": results.table_of("flops", COLUMNS)}, draw=results.draw_bars(chart))

@@ -1,4 +1,4 @@
-"""All that a first run on a GPU is for, in one call of at most 6 minutes, the most valuable first.
+"""Run all GPU benchmarks in one command of at most 6 minutes, most important first.
 
     correctness      the compiled kernels against float64: times of wrong kernels say nothing
     headline         every operation beside its peers, at the sizes that the claims are about, without torch.compile
@@ -40,9 +40,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import claims, kernels, results, roofline
-from benchmarks.plans import POLICY
-from benchmarks.results import Row
+from benchmarks import kernels, roofline
+from benchmarks.harness import claims, results
+from benchmarks.harness.cases import POLICY
+from benchmarks.harness.results import Row
+from benchmarks.harness.suite import Suite
 
 ROOT = Path(__file__).parents[1]
 STARTING, SAVING = 10, 5  # seconds that this process itself takes, the latter of them at the end
@@ -326,3 +328,6 @@ def run(args: argparse.Namespace) -> int:
     name = results.device_name(results.this_device())
     print(f"{session.table()}\n\n{name}; {len(session.failures)} failures; written to {session.out}")
     return 1 if session.failures else 0
+
+
+SUITE = Suite(add_arguments, run, needs="a GPU, pytest, hypothesis; `--dry-run` needs no GPU")

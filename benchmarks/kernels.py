@@ -1,4 +1,4 @@
-"""Every operation against other ways to the same results, in one process and on the same tensors.
+"""Time, memory and error of every operation compared with PyTorch, TRL, Liger and cut-cross-entropy.
 
 First each way is checked: its outputs and gradients may stray from float64 four times as far as eager PyTorch in the
 same dtype does; in float32, gradients of which a few entries were kept ("sparse") up to a thousandth. One that strays
@@ -30,11 +30,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import checking, claims, results, timing
-from benchmarks.operations import IGNORED, OPERATIONS, Function, Operation, Problem, Work
-from benchmarks.peers import PEERS, Maker, Unavailable
-from benchmarks.plans import BARE, PLANS, Item, describe, head_of, item_of
-from benchmarks.results import Row
+from benchmarks.harness import checking, claims, results, timing
+from benchmarks.harness.cases import BARE, PLANS, Item, describe, head_of, item_of
+from benchmarks.harness.operations import IGNORED, OPERATIONS, Function, Operation, Problem, Work
+from benchmarks.harness.peers import PEERS, Maker, Unavailable
+from benchmarks.harness.results import Row
+from benchmarks.harness.suite import Suite
 from sppo_kernels import _backend, tuning
 
 OURS = "ours"
@@ -101,7 +102,7 @@ def bare_products(problem: Problem) -> dict[str, Callable[[], object]]:
 # The suite
 
 
-class Suite:
+class KernelComparison:
     """Measures one item after another, and saves after each."""
 
     def __init__(
@@ -370,8 +371,34 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=UserWarning)
     items = [item for item in PLANS[plan] if not args.only or item.operation in args.only]
     seconds = 0.05 if plan in ("quick", "dry") else args.seconds
-    suite = Suite(items, device, seconds, args.without, args.out / f"kernels-{plan}.json")
+    suite = KernelComparison(items, device, seconds, args.without, args.out / f"kernels-{plan}.json")
     suite.run()
     print(f"{suite.table()}\n\n{suite.about()}")
     print(f"{len(suite.failures)} failures; written to {suite.path}")
     return 1 if suite.failures else 0
+
+
+def published_table(folder: Path) -> str:
+    """Return a table for each operation at each size, and the judged claims."""
+    texts = []
+    for report in results.load_all(folder, "kernels"):
+        for title, rows in by_item(report["rows"]).items():
+            texts.append(f"**{title}**\n\n{results.markdown(rows, COLUMNS)}")
+        if report["claims"]:
+            texts.append(results.markdown(report["claims"], claims.COLUMNS))
+    return "\n\n".join(texts)
+
+
+def published_summary(folder: Path) -> str:
+    """Return one line per size: ours compared with the others, forward and backward together."""
+    rows = [row for report in results.load_all(folder, "kernels") for row in report["rows"]]
+    return results.markdown(summaries(rows), SUMMARY)
+
+
+SUITE = Suite(
+    add_arguments,
+    run,
+    tables={"kernels": published_table, "ways": published_summary},
+    draw=results.draw_bars(chart),
+    needs="a GPU for the sizes that matter",
+)

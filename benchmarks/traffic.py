@@ -1,4 +1,4 @@
-"""Bytes that every Triton kernel loads and stores, counted in Triton's interpreter, over the least possible.
+"""Bytes that every Triton kernel loads and stores, counted in Triton's interpreter, over the minimum.
 
 The least is each input that the result depends on read once and each result written once. What one instruction asks for
 twice counts once, as it does on a GPU; what another program or another instruction asks for again counts again, though
@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import pkgutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,9 +27,11 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 import sppo_kernels
-from benchmarks import results
-from benchmarks.operations import IGNORED, OPERATIONS, Point, Problem
-from benchmarks.results import Row
+from benchmarks.harness import results
+from benchmarks.harness.interpreter import run_interpreted
+from benchmarks.harness.operations import IGNORED, OPERATIONS, Point, Problem
+from benchmarks.harness.results import Row
+from benchmarks.harness.suite import Suite
 from sppo_kernels import _backend
 
 SLACK = 1.05
@@ -326,10 +326,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Entry of the suite. The interpreter is chosen before Triton is imported: where it is not, in another process."""
+    """Entry of the suite."""
     if not _backend.INTERPRETED:
-        command = [sys.executable, "-m", "benchmarks", "traffic", "--out", str(args.out), *["--quick"] * args.quick]
-        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+        return run_interpreted(args)
     np.seterr(all="ignore")  # of what masked lanes hold
     rows: list[Row] = []
     torch.manual_seed(0)
@@ -345,3 +344,8 @@ def run(args: argparse.Namespace) -> int:
     path = args.out / "traffic.json"
     results.write(path, "traffic", chart(rows), quick=args.quick, failures=failures, rows=rows)
     return results.conclude(f"{results.table(rows, COLUMNS)}\n\nbytes", failures, path)
+
+
+SUITE = Suite(
+    add_arguments, run, tables={"traffic": results.table_of("traffic", COLUMNS)}, draw=results.draw_bars(chart)
+)

@@ -1,12 +1,12 @@
-"""Which launch configuration of each kernel is fastest on this device, measured a class of shapes at a time.
+"""Measure which launch configuration of each kernel is fastest on this device, by class of shapes.
 
 A kernel runs through its operation, forward or backward, with each of its candidates. One whose results stray from
 float64 further than the kernels suite allows has no time. The fastest is chosen where it saves at least 2 percent over
 the default. The choices are written to tuning.json, for ``sppo_kernels.tuning.load``, after each shape, so that a
 killed run leaves what it had; all times are in tune.json.
 
-Needs a GPU, or TRITON_INTERPRET=1 to try the suite with tiny sizes, where nothing is chosen: an interpreter's times say
-nothing. The exit code is 1 when a candidate is wrong.
+Requires a GPU. Without one ``--quick`` tries the suite in Triton's interpreter with tiny sizes, where nothing is chosen
+because an interpreter's times mean nothing. The exit code is 1 when a candidate is wrong.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import checking, results, timing
-from benchmarks.operations import OPERATIONS, Outputs, Point, Problem, responses
-from benchmarks.plans import MILLION
-from benchmarks.results import Row
+from benchmarks.harness import checking, results, timing
+from benchmarks.harness.cases import MILLION
+from benchmarks.harness.interpreter import run_interpreted
+from benchmarks.harness.operations import OPERATIONS, Outputs, Point, Problem, responses
+from benchmarks.harness.results import Row
+from benchmarks.harness.suite import Suite
 from sppo_kernels import _backend, tuning
 from sppo_kernels.tuning import TUNABLES, Config, Tunable
 
@@ -156,7 +158,7 @@ def chart(rows: list[Row]) -> results.Chart:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; without a GPU in Triton's interpreter")
     parser.add_argument(
         "--vocab", nargs="+", type=int, default=VOCABULARIES, metavar="V", help="vocabularies (%(default)s)"
     )
@@ -166,7 +168,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
     if not torch.cuda.is_available() and not _backend.INTERPRETED:
-        print("there is no GPU here; TRITON_INTERPRET=1 tries the suite in Triton's interpreter", file=sys.stderr)
+        if args.quick:
+            return run_interpreted(args)
+        print("there is no GPU here; --quick tries the suite in Triton's interpreter", file=sys.stderr)
         return 2
     device = results.this_device()
     tuner = Tuner(device, args.out)
@@ -175,3 +179,6 @@ def run(args: argparse.Namespace) -> int:
     judged = "" if tuner.judged else " (interpreted: times say nothing and nothing is chosen)"
     print(f"\n{results.device_name(device)}{judged}; {len(tuner.failures)} failures; written to {args.out}/tuning.json")
     return 1 if tuner.failures else 0
+
+
+SUITE = Suite(add_arguments, run, draw=results.draw_bars(chart), needs="a GPU")

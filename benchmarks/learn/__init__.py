@@ -1,4 +1,4 @@
-"""SPPO, PPO, GRPO and their kin learn the same tasks: reward against tokens, updates and seconds.
+"""Reward of SPPO, PPO, GRPO and related algorithms against tokens, updates and seconds.
 
 Chains of thought of 16, 64 and 256 steps with verified outcomes, and a task with prompts of very different difficulty;
 benchmarks/learn/walks.py has the task, variants.py what is compared. All runs on a task begin with one policy. For each
@@ -25,14 +25,15 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks import results
+from benchmarks.harness import results
+from benchmarks.harness.results import Row
+from benchmarks.harness.suite import Suite
 from benchmarks.learn import figures
 from benchmarks.learn.plan import SEEDS, Plan, plans
 from benchmarks.learn.policy import greedy_accuracy, lessons, make_policy
 from benchmarks.learn.runs import Run, train
-from benchmarks.learn.table import COLUMNS, compared
-from benchmarks.learn.variants import QUICK, TASKS, Task
-from benchmarks.results import Row
+from benchmarks.learn.table import COLUMNS, SPEEDUP, compared
+from benchmarks.learn.variants import ALGORITHMS, QUICK, TASKS, Task
 from sppo.checkpoint import sole_run
 
 
@@ -134,3 +135,34 @@ def draw(path: Path, report: Row) -> None:
 def reported(report: Row) -> list[Plan]:
     """The plans that a report's rows belong to."""
     return plans(report["rows"], TASKS, report["policies"])
+
+
+def _published(folder: Path) -> list[Row]:
+    return compared(reported(results.load(folder, "learn")))
+
+
+def algorithms_table(folder: Path) -> str:
+    """Return one line per task and algorithm."""
+    return results.markdown([line for line in _published(folder) if line["variant"] in ALGORITHMS], COLUMNS)
+
+
+def variants_table(folder: Path) -> str:
+    """Return one line per variant of an algorithm, after SPPO on the same task."""
+    lines = _published(folder)
+    tasks = {line["task"] for line in lines if line["variant"] not in ALGORITHMS}
+    shown = [line for line in lines if line["task"] in tasks and line["variant"] not in set(ALGORITHMS) - {"sppo"}]
+    return results.markdown(shown, COLUMNS)
+
+
+def speedup_table(folder: Path) -> str:
+    """Return one line per task for GRPO with as many responses as SPPO, and with as many prompts."""
+    return results.markdown([line for line in _published(folder) if line["variant"].startswith("grpo")], SPEEDUP)
+
+
+SUITE = Suite(
+    add_arguments,
+    run,
+    tables={"learn": algorithms_table, "learn-variants": variants_table, "learn-speedup": speedup_table},
+    draw=draw,
+    needs="the trainer",
+)

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.harness.results import save_figure
 from benchmarks.learn.intervals import COSTS
 from benchmarks.learn.plan import Plan
 from benchmarks.learn.variants import ALGORITHMS
-from benchmarks.results import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

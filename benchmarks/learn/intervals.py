@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from benchmarks.results import Row
+from benchmarks.harness.results import Row
 
 COSTS = ("tokens", "updates", "seconds")
 

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from benchmarks.harness.results import Row
 from benchmarks.learn.intervals import mean_reward
 from benchmarks.learn.runs import Run
 from benchmarks.learn.variants import ALGORITHMS, CRITIC_RATES, VARIANTS, Task
-from benchmarks.results import Row
 from sppo.algorithms import algorithm_class
 
 SEEDS = 5

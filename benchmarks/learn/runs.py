@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, PrinterCallback, TrainerCallback
 
+from benchmarks.harness.recipe_trainer import QUIET
+from benchmarks.harness.results import Row
 from benchmarks.learn import walks
 from benchmarks.learn.policy import load_policy, new_config, tokenizer
 from benchmarks.learn.variants import OWN, Task
-from benchmarks.recipes import QUIET
-from benchmarks.results import Row
 from sppo import SPPOConfig, SPPOTrainer
 
 RESPONSES = 64  # a rollout, whatever the algorithm

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
+from benchmarks.harness.results import Columns, Row
 from benchmarks.learn.intervals import COSTS, Cost, at_least, geometric_mean, mean, mean_reward, own_best, reached
 from benchmarks.learn.plan import Plan
-from benchmarks.results import Columns, Row
 
 
 def compared(plans: Iterable[Plan]) -> list[Row]:

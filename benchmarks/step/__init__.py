@@ -1,4 +1,4 @@
-"""One training step of each algorithm, and of TRL's GRPOTrainer and RLOOTrainer: seconds and peak memory by phase.
+"""Seconds and peak memory of a training step, by phase, for each algorithm and for TRL's trainers.
 
 A step is a rollout and the optimizer steps on it, one by default, in the trainers' own loops: the same model of random
 weights, the same prompts and responses, AdamW, activation checkpointing, micro-batches of 8 sequences; on a GPU
@@ -25,11 +25,13 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
-from benchmarks import results
-from benchmarks.results import Row
+from benchmarks.harness import results
+from benchmarks.harness.results import Row
+from benchmarks.harness.suite import Suite
 from benchmarks.step.cases import DIFFERS, MEASURED, Case, Limits, measure
 from benchmarks.step.models import MODELS
 from benchmarks.step.prepared import KINDS
@@ -209,3 +211,20 @@ def run(args: argparse.Namespace) -> int:
     results.write(path, "step", chart(rows), **about, failures=failures, rows=rows)
     text = "\n\n".join([results.table(rows, COLUMNS), results.table(beside_trl(rows), BESIDE_TRL)])
     return results.conclude(text, failures, path)
+
+
+def _published(folder: Path) -> list[Row]:
+    rows = [row for report in results.load_all(folder, "step") for row in report["rows"]]
+    return sorted(rows, key=lambda row: row["lengths"] == "live")
+
+
+SUITE = Suite(
+    add_arguments,
+    run,
+    tables={
+        "step": lambda folder: results.markdown(_published(folder), COLUMNS),
+        "step-trl": lambda folder: results.markdown(beside_trl(_published(folder)), BESIDE_TRL),
+    },
+    draw=results.draw_bars(chart),
+    needs="the trainer; trl for the comparison; a GPU for memory and the sizes that matter",
+)

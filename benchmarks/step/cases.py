@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import results
-from benchmarks.results import Row
+from benchmarks.harness import results
+from benchmarks.harness.results import Row
 from benchmarks.step.models import MODELS, entropy_of, make_policy
 from benchmarks.step.prepared import Prepared, lengths_of
 from benchmarks.step.trainers import OURS, Probe, Step, Way, make_trainer, settings_of

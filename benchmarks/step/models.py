@@ -16,7 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from benchmarks.qwen import QWEN
+from benchmarks.harness.model_sizes import QWEN
 
 ENTROPY = 0.6  # nats a token at temperature 1; language models have some 0.3 to 1 in their own answers
 Size = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Peak memory of a whole training step on one device, by kind, for the published configurations, without any GPU.
+"""Peak memory of a whole training step on one device, by kind, for the published configurations.
 
 The trainer's own code runs on fake tensors, which have sizes and no data: ActorCritic with activation checkpointing,
 bfloat16 autocast over float32 weights, compute_loss, AdamW of create_optimizer. For several devices accelerate's own
@@ -38,8 +38,9 @@ from typing import Any
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen2Config
 
-from benchmarks import results
-from benchmarks.allocations import without_values
+from benchmarks.harness import results
+from benchmarks.harness.allocations import without_values
+from benchmarks.harness.suite import Suite
 from benchmarks.train_memory.cases import CASES, MODELS, QUICK, QUICK_SETTINGS, Case, samples_of, settings
 from benchmarks.train_memory.step import KINDS, OWNERS, Step, StepAllocations, build
 from benchmarks.train_memory.surroundings import before_an_update, eager_logprobs, on_cuda, processes, shard, watched
@@ -51,16 +52,16 @@ from sppo_kernels import linear_logprobs
 
 
 def run(args: argparse.Namespace) -> int:
-    """``python -m benchmarks memory --train``."""
+    """Entry of the suite."""
     rows = []
     shorter = QUICK_SETTINGS if args.quick else {}
     for case in QUICK if args.quick else CASES:
         print(f"{case.name}, policy {case.policy} on {case.devices}", file=sys.stderr)
         rows += measure(case, settings(case, **shorter), MODELS)
     failures = failures_of(rows)
-    path = args.out / "memory-train.json"
+    path = args.out / "train_memory.json"
     device = "none (fake tensors)"
-    results.write(path, "memory-train", device=device, quick=args.quick, failures=failures, rows=rows)
+    results.write(path, "train_memory", device=device, quick=args.quick, failures=failures, rows=rows)
     draw(path.with_suffix(".png"), rows)
     return results.conclude(f"{results.table(rows, COLUMNS)}\n\nGiB", failures, path)
 
@@ -117,3 +118,17 @@ def row(case: Case, args: SPPOConfig, operations: bool, peak: dict[Any, int], be
         **{owner: {kind: peak.get((owner, kind), 0) for kind in KINDS} for owner in OWNERS},
         "before": {owner: {kind: before.get((owner, kind), 0) for kind in KINDS} for owner in OWNERS},
     }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="a small model")
+    results.add_out(parser)
+
+
+SUITE = Suite(
+    add_arguments,
+    run,
+    tables={"train_memory": results.table_of("train_memory", COLUMNS)},
+    draw=lambda path, report: draw(path, report["rows"]),
+    needs="the trainer",
+)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Qwen2Config
 
-from benchmarks.qwen import QWEN
+from benchmarks.harness.model_sizes import QWEN
 from sppo.algorithms import algorithm_class
 from sppo.config import SPPOConfig
 from sppo.rollout import Sample

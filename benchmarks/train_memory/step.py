@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, Qwen2Config
 
-from benchmarks.allocations import Allocations
+from benchmarks.harness.allocations import Allocations
 from benchmarks.train_memory.cases import Case
 from sppo import critic
 from sppo.actor_critic import ActorCritic, policy_logprobs

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import results
-from benchmarks.allocations import GIB
+from benchmarks.harness import results
+from benchmarks.harness.allocations import GIB
 from benchmarks.train_memory.cases import SMALL_CRITIC, TOKEN_CRITIC
 from benchmarks.train_memory.step import KINDS, OWNERS
 

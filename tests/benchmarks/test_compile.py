@@ -17,7 +17,9 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.__main__ import main
-from benchmarks.compile import TARGETS, Launch, Row, parse_amdgcn, parse_cuobjdump, table
+from benchmarks.compile import table
+from benchmarks.compile.binaries import Binary, parse_amdgcn, parse_cuobjdump
+from benchmarks.compile.launches import TARGETS, Launch
 from sppo_kernels.tuning import TUNABLES
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +58,8 @@ import sys
 from pathlib import Path
 import torch
 import faulty.kernels
-from benchmarks.compile import Case, report
+from benchmarks.compile import report
+from benchmarks.compile.launches import Case
 
 x = torch.zeros(4096)
 cases = [
@@ -176,9 +179,9 @@ def test_amd_metadata_is_read():
     assert parse_amdgcn(text) == {"registers": 512, "spills": 3450, "stack": 6224}
 
 
-def row(target: str, **fields) -> Row:
+def row(target: str, **fields) -> Binary:
     options = {"num_warps": 8, "num_stages": 3}
-    return Row(Launch("operation", "a long case " * 9, "module", "_kernel", target, {}, {}, {}, options), **fields)
+    return Binary(Launch("operation", "a long case " * 9, "module", "_kernel", target, {}, {}, {}, options), **fields)
 
 
 def test_shared_memory_is_held_against_the_limit_of_the_target():

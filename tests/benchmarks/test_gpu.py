@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from benchmarks import gpu
 from benchmarks.__main__ import main
 from benchmarks.gpu import Part, Session, parts, planned
-from benchmarks.plans import BASE, POLICY
+from benchmarks.harness.cases import BASE, POLICY
 
 
 @pytest.fixture

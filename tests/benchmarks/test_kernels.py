@@ -11,12 +11,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import checking, claims, kernels, peers, results
+from benchmarks import kernels
 from benchmarks.__main__ import main
-from benchmarks.checking import allowed_of, check, truth_and_tolerance
-from benchmarks.claims import CLAIMS, judge
-from benchmarks.operations import OPERATIONS, Point, Problem
-from benchmarks.plans import BARE, BASE, HEADS, MILLION, PLANS, SHARP, Item
+from benchmarks.harness import checking, claims, peers, results
+from benchmarks.harness.cases import BARE, BASE, HEADS, MILLION, PLANS, SHARP, Item
+from benchmarks.harness.checking import allowed_of, check, truth_and_tolerance
+from benchmarks.harness.claims import CLAIMS, judge
+from benchmarks.harness.operations import OPERATIONS, Point, Problem
 from sppo_kernels import linear_logprobs
 
 CPU = torch.device("cpu")
@@ -305,7 +306,7 @@ def test_a_claim_is_expected_to_hold_and_says_its_target(claim):
 
 def test_a_claim_that_is_not_held_is_listed_and_is_no_failure(tmp_path):
     missed = {"claim": "fast", "target": 5.0, "measured": 1.5, "held": False}
-    suite = kernels.Suite([], CPU, 0.05, (), tmp_path / "kernels-x.json")
+    suite = kernels.KernelComparison([], CPU, 0.05, (), tmp_path / "kernels-x.json")
     suite.claims = [missed]
     suite.run()
     assert suite.failures == []
@@ -314,14 +315,14 @@ def test_a_claim_that_is_not_held_is_listed_and_is_no_failure(tmp_path):
 
 def test_rows_are_saved_as_they_come(suite, monkeypatch, tmp_path):
     """A run that is killed while it measures the second way leaves the row of the first."""
-    measure = kernels.Suite._time
+    measure = kernels.KernelComparison._time
 
     def killed_at_the_second(self, problem, function, work, row):
         if row["way"] != "ours":
             raise KeyboardInterrupt
         return measure(self, problem, function, work, row)
 
-    monkeypatch.setattr(kernels.Suite, "_time", killed_at_the_second)
+    monkeypatch.setattr(kernels.KernelComparison, "_time", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         suite(POLICY)
     (row,) = json.loads((tmp_path / "kernels-dry.json").read_text())["rows"]

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from benchmarks import memory
 from benchmarks.__main__ import main
-from benchmarks.allocations import GIB, Allocations
+from benchmarks.harness.allocations import GIB, Allocations
 from benchmarks.memory import (
     FULL,
     SETTINGS,

@@ -12,9 +12,10 @@ from torch.autograd import DeviceType
 
 pytest.importorskip("triton")
 
-from benchmarks import roofline, timing
-from benchmarks.operations import IGNORED
-from benchmarks.plans import BASE
+from benchmarks import roofline
+from benchmarks.harness import timing
+from benchmarks.harness.cases import BASE
+from benchmarks.harness.operations import IGNORED
 from benchmarks.roofline import CALL, IDLE, Event, Product, Profile, Sizes, rows_of, short_name
 
 CPU = torch.device("cpu")

@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import sparse, states
+from benchmarks import sparse
 from benchmarks.__main__ import main
+from benchmarks.harness import hidden_states
 from sppo_kernels import linear_logprobs
 
 
@@ -88,8 +89,8 @@ def test_sampled_states_are_kept(tmp_path, monkeypatch):
     """The model is asked once; what lies in the folder is read the next time."""
     made = sparse._made_up(8)
     asked = []
-    monkeypatch.setattr(states, "_sample", lambda *given: asked.append(given) or made)
+    monkeypatch.setattr(hidden_states, "_sample", lambda *given: asked.append(given) or made)
     for _ in range(2):
-        read = states.states(tmp_path, "some/prompts.parquet", 0.6, 4, 2)
+        read = hidden_states.states(tmp_path, "some/prompts.parquet", 0.6, 4, 2)
         assert all(torch.equal(x, y) for x, y in zip(read, made, strict=True))
     assert asked == [("some/prompts.parquet", 0.6, 4, 2)]

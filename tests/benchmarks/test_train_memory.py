@@ -17,7 +17,7 @@ from transformers import Qwen2Config
 
 from benchmarks import train_memory
 from benchmarks.__main__ import main
-from benchmarks.allocations import GIB, without_values
+from benchmarks.harness.allocations import GIB, without_values
 from benchmarks.report import RESULTS
 from benchmarks.train_memory import failures_of, measure, surroundings
 from benchmarks.train_memory.cases import (
@@ -161,7 +161,7 @@ def test_the_published_models_are_of_their_size():
 
 
 def test_committed_results_hold():
-    report = json.loads((RESULTS / "cpu/memory-train.json").read_text())
+    report = json.loads((RESULTS / "cpu/train_memory.json").read_text())
     found = {(row["model"], row["case"]): row for row in report["rows"] if row["operations"]}
     small, token = (found["7B", case.name] for case in (SMALL_CRITIC, TOKEN_CRITIC))
     assert failures_of(report["rows"]) == report["failures"] == []
@@ -187,10 +187,10 @@ def test_what_does_not_hold_is_said():
 def test_a_run_leaves_a_table_and_a_chart(tmp_path, monkeypatch, capsys, rows):
     monkeypatch.setattr(train_memory, "QUICK", list(rows))
     monkeypatch.setattr(train_memory, "measure", lambda case, *_: rows[case])
-    arguments = ["memory", "--train", "--quick", "--out", str(tmp_path)]
+    arguments = ["train_memory", "--quick", "--out", str(tmp_path)]
     assert main(arguments) == 0
     assert "sppo, critic small" in capsys.readouterr().out
-    assert {file.suffix for file in tmp_path.glob("memory-train.*")} == {".json", ".csv", ".png"}
+    assert {file.suffix for file in tmp_path.glob("train_memory.*")} == {".json", ".csv", ".png"}
     monkeypatch.setattr(train_memory, "failures_of", lambda rows: ["something"])
     assert main(arguments) == 1
     assert "something" in capsys.readouterr().err

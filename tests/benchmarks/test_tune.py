@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import timing, tune
+from benchmarks import tune
 from benchmarks.__main__ import main
+from benchmarks.harness import timing
 from benchmarks.tune import Tuner, shapes
 from sppo_kernels import _backend, tuning
 from sppo_kernels.tuning import TUNABLES, Config

@@ -22,7 +22,7 @@ PROGRAM = """
 import json, sys
 import torch, triton
 import sppo_kernels as ours
-from benchmarks.compile import Case, TARGETS, _kernel, launches
+from benchmarks.compile.launches import Case, TARGETS, kernel_of, launches
 
 def linear(tokens, vocab, backward):
     hidden, weight = (torch.zeros(n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (tokens, vocab))
@@ -52,7 +52,7 @@ counted = [Case("linear", f"tokens {n}", lambda n=n: linear(n, 512, "cache")) fo
 counted += [Case("others", f"tokens {n}", lambda n=n: others(n)) for n in counts]
 
 def ptx(launch):
-    source = triton.compiler.ASTSource(_kernel(launch), launch.signature, launch.constants, launch.attributes)
+    source = triton.compiler.ASTSource(kernel_of(launch), launch.signature, launch.constants, launch.attributes)
     return triton.compile(source, target=TARGETS[launch.target].gpu, options=launch.options).asm["ptx"]
 
 compiled = [[launch.module, launch.kernel, launch.case, ptx(launch)] for launch in launches(cases, ["sm_90"])]

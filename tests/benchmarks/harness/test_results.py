@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import endurance, results
+from benchmarks import endurance
+from benchmarks.harness import results
 
 ROWS = [{"a": 1, "b": {"c": 2.5, "d": None}}, {"a": "word, word", "e": 3}]
 

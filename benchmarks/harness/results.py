@@ -124,6 +124,29 @@ def write(path: Path, suite: str, chart: Chart | None = None, **content: Any) ->
         draw(path.with_suffix(".png"), chart)
 
 
+def load_all(folder: Path, suite: str) -> list[Row]:
+    """Read the reports of a suite in a folder, sorted by file name."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [report for report in reports if report.get("suite") == suite]
+
+
+def load(folder: Path, suite: str) -> Row:
+    """Read the only report of a suite in a folder.
+
+    Raises:
+        ValueError: there are none or several.
+    """
+    reports = load_all(folder, suite)
+    if len(reports) != 1:
+        raise ValueError(f"{folder} holds {len(reports)} reports of the suite {suite}, where a table needs one")
+    return reports[0]
+
+
+def table_of(suite: str, columns: Columns) -> Callable[[Path], str]:
+    """Return a function that makes the Markdown table of the rows of a suite's only report in a folder."""
+    return lambda folder: markdown(load(folder, suite)["rows"], columns)
+
+
 def versions() -> dict[str, str]:
     """Of what results depend on; suites of the operations run without transformers too."""
     found = {
@@ -184,6 +207,11 @@ def draw(path: Path, chart: Chart) -> None:
             axes.axvline(chart.limit, color="#cc3311", linewidth=1)
 
     save_figure(path, (9, 1 + 0.22 * len(labels)), fill)
+
+
+def draw_bars(chart: Callable[[list[Row]], Chart]) -> Callable[[Path, Row], None]:
+    """Return a function that draws the chart of a report's rows."""
+    return lambda path, report: draw(path, chart(report["rows"]))
 
 
 def save_figure(path: Path, size: tuple[float, float], fill: Callable[[Figure], None]) -> None:

@@ -1,4 +1,4 @@
-"""An update of TRL's GRPOTrainer with and without sppo_kernels.integrations.trl.patch(): seconds and peak memory.
+"""Seconds and peak memory of an update of TRL's GRPOTrainer with and without the patch.
 
 The same trainer, model and responses, made beforehand in place of generation; the head has 151,936 rows. The ways take
 turns, round by round, so that a machine shared with others slows all. Peak memory is the most that an update held
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from benchmarks import results
-from benchmarks.results import Row
+from benchmarks.harness import results
+from benchmarks.harness.results import Row
+from benchmarks.harness.suite import Suite
 from benchmarks.step.models import make_policy
 from benchmarks.step.prepared import KINDS, Prepared, lengths_of
 from benchmarks.step.trainers import Probe, Way, make_trainer, settings_of
@@ -177,3 +178,12 @@ def run(args: argparse.Namespace) -> int:
         )
         print(f"{kind} is measured", flush=True)
     return results.conclude(results.table(rows, COLUMNS), failures, path)
+
+
+SUITE = Suite(
+    add_arguments,
+    run,
+    tables={"trl": results.table_of("trl", COLUMNS)},
+    draw=results.draw_bars(chart),
+    needs="the trainer, trl",
+)

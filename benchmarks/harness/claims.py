@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from benchmarks import results
-from benchmarks.plans import BARE, BASE, MILLION, SHARP, Item, item_of
-from benchmarks.results import Row
+from benchmarks.harness import results
+from benchmarks.harness.cases import BARE, BASE, MILLION, SHARP, Item, item_of
+from benchmarks.harness.results import Row
 
 
 class Claim(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.operations import Function, Operation, Outputs, Problem
+from benchmarks.harness.operations import Function, Operation, Outputs, Problem
 
 TOLERANCE = 4.0  # times eager PyTorch's error in the same dtype
 FLOOR = 1e-5  # besides, where eager PyTorch happens to be exact

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import timing
+from benchmarks.harness import timing
 
 CPU = torch.device("cpu")
 

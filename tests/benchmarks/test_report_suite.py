@@ -12,30 +12,30 @@ pytest.importorskip("triton")
 
 from benchmarks import report
 from benchmarks.__main__ import main
-from benchmarks.report import PAGES, RESULTS, ROOT, TABLES, render
+from benchmarks.report import RESULTS, ROOT, pages, render, tables
 
 
 @pytest.fixture
 def copy(tmp_path):
     """The pages and their results somewhere else."""
-    for name in PAGES:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
+    for page in pages(ROOT):
+        copied = tmp_path / page.relative_to(ROOT)
+        copied.parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(page, copied)
     shutil.copytree(RESULTS, tmp_path / RESULTS.relative_to(ROOT))
     return tmp_path
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_committed_tables_are_what_the_results_make(name):
-    page = (ROOT / name).read_text()
-    assert "<!-- table: " in page
-    assert page == render(page, RESULTS), f"{name} is out of date: run python -m benchmarks report"
+@pytest.mark.parametrize("page", pages(ROOT), ids=lambda page: str(page.relative_to(ROOT)))
+def test_committed_tables_match_the_committed_results(page):
+    text = page.read_text()
+    assert text == render(text, RESULTS), f"{page} is out of date: run python -m benchmarks report"
 
 
 def test_every_table_is_in_a_page():
-    pages = "".join((ROOT / name).read_text() for name in PAGES)
+    text = "".join(page.read_text() for page in pages(ROOT))
     without_a_device_yet = {"kernels"}
-    assert set(re.findall(r"^<!-- table: (\S+) ", pages, re.M)) == set(TABLES) - without_a_device_yet
+    assert set(re.findall(r"^<!-- table: (\S+) ", text, re.M)) == set(tables()) - without_a_device_yet
 
 
 def test_an_edited_table_is_found_and_made_again(copy, capsys):

@@ -1,4 +1,4 @@
-"""The trainer of a recipe, for the suites that train: nothing shown, nothing saved, nothing evaluated unless asked."""
+"""Trainers of recipes for the suites that train: without progress bars, checkpoints and evaluations by default."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 QUIET = {"disable_tqdm": True, "log_completions": False, "eval_strategy": "no", "save_strategy": "no"}
 
 
-def trainer_of(recipe_name: str, settings: dict[str, Any]) -> SPPOTrainer:
-    """Settings are named as on the command line of ``sppo train``."""
+def build_quiet_trainer(recipe_name: str, settings: dict[str, Any]) -> SPPOTrainer:
+    """Build the trainer of a recipe with settings named as on the command line of ``sppo train``."""
     from sppo.recipe import build_trainer, override, read_recipe
 
     recipe = read_recipe(recipe_name)

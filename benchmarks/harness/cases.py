@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from itertools import product
 from typing import Any, NamedTuple
 
-from benchmarks.operations import OPERATIONS, Point
-from benchmarks.results import Row
+from benchmarks.harness.operations import OPERATIONS, Point
+from benchmarks.harness.results import Row
 
 HEADS = {"0.5B": (896, 151_936), "1.5B": (1536, 151_936), "7B": (3584, 152_064), "8B": (4096, 151_936)}  # Qwen
 BASE = Point(8192, *HEADS["8B"])

@@ -1,18 +1,13 @@
-"""Micro-benchmarks for pytest-benchmark: ``pytest benchmarks --benchmark-only``.
-
-For its comparisons over time: ``--benchmark-autosave`` keeps a run, ``--benchmark-compare`` holds the next one against
-it, ``--benchmark-histogram`` draws both. Every way was checked against float64 by the time it is clocked. Sizes are
-small; ``python -m benchmarks kernels`` has the real ones, and peaks and rates.
-"""
+"""Micro-benchmarks of the suite micro."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks import checking, results, timing
-from benchmarks.operations import OPERATIONS, Point
-from benchmarks.peers import PEERS
+from benchmarks.harness import checking, results, timing
+from benchmarks.harness.operations import OPERATIONS, Point
+from benchmarks.harness.peers import PEERS
 
 pytest.importorskip("pytest_benchmark")
 

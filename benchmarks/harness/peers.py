@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks import operations
-from benchmarks.operations import IGNORED, Function, Outputs
+from benchmarks.harness import operations
+from benchmarks.harness.operations import IGNORED, Function, Outputs
 from sppo_kernels import reference
 
 Maker = Callable[[torch.device], Function]

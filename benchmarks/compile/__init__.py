@@ -1,0 +1,134 @@
+"""Registers, spills and shared memory of every Triton kernel, compiled ahead of time for five GPUs.
+
+Nothing about a kernel's launch is written down here. The public functions run, forward and backward, on small CPU
+tensors while Triton is told that a given GPU is present, and each launch is noted instead of made: constants, argument
+types, alignment, warps and stages are those of the real call. Each distinct launch is then compiled for that GPU.
+
+Registers are those of one thread (vector registers on AMD), spills the 32-bit registers it keeps in memory instead;
+shared memory is in bytes a block, stack in bytes a thread. In a configuration, w8s3 means 8 warps and 3 stages.
+The exit code is 1 when a kernel spills, does not compile, asks for more shared memory than a block may have, or is
+launched by no case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import triton
+
+import sppo_kernels
+from benchmarks.compile.binaries import Binary, compile_all
+from benchmarks.compile.cases import all_cases
+from benchmarks.compile.launches import TARGETS, Case, Launch, first_of_each_kernel, launches, uncovered
+from benchmarks.harness import results
+from benchmarks.harness.results import Row
+from benchmarks.harness.suite import Suite
+
+
+def table(rows: list[Binary], width: int = 120) -> str:
+    """A line a row; what repeats from the line above is left out."""
+    numbers = "{:>7} {:>9} {:>6} {:>7} {:>6}"
+    heads = numbers.format("target", "registers", "spills", "shared", "stack")
+    operation = max([9, *(len(row.launch.operation) for row in rows)])
+    kernel = max([6, *(len(row.launch.kernel) for row in rows)])
+    space = width - len(heads) - operation - kernel - 3
+    lines = [f"{'operation':{operation}} {'kernel':{kernel}} {'configuration':{space}} {heads}", "-" * width]
+    above: tuple[str, ...] = ()
+    for row in rows:
+        launch = row.launch
+        head = (launch.operation, launch.kernel, textwrap.shorten(launch.configuration(), space, placeholder=" ..."))
+        shown = head if head != above else ("", "", "")
+        above = head
+        figures = numbers.format(launch.target, row.registers, row.spills, row.shared, row.stack)
+        mark = figures if not row.error else f"{launch.target:>7} failed"
+        lines.append(f"{shown[0]:{operation}} {shown[1]:{kernel}} {shown[2]:{space}} {mark}".rstrip())
+    return "\n".join(lines)
+
+
+def report(cases: Iterable[Case], package: ModuleType, targets: list[str], quick: bool, out: Path) -> int:
+    """Compile, print and write the report; 0 where nothing is wrong with it, otherwise 1."""
+    found = launches(cases, targets)
+    missing = uncovered(package, found)
+    chosen = first_of_each_kernel(found) if quick else found
+    rank = {key: i for i, key in enumerate(dict.fromkeys(map(_place, chosen)))}
+    rows = compile_all(sorted(chosen, key=lambda launch: rank[_place(launch)]))
+    failures = [
+        *(f"{launch.operation} {launch.kernel} {launch.configuration()} {launch.target}: {row.failure()}"
+          for row in rows if row.failure() for launch in [row.launch]),
+        *(f"{kernel}: no case launches it" for kernel in missing),
+    ]  # fmt: skip
+    print(table(rows))
+    path = out / f"compile-triton-{triton.__version__}.json"
+    lines = [_as_json(row) for row in rows]
+    results.write(path, "compile", chart(lines), quick=quick, targets=targets, failures=failures, rows=lines)
+    return results.conclude(f"\n{len(rows)} compiled", failures, path)
+
+
+def _place(launch: Launch) -> tuple[str, str, str]:
+    """Rows that differ in the target alone stand together."""
+    return launch.operation, launch.kernel, launch.case
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    fields = asdict(row)
+    launch = fields.pop("launch")
+    options = launch.pop("options")
+    aligned = [i for (i,), hints in launch.pop("attributes").items() if hints]
+    warps_and_stages = {name: options[name] for name in ("num_warps", "num_stages")}
+    return {**launch, **warps_and_stages, "aligned_arguments": aligned, **fields}
+
+
+def chart(rows: list[dict[str, Any]]) -> results.Chart:
+    """The most registers that a kernel takes on any target, against those that a thread of NVIDIA's may have."""
+    most: dict[str, float] = {}
+    for row in rows:
+        name = f"{row['module'].rpartition('.')[2]}.{row['kernel']}: {row['target']}"
+        most[name] = max(most.get(name, 0), row["registers"])
+    return results.Chart("registers a thread", sorted(most.items()), limit=255)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPUs to compile for (all)")
+    parser.add_argument("--quick", action="store_true", help="one configuration of each kernel instead of all of them")
+    results.add_out(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of the suite."""
+    if triton.knobs.runtime.interpret:
+        print("TRITON_INTERPRET is set, so kernels are interpreted and not compiled: unset it", file=sys.stderr)
+        return 2
+    return report(all_cases(), sppo_kernels, args.arch, args.quick, args.out)
+
+
+def published_table(folder: Path) -> str:
+    """Return one line per kernel and version of Triton: the most registers of any launch, on each target."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for report in sorted(results.load_all(folder, "compile"), key=lambda report: report["versions"]["triton"]):
+        for row in report["rows"]:
+            kernel = f"`{row['module'].rpartition('.')[2]}.{row['kernel']}`"
+            found.setdefault((kernel, report["versions"]["triton"]), []).append(row)
+    targets = list(dict.fromkeys(row["target"] for rows in found.values() for row in rows))
+    lines = [
+        {
+            "kernel": kernel,
+            "Triton": version,
+            "launches": len(rows),
+            "spills": sum(row["spills"] for row in rows),
+            **{target: max(row["registers"] for row in rows if row["target"] == target) for target in targets},
+        }
+        for (kernel, version), rows in found.items()
+    ]
+    order = list(dict.fromkeys(line["kernel"] for line in lines))
+    lines.sort(key=lambda line: order.index(line["kernel"]))
+    return results.markdown(lines, {key: lambda row, key=key: row[key] for key in lines[0]})
+
+
+SUITE = Suite(add_arguments, run, tables={"compile": published_table}, draw=results.draw_bars(chart))

@@ -1,0 +1,159 @@
+"""Calls of every operation over the dtypes, sizes and settings that change what is compiled.
+
+The first case that launches a kernel is what ``--quick`` compiles: the usual dtype with every feature enabled.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sppo_kernels
+from benchmarks.compile.launches import Case
+from sppo_kernels.tuning import TUNABLES, Config, Tunable
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VOCABULARIES = (151_936, 50_257, 97)  # a multiple of 16 (Qwen), odd (GPT-2), smaller than a block
+HIDDEN_SIZES = (1536, 97)
+
+
+def all_cases() -> Iterator[Case]:
+    """Every operation over the dtypes, sizes and settings that change what is compiled."""
+    yield from _selective_logprobs_cases()
+    yield from _linear_logprobs_cases()
+    yield from _policy_loss_cases()
+    yield from _prompt_value_cases()
+    yield from _advantage_cases()
+    yield from _candidate_cases()
+
+
+def _selective_logprobs_cases() -> Iterator[Case]:
+    def call(dtype: torch.dtype, vocab: int, softcap: float | None, shape: tuple[int, ...], temperature: Any) -> None:
+        logits = torch.zeros(*shape, vocab, dtype=dtype, requires_grad=True)
+        labels = torch.zeros(shape, dtype=torch.int64)
+        _backward(
+            *sppo_kernels.selective_logprobs(logits, labels, temperature=temperature, softcap=softcap, backend="triton")
+        )
+
+    for (name, dtype), vocab, softcap in product(DTYPES.items(), VOCABULARIES, (30.0, None)):
+        label = f"{name} V={vocab}{' softcap' if softcap else ''}"
+        yield Case("selective_logprobs", label, functools.partial(call, dtype, vocab, softcap, (16,), 1.0))
+    for label, shape, temperature in (
+        ("one row", (1,), 1.0),
+        ("[B, T, V]", (2, 8), 1.0),
+        ("temperature a row", (16,), torch.ones(16)),
+    ):
+        one = functools.partial(call, torch.bfloat16, VOCABULARIES[0], None, shape, temperature)
+        yield Case("selective_logprobs", f"bf16 V={VOCABULARIES[0]} {label}", one)
+
+
+def _linear_logprobs_cases() -> Iterator[Case]:
+    def call(dtype: torch.dtype, vocab: int, softcap: float | None, backward: str) -> None:
+        hidden, weight = (torch.zeros(n, 64, dtype=dtype, requires_grad=True) for n in (16, vocab))
+        labels = torch.zeros(16, dtype=torch.int64)
+        settings = {"softcap": softcap, "backward": backward, "backend": "triton"}
+        out = sppo_kernels.linear_logprobs(hidden, weight, labels, **settings)
+        out.logprobs.sum().backward(retain_graph=True)
+        out.entropy.sum().backward()
+
+    for (name, dtype), vocab, softcap, backward in product(
+        DTYPES.items(), VOCABULARIES, (30.0, None), ("recompute", "cache", "sparse")
+    ):
+        label = f"{name} V={vocab}{' softcap' if softcap else ''} {backward}"
+        yield Case("linear_logprobs", label, functools.partial(call, dtype, vocab, softcap, backward))
+
+
+def _policy_loss_cases() -> Iterator[Case]:
+    levels = ("token", "sequence_mean", "sequence_sum")
+    corrections = ("token_truncate", "sequence_truncate", "sequence_mask")
+    aggregations = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+
+    def call(dtype: torch.dtype, tokens: int, everything: bool, **settings: Any) -> None:
+        x = lambda: torch.zeros(tokens, dtype=dtype)
+        per_sequence = torch.zeros(2)
+        cu_seqlens = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
+        if everything:
+            settings = {
+                "mask": torch.ones(tokens, dtype=torch.bool), "dual_clip": 3.0, "normalizer": 7.0, "kl_coef": 0.1,
+                "ref_logprobs": x(), "rollout_logprobs": x(), **settings,
+            }  # fmt: skip
+        advantages = x() if everything else per_sequence
+        loss, _ = sppo_kernels.policy_loss(
+            x().requires_grad_(), x(), advantages, cu_seqlens=cu_seqlens, backend="triton", **settings
+        )
+        _backward(loss)
+
+    def case(label: str, dtype: str = "fp32", tokens: int = 40_000, everything: bool = False, **settings: Any) -> Case:
+        return Case("policy_loss", label, functools.partial(call, DTYPES[dtype], tokens, everything, **settings))
+
+    for level, correction in product(levels, corrections):
+        yield case(f"all {level} {correction}", everything=True, ratio_level=level, rollout_correction=correction)
+    for level, aggregation in product(levels, aggregations):
+        yield case(f"{level} {aggregation}", ratio_level=level, aggregation=aggregation)
+    for estimator in ("k1", "k2"):
+        yield case(f"all {estimator}", everything=True, kl_estimator=estimator)
+    for dtype in ("bf16", "fp16"):
+        yield case(f"all {dtype}", dtype, everything=True)
+    yield case("one token", tokens=1)
+
+
+def _prompt_value_cases() -> Iterator[Case]:
+    def call(function: Callable[..., Any], dtype: torch.dtype, size: int, lead: tuple[int, ...], bias: bool) -> None:
+        hidden = torch.zeros(*lead, size, dtype=dtype, requires_grad=True)
+        weight = torch.zeros(1, size, dtype=dtype, requires_grad=True)
+        head = torch.zeros(1, dtype=dtype, requires_grad=True) if bias else None
+        given: tuple[Tensor, ...] = (hidden, weight, torch.zeros(lead[0], dtype=torch.int64))
+        if function is sppo_kernels.prompt_value_loss:
+            given += (torch.zeros(lead[0]),)
+        result = function(*given, bias=head, backend="triton")
+        _backward(result if isinstance(result, Tensor) else result.loss)
+
+    functions: tuple[Any, ...] = (sppo_kernels.prompt_value_loss, sppo_kernels.prompt_value_logits)
+    for function, (name, dtype), size, lead, bias in product(
+        functions, DTYPES.items(), HIDDEN_SIZES, ((16,), (2, 8)), (True, False)
+    ):
+        label = f"{name} H={size} {'packed' if len(lead) == 1 else 'padded'}{' bias' if bias else ''}"
+        yield Case(function.__name__, label, functools.partial(call, function, dtype, size, lead, bias))
+
+
+def _advantage_cases() -> Iterator[Case]:
+    for length in (40_000, 97, 1):
+        x = torch.zeros(2, length)
+        mask = x == 0
+        yield Case("gae", f"T={length}", functools.partial(sppo_kernels.gae, x, x, mask, backend="triton"))
+        yield Case("whiten", f"T={length}", functools.partial(sppo_kernels.whiten, x, mask, backend="triton"))
+    for estimator, size in product(("grpo", "dr_grpo", "rloo"), (512, 1)):
+        given = torch.zeros(size), torch.zeros(size, dtype=torch.int64)
+        call = functools.partial(sppo_kernels.group_advantages, *given, estimator=estimator, backend="triton")
+        yield Case("group_advantages", f"{estimator} B={size}", call)
+
+
+def _candidate_cases() -> Iterator[Case]:
+    """Each operation's fullest case again with every configuration that its kernels may be tuned to."""
+    rows = lambda case: case.operation == "selective_logprobs" and case.label.endswith("V=151936 softcap")
+    linear = lambda case, mode: case.operation == "linear_logprobs" and case.label.endswith(f"V=151936 softcap {mode}")
+    fullest = {
+        "selective_logprobs.forward": rows,
+        "selective_logprobs.backward": rows,
+        "linear_logprobs.keep": lambda case: linear(case, "cache"),
+        "policy_loss": lambda case: case.operation == "policy_loss" and case.label.startswith("all "),
+    }
+    cases = [*_selective_logprobs_cases(), *_linear_logprobs_cases(), *_policy_loss_cases()]
+
+    def call(tunable: Tunable, config: Config, case: Case) -> None:
+        with tunable.using(config):
+            case.call()
+
+    for name, tunable in TUNABLES.items():
+        for config, case in product(tunable.candidates[1:], filter(fullest[name], cases)):
+            label = f"{case.label} tuned {config.block}/{config.num_warps}"
+            yield Case(case.operation, label, functools.partial(call, tunable, config, case))
+
+
+def _backward(*outputs: Tensor) -> None:
+    torch.stack([x.float().sum() for x in outputs]).sum().backward()

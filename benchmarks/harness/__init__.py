@@ -1,0 +1,1 @@
+"""Infrastructure of the suites: registration, result files, timing, checking, operations and peers."""
