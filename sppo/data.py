@@ -5,7 +5,6 @@ The result has a column ``prompt`` (text, or chat messages with ``role`` and ``c
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import logging
@@ -14,14 +13,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from sppo._utils import import_object, nearest
 from sppo.rewards.builtin import pack, reasoning_gym_task
 from sppo.rewards.scoring import split_options
-from sppo.rewards.worker import import_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FILE_KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
@@ -119,7 +121,7 @@ def _reasoning_gym(task: str, options: dict[str, Any]) -> Dataset:
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
-        raise ValueError(f"reasoning_gym has no task {task!r}{_nearest(task, DATASETS)}; it has {len(DATASETS)} tasks")
+        raise ValueError(f"reasoning_gym has no task {task!r}{nearest(task, DATASETS)}; it has {len(DATASETS)} tasks")
     _check_options(f"reasoning_gym:{task}", options, [field.name for field in fields(DATASETS[task][1])])
     options = {"seed": 0, **options}
     try:
@@ -259,15 +261,52 @@ def _with_column(data: Dataset, name: str, values: list[Any]) -> Dataset:
 def _check_options(source: str, options: dict[str, Any], allowed: Iterable[str]) -> None:
     known = {*allowed, *_ARRANGE_OPTIONS}
     for name in options.keys() - known:
-        raise ValueError(f"{source} has no option {name!r}{_nearest(name, known)}; known: {', '.join(sorted(known))}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{source} has no option {name!r}{nearest(name, known)}; known: {', '.join(sorted(known))}")
 
 
 _ARRANGE_OPTIONS = {
     *("limit", "seed", "prompt_template", "system_prompt", "chat"),
     *("drop_duplicates", "drop_conflicts", "exclude"),
 }
+
+
+def check_dataset(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The dataset, which must have rows and a column ``prompt`` of text or chat messages; ``name`` is for the error."""
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"{name} must be a datasets.Dataset, got {type(dataset).__name__}")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"{name} has no column 'prompt', only {dataset.column_names}; rename the one with the questions"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty; it needs at least one row")
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not prompt or not isinstance(prompt, (str, list)):
+            raise ValueError(f"{name} row {row}: prompt must be text or a list of chat messages, got {prompt!r}")
+        if isinstance(prompt, list) and not tokenizer.chat_template:
+            raise ValueError(
+                f"{name} row {row}: prompt is a list of chat messages and processing_class has no chat_template; "
+                "set tokenizer.chat_template, or make the prompts text"
+            )
+    return dataset
+
+
+def short_enough(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Dataset:
+    """The rows whose prompts have at most ``limit`` tokens."""
+    from sppo.rollout import encode
+
+    if limit is None:
+        return dataset
+    kept = [i for i, prompt in enumerate(dataset["prompt"]) if len(encode(prompt, tokenizer)) <= limit]
+    if not kept:
+        raise ValueError(f"max_prompt_length={limit} leaves no prompt of {len(dataset)}; raise it")
+    if len(kept) < len(dataset):
+        logger.warning(
+            f"{len(dataset) - len(kept)} of {len(dataset)} prompts are longer than max_prompt_length={limit}"
+        )
+    return dataset.select(kept)
+
+
+def named(dataset: Any) -> dict[str, Any]:
+    """Datasets by name; one alone has the empty name."""
+    return dataset if isinstance(dataset, dict) else {} if dataset is None else {"": dataset}

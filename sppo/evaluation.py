@@ -27,15 +27,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from sppo._utils import lock_file
 from sppo.data import text_of
 from sppo.rewards import BUILTIN, Reward, resolve, score
 from sppo.rewards.builtin import final_answer
 from sppo.rollout import RolloutEngine, Sample, rollout_seed
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 """Of the JSON lines; another number is another layout."""
@@ -285,13 +281,7 @@ def _sole_writer(path: Path) -> Iterator[BinaryIO]:
     """The file, to read and to append to, for one process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(
-                    f"output {str(path)!r} is being written by another process; wait for it, or name another one"
-                ) from None
+        lock_file(file, f"output {str(path)!r} is being written by another process; wait for it, or name another one")
         yield file
 
 

@@ -20,22 +20,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from sppo import agreement, checkpoint
-from sppo.actor_critic import ActorCritic
-from sppo.adapters import add_adapter, continue_adapter, has_adapter, merged_weights, save_adapter
+from sppo import agreement
+from sppo import checkpointing as checkpoint
+from sppo._utils import replacing, sole_run
 from sppo.algorithms import algorithm_class
-from sppo.attention import NAME, use_attention
 from sppo.config import SPPOConfig
-from sppo.critic import PromptCritic, TokenCritic, build_critic, head, load_critic, save_critic
-from sppo.experience import ExperienceStream, Progress, Prompts, score_samples
-from sppo.files import replacing
-from sppo.inputs import check_dataset, check_tokenizer, load_policy, named, short_enough, with_master_weights
-from sppo.metrics import Meter
-from sppo.model_card import model_card
+from sppo.data import check_dataset, named, short_enough
+from sppo.models.actor_critic import ActorCritic
+from sppo.models.critic_io import build_critic, load_critic, save_critic
+from sppo.models.critics import PromptCritic, TokenCritic, head
+from sppo.models.fsdp import full, full_state, gathered, load_weights
+from sppo.models.lora import add_adapter, continue_adapter, has_adapter, merged_weights, save_adapter
+from sppo.models.packed_attention import NAME, use_attention
+from sppo.models.policy_io import check_tokenizer, load_policy, with_master_weights
+from sppo.reporting.meter import Meter
+from sppo.reporting.model_card import model_card
+from sppo.reporting.trackers import MetricsFile, SampleCompletions, name_run, prepare_trackers
 from sppo.rewards import Reward, resolve
+from sppo.rewards.samples import score_samples
 from sppo.rollout import RolloutEngine, Sample, make_engine, rollout_seed
-from sppo.sharding import full, full_state, gathered, load_weights
-from sppo.tracking import MetricsFile, SampleCompletions, name_run, prepare_trackers
+from sppo.rollout.prompts import Prompts
+from sppo.rollout.stream import ExperienceStream, Progress
 from sppo_kernels import policy_loss
 
 logger = logging.get_logger(__name__)
@@ -172,7 +177,7 @@ class SPPOTrainer(Trainer):
         """
         if self.train_dataset is None:
             raise ValueError("train_dataset is None; give one to train on")
-        with checkpoint.sole_run(self.output_dir) if self.args.should_save else nullcontext():
+        with sole_run(self.output_dir) if self.args.should_save else nullcontext():
             return self._train(resume_from_checkpoint, *args, **kwargs)
 
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:

@@ -46,10 +46,10 @@ def states(folder: Path, source: str, temperature: float, prompts: int, tokens: 
 
 @torch.no_grad()
 def _sample(source: str, temperature: float, prompts: int, tokens: int) -> States:
-    from sppo.attention import NAME, Packed, packed_hidden, use_attention
     from sppo.data import load_prompts
-    from sppo.micro_batches import policy_part
+    from sppo.models.packed_attention import NAME, Packed, packed_hidden, use_attention
     from sppo.rollout import HFRollout
+    from sppo.rollout.batching import policy_part
     from sppo.tasks import smollm2
 
     policy, tokenizer = smollm2.policy()

@@ -116,7 +116,7 @@ def train(
     """
     from transformers import TrainerCallback
 
-    from sppo.report import summarize
+    from sppo.reporting.summary import summarize
     from sppo.rewards import resolve
 
     class StopAtThreshold(TrainerCallback):

@@ -12,7 +12,7 @@ QUIET = {"disable_tqdm": True, "log_completions": False, "eval_strategy": "no", 
 
 def build_quiet_trainer(recipe_name: str, settings: dict[str, Any]) -> SPPOTrainer:
     """Build the trainer of a recipe with settings named as on the command line of ``sppo train``."""
-    from sppo.recipe import build_trainer, override, read_recipe
+    from sppo.cli.recipes import build_trainer, override, read_recipe
 
     recipe = read_recipe(recipe_name)
     for name, value in {**QUIET, **settings}.items():

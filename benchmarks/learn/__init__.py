@@ -34,7 +34,7 @@ from benchmarks.learn.policy import greedy_accuracy, lessons, make_policy
 from benchmarks.learn.runs import Run, train
 from benchmarks.learn.table import COLUMNS, SPEEDUP, compared
 from benchmarks.learn.variants import ALGORITHMS, QUICK, TASKS, Task
-from sppo.checkpoint import sole_run
+from sppo._utils import sole_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.learn import walks
-from sppo.files import replacing
+from sppo._utils import replacing
 from sppo.tasks.chain_model import char_tokenizer
 
 SUCCESS = {"even": (0.3, 0.3), "mixed": (0.9, 0.1)}

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.learn import walks
 from benchmarks.learn.policy import tokenizer
 from sppo.algorithms import SPPO, Algorithm, Outcomes
-from sppo.experience import prompt_name
+from sppo.rollout.stream import prompt_name
 
 OWN = ("critic", "rollouts", "rates_of")
 

@@ -14,7 +14,7 @@ from benchmarks.step.models import make_critic
 from benchmarks.step.prepared import Prepared, odd_end
 from sppo import SPPOConfig, SPPOTrainer
 from sppo.algorithms import algorithm_class
-from sppo.metrics import Gather, Meter
+from sppo.reporting.meter import Gather, Meter
 
 MICRO_BATCH = 8  # sequences
 

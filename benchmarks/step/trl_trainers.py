@@ -1,4 +1,4 @@
-"""TRL's trainers, with responses made beforehand and a :class:`sppo.metrics.Meter` of the phases that ours has.
+"""TRL's trainers, with responses made beforehand and a :class:`sppo.reporting.meter.Meter` of the phases that ours has.
 
 The methods that are wrapped are private ones of TRL 1.16. What TRL computes is left as it is.
 """
@@ -13,7 +13,7 @@ import torch
 import trl
 
 from benchmarks.step.prepared import Prepared
-from sppo.metrics import Meter
+from sppo.reporting.meter import Meter
 
 
 class Watched:

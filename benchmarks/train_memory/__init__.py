@@ -47,7 +47,7 @@ from benchmarks.train_memory.surroundings import before_an_update, eager_logprob
 from benchmarks.train_memory.table import COLUMNS, draw, failures_of
 from sppo.algorithms import algorithm_class
 from sppo.config import SPPOConfig
-from sppo.micro_batches import deal
+from sppo.rollout.batching import deal
 from sppo_kernels import linear_logprobs
 
 

@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks.harness.allocations import Allocations
 from benchmarks.train_memory.cases import Case
-from sppo import critic
-from sppo.actor_critic import ActorCritic, policy_logprobs
 from sppo.algorithms import algorithm_class
-from sppo.attention import NAME, Packed, use_attention
 from sppo.config import SPPOConfig
-from sppo.critic import PromptCritic, TokenCritic, set_head
-from sppo.experience import Update
-from sppo.micro_batches import MicroBatch
+from sppo.models import critics as critic
+from sppo.models.actor_critic import ActorCritic, policy_logprobs
+from sppo.models.critics import PromptCritic, TokenCritic, set_head
+from sppo.models.packed_attention import NAME, Packed, use_attention
 from sppo.rollout import Sample
+from sppo.rollout.batching import MicroBatch
+from sppo.rollout.stream import Update
 from sppo.trainer import SPPOTrainer
 
 OWNERS = ("policy", "critic")

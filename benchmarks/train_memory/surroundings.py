@@ -21,10 +21,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AttentionInterface
 
 from benchmarks.train_memory.step import StepAllocations
-from sppo import actor_critic, attention
-from sppo.actor_critic import ActorCritic
-from sppo.attention import NAME
-from sppo.sharding import gathered
+from sppo.models import actor_critic
+from sppo.models import packed_attention as attention
+from sppo.models.actor_critic import ActorCritic
+from sppo.models.fsdp import gathered
+from sppo.models.packed_attention import NAME
 from sppo_kernels import LogprobOutput
 
 
@@ -74,8 +75,8 @@ def attention_on_cuda(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What sppo.attention does there without flash-attn, whose memory is the same; all as one sequence where the length
-    of each would have to be looked at."""
+    """What sppo.models.packed_attention does there without flash-attn, whose memory is the same; all as one
+    sequence where the length of each would have to be looked at."""
     if query.dtype == torch.float32:
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True

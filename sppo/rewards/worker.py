@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import importlib
-import importlib.util
 import inspect
 import json
 import math
@@ -23,9 +21,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from sppo._utils import import_object
 
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
@@ -39,31 +39,6 @@ class RewardError(Exception):
 
 class Expired(BaseException):
     """The time limit, raised inside a reward function; not an Exception, so that ``except Exception`` lets it pass."""
-
-
-def import_object(spec: str) -> Any:
-    """The object that ``package.module:name`` or ``path/to/file.py:name`` names.
-
-    Raises:
-        ValueError: there is no such module, file or name.
-    """
-    where, _, name = spec.rpartition(":")
-    try:
-        if where.endswith(".py"):
-            path = Path(where).resolve()
-            module_spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert module_spec is not None
-            assert module_spec.loader is not None
-            module = importlib.util.module_from_spec(module_spec)
-            sys.path.insert(0, str(path.parent))  # so that it may import its neighbours, as a script may
-            module_spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-        return reduce(getattr, name.split("."), module)
-    except (ImportError, FileNotFoundError, AttributeError, SyntaxError) as error:
-        raise ValueError(
-            f"cannot import {spec!r} ({error}); give module:function or path/to/file.py:function"
-        ) from error
 
 
 def call(

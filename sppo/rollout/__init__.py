@@ -43,7 +43,7 @@ def engine_class(name: str) -> Callable[..., RolloutEngine]:
     Raises:
         ValueError: there is none of that name.
     """
-    from sppo.rewards.worker import import_object
+    from sppo._utils import import_object
 
     if name in ENGINES:
         module, _, kind = ENGINES[name].partition(":")

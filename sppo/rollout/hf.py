@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sppo.attention import use_attention
+from sppo.models.packed_attention import use_attention
 from sppo.rollout.engine import Prompt, Sample, encode, eos_tokens, make_samples, until_end
 
 

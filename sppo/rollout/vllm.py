@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sppo.adapters import merged_weights
+from sppo.models.lora import merged_weights
 from sppo.rollout.engine import Prompt, Sample, encode, eos_tokens, make_samples
 
 

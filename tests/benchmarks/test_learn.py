@@ -23,9 +23,9 @@ from benchmarks.learn.table import compared
 from benchmarks.learn.variants import ALGORITHMS, MIDDLE, MIXED, VARIANTS, Centred, OtherPrompts, RuleMean
 from benchmarks.report import ROOT
 from sppo import SPPOConfig
+from sppo._utils import sole_run
 from sppo.algorithms import Outcomes
-from sppo.checkpoint import sole_run
-from sppo.experience import prompt_name
+from sppo.rollout.stream import prompt_name
 
 # The task
 

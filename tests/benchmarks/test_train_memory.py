@@ -31,7 +31,7 @@ from benchmarks.train_memory.cases import (
 )
 from benchmarks.train_memory.step import KINDS, OWNERS, Step, StepAllocations, build
 from benchmarks.train_memory.surroundings import eager_logprobs, on_cuda, processes, shard, watched
-from sppo.micro_batches import deal
+from sppo.rollout.batching import deal
 
 
 def tiny(hidden: int) -> Qwen2Config:

@@ -23,7 +23,7 @@ def test_two_sharded_processes_make_the_update_of_one(tmp_path):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     torch.optim.SGD(model.parameters(), lr=1.0).step()
 
-    result, said = run_ranks(Path(__file__).with_name("fsdp2_run.py"), 2, tmp_path)
+    result, said = run_ranks(Path(__file__).parents[1] / "helpers/fsdp2_run.py", 2, tmp_path)
     assert norm > 1  # clipped, so the weights alone would not show a gradient of the wrong size
     torch.testing.assert_close(result["norm"], norm, rtol=1e-4, atol=0)
     for name, weight in model.state_dict().items():

@@ -5,7 +5,7 @@ import torch
 from tiny_run import changed, logged, make, snapshot
 
 from sppo.agreement import UNTRUSTED_RATE, standard_errors, watch
-from sppo.experience import Progress
+from sppo.rollout.stream import Progress
 
 
 def run(gradients, least=3.5, optimizer=torch.optim.Adam):

@@ -6,7 +6,7 @@ from torch import tensor
 
 from sppo import Algorithm, Outcomes, SPPOConfig
 from sppo.algorithms import ALGORITHMS, algorithm_class
-from sppo.critic import clipped_value_loss
+from sppo.models.critics import clipped_value_loss
 from sppo_kernels import policy_loss
 
 REWARDS = [1.0, 0.0, 0.5, 0.0, 1.0, 1.0]

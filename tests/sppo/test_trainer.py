@@ -11,7 +11,7 @@ from tiny_models import char_tokenizer, tiny_model
 from tiny_run import DATASET, changed, has_a, logged, make, snapshot
 
 from sppo import HFRollout
-from sppo.attention import use_attention
+from sppo.models.packed_attention import use_attention
 
 
 def test_learns(tmp_path):

@@ -1,0 +1,194 @@
+"""Checkpoints that are whole or absent, and what they hold besides what transformers saves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
+
+from sppo.config import SPPOConfig
+from sppo.models.actor_critic import ActorCritic
+from sppo.models.lora import settings_of_adapter, trainable
+from sppo.rollout.stream import ExperienceStream, Progress, Update
+
+STAGING = ".staging"
+"""Folder beside the checkpoints in which the next one is written; at the start it holds what a crash left."""
+
+_IDENTITY = "sppo_run.json"
+_LEARNED = "learned.safetensors"
+_FREE = (
+    # How far to go, and when to look
+    *("max_steps", "num_train_epochs", "eval_", "per_device_eval_batch_size", "do_", "metric_for_best_model"),
+    *("greater_is_better", "load_best_model_at_end", "prediction_loss_only", "batch_eval_metrics"),
+    # Where results go and what is shown of them
+    *("output_dir", "logging_", "log_", "report_to", "run_name", "project", "disable_tqdm", "num_completions_to_print"),
+    *("save_", "push_to_hub", "hub_", "trackio_", "overwrite_", "enable_jit_checkpoint", "include_"),
+    # The machine, and what leaves the results as they are
+    *("use_cpu", "local_rank", "dataloader_", "ddp_", "torch_empty_cache_steps", "skip_memory_metrics", "debug"),
+    *("reward_timeout", "accelerator_config", "resume_from_checkpoint", "_n_gpu"),
+)
+"""Beginnings of the names of settings that two parts of one run may differ in."""
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Move a finished folder to its name in one step that a crash cannot cut in two, once its bytes are on the disk."""
+    for path in [*staged.rglob("*"), staged]:
+        _sync(path)
+    if final.exists():  # an older run of the same step: set aside, so that the name is free
+        os.replace(final, staged.parent / f"replaced-{final.name}")
+    os.replace(staged, final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_experience(stream: ExperienceStream, folder: Path) -> None:
+    """Write a process's place in the run, with the rest of its rollout when it is in the middle of one."""
+    midway = stream.progress.updates % stream.args.updates_per_rollout != 0
+    updates = stream.updates if midway else []
+    tensors = {
+        f"{i}.{j}.{name}": tensor
+        for i, update in enumerate(updates)
+        for j, batch in enumerate(update.micro_batches)
+        for name, tensor in batch.items()
+    }
+    facts = [{k: v for k, v in vars(update).items() if k != "micro_batches"} for update in updates]
+    save_file(tensors, folder / f"experience_{stream.rank}.safetensors")
+    state = {"progress": asdict(stream.progress), "algorithm": stream.algorithm.state, "updates": facts}
+    (folder / f"experience_{stream.rank}.json").write_text(json.dumps(state, indent=1))
+
+
+def load_experience(stream: ExperienceStream, folder: Path) -> None:
+    """Undo :func:`save_experience`."""
+    state = json.loads((folder / f"experience_{stream.rank}.json").read_text())
+    batches: dict[int, dict[int, dict[str, Any]]] = {}
+    for key, tensor in load_file(folder / f"experience_{stream.rank}.safetensors").items():
+        i, j, name = key.split(".", 2)
+        batches.setdefault(int(i), {}).setdefault(int(j), {})[name] = tensor
+    updates = [
+        Update(micro_batches=[batches[i][j] for j in sorted(batches[i])], **facts)
+        for i, facts in enumerate(state["updates"])
+    ]
+    stream.restart(Progress(**state["progress"]), updates, state["algorithm"])
+
+
+def save_learned(model: ActorCritic, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the weights that learn beside frozen ones, an adapter's and a critic's head, exactly as they are."""
+    learned = {name: weights[name].contiguous().cpu() for name in trainable(model)}
+    save_file(learned, folder / _LEARNED)
+
+
+def load_learned(folder: str | Path) -> dict[str, Tensor]:
+    """What :func:`save_learned` wrote."""
+    return load_file(Path(folder, _LEARNED))
+
+
+def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset, rewards: Sequence[str]) -> dict[str, Any]:
+    """What makes two runs the same run, as far as going on with one from the other's checkpoint is concerned."""
+    return {
+        **{name: value for name, value in args.to_dict().items() if not name.startswith(_FREE)},
+        "world_size": args.world_size,
+        "model": _digest(_architecture(model.policy.config)),
+        "critic": _digest(_architecture(model.critic.config)) if model.critic is not None else None,
+        "learns": _digest(sorted(trainable(model))),
+        "adapter": _digest(settings_of_adapter(model.policy)),
+        "dataset": _digest([len(dataset), *(dataset[i] for i in range(0, len(dataset), len(dataset) // 64 + 1))]),
+        "rewards": list(rewards),
+    }
+
+
+def save_identity(run: dict[str, Any], folder: Path) -> None:
+    """Write a run's identity into its checkpoint."""
+    (folder / _IDENTITY).write_text(json.dumps(run, indent=1))
+
+
+def find_checkpoint(output_dir: Path, resume: str | bool | None) -> str | None:
+    """The checkpoint to resume from, or None.
+
+    Raises:
+        ValueError: there is none although one was asked for, or there are some and nobody said to resume.
+    """
+    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if not resume:
+        if last is not None:
+            raise ValueError(
+                f"output_dir={str(output_dir)!r} holds a checkpoint of an earlier run ({os.path.basename(last)}); "
+                "pass resume_from_checkpoint=True to go on with it, or choose another output_dir"
+            )
+        return None
+    folder = _last_whole(output_dir) if resume is True else str(resume)
+    if folder is None or not os.path.isdir(folder):
+        raise ValueError(f"resume_from_checkpoint={resume!r}: no checkpoint in {folder or output_dir} to resume from")
+    return folder
+
+
+def _last_whole(output_dir: Path) -> str | None:
+    """The newest checkpoint of this trainer; folders of another program beside it are passed over."""
+    numbered = [
+        (int(path.parent.name.removeprefix("checkpoint-")), str(path.parent))
+        for path in output_dir.glob(f"checkpoint-*/{_IDENTITY}")
+        if path.parent.name.removeprefix("checkpoint-").isdecimal()
+    ]
+    return max(numbered)[1] if numbered else None
+
+
+def check_identity(run: dict[str, Any], folder: str) -> None:
+    """Refuse to go on from another run's checkpoint, or from one that has lost a file.
+
+    Raises:
+        ValueError: names what differs, or what is missing.
+    """
+    experience = ("experience_0.json", "experience_0.safetensors")
+    by_deepspeed = any(Path(folder).glob("global_step*"))
+    steps = ("global_step*",) if by_deepspeed else ("optimizer*", "scheduler.pt")
+    critic = ("critic/config.json",) if run["critic"] is not None else ()
+    for name in (_IDENTITY, "trainer_state.json", *steps, *experience, *critic):
+        if not any(Path(folder).glob(name)):
+            raise ValueError(
+                f"{folder!r} is no whole checkpoint of SPPOTrainer ({name.replace('*', '.pt')} is missing, as after "
+                "save_only_model=True); resume from another one, or start over with model= this folder"
+            )
+    saved = json.loads(Path(folder, _IDENTITY).read_text())
+    here = json.loads(json.dumps(run))  # tuples as lists, as in the file
+    differing = [
+        f"{name}: {saved[name]!r} there, {here[name]!r} here"
+        for name in saved.keys() & here.keys()  # another version of transformers has other settings besides
+        if saved[name] != here[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder!r} is a checkpoint of another run ({'; '.join(differing)}); "
+            "start it with the settings it had, or choose another output_dir"
+        )
+
+
+def clear_staging(output_dir: Path) -> None:
+    """Remove what a crash left of an unfinished checkpoint."""
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+
+
+def _architecture(config: Any) -> dict[str, Any]:
+    """A model's configuration without what loading and saving change in it."""
+    volatile = {"_name_or_path", "transformers_version", "dtype", "use_cache", "architectures"}
+    volatile |= {"score_bias", "critic_kind"}
+    return {key: value for key, value in config.to_dict().items() if key not in volatile and "token_id" not in key}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,232 @@
+"""What is installed, what a run would use of it, and what to install for more.
+
+torch and transformers are imported where they are asked, and what fails there is reported, not raised: this is what to
+run where nothing else does.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+PYTHON = ((3, 11), (3, 13))
+"""Oldest and newest Python that is tested."""
+
+
+class Package(NamedTuple):
+    """A distribution, the oldest version that is supported, and what it is for."""
+
+    name: str
+    least: str
+    purpose: str
+
+
+REQUIRED = (
+    Package("torch", "2.10", "everything"),
+    Package("transformers", "5.17", "models and training"),
+    Package("accelerate", "1.10", "devices and processes"),
+    Package("datasets", "4.0", "prompts"),
+    Package("pyyaml", "6.0", "recipes"),
+    Package("matplotlib", "3.9", "pictures"),
+)
+OPTIONAL = (
+    Package("triton", "3.6", "the fused kernels on a GPU"),
+    Package("math-verify", "0.9", "the reward math"),
+    Package("reasoning-gym", "0.1.25", "the tasks and the reward reasoning_gym"),
+    Package("peft", "0.18", "adapters"),
+    Package("vllm", "0.20", "rollouts by vLLM"),
+    Package("flash-attn", "2.8", "faster attention on a GPU"),
+    Package("liger-kernel", "0", "use_liger_kernel=True"),
+    Package("deepspeed", "0", "sharded training by DeepSpeed"),
+    Package("tensorboard", "0", "report_to=tensorboard"),
+    Package("trackio", "0", "report_to=trackio"),
+    Package("wandb", "0", "report_to=wandb"),
+    Package("rich", "0", "tables on the console"),
+)
+
+
+class Finding(NamedTuple):
+    """A line of the table; ``trouble`` is None, ``"warning"``, or ``"error"`` where training cannot run."""
+
+    name: str
+    text: str
+    trouble: str | None = None
+
+
+def diagnose() -> int:
+    """Print the table.
+
+    Returns:
+        The exit code: 0 where training can run, else 1.
+    """
+    found: list[Finding] = []
+    sections: Sequence[tuple[str, Callable[[], Iterable[Finding]]]] = (
+        ("Installed", installed),
+        ("A run would use", used),
+        ("Test", tested),
+    )
+    for title, look in sections:
+        print(f"{title}:")
+        for finding in look():
+            found.append(finding)
+            mark = {"error": "ERROR: ", "warning": "warning: "}.get(finding.trouble or "", "")
+            print(f"  {finding.name:<14} {mark}{finding.text}", flush=True)
+        print()
+    errors = [finding for finding in found if finding.trouble == "error"]
+    if errors:
+        print(f"Training cannot run: see {', '.join(finding.name for finding in errors)} above.")
+    else:
+        print("Training can run. Quick start: sppo train quickstart")
+    return 1 if errors else 0
+
+
+def installed() -> Iterable[Finding]:
+    """Versions, and whether they are in the supported range. Nothing is imported for it."""
+    here = sys.version_info[:2]
+    oldest, newest = (".".join(map(str, limit)) for limit in PYTHON)
+    if here < PYTHON[0]:
+        yield Finding("python", f"{platform.python_version()}, older than {oldest}: install a newer one", "error")
+    elif here > PYTHON[1]:
+        yield Finding("python", f"{platform.python_version()}, newer than {newest}, the newest tested", "warning")
+    else:
+        yield Finding("python", platform.python_version())
+    for package in REQUIRED:
+        yield _installed(package, "error")
+    for package in OPTIONAL:
+        yield _installed(package, "warning")
+
+
+def _installed(package: Package, if_old: str) -> Finding:
+    name, least, purpose = package
+    upgrade = f"pip install '{name}>={least}'" if least != "0" else f"pip install {name}"
+    try:
+        have = version(name)
+    except PackageNotFoundError:
+        return Finding(name, f"missing, for {purpose}: {upgrade}", "error" if if_old == "error" else None)
+    if _numbers(have) < _numbers(least):
+        return Finding(name, f"{have}, older than {least}: {upgrade}", if_old)
+    return Finding(name, have)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
+
+
+def used() -> Iterable[Finding]:
+    """Device, precision, kernels, attention, rollout engine and processes of a run that is started here."""
+    try:
+        import torch
+
+        device = _device(torch)
+    except Exception as error:
+        yield Finding("device", f"torch does not work: {_first_line(error)}", "error")
+        return
+    yield _guarded("device", lambda: _describe(torch, device))
+    yield _guarded("precision", lambda: _precision(torch, device))
+    yield _guarded("kernels", lambda: _kernels(torch, device))
+    yield _guarded("attention", lambda: _attention(torch, device))
+    yield _guarded("rollouts", _rollouts)
+    yield _guarded("processes", lambda: _processes(torch, device))
+
+
+def _guarded(name: str, look: Callable[[], str]) -> Finding:
+    """What a package that may be broken says, or why it does not."""
+    try:
+        return Finding(name, look())
+    except Exception as error:
+        return Finding(name, f"{type(error).__name__}: {_first_line(error)}", "error")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _device(torch: Any) -> Any:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _describe(torch: Any, device: Any) -> str:
+    if device.type == "cpu":
+        return f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads; no accelerator was found"
+    if device.type not in ("cuda", "xpu"):
+        return device.type
+    module = getattr(torch, device.type)
+    platform_name = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    cards = [module.get_device_properties(i) for i in range(module.device_count())]
+    return f"{platform_name if device.type == 'cuda' else 'XPU'}: " + ", ".join(
+        f"{card.name} {card.total_memory / 2**30:.0f} GiB" for card in cards
+    )
+
+
+def _precision(torch: Any, device: Any) -> str:
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "float32; this GPU has no bfloat16"
+    return "float32; bf16=True computes in bfloat16" + (", which a CPU does slowly" if device.type == "cpu" else "")
+
+
+def _kernels(torch: Any, device: Any) -> str:
+    from sppo_kernels._backend import INTERPRETED, pick_backend
+
+    backend = pick_backend(None, torch.empty(0, device=device))
+    interpreted = ", but TRITON_INTERPRET=1 is set: Triton interprets its kernels, which is for tests"
+    return f"backend {backend}{interpreted if INTERPRETED and backend == 'triton' else ''}"
+
+
+def _attention(torch: Any, device: Any) -> str:
+    from sppo.models import packed_attention as attention
+
+    if device.type != "cuda":
+        return "scaled_dot_product_attention, one a length"
+    if name := attention.flash_attention(torch.cuda.get_device_capability()):
+        return f"{name} in bfloat16, else scaled_dot_product_attention"
+    if attention._torch_varlen():
+        return "torch's variable-length attention in bfloat16, else scaled_dot_product_attention"
+    return "scaled_dot_product_attention, one a length; flash-attn is faster: pip install flash-attn"
+
+
+def _rollouts() -> str:
+    others = "continuous, vllm" if find_spec("vllm") else "continuous"
+    return f"hf: transformers' generate(); rollout_engine= takes {others} too"
+
+
+def _processes(torch: Any, device: Any) -> str:
+    count = torch.accelerator.device_count() if device.type != "cpu" else 1
+    if count < 2:
+        return "one"
+    launch = f"accelerate launch --multi_gpu --num_processes {count} -m sppo.cli train RECIPE"
+    return f"one, of {count} devices; on all: {launch}"
+
+
+def tested() -> Iterable[Finding]:
+    """Log-probabilities and their gradients on the device, against the reference in float64."""
+    yield _guarded("fused kernels", _compare_with_reference)
+
+
+def _compare_with_reference() -> str:
+    import torch
+
+    from sppo_kernels import linear_logprobs, reference
+
+    device = _device(torch)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(size, generator=generator) for size in ((33, 64), (1000, 64))]
+    labels = torch.randint(1000, (33,), generator=generator)
+
+    def run(function: Callable[..., Any], dtype: Any, where: Any) -> list[Any]:
+        hidden, weight = (x.to(where, dtype, copy=True).requires_grad_() for x in inputs)
+        logprobs = function(hidden, weight, labels.to(where)).logprobs
+        gradients = torch.autograd.grad(logprobs.mean(), (hidden, weight))
+        return [x.detach().double().cpu() for x in (logprobs, *gradients)]
+
+    ours, exact = run(linear_logprobs, torch.float32, device), run(reference.linear_logprobs, torch.float64, "cpu")
+    error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, exact, strict=True))
+    # Tensor cores in TF32 keep 10 bits of a float32.
+    if not error < 5e-3:
+        raise ValueError(f"log-probabilities or gradients are off by {error:.1e}; report it with the lines above")
+    return f"log-probabilities and gradients are right, to {error:.0e} of the largest"

@@ -1,0 +1,171 @@
+"""Policy and critic in one module, so that one optimizer, one checkpoint and one wrapper cover both."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sppo.models.critics import Critic
+from sppo.models.packed_attention import NAME, Packed, pack, packed_hidden, use_attention
+from sppo_kernels import linear_logprobs
+
+
+class ActorCriticOutput(NamedTuple):
+    """``logprobs`` and ``entropy`` ``[R]`` of the response tokens; ``critic_loss`` 0-d, None without a critic."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    critic_loss: Tensor | None
+
+
+class ActorCritic(nn.Module):
+    """A causal language model and its critic; ``forward`` runs both on one packed micro-batch.
+
+    Args:
+        policy: model of ``AutoModelForCausalLM``.
+        judge: what its critic predicts and learns, or None. The critic itself becomes the submodule ``critic``.
+
+    Dropout is switched off in both: ratios compare the same function before and after an update.
+    """
+
+    _keys_to_ignore_on_save = None
+
+    def __init__(self, policy: PreTrainedModel, judge: Critic | None = None) -> None:
+        super().__init__()
+        self.policy = policy
+        self.judge = judge
+        self.critic = judge.model if judge is not None else None
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            for name, value in vars(module).items():  # what models give to functional.dropout
+                if "dropout" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
+
+    def forward(
+        self,
+        batch: dict[str, Tensor],
+        *,
+        temperature: float,
+        max_length: int,
+        critic_normalizer: float,
+        **of_logprobs: Any,
+    ) -> ActorCriticOutput:
+        """Log-probabilities of the responses, and the critic's loss.
+
+        Args:
+            batch: a micro-batch of :mod:`sppo.rollout.batching`.
+            temperature: of sampling.
+            max_length: tokens of the longest packed sequence, or more.
+            critic_normalizer: what the critic's summed loss is divided by.
+            of_logprobs: for :func:`policy_logprobs`.
+        """
+        logprobs, entropy = policy_logprobs(
+            self.policy,
+            batch,
+            temperature=temperature,
+            max_length=max_length,
+            **of_logprobs,
+        )
+        loss = self.judge.loss(batch, max_length, critic_normalizer) if self.judge is not None else None
+        return ActorCriticOutput(logprobs, entropy, loss)
+
+    def activation_checkpointing_enable(self, **settings: Any) -> None:
+        """What ``TrainingArguments.gradient_checkpointing`` calls, for both models."""
+        for model in filter(None, (self.policy, self.critic)):
+            if hasattr(model, "activation_checkpointing_enable"):
+                model.activation_checkpointing_enable(**settings)
+            else:  # transformers before it was renamed
+                model.gradient_checkpointing_enable(settings.get("gradient_checkpointing_kwargs"))
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of layers that accelerate is to shard one by one."""
+        known = {name for m in (self.policy, self.critic) if m is not None for name in m._no_split_modules or ()}
+        return sorted(known & {type(module).__name__ for module in self.modules()})
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Compare packed forwards with the models' own, on two short sequences, without dropout.
+
+        Raises:
+            ValueError: they differ: the model is not made of causal attention that transformers can swap, or it does
+                something between hidden states and logits that ``linear_logprobs`` does not.
+        """
+        training = self.training
+        self.eval()
+        try:
+            self._compare_packed_with_own()
+        except TypeError as error:  # a backbone that keeps the sequences' boundaries from its attention
+            raise ValueError(
+                f"{type(self.policy).__name__} or its critic does not tell its attention about packed sequences "
+                f"({error}); this architecture cannot be trained here yet"
+            ) from error
+        finally:
+            self.train(training)
+
+    def _compare_packed_with_own(self) -> None:
+        sequences = [[1, 2, 3, 4, 5], [3, 2, 1]]
+        packed = Packed(*(x.to(self.policy.device) for x in pack(sequences)))
+        rows = [packed.input_ids[:, :5], packed.input_ids[:, 5:]]
+        for name, model in (("model", self.policy), ("critic", self.critic)):
+            if model is None:
+                continue
+            own = torch.cat([model.base_model(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows])
+            with use_attention(model, NAME):
+                ours = packed_hidden(model, packed, 5)
+            _check_close(f"{name}={type(model).__name__}: attention over packed sequences", ours, own)
+        batch = packed._asdict() | {
+            "response_index": torch.tensor([0, 1, 2, 3, 5, 6], device=self.policy.device),
+            "response_ids": packed.input_ids[0, [1, 2, 3, 4, 6, 7]],
+        }
+        with use_attention(self.policy, NAME):
+            ours, _ = policy_logprobs(self.policy, batch, temperature=1.0, max_length=5)
+        logits = torch.cat([self.policy(input_ids=row, use_cache=False).logits[0, :-1] for row in rows]).float()
+        own = logits.log_softmax(-1).gather(1, batch["response_ids"][:, None])[:, 0]
+        _check_close(f"model={type(self.policy).__name__}: log-probabilities", ours - ours.mean(), own - own.mean())
+
+
+def policy_logprobs(
+    policy: PreTrainedModel,
+    batch: dict[str, Tensor],
+    *,
+    temperature: float,
+    max_length: int,
+    backward: str = "cache",
+    logits_budget_bytes: int | None = None,
+    mass_tolerance: float = 1e-4,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy ``[R]`` of each response token; only the positions that predict one are projected.
+
+    ``backward`` and what follows are as of ``linear_logprobs``; "auto" is not for training runs that are to repeat: it
+    goes by what the process has seen.
+    """
+    packed = Packed(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"])
+    hidden = packed_hidden(policy, packed, max_length)[batch["response_index"]]
+    lm_head = cast(nn.Linear, policy.get_output_embeddings())
+    return linear_logprobs(
+        hidden,
+        lm_head.weight,
+        batch["response_ids"],
+        bias=lm_head.bias,
+        temperature=temperature,
+        softcap=getattr(policy.config.get_text_config(), "final_logit_softcapping", None),
+        backward=backward,
+        logits_budget_bytes=logits_budget_bytes,
+        mass_tolerance=mass_tolerance,
+    )
+
+
+def _check_close(what: str, ours: Tensor, own: Tensor, tolerance: float = 0.05) -> None:
+    ours, own = ours.float(), own.float()
+    if not (ours - own).norm() <= tolerance * own.norm():
+        raise ValueError(
+            f"{what} differ from the model's own forward by {(ours - own).norm() / own.norm():.2g}, more than "
+            f"{tolerance}; this architecture cannot be trained here yet"
+        )

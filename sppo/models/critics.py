@@ -1,0 +1,204 @@
+"""Critics: ordinary sequence-classification models with one label, read at the prompt's end or before each token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sppo.models.fsdp import full
+from sppo.models.packed_attention import NAME, Packed, pack, packed_hidden, use_attention
+from sppo.rollout.engine import Sample
+from sppo_kernels import prompt_value_logits, prompt_value_loss
+
+_TOKENS_AT_ONCE = 2**15
+
+
+class Critic(Protocol):
+    """What a sequence classifier predicts, and how it learns to.
+
+    Attributes:
+        model: the classifier.
+    """
+
+    model: PreTrainedModel
+
+    def set_prior(self, total: float, count: int) -> None:
+        """Start an untrained head at a constant, the mean of ``count`` rewards; a trained head stays."""
+
+    def values(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """Predictions for each sample: 0-d, or ``[T]`` for its T response tokens; float32 on the CPU."""
+
+    def loss(self, batch: dict[str, Tensor], max_length: int, normalizer: float) -> Tensor:
+        """The share of a micro-batch of :mod:`sppo.rollout.batching` in the update's loss, 0-d."""
+
+
+class PromptCritic:
+    """Reads the prompt alone and predicts P(success), by binary cross-entropy (SPPO, arXiv 2604.08865)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def set_prior(self, total: float, count: int) -> None:
+        """See :class:`Critic`. One success and one failure are added: no finite logit is certain."""
+        _set_constant(self.model, math.log((total + 1) / (count - total + 1)))
+
+    def values(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """See :class:`Critic`; 0-d each."""
+        return list(torch.tensor(prompt_values(self.model, [s.prompt_ids for s in samples])).unbind())
+
+    def loss(self, batch: dict[str, Tensor], max_length: int, normalizer: float) -> Tensor:
+        """See :class:`Critic`; ``normalizer``: samples of the update."""
+        packed = Packed(batch["prompt_ids"], batch["prompt_position_ids"], batch["prompt_cu_seqlens"])
+        return prompt_value_loss(
+            packed_hidden(self.model, packed, max_length),
+            head(self.model).weight,
+            batch["last_index"],
+            batch["outcomes"],
+            bias=head(self.model).bias,
+            normalizer=normalizer,
+        ).loss
+
+
+class TokenCritic:
+    """Predicts the return before each response token, by half the clipped squared error (PPO, arXiv 1707.06347).
+
+    Args:
+        model: the classifier.
+        cliprange: see :func:`clipped_value_loss`.
+    """
+
+    def __init__(self, model: PreTrainedModel, cliprange: float) -> None:
+        self.model = model
+        self.cliprange = cliprange
+
+    def set_prior(self, total: float, count: int) -> None:
+        """See :class:`Critic`."""
+        _set_constant(self.model, total / count)
+
+    @torch.no_grad()
+    def values(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """See :class:`Critic`; ``[T]`` each."""
+        sequences = [s.prompt_ids + s.response_ids[:-1] for s in samples]
+        read = lambda hidden, s: self._read(hidden, torch.arange(len(s.prompt_ids) - 1, len(hidden)))
+        return [read(*pair).cpu() for pair in zip(_packed_states(self.model, sequences), samples, strict=True)]
+
+    def loss(self, batch: dict[str, Tensor], max_length: int, normalizer: float) -> Tensor:
+        """See :class:`Critic`; ``normalizer``: response tokens of the update."""
+        packed = Packed(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"])
+        values = self._read(packed_hidden(self.model, packed, max_length), batch["response_index"])
+        return clipped_value_loss(values, batch["values"], batch["returns"], self.cliprange).sum() / normalizer
+
+    def _read(self, hidden: Tensor, index: Tensor) -> Tensor:
+        value_head = head(self.model)
+        return prompt_value_logits(hidden, value_head.weight, index.to(hidden.device), bias=value_head.bias)
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> Tensor:
+    """PPO's loss of each value: ``max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2) / 2``.
+
+    Source: the implementation of PPO (arXiv 1707.06347) in OpenAI baselines, which TRL and verl follow.
+    """
+    clipped = torch.clamp(values, old_values - cliprange, old_values + cliprange)
+    return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+
+
+class Calibration(NamedTuple):
+    """How good predictions of outcomes are: see :func:`calibration`."""
+
+    brier: float
+    brier_baseline: float
+    explained_variance: float
+    expected_calibration_error: float
+
+
+def calibration(values: Tensor, outcomes: Tensor, baseline: float, bins: int = 10) -> Calibration:
+    """Compare predictions ``[B]`` with outcomes ``[B]``, B at least 1.
+
+    Args:
+        values: predicted; for the calibration error, those outside [0, 1] count into the outer bins.
+        outcomes: what came.
+        baseline: the constant prediction that explained variance is measured against.
+        bins: of equal width over [0, 1].
+
+    Returns:
+        ``brier``: mean squared error; ``brier_baseline``: that of the constant;
+        ``explained_variance``: ``1 - brier / brier_baseline``, 0 where the constant makes no error either;
+        ``expected_calibration_error``: the mean over bins of ``|mean value - mean outcome|``, weighted by how many
+        values lie in each (Naeini, Cooper, Hauskrecht 2015).
+    """
+    brier = (values - outcomes).square().mean().item()
+    constant = (baseline - outcomes).square().mean().item()
+    place = (values * bins).long().clamp(0, bins - 1)
+    gaps = torch.zeros(bins).index_add(0, place, values - outcomes)
+    return Calibration(
+        brier, constant, 1 - brier / constant if constant else 0.0, gaps.abs().sum().item() / len(values)
+    )
+
+
+def head(critic: PreTrainedModel) -> nn.Linear:
+    """The layer that reads the value off a hidden state."""
+    layer = getattr(critic, "score", None)
+    if not isinstance(layer, nn.Linear) or layer.out_features != 1:
+        raise ValueError(
+            f"critic={type(critic).__name__} needs a linear head named 'score' with one label; load it with "
+            "AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)"
+        )
+    return layer
+
+
+def set_head(critic: PreTrainedModel, bias: torch.Tensor) -> None:
+    """Give the head of ``critic`` a bias, next to the weight it has."""
+    old = head(critic)
+    new = nn.Linear(old.in_features, 1, dtype=old.weight.dtype, device=old.weight.device)
+    with torch.no_grad():
+        new.weight.copy_(old.weight)
+        new.bias.copy_(bias)
+    critic.score = new
+
+
+@torch.no_grad()
+def _set_constant(critic: PreTrainedModel, output: float) -> None:
+    if not full(head(critic).weight).any():
+        head(critic).bias.fill_(output)
+
+
+@torch.no_grad()
+def prompt_values(critic: PreTrainedModel, prompts: Sequence[list[int]]) -> list[float]:
+    """P(success) for each prompt; each distinct prompt is read once, packed without padding."""
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    ends = [hidden[-1].clone() for hidden in _packed_states(critic, distinct)]  # a view would keep all of its chunk
+    if not ends:
+        return []
+    states = torch.stack(ends)
+    index = torch.arange(len(states), device=states.device)
+    logits = prompt_value_logits(states, head(critic).weight, index, bias=head(critic).bias)
+    values = dict(zip(distinct, logits.sigmoid().tolist(), strict=True))
+    return [values[tuple(prompt)] for prompt in prompts]
+
+
+def _packed_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    """Last hidden states ``[T, H]`` of each sequence, a chunk of them at a time: a rollout's are gigabytes."""
+    for chunk in _chunks(sequences):
+        packed = Packed(*(x.to(model.device) for x in pack(chunk)))
+        with use_attention(model, NAME):
+            states = packed_hidden(model, packed, max(map(len, chunk)))
+        yield from states.split([len(sequence) for sequence in chunk])
+        del states
+
+
+def _chunks(sequences: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+    """Cut into runs of at most so many tokens (a longer sequence is a run of its own)."""
+    chunks: list[list[Sequence[int]]] = []
+    room = 0
+    for sequence in sequences:
+        if len(sequence) > room or not chunks:
+            chunks.append([])
+            room = _TOKENS_AT_ONCE
+        chunks[-1].append(sequence)
+        room -= len(sequence)
+    return chunks

@@ -1,0 +1,40 @@
+"""The table of sample completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from sppo.rollout.engine import Sample
+
+
+def print_completions(samples: Sequence[Sample], step: int) -> None:
+    """Show samples of the last rollout: a table with rich where that is installed, plain lines elsewhere."""
+    rows = [
+        (
+            as_text(s.prompt),
+            as_text(s.completion),
+            "-" if s.reward is None else f"{s.reward:.2f}",
+            "-" if s.advantage is None else f"{s.advantage.mean():+.2f}",
+        )
+        for s in samples
+    ]
+    header = ("prompt", "completion", "reward", "advantage")
+    if find_spec("rich") is None:
+        for row in rows:
+            print(f"[update {step}] " + " | ".join(f"{name}: {cell!r}" for name, cell in zip(header, row, strict=True)))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*header, title=f"update {step}", show_lines=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
+
+
+def as_text(prompt: Any) -> str:
+    """A prompt or completion as one text, also where it is chat messages."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

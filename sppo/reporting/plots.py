@@ -1,0 +1,252 @@
+"""One picture of one or more runs: reward, length, entropy, calibration of the critic, and where the time went."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from sppo._utils import METRICS, read_lines, replacing
+
+Log = Sequence[Mapping[str, Any]]
+"""Entries as the trainer logs them: metrics of training, each with its ``step``, and evaluations between them."""
+
+X_AXES = {"tokens": "generated tokens", "updates": "updates", "seconds": "seconds of training"}
+_SMOOTHING = 0.8
+_PHASES = ("rollout", "reward", "critic", "update", "evaluate", "checkpoint")
+_PHASE_COLORS = ("#3b4a6b", "#7a89a6", "#b3bed1", "#8c6d5f", "#c4a797", "#d9cfc4")  # none of a run's
+
+
+def plot(folders: Sequence[Path], output: Path, x: str = "tokens") -> None:
+    """Draw the runs in ``folders`` into the file ``output``, whose ending gives its format.
+
+    Raises:
+        ValueError: a folder holds no run, or a run that has logged nothing yet; or the format is unknown.
+    """
+    figure = draw({name: read_log(folder) for name, folder in _names(folders).items()}, x)
+    known = figure.canvas.get_supported_filetypes()
+    if output.suffix.removeprefix(".") not in known:
+        raise ValueError(f"output must end in one of .{', .'.join(known)}, got {str(output)!r}")
+    with replacing(output) as staged:
+        figure.savefig(staged, dpi=150)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """What a run has logged: its ``metrics.jsonl``, or else the state of its newest checkpoint, or of the one given.
+
+    Raises:
+        ValueError: there is neither, or nothing in it yet.
+    """
+    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=_checkpoint_number)
+    state = [*states, *folder.glob("trainer_state.json")][-1:]
+    if (folder / METRICS).is_file():
+        log = read_lines(folder / METRICS)
+    elif state:
+        log = json.loads(state[0].read_text(encoding="utf-8"))["log_history"]
+    else:
+        raise ValueError(
+            f"{str(folder)!r} holds no run: neither {METRICS} nor checkpoint-*/trainer_state.json; "
+            "give the output_dir of sppo train"
+        )
+    if not any("loss" in entry for entry in log):
+        raise ValueError(f"the run in {str(folder)!r} has logged no update yet; try again when it has made one")
+    return log
+
+
+def _checkpoint_number(state: Path) -> int:
+    number = state.parent.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _names(folders: Sequence[Path]) -> dict[str, Path]:
+    """Folders by the shortest ends of their paths that tell them apart."""
+    paths = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        names = {str(Path(*path.parts[-depth:])): path for path in paths}
+        if len(names) == len(paths):
+            return names
+    return {str(path): path for path in paths}
+
+
+def draw(runs: Mapping[str, Log], x: str = "tokens") -> Figure:
+    """The picture of the runs, given their logs by name. Values are faint, their running means are not.
+
+    Args:
+        runs: logs by the names for the legend.
+        x: what the panels share: ``"tokens"`` generated, ``"updates"`` or ``"seconds"``.
+    """
+    figure = Figure(figsize=(12, 10), layout="constrained")
+    panels = figure.subplot_mosaic(
+        [["reward", "brier"], ["length", "calibration"], ["truncated", "entropy"], ["phases", "phases"]],
+        height_ratios=[3, 3, 3, 0.6 + 0.5 * len(runs)],
+    )
+    colors = {name: f"C{i % 10}" for i, name in enumerate(runs)}
+    for name, log in runs.items():
+        position = _position_on(x)
+        at = [position(entry) for entry in log]
+        for panel, metric in _CURVES.items():
+            _draw_curve(panels[panel], log, at, metric, colors[name])
+        _draw_curve(panels["brier"], log, at, "brier_baseline", colors[name], linestyle=":", faint=False)
+        _draw_evaluations(panels["reward"], log, at, "reward", colors[name])
+        _draw_evaluations(panels["length"], log, at, "response_length", colors[name])
+        _draw_evaluations(panels["truncated"], log, at, "truncated", colors[name])
+    for panel, (label, limits) in _LABELS.items():
+        if panel != "reward":
+            panels[panel].sharex(panels["reward"])
+        _finish(panels[panel], label, limits, X_AXES[x])
+    panels["reward"].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=x != "seconds"))
+    _explain(panels["reward"], {"rollouts": "-", "held-out prompts": "--"})
+    _explain(panels["brier"], {"critic": "-", "mean success rate so far": ":"})
+    _draw_phases(panels["phases"], runs)
+    if len(runs) > 1:
+        lines = [Line2D([], [], color=color, linewidth=3, label=name) for name, color in colors.items()]
+        figure.legend(handles=lines, loc="outside upper center", ncols=min(len(lines), 4), frameon=False)
+    else:
+        figure.suptitle(next(iter(runs)))
+    return figure
+
+
+_CURVES = {
+    "reward": "reward",
+    "brier": "brier",
+    "length": "response_length",
+    "calibration": "expected_calibration_error",
+    "truncated": "truncated",
+    "entropy": "entropy",
+}
+_LABELS: dict[str, tuple[str, tuple[float | None, float | None]]] = {
+    "reward": ("mean reward", (None, None)),
+    "brier": ("critic's Brier score\n(lower is better)", (0, None)),
+    "length": ("response length [tokens]", (0, None)),
+    "calibration": ("expected calibration error\nof the critic", (0, None)),
+    "truncated": ("responses cut off", (-0.02, 1.02)),
+    "entropy": ("entropy [nats a token]", (0, None)),
+}
+
+
+def _position_on(x: str) -> Callable[[Mapping[str, Any]], float]:
+    """Where an entry of a log lies on the x axis; the entries are to be asked for in their order."""
+    reached = 0.0
+
+    def position(entry: Mapping[str, Any]) -> float:
+        nonlocal reached
+        if x == "updates":
+            reached = entry.get("step", reached)
+        elif x == "tokens":
+            reached = entry.get("total_generated_tokens", reached)
+        else:
+            reached += sum(seconds for _, seconds in _phases(entry))
+        return reached
+
+    return position
+
+
+def _phases(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    return ((name.removeprefix("seconds/"), value) for name, value in entry.items() if name.startswith("seconds/"))
+
+
+def _draw_curve(
+    axes: Axes, log: Log, at: Sequence[float], metric: str, color: str, linestyle: str = "-", faint: bool = True
+) -> None:
+    """The running mean of a metric, on its values; an update without a new rollout has none."""
+    points = [(x, entry[metric]) for x, entry in zip(at, log, strict=True) if metric in entry]
+    if not points:
+        return
+    xs, values = zip(*points, strict=True)
+    if faint:
+        axes.plot(xs, values, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(xs, smooth(values), color=color, linestyle=linestyle, marker="." if len(xs) == 1 else None)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving mean without the bias of its beginning."""
+    total = weight = 0.0
+    means = []
+    for value in values:
+        total, weight = _SMOOTHING * total + value, _SMOOTHING * weight + 1
+        means.append(total / weight)
+    return means
+
+
+def _draw_evaluations(axes: Axes, log: Log, at: Sequence[float], metric: str, color: str) -> None:
+    """What held-out prompts came to; each of several sets has a line."""
+    names = {name for entry in log for name in entry if name.startswith("eval_") and "/" not in name}
+    for name in sorted(name for name in names if name.endswith(f"_{metric}")):
+        points = [(x, entry[name]) for x, entry in zip(at, log, strict=True) if name in entry]
+        axes.plot(*zip(*points, strict=True), "o--", color=color, markersize=5, markeredgecolor="white", linewidth=1)
+
+
+def _finish(axes: Axes, label: str, limits: tuple[float | None, float | None], x_label: str) -> None:
+    axes.set(xlabel=x_label, ylabel=label)
+    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not axes.lines:
+        axes.text(0.5, 0.5, "not logged", color="0.5", ha="center", va="center", transform=axes.transAxes)
+        axes.set(yticks=[])
+        return
+    axes.set_ylim(*limits)
+    if label == _LABELS["truncated"][0]:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _explain(axes: Axes, styles: Mapping[str, Any]) -> None:
+    """What the kinds of lines mean, in grey, for their colours are the runs'."""
+    drawn = {line.get_linestyle() for line in axes.lines}
+    handles = [
+        Line2D([], [], color="0.4", linestyle=style, marker="o" if style == "--" else None, label=label)
+        for label, style in styles.items()
+        if style in drawn
+    ]
+    if handles:
+        axes.legend(handles=handles, frameon=False)
+
+
+def _draw_phases(axes: Axes, runs: Mapping[str, Log]) -> None:
+    """Mean seconds an update of each run, by phase, as one bar."""
+    totals = {name: _seconds_by_phase(log) for name, log in runs.items()}
+    others = sorted({phase for phases in totals.values() for phase in phases} - set(_PHASES))
+    left = dict.fromkeys(runs, 0.0)
+    longest = max((sum(phases.values()) for phases in totals.values()), default=0.0)
+    for i, phase in enumerate([*_PHASES, *others]):
+        widths = [totals[name].get(phase, 0.0) for name in runs]
+        if not any(widths):
+            continue
+        color = _PHASE_COLORS[i] if i < len(_PHASE_COLORS) else f"{0.3 + 0.1 * (i % 5):.1f}"
+        bars = axes.barh(list(runs), widths, left=list(left.values()), color=color, label=phase, height=0.7)
+        texts = [f"{width:.3g}" if width > 0.05 * longest else "" for width in widths]
+        readable = "white" if sum(to_rgb(color)) < 1.8 else "black"
+        axes.bar_label(bars, texts, label_type="center", color=readable, fontsize=9)
+        left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
+    axes.invert_yaxis()
+    axes.set(xlabel="mean seconds an update")
+    axes.grid(alpha=0.3, axis="x")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if longest:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(_PHASES) + len(others), frameon=False)
+
+
+def _seconds_by_phase(log: Log) -> dict[str, float]:
+    """Mean seconds an update by phase, over the updates of the log."""
+    totals: dict[str, float] = {}
+    for entry in log:
+        for phase, seconds in _phases(entry):
+            totals[phase] = totals.get(phase, 0.0) + seconds
+    updates = max((entry["step"] for entry in log if "loss" in entry), default=1)
+    return {phase: seconds / updates for phase, seconds in totals.items()}

@@ -1,0 +1,149 @@
+"""What a run leaves to be looked at while it goes: its metrics, sample completions, and both in experiment trackers.
+
+Metrics reach trackers (``report_to``) by transformers' own callbacks. Here is what those lack: a file of the metrics,
+the completions as a table, and one place and one name for what is logged before, during and after ``train()``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations.integration_utils import default_logdir
+
+from sppo._utils import METRICS, append_line, read_lines, write_lines
+from sppo.config import SPPOConfig
+from sppo.reporting.console import as_text, print_completions
+from sppo.rollout.engine import Sample
+
+COMPLETIONS = "completions.jsonl"
+
+
+class MetricsFile(TrainerCallback):
+    """Writes each entry of the log into ``metrics.jsonl`` as it comes.
+
+    Evaluations before training begin the file; those of a trainer that only evaluates are not the run's and stay out.
+    """
+
+    def __init__(self) -> None:
+        self._before: list[dict[str, Any]] = []
+        self._path: Path | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the file anew, with what a resumed run had logged up to its checkpoint."""
+        if state.is_world_process_zero:
+            self._path = Path(args.output_dir, METRICS)
+            if state.global_step > 0:
+                self._before = [entry for entry in read_lines(self._path) if entry["step"] == 0]
+            logged = [entry for entry in state.log_history if entry not in self._before]
+            write_lines(self._path, [*self._before, *logged])
+            self._before = []
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the newest entry."""
+        if not state.is_world_process_zero:
+            return
+        if self._path is None:
+            self._before.append(state.log_history[-1])
+        else:
+            append_line(self._path, state.log_history[-1])
+
+
+class SampleCompletions(TrainerCallback):
+    """Shows sample completions whenever the metrics of training are logged.
+
+    On the console, in ``completions.jsonl``, and as a table in Weights & Biases, trackio and TensorBoard.
+
+    Args:
+        samples: gives the last rollout's.
+        trackers: callbacks of the trainer, those of trackers among them.
+    """
+
+    def __init__(self, samples: Callable[[], Sequence[Sample]], trackers: Sequence[TrainerCallback]) -> None:
+        self._samples = samples
+        self._trackers = trackers
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget completions that a resumed run makes again, or those of an earlier run."""
+        if state.is_world_process_zero:
+            path = Path(args.output_dir, COMPLETIONS)
+            write_lines(path, [row for row in read_lines(path) if row["step"] <= state.global_step])
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show, write and track."""
+        if "loss" not in logs or not state.is_world_process_zero:
+            return
+        samples = self._samples()[: args.num_completions_to_print]
+        print_completions(samples, state.global_step)
+        rows = [
+            {
+                "step": state.global_step,
+                "prompt": as_text(sample.prompt),
+                "completion": as_text(sample.completion),
+                "reward": sample.reward,
+                "advantage": None if sample.advantage is None else sample.advantage.mean().item(),
+            }
+            for sample in samples
+        ]
+        for row in rows:
+            append_line(Path(args.output_dir, COMPLETIONS), row)
+        if rows:
+            for tracker in self._trackers:
+                _track(tracker, rows)
+
+
+def _track(tracker: TrainerCallback, rows: Sequence[dict[str, Any]]) -> None:
+    """Give a table of completions to a tracker of transformers."""
+    step = rows[0]["step"]
+    if isinstance(tracker, TensorBoardCallback) and tracker.tb_writer is not None:
+        tracker.tb_writer.add_text("completions", _markdown(rows), step)
+    elif isinstance(tracker, WandbCallback):
+        import wandb
+
+        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        wandb.log({"completions": table, "train/global_step": step})
+    elif isinstance(tracker, TrackioCallback):
+        import pandas
+        import trackio
+
+        trackio.log({"completions": trackio.Table(dataframe=pandas.DataFrame(rows)), "train/global_step": step})
+
+
+def _markdown(rows: Sequence[dict[str, Any]]) -> str:
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _cell(value: Any) -> str:
+    """A value inside a markdown table, where a bar would end it and a line break its row."""
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    for character, shown in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("\n", "<br>")):
+        text = text.replace(character, shown)
+    return text
+
+
+def name_run(args: SPPOConfig) -> None:
+    """Give a tracked run a name, so that trackio takes what is logged before, during and after training for one run."""
+    if args.report_to and args.run_name is None:
+        args.run_name = f"{Path(args.output_dir or '.').absolute().name}-{time.strftime('%m%d-%H%M%S')}"
+
+
+def prepare_trackers(callbacks: Sequence[TrainerCallback], args: SPPOConfig) -> None:
+    """Let TensorBoard write into ``output_dir`` from the start, not elsewhere until ``train()`` begins.
+
+    Raises:
+        ValueError: Weights & Biases is to upload the model, for which it saves policy and critic as one.
+    """
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = os.path.join(args.output_dir or ".", default_logdir())
+        if isinstance(callback, WandbCallback) and callback._log_model.is_enabled:
+            raise ValueError(
+                f"WANDB_LOG_MODEL={callback._log_model.value!r} is not available: it would save policy and critic as "
+                "one model; unset it, and upload output_dir after training with wandb.log_artifact or push_to_hub"
+            )

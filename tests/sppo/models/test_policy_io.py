@@ -1,0 +1,40 @@
+import pytest
+import torch
+from tiny_models import tiny_model
+from tiny_run import logged, make
+
+from sppo import SPPOConfig
+from sppo.models.policy_io import with_master_weights
+
+
+def test_bf16_widens_sixteen_bit_weights(caplog):
+    args = SPPOConfig("unused", use_cpu=True, bf16=True, per_device_train_batch_size=2)
+    model = tiny_model().to(torch.bfloat16)
+    expected = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    for name, tensor in with_master_weights(model, args).state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert tensor.equal(expected[name])
+    assert "lost in rounding" not in caplog.text
+
+
+def test_without_it_they_stay_and_it_is_said(caplog):
+    args = SPPOConfig("unused", use_cpu=True, per_device_train_batch_size=2)
+    assert with_master_weights(tiny_model().to(torch.bfloat16), args).dtype == torch.bfloat16
+    assert "steps of less than 1/256 of a weight are lost in rounding. bf16=True" in caplog.text
+    assert with_master_weights(tiny_model(), args).dtype == torch.float32
+    assert with_master_weights(tiny_model().half(), args).dtype == torch.float32
+
+
+@pytest.mark.parametrize("algorithm", ["sppo", "ppo"])
+def test_a_run_in_bfloat16_takes_small_steps(tmp_path, algorithm):
+    """Of a size that bfloat16 weights would round away."""
+    model = tiny_model().to(torch.bfloat16)
+    trainer = make(tmp_path, model=model, bf16=True, max_steps=2, learning_rate=1e-6, algorithm=algorithm)
+    before = {name: p.detach().clone() for name, p in trainer.model.policy.named_parameters()}
+    trainer.train()
+    after = dict(trainer.model.policy.named_parameters())
+    count = lambda same: sum((~same(before[name], p)).sum().item() for name, p in after.items())
+    moved = count(torch.eq)
+    assert moved > 1000
+    assert count(lambda a, b: a.bfloat16() == b.bfloat16()) < 0.2 * moved
+    assert logged(trainer, "skipped_updates") == [0, 0]

@@ -1,0 +1,206 @@
+"""The card says what was trained and its recipe gives the same settings; what is pushed has card and critic."""
+
+import re
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from huggingface_hub import HfApi, ModelCard
+from tiny_models import tiny_model
+from tiny_run import DATASET, make
+
+from sppo.cli.main import main
+from sppo.cli.recipes import config_from, read_recipe
+from sppo.reporting.model_card import is_hub_name, model_card, recipe_of
+
+HERE = Path(__file__).parents[2] / "helpers/cli_run.py"
+
+
+def block(card, language):
+    return re.search(rf"```{language}\n(.*?)```", str(card), re.S).group(1)
+
+
+def test_front_matter_and_results(tmp_path):
+    policy = tiny_model()
+    policy.config._name_or_path = "acme/tiny"
+    trainer = make(tmp_path / "my-run", model=policy, eval_dataset=DATASET.select(range(3)), max_steps=2)
+    trainer.evaluate()
+    trainer.train()
+    final = trainer.evaluate()
+    trainer.create_model_card(dataset_tags="acme/sums", tags="math", license="mit", language="en")
+    card = ModelCard.load(tmp_path / "my-run" / "README.md")
+    assert card.data.to_dict() == {
+        "base_model": "acme/tiny",
+        "datasets": ["acme/sums"],
+        "language": "en",
+        "library_name": "transformers",
+        "license": "mit",
+        "pipeline_tag": "text-generation",
+        "tags": ["generated_from_trainer", "math", "reinforcement-learning", "rlvr", "sppo", "sppo-kernels"],
+    }
+    assert card.text.strip().startswith("# my-run\n\n`acme/tiny`, trained by")
+    assert "36 prompts of `acme/sums`" in card.text
+    assert "Sequence-Level PPO (arXiv 2604.08865)" in card.text
+    rows = re.findall(r"\| held-out prompts \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", card.text)
+    assert [row[0] for row in rows] == ["0", "2"]
+    assert float(rows[-1][2]) == pytest.approx(final["eval_reward"], abs=1e-3)
+    assert "load_critic(folder)" in card.text
+    assert "arXiv:2604.08865" in card.text
+
+
+def test_without_a_critic_evaluations_or_known_names(tmp_path):
+    card = model_card(make(tmp_path, algorithm="grpo", num_generations=4))
+    assert {"base_model", "datasets", "license"}.isdisjoint(card.data.to_dict())
+    assert "grpo" in card.data.tags
+    assert "sppo" not in card.data.tags
+    assert "load_critic" not in card.text
+    assert "## Results" not in card.text
+
+
+def test_settings_of_the_recipe_are_those_of_the_run(tmp_path):
+    given = {"learning_rate": 3e-4, "dual_clip": float("inf"), "lr_scheduler_type": "linear", "reward_weights": [0.5]}
+    trainer = make(tmp_path, **given, algorithm="ppo", hub_token="secret", run_name="mine")
+    text = block(model_card(trainer), "yaml")
+    assert "secret" not in text
+    assert str(tmp_path) not in text
+    settings = yaml.safe_load(text)["args"]
+    wanted = given | {"algorithm": "ppo", "max_steps": 3}
+    assert {name: settings[name] for name in wanted} == wanted
+    assert settings.keys().isdisjoint({"run_name", "output_dir", "hub_token", "seed"})
+    again = config_from({**settings, "output_dir": str(tmp_path)})
+    ours, theirs = (args.to_dict() for args in (trainer.args, again))
+    differing = {name for name in ours if ours[name] != theirs[name]}
+    assert differing <= {"hub_token", "run_name", "save_strategy", "disable_tqdm"}
+
+
+def test_a_recipe_is_given_whole_and_without_the_folders_of_this_machine(tmp_path):
+    trainer = make(tmp_path)
+    trainer.recipe = {
+        "model": "/home/someone/models/tiny",
+        "critic": {"model": "~/critic"},
+        "train_dataset": {"name": f"{HERE}:sums", "count": 20},
+        "eval_dataset": "acme/sums?limit=3",
+        "reward": ["math", f"{HERE}:letter"],
+        "args": {"learning_rate": "1"},
+    }
+    recipe = recipe_of(trainer)
+    assert recipe["model"] == "tiny"
+    assert recipe["critic"] == {"model": "critic"}
+    assert recipe["train_dataset"] == {"name": "cli_run.py:sums", "count": 20}
+    assert recipe["eval_dataset"] == "acme/sums?limit=3"
+    assert recipe["reward"] == ["math", "cli_run.py:letter"]
+    assert recipe["args"]["learning_rate"] == 3e-3  # what the run had, not what the file said
+    path = tmp_path / "recipe.yaml"
+    path.write_text(block(model_card(trainer), "yaml"))
+    assert read_recipe(str(path))["reward"] == recipe["reward"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("acme/tiny-1.5B", True),
+        ("acme/train.parquet", False),
+        ("folder/here", False),
+        ("module:function", False),
+        ("/home/tiny", False),
+        ("tiny", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_names_of_the_hub(name, is_one, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder" / "here").mkdir(parents=True)
+    assert is_hub_name(name) == is_one
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Records what would be uploaded: for each call its message and the files by their path in the repository."""
+    uploads = []
+
+    def upload_folder(self, *, repo_id, folder_path, path_in_repo="", ignore_patterns=None, **settings):
+        from huggingface_hub.utils import filter_repo_objects
+
+        paths = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
+        files = {path: Path(folder_path, path) for path in filter_repo_objects(paths, ignore_patterns=ignore_patterns)}
+        card = files.get("README.md")
+        uploads.append(
+            {
+                "repo": repo_id,
+                "message": settings["commit_message"],
+                "files": {str(Path(path_in_repo or "", path)) for path in files},
+                "card": ModelCard.load(card) if card else None,
+            }
+        )
+        done = Future()
+        done.set_result(None)
+        return done if settings.get("run_as_future") else None
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: SimpleNamespace(repo_id=name))
+    return uploads
+
+
+MODEL = {"config.json", "model.safetensors", "tokenizer.json", "README.md", "critic/config.json"}
+MODEL |= {"critic/model.safetensors", "critic/tokenizer.json"}
+
+
+def test_push_takes_card_critic_and_their_arguments(tmp_path, hub):
+    trainer = make(tmp_path / "mine", hub_model_id="acme/mine")
+    trainer.train()
+    trainer.push_to_hub(dataset_tags=["acme/sums"], tags=["math"], model_name="Mine", license="mit")
+    (upload,) = hub
+    assert upload["repo"] == "acme/mine"
+    assert upload["files"] >= MODEL
+    data = upload["card"].data
+    assert (data.datasets, data.license) == (["acme/sums"], "mit")
+    assert "math" in data.tags
+    assert "# Mine\n" in upload["card"].text
+
+
+def test_each_checkpoint_is_pushed_with_its_critic(tmp_path, hub):
+    trainer = make(
+        tmp_path / "mine",
+        push_to_hub=True,
+        hub_model_id="acme/mine",
+        hub_strategy="checkpoint",
+        hub_always_push=True,
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=2,
+    )
+    trainer.train()
+    model, checkpoint = hub[:2]
+    assert model["message"] == "Training in progress, step 2"
+    assert model["files"] >= MODEL
+    assert not any("checkpoint" in path or "staging" in path for path in model["files"])
+    assert {"last-checkpoint/critic/model.safetensors", "last-checkpoint/trainer_state.json"} <= checkpoint["files"]
+
+
+@pytest.mark.slow
+def test_command_writes_the_card_with_its_recipe_and_pushes(tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    recipe = {
+        "model": f"{HERE}:policy",
+        "critic": f"{HERE}:critic",
+        "train_dataset": {"name": f"{HERE}:sums", "count": 20},
+        "eval_dataset": {"name": f"{HERE}:sums", "count": 4, "start": 20},
+        "reward": "exact",
+        "args": {"max_steps": 1, "per_device_train_batch_size": 4, "max_completion_length": 5, "use_cpu": True},
+    }
+    Path("tiny.yaml").write_text(yaml.safe_dump(recipe))
+    push = ["--push_to_hub", "true", "--hub_model_id", "acme/mine", "--save_strategy", "no"]
+    assert main(["train", "tiny.yaml", *push]) == 0
+    last = hub[-1]
+    assert last["files"] >= MODEL | {"summary.json", "learning_curve.png", "metrics.jsonl"}
+    assert "![How it learned](learning_curve.png)" in last["card"].text
+    written = yaml.safe_load(block(last["card"], "yaml"))
+    assert written["train_dataset"] == {"name": "cli_run.py:sums", "count": 20}
+    assert written["args"]["max_completion_length"] == 5
+    assert [line.split(" | ")[1] for line in last["card"].text.splitlines() if "held-out" in line] == ["0", "1"]

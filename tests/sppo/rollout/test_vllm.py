@@ -1,0 +1,99 @@
+"""vLLM samples from the policy that is trained. Opt-in: `make test-vllm` makes an environment that has it."""
+
+import pytest
+import torch
+from tiny_models import char_tokenizer, tiny_model
+from tiny_run import DATASET, has_a, logged
+
+from sppo import SPPOConfig, SPPOTrainer
+
+pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm")
+
+TOLERANCE = 1e-4
+"""Nats between vLLM's log-probability of a token and the trainer's, both in float32."""
+
+
+def servable(**changes):
+    """A tiny model whose heads are of a size that vLLM has attention for."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 64, "num_attention_heads": 2}
+    return tiny_model("llama", **sizes, **changes)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    """Two updates by vLLM's samples, at a learning rate that moves the policy far."""
+    model = servable(tie_word_embeddings=True)
+    args = SPPOConfig(
+        str(tmp_path_factory.mktemp("run")),
+        use_vllm=True,
+        rollout_engine_kwargs={"max_model_len": 64, "max_num_seqs": 16, "enforce_eager": True},
+        per_device_train_batch_size=32,
+        max_completion_length=16,
+        temperature=0.7,
+        learning_rate=3e-2,
+        min_agreement=0.0,
+        max_steps=2,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    made = SPPOTrainer(model, has_a, args=args, train_dataset=DATASET, processing_class=char_tokenizer())
+    made.first = answers(made)
+    made.train()
+    return made
+
+
+def answers(trainer, temperature=0.7, seed=0):
+    return trainer.rollout_engine.generate(DATASET["prompt"], seed=seed, temperature=temperature, batch_size=16)
+
+
+def differences(trainer, samples, temperature=0.7):
+    """Between the engine's log-probabilities and the policy's, of all tokens."""
+    gaps = []
+    for sample in samples:
+        ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+        with torch.no_grad():
+            logits = trainer._pair.policy(ids).logits[0, len(sample.prompt_ids) - 1 : -1] / temperature
+        own = logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+        gaps.append(own - torch.tensor(sample.logprobs))
+    return torch.cat(gaps).abs()
+
+
+def test_log_probabilities_are_the_trained_policys(trainer):
+    gaps = differences(trainer, answers(trainer))
+    print(f"\nlargest difference {gaps.max():.1e}, mean {gaps.mean():.1e} nats over {len(gaps)} tokens")
+    assert gaps.max() < TOLERANCE
+    assert differences(trainer, trainer.first).max() > 1000 * TOLERANCE  # the first policy's are far away
+
+
+def test_responses_are_the_trained_policys(trainer):
+    """Greedy, each token is the policy's likeliest; sampled, the same seed gives the same."""
+    for sample in answers(trainer, temperature=0.0):
+        ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+        with torch.no_grad():
+            likeliest = trainer._pair.policy(ids).logits[0, len(sample.prompt_ids) - 1 : -1].argmax(-1)
+        assert likeliest.tolist() == sample.response_ids
+        assert sample.truncated == (sample.response_ids[-1] != 1)
+    texts = [[s.response_ids for s in answers(trainer, seed=seed)] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_correction_sees_the_mismatch(trainer):
+    assert len(logged(trainer, "rollout_kl")) == 2
+    assert max(map(abs, logged(trainer, "rollout_kl"))) < TOLERANCE
+    assert logged(trainer, "rollout_weight_mean") == pytest.approx([1, 1], abs=TOLERANCE)
+
+
+def test_adapters_are_merged_on_the_way():
+    from peft import LoraConfig
+
+    from sppo.models.lora import add_adapter
+    from sppo.rollout.vllm import VLLMRollout
+
+    model = servable()
+    add_adapter(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
+    engine = VLLMRollout(model, char_tokenizer(), max_completion_length=8, max_model_len=64, enforce_eager=True)
+    (sample,) = engine.generate(["1+2="], seed=0, temperature=0.0, batch_size=1)
+    with torch.no_grad():
+        logits = model(torch.tensor([sample.prompt_ids + sample.response_ids])).logits[0, len(sample.prompt_ids) - 1 :]
+    assert logits.argmax(-1)[:-1].tolist() == sample.response_ids

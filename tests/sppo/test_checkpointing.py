@@ -1,0 +1,265 @@
+"""SIGKILL at any moment, then resume: the same bits as a run that was never stopped. Real processes, real signals."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+from resume_run import make_trainer, run
+from safetensors.torch import load_file
+
+from sppo._utils import sole_run
+
+PROCESSES = multiprocessing.get_context("forkserver")
+
+MIDWAY = {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2}
+WHOLE = {"gradient_accumulation_steps": 2}
+
+SETTINGS = {
+    "one update a rollout": WHOLE,
+    "four updates a rollout": MIDWAY,
+    "token critic": MIDWAY | {"algorithm": "ppo", "max_tokens_per_micro_batch": 20, "min_agreement": 0.5},
+    "a mean for each prompt": MIDWAY | {"algorithm": "reinforce", "baseline": "prompt_mean", "num_iterations": 1},
+}
+
+MOMENTS = {
+    "in a rollout": ("_generate_batch", 5),
+    "in an update": ("training_step", 12),
+    "while weights are written": ("_save", 2),
+    "while the optimizer is written": ("_save_optimizer_and_scheduler", 2),
+    "before a checkpoint gets its name": ("publish", 2),
+    "before old checkpoints go": ("rotate_checkpoints", 2),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded():
+    """Start the server that forks each run with its imports done, so that they are paid once."""
+    PROCESSES.set_forkserver_preload(["resume_run"])
+    with pytest.MonkeyPatch.context() as patch:  # the server does not take over sys.path before Python 3.12
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+        warm = PROCESSES.Process(target=int)  # its imports are done once a process has been forked
+        warm.start()
+        warm.join()
+
+
+def in_process(*args, kill_after=None, **kwargs):
+    process = PROCESSES.Process(target=run, args=args, kwargs=kwargs)
+    process.start()
+    process.join(timeout=120 if kill_after is None else kill_after)
+    if kill_after is not None:
+        process.kill()  # SIGKILL, where it has not ended yet
+        process.join()
+    return process.exitcode
+
+
+def weights(out):
+    parts = ("model.safetensors", "critic/model.safetensors")
+    return {part: load_file(out / "final" / part) for part in parts if (out / "final" / part).exists()}
+
+
+def progress(out):
+    return json.loads((out / "checkpoint-8" / "experience_0.json").read_text())["progress"]
+
+
+class Uninterrupted:
+    """Runs that nobody stopped, each made when it is first asked for."""
+
+    def __init__(self, folder):
+        self.folder, self.seconds = folder, {}
+
+    def __call__(self, name):
+        out = self.folder / name
+        if name not in self.seconds:
+            start = time.perf_counter()
+            assert in_process(out, SETTINGS[name]) == 0
+            self.seconds[name] = time.perf_counter() - start
+        return weights(out), progress(out)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return Uninterrupted(tmp_path_factory.mktemp("uninterrupted"))
+
+
+def check_same(out, expected):
+    """Weights to the bit, and the place in the data."""
+    expected_weights, expected_progress = expected
+    assert weights(out).keys() == expected_weights.keys()
+    for part, tensors in expected_weights.items():
+        ours = weights(out)[part]
+        assert tensors.keys() == ours.keys()
+        for name, tensor in tensors.items():
+            assert tensor.equal(ours[name]), (part, name)
+    assert progress(out) == expected_progress
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one update a rollout", "four updates a rollout"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_same_bits_after_sigkill(uninterrupted, name, moment, tmp_path):
+    expected, settings = uninterrupted(name), SETTINGS[name]
+    assert in_process(tmp_path, settings, kill=MOMENTS[moment]) == -signal.SIGKILL
+    resume = any(tmp_path.glob("checkpoint-*"))  # killed before the first one, it starts again
+    assert in_process(tmp_path, settings, resume=resume) == 0
+    check_same(tmp_path, expected)
+    assert not (tmp_path / ".staging").exists()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+    state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert (state["global_step"], state["epoch"]) == (8, pytest.approx(8 / epoch_updates(settings)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_same_bits_after_sigkill_at_a_random_moment(uninterrupted, seed, tmp_path):
+    name = list(SETTINGS)[seed % len(SETTINGS)]
+    expected = uninterrupted(name)
+    moment = random.Random(seed).uniform(0, uninterrupted.seconds[name])
+    assert in_process(tmp_path, SETTINGS[name], kill_after=moment) in (0, -signal.SIGKILL)
+    assert in_process(tmp_path, SETTINGS[name], resume=any(tmp_path.glob("checkpoint-*"))) == 0
+    check_same(tmp_path, expected)
+
+
+def epoch_updates(settings):
+    rollouts = -(-35 // (3 * settings.get("steps_per_generation", 2)))
+    return rollouts * (4 if settings is MIDWAY else 1)
+
+
+def test_a_second_run_needs_leave(tmp_path):
+    trainer = make_trainer(tmp_path, **WHOLE)
+    trainer.args.max_steps = 3
+    trainer.train()
+    again = make_trainer(tmp_path, **WHOLE)
+    with pytest.raises(ValueError, match="holds a checkpoint of an earlier run"):
+        again.train()
+    other = make_trainer(tmp_path, **WHOLE, temperature=0.5)
+    with pytest.raises(ValueError, match=r"another run \(temperature: 1.0 there, 0.5 here"):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate: 0.002 there, 0.001 here"),
+        ({"epsilon": 0.1, "epsilon_high": 0.2}, "epsilon: 0.2 there, 0.1 here"),
+        ({"dual_clip": float("inf")}, "dual_clip: 3.0 there, inf here"),
+        ({"reward_weights": [0.5]}, r"reward_weights: None there, \[0.5\] here"),
+        ({"algorithm": "reinforce"}, "algorithm: 'sppo' there, 'reinforce' here"),
+        ({"rollout_batch_size": 1}, "rollout_batch_size: None there, 1 here"),
+    ],
+)
+def test_another_config_is_refused_by_the_field_that_differs(half_done, changed, says):
+    with pytest.raises(ValueError, match=says):
+        make_trainer(half_done, **(WHOLE | changed)).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("changed", [{"max_steps": 4}, {"save_steps": 1, "save_total_limit": 5}, {"logging_steps": 1}])
+def test_how_far_and_what_is_saved_may_differ(half_done, changed, tmp_path):
+    shutil.copytree(half_done, tmp_path, dirs_exist_ok=True)
+    trainer = make_trainer(tmp_path, **(WHOLE | {"max_steps": 4} | changed))
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("half_done")
+    make_trainer(out, **WHOLE, max_steps=3).train()
+    return out
+
+
+def test_nothing_to_resume_from(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        make_trainer(tmp_path, **WHOLE).train(resume_from_checkpoint=True)
+
+
+def test_saved_models_are_ordinary_models(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    trainer = make_trainer(tmp_path, **WHOLE)
+    trainer.args.max_steps = 1
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    for name, tensor in trainer.model.policy.state_dict().items():
+        assert tensor.equal(policy.state_dict()[name]), name
+    critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final" / "critic")
+    assert critic.score.weight.equal(trainer.model.critic.score.weight)
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "final")("3+4=")["input_ids"]
+        == trainer.processing_class("3+4=")["input_ids"]
+    )
+    assert "sppo_packed" not in (tmp_path / "final" / "config.json").read_text()
+    assert not list(Path(tmp_path, "final").rglob("*.bin"))
+
+
+def test_best_checkpoint_is_known_under_its_final_name(tmp_path):
+    trainer = make_trainer(tmp_path, **WHOLE, save_strategy="best", load_best_model_at_end=True)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path
+    assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+    saved = load_file(best / "model.safetensors")
+    for name, tensor in saved.items():
+        assert tensor.equal(trainer.model.policy.state_dict()[name])
+
+
+def test_a_finished_run_is_only_loaded(tmp_path):
+    trainer = make_trainer(tmp_path, **WHOLE)
+    trainer.train()
+    again = make_trainer(tmp_path, **WHOLE)
+    assert again.train(resume_from_checkpoint=True).global_step == 8
+    assert again.experience.progress == trainer.experience.progress
+    for name, tensor in trainer.model.state_dict().items():
+        assert tensor.equal(again.model.state_dict()[name]), name
+
+
+def test_another_programs_folder_is_passed_over(tmp_path):
+    trainer = make_trainer(tmp_path, **WHOLE)
+    trainer.args.max_steps = 3
+    trainer.train()
+    (tmp_path / "checkpoint-17").mkdir()
+    again = make_trainer(tmp_path, **WHOLE)
+    again.args.max_steps = 4
+    assert again.train(resume_from_checkpoint=True).global_step == 4
+
+
+def test_a_checkpoint_that_lost_a_file_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, **WHOLE)
+    trainer.args.max_steps = 3
+    trainer.train()
+    for name in ("optimizer.pt", "experience_0.safetensors", "critic/config.json"):
+        lost = tmp_path / "checkpoint-3" / name
+        kept = lost.read_bytes()
+        lost.unlink()
+        with pytest.raises(ValueError, match=rf"no whole checkpoint .*{name} is missing"):
+            make_trainer(tmp_path, **WHOLE).train(resume_from_checkpoint=True)
+        lost.write_bytes(kept)
+
+
+def test_another_reward_or_dataset_is_refused(half_done):
+    other = make_trainer(half_done, **WHOLE)
+    other.reward_funcs = [dataclasses.replace(other.reward_funcs[0], name="another")]
+    with pytest.raises(ValueError, match=r"rewards: \['reward'\] there, \['another'\] here"):
+        other.train(resume_from_checkpoint=True)
+    other = make_trainer(half_done, **WHOLE)
+    other.train_dataset = other.train_dataset.map(lambda row: {"answer": "z"})
+    with pytest.raises(ValueError, match="dataset: "):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    trainer = make_trainer(tmp_path, **WHOLE)
+    with sole_run(tmp_path), pytest.raises(ValueError, match="is being trained into by another process"):
+        trainer.train()
+    trainer.args.max_steps = 1
+    assert trainer.train().global_step == 1
