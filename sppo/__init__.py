@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sppo.algorithms import Algorithm, Outcomes
+    from sppo.algorithms import Algorithm, RolloutBatch
     from sppo.config import SPPOConfig
     from sppo.models.critic_io import load_critic
     from sppo.rollout import HFRollout, RolloutEngine
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 _HOME = {
     "Algorithm": "algorithms",
     "HFRollout": "rollout",
-    "Outcomes": "algorithms",
+    "RolloutBatch": "algorithms",
     "RolloutEngine": "rollout",
     "SPPOConfig": "config",
     "SPPOTrainer": "trainer",
     "load_critic": "models.critic_io",
 }
 
-__all__ = ["Algorithm", "HFRollout", "Outcomes", "RolloutEngine", "SPPOConfig", "SPPOTrainer", "load_critic"]
+__all__ = ["Algorithm", "HFRollout", "RolloutBatch", "RolloutEngine", "SPPOConfig", "SPPOTrainer", "load_critic"]
 
 
 def __getattr__(name: str) -> Any:

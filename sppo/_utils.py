@@ -19,10 +19,10 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 """What a run has logged, in its ``output_dir``."""
 
-SUMMARY = "summary.json"
+SUMMARY_FILE = "summary.json"
 """What a finished run came to, in its ``output_dir``."""
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -30,7 +30,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a file beside ``path`` to write, which takes its place where the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}")
@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     """Write entries as JSON, one a line, in place of what the file had."""
-    with replacing(path) as staged:
+    with atomic_write(path) as staged:
         staged.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries), encoding="utf-8")
 
 
@@ -114,7 +114,7 @@ def lock_file(file: IO[Any], message: str) -> None:
 
 
 @contextmanager
-def sole_run(output_dir: Path) -> Iterator[None]:
+def run_lock(output_dir: Path) -> Iterator[None]:
     """Hold a folder for one run at a time.
 
     Raises:

@@ -19,19 +19,31 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from sppo_kernels import gae, group_advantages, whiten
 
-if TYPE_CHECKING:
-    from sppo.config import SPPOConfig
+
+class AlgorithmSettings(Protocol):
+    """The fields of :class:`sppo.SPPOConfig` that algorithms read."""
+
+    epsilon: float | None
+    epsilon_high: float | None
+    dual_clip: float | None
+    ratio_level: str | None
+    aggregation: str | None
+    beta: float
+    gamma: float
+    lam: float
+    baseline: float | str
+    max_completion_length: int
 
 
 @dataclass
-class Outcomes:
+class RolloutBatch:
     """What came of a rollout: B completions of all processes, one after the other.
 
     Attributes:
@@ -59,15 +71,15 @@ class Algorithm:
 
     Attributes:
         critic: ``"prompt"``, ``"token"`` or None.
-        compares: whether a response is judged by others to its prompt, so that ``num_generations`` is at least 2.
-        needs_greedy: whether each prompt is answered greedily too, which costs one more response a prompt.
+        uses_groups: whether a response is judged by others to its prompt, so that ``num_generations`` is at least 2.
+        needs_greedy_baseline: whether each prompt is answered greedily too, which costs one more response a prompt.
         defaults: values of the ``SPPOConfig`` fields that were left None.
         state: what it remembers from rollout to rollout, JSON values under text keys; checkpoints carry it.
     """
 
     critic: ClassVar[str | None] = None
-    compares: ClassVar[bool] = False
-    needs_greedy: ClassVar[bool] = False
+    uses_groups: ClassVar[bool] = False
+    needs_greedy_baseline: ClassVar[bool] = False
     defaults: ClassVar[dict[str, Any]] = {
         "num_generations": 1,
         "ratio_level": "token",
@@ -77,11 +89,11 @@ class Algorithm:
         "aggregation": "seq-mean-token-mean",
     }
 
-    def __init__(self, args: SPPOConfig) -> None:
+    def __init__(self, args: AlgorithmSettings) -> None:
         self.args = args
         self.state: dict[str, Any] = {}
 
-    def advantages(self, outcomes: Outcomes) -> Tensor:
+    def advantages(self, outcomes: RolloutBatch) -> Tensor:
         """Called once for each rollout, in their order, with the same on every process.
 
         Returns:
@@ -89,7 +101,7 @@ class Algorithm:
         """
         raise NotImplementedError(f"{type(self).__name__} has no method advantages(outcomes)")
 
-    def returns(self, outcomes: Outcomes) -> Tensor:
+    def returns(self, outcomes: RolloutBatch) -> Tensor:
         """What a token critic is to predict, float32 ``[B, T]``; called after :meth:`advantages`."""
         raise NotImplementedError(f"{type(self).__name__} has a token critic and no method returns(outcomes)")
 
@@ -116,7 +128,7 @@ class SPPO(Algorithm):
     critic = "prompt"
     defaults = Algorithm.defaults | {"dual_clip": 3.0}
 
-    def advantages(self, outcomes: Outcomes) -> Tensor:
+    def advantages(self, outcomes: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
         assert outcomes.values is not None
         return outcomes.rewards - outcomes.values
@@ -132,15 +144,15 @@ class PPO(Algorithm):
     critic = "token"
     defaults = Algorithm.defaults | {"aggregation": "token-mean"}
 
-    def advantages(self, outcomes: Outcomes) -> Tensor:
+    def advantages(self, outcomes: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
         return whiten(self._gae(outcomes)[0], _mask(outcomes))
 
-    def returns(self, outcomes: Outcomes) -> Tensor:
+    def returns(self, outcomes: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
         return self._gae(outcomes)[1]
 
-    def _gae(self, outcomes: Outcomes) -> tuple[Tensor, Tensor]:
+    def _gae(self, outcomes: RolloutBatch) -> tuple[Tensor, Tensor]:
         assert outcomes.values is not None
         rewards = torch.zeros_like(outcomes.values)
         rewards[torch.arange(len(rewards)), outcomes.lengths - 1] = outcomes.rewards
@@ -150,10 +162,10 @@ class PPO(Algorithm):
 class GRPO(Algorithm):
     """Group Relative Policy Optimization (arXiv 2402.03300): ``A = (R - group mean) / (group std + 1e-6)``."""
 
-    compares = True
+    uses_groups = True
     defaults = Algorithm.defaults | {"num_generations": 8}
 
-    def advantages(self, outcomes: Outcomes) -> Tensor:
+    def advantages(self, outcomes: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
         return group_advantages(outcomes.rewards, outcomes.group_ids, estimator="grpo")
 
@@ -161,10 +173,10 @@ class GRPO(Algorithm):
 class DrGRPO(Algorithm):
     """GRPO Done Right (arXiv 2503.20783): ``A = R - group mean``, no division by a response's own length."""
 
-    compares = True
+    uses_groups = True
     defaults = Algorithm.defaults | {"num_generations": 8, "aggregation": "seq-mean-token-sum"}
 
-    def advantages(self, outcomes: Outcomes) -> Tensor:
+    def advantages(self, outcomes: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
         return group_advantages(outcomes.rewards, outcomes.group_ids, estimator="dr_grpo")
 
@@ -178,10 +190,10 @@ class DrGRPO(Algorithm):
 class RLOO(Algorithm):
     """REINFORCE Leave-One-Out (arXiv 2402.14740): ``A = R - mean of the group's others``, the response one action."""
 
-    compares = True
+    uses_groups = True
     defaults = Algorithm.defaults | {"num_generations": 4, "ratio_level": "sequence_sum"}
 
-    def advantages(self, outcomes: Outcomes) -> Tensor:
+    def advantages(self, outcomes: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
         return group_advantages(outcomes.rewards, outcomes.group_ids, estimator="rloo")
 
@@ -195,10 +207,10 @@ class GSPO(GRPO):
 class ReMax(Algorithm):
     """ReMax (arXiv 2310.10505): ``A = R - R of the greedy response``."""
 
-    needs_greedy = True
+    needs_greedy_baseline = True
     defaults = Algorithm.defaults | {"aggregation": "seq-mean-token-sum"}
 
-    def advantages(self, outcomes: Outcomes) -> Tensor:
+    def advantages(self, outcomes: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
         assert outcomes.greedy_rewards is not None
         return outcomes.rewards - outcomes.greedy_rewards
@@ -213,14 +225,14 @@ class Reinforce(Algorithm):
 
     defaults = Algorithm.defaults | {"aggregation": "seq-mean-token-sum"}
 
-    def advantages(self, outcomes: Outcomes) -> Tensor:
+    def advantages(self, outcomes: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
         if self.args.baseline == "prompt_mean":
             return outcomes.rewards - torch.tensor(self._prompt_means(outcomes))
         running = self.args.baseline == "running_mean"
         return outcomes.rewards - (outcomes.mean_reward if running else float(self.args.baseline))
 
-    def _prompt_means(self, outcomes: Outcomes) -> list[float]:
+    def _prompt_means(self, outcomes: RolloutBatch) -> list[float]:
         """Each prompt's mean until now; its new rewards count from the next rollout on."""
         seen = [self.state.get(prompt, (0, 0.0)) for prompt in outcomes.prompts]
         for prompt, reward in zip(outcomes.prompts, outcomes.rewards.tolist(), strict=True):
@@ -274,7 +286,7 @@ def _checked(found: type[Algorithm]) -> type[Algorithm]:
     return found
 
 
-def _mask(outcomes: Outcomes) -> Tensor:
+def _mask(outcomes: RolloutBatch) -> Tensor:
     """``[B, T]``, which values are of response tokens."""
     assert outcomes.values is not None
     return torch.arange(outcomes.values.shape[1]) < outcomes.lengths[:, None]

@@ -6,38 +6,76 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from sppo.config import SPPOConfig
 from sppo.models.actor_critic import ActorCritic
-from sppo.models.lora import settings_of_adapter, trainable
-from sppo.rollout.stream import ExperienceStream, Progress, Update
+from sppo.models.critic_io import load_critic, save_critic
+from sppo.models.fsdp import full_state, load_weights
+from sppo.models.lora import has_adapter, merged_weights, save_adapter, settings_of_adapter, trainable
+from sppo.rollout.stream import Progress, RolloutStream, Update
 
 STAGING = ".staging"
 """Folder beside the checkpoints in which the next one is written; at the start it holds what a crash left."""
 
 _IDENTITY = "sppo_run.json"
 _LEARNED = "learned.safetensors"
-_FREE = (
-    # How far to go, and when to look
-    *("max_steps", "num_train_epochs", "eval_", "per_device_eval_batch_size", "do_", "metric_for_best_model"),
-    *("greater_is_better", "load_best_model_at_end", "prediction_loss_only", "batch_eval_metrics"),
-    # Where results go and what is shown of them
-    *("output_dir", "logging_", "log_", "report_to", "run_name", "project", "disable_tqdm", "num_completions_to_print"),
-    *("save_", "push_to_hub", "hub_", "trackio_", "overwrite_", "enable_jit_checkpoint", "include_"),
-    # The machine, and what leaves the results as they are
-    *("use_cpu", "local_rank", "dataloader_", "ddp_", "torch_empty_cache_steps", "skip_memory_metrics", "debug"),
-    *("reward_timeout", "accelerator_config", "resume_from_checkpoint", "_n_gpu"),
+_CRITIC = "critic"
+_SCHEDULE_SETTINGS = (
+    "max_steps",
+    "num_train_epochs",
+    "eval_",
+    "per_device_eval_batch_size",
+    "do_",
+    "metric_for_best_model",
+    "greater_is_better",
+    "load_best_model_at_end",
+    "prediction_loss_only",
+    "batch_eval_metrics",
 )
-"""Beginnings of the names of settings that two parts of one run may differ in."""
+_OUTPUT_SETTINGS = (
+    "output_dir",
+    "logging_",
+    "log_",
+    "report_to",
+    "run_name",
+    "project",
+    "disable_tqdm",
+    "num_completions_to_print",
+    "save_",
+    "push_to_hub",
+    "hub_",
+    "trackio_",
+    "overwrite_",
+    "enable_jit_checkpoint",
+    "include_",
+)
+_MACHINE_SETTINGS = (
+    "use_cpu",
+    "local_rank",
+    "dataloader_",
+    "ddp_",
+    "torch_empty_cache_steps",
+    "skip_memory_metrics",
+    "debug",
+    "reward_timeout",
+    "accelerator_config",
+    "resume_from_checkpoint",
+    "_n_gpu",
+)
+_MAY_DIFFER = _SCHEDULE_SETTINGS + _OUTPUT_SETTINGS + _MACHINE_SETTINGS
+"""Prefixes of the names of settings that may change when a run is resumed."""
 
 
 def publish(staged: Path, final: Path) -> None:
@@ -58,8 +96,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_experience(stream: ExperienceStream, folder: Path) -> None:
-    """Write a process's place in the run, with the rest of its rollout when it is in the middle of one."""
+def save_stream(stream: RolloutStream, folder: Path) -> None:
+    """Save a process's place in the run, with the remaining updates of its rollout if it is in the middle of one."""
     midway = stream.progress.updates % stream.args.updates_per_rollout != 0
     updates = stream.updates if midway else []
     tensors = {
@@ -69,16 +107,18 @@ def save_experience(stream: ExperienceStream, folder: Path) -> None:
         for name, tensor in batch.items()
     }
     facts = [{k: v for k, v in vars(update).items() if k != "micro_batches"} for update in updates]
-    save_file(tensors, folder / f"experience_{stream.rank}.safetensors")
     state = {"progress": asdict(stream.progress), "algorithm": stream.algorithm.state, "updates": facts}
-    (folder / f"experience_{stream.rank}.json").write_text(json.dumps(state, indent=1))
+    tensor_file, state_file = _stream_files(stream, folder)
+    save_file(tensors, tensor_file)
+    state_file.write_text(json.dumps(state, indent=1))
 
 
-def load_experience(stream: ExperienceStream, folder: Path) -> None:
-    """Undo :func:`save_experience`."""
-    state = json.loads((folder / f"experience_{stream.rank}.json").read_text())
+def load_stream(stream: RolloutStream, folder: Path) -> None:
+    """Restore what :func:`save_stream` saved."""
+    tensor_file, state_file = _stream_files(stream, folder)
+    state = json.loads(state_file.read_text())
     batches: dict[int, dict[int, dict[str, Any]]] = {}
-    for key, tensor in load_file(folder / f"experience_{stream.rank}.safetensors").items():
+    for key, tensor in load_file(tensor_file).items():
         i, j, name = key.split(".", 2)
         batches.setdefault(int(i), {}).setdefault(int(j), {})[name] = tensor
     updates = [
@@ -88,24 +128,82 @@ def load_experience(stream: ExperienceStream, folder: Path) -> None:
     stream.restart(Progress(**state["progress"]), updates, state["algorithm"])
 
 
-def save_learned(model: ActorCritic, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the weights that learn beside frozen ones, an adapter's and a critic's head, exactly as they are."""
-    learned = {name: weights[name].contiguous().cpu() for name in trainable(model)}
-    save_file(learned, folder / _LEARNED)
+def _stream_files(stream: RolloutStream, folder: Path) -> tuple[Path, Path]:
+    rank = stream.process.rank
+    return folder / f"experience_{rank}.safetensors", folder / f"experience_{rank}.json"
 
 
-def load_learned(folder: str | Path) -> dict[str, Tensor]:
-    """What :func:`save_learned` wrote."""
-    return load_file(Path(folder, _LEARNED))
+def save_models(
+    model: ActorCritic,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    critic_kind: str | None,
+    gathered_weights: Callable[[], AbstractContextManager[None]],
+    writes: bool,
+) -> None:
+    """Save policy and critic as ordinary models, each with its tokenizer; all processes must call this.
+
+    Args:
+        model: the module that is trained.
+        folder: the policy's folder; the critic's is ``critic`` inside. A policy with an adapter is saved as the adapter
+            with the exact weights that learn next to it; a critic is saved with its adapter merged.
+        tokenizer: tokenizer of both.
+        critic_kind: ``"prompt"`` or ``"token"``; None without a critic.
+        gathered_weights: makes a context in which each process holds all weights.
+        writes: whether this process writes the files.
+    """
+    policy, critic = model.policy, model.critic
+    weights = full_state(model)
+    critic_weights = _part(weights, "critic.model.")
+    if critic is not None and has_adapter(critic):
+        with gathered_weights():
+            critic_weights = {name: weight.to("cpu", copy=True) for name, weight in merged_weights(critic.model)}
+    if not writes:
+        return
+    if has_adapter(policy):
+        save_adapter(policy, _part(weights, "policy."), folder)
+        learned = {name: weights[name].contiguous().cpu() for name in trainable(model)}
+        save_file(learned, folder / _LEARNED)
+    else:
+        policy.save_pretrained(folder, state_dict=_part(weights, "policy."))
+    tokenizer.save_pretrained(folder)
+    if critic is not None:
+        save_critic(critic.model, folder / _CRITIC, str(critic_kind), critic_weights)
+        tokenizer.save_pretrained(folder / _CRITIC)
+
+
+def load_models(model: ActorCritic, folder: Path) -> None:
+    """Load the weights that :func:`save_models` saved into the module that is trained, sharded or not."""
+    if has_adapter(model.policy):
+        load_weights(model, load_file(folder / _LEARNED), strict=False)
+        return
+    # Read in float32, so that no weight of a mixed-precision model is rounded on the way.
+    policy = type(model.policy).from_pretrained(folder, dtype=torch.float32)
+    weights = {f"policy.{name}": weight for name, weight in policy.state_dict().items()}
+    if model.critic is not None:
+        critic = load_critic(folder / _CRITIC, torch.float32)
+        weights |= {f"critic.model.{name}": weight for name, weight in critic.state_dict().items()}
+    load_weights(model, weights)
+
+
+def copy_critic(checkpoint: Path, output_dir: Path) -> None:
+    """Copy a checkpoint's critic, if it has one, into the folder that is uploaded."""
+    if (checkpoint / _CRITIC).is_dir():
+        shutil.copytree(checkpoint / _CRITIC, output_dir / _CRITIC, dirs_exist_ok=True)
+
+
+def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
 
 def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset, rewards: Sequence[str]) -> dict[str, Any]:
     """What makes two runs the same run, as far as going on with one from the other's checkpoint is concerned."""
     return {
-        **{name: value for name, value in args.to_dict().items() if not name.startswith(_FREE)},
+        **{name: value for name, value in args.to_dict().items() if not name.startswith(_MAY_DIFFER)},
         "world_size": args.world_size,
         "model": _digest(_architecture(model.policy.config)),
-        "critic": _digest(_architecture(model.critic.config)) if model.critic is not None else None,
+        "critic": _digest(_architecture(model.critic.model.config)) if model.critic is not None else None,
         "learns": _digest(sorted(trainable(model))),
         "adapter": _digest(settings_of_adapter(model.policy)),
         "dataset": _digest([len(dataset), *(dataset[i] for i in range(0, len(dataset), len(dataset) // 64 + 1))]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,33 +11,9 @@ import torch
 from transformers import TrainingArguments
 
 from sppo.algorithms import algorithm_class
+from sppo.presets import preset
 from sppo_kernels.ops.policy_loss import AGGREGATIONS, RATIO_LEVELS, ROLLOUT_CORRECTIONS
 
-_PUBLISHED_7B = {
-    "gradient_accumulation_steps": 32,
-    "steps_per_generation": 512,
-    "max_steps": 200 * 16,
-    "max_prompt_length": 2048,
-    "weight_decay": 0.1,
-    "critic_learning_rate": 1e-5,
-}
-_PUBLISHED = {
-    "1.5b": {
-        "gradient_accumulation_steps": 128,
-        "steps_per_generation": 256,
-        "max_steps": 1000 * 2,
-        "max_prompt_length": 1024,
-        "weight_decay": 0.01,
-        "critic_learning_rate": 5e-6,
-    },
-    "7b": _PUBLISHED_7B,
-    "7b-small-critic": _PUBLISHED_7B,
-}
-_CHECKPOINTING = next(  # transformers renamed it
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in TrainingArguments.__dataclass_fields__
-)
 BASELINES = ("running_mean", "prompt_mean")
 
 
@@ -152,13 +129,6 @@ class SPPOConfig(TrainingArguments):
     baseline: float | str = field(
         default="running_mean", metadata={"help": "Of reinforce: a number, running_mean or prompt_mean."}
     )
-    min_agreement: float = field(
-        default=3.5,
-        metadata={
-            "help": "The policy learns at a fiftieth of its rate until successive gradients agree by so many standard "
-            "errors, as they do not where rewards are unrelated to responses. 0: at its full rate at once."
-        },
-    )
 
     logprobs_backward: str = field(
         default="cache",
@@ -237,37 +207,7 @@ class SPPOConfig(TrainingArguments):
                 ``steps_per_generation`` by n.
             **overrides: any field, ``output_dir`` for one.
         """
-        if size not in _PUBLISHED:
-            raise ValueError(f"size must be one of {', '.join(_PUBLISHED)}, got {size!r}")
-        published: dict[str, Any] = {
-            "algorithm": "sppo",
-            "optim": "adamw_torch",
-            "learning_rate": 1e-6,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 1.0,
-            "critic_max_grad_norm": 1.0,
-            "critic_weight_decay": 0.01,
-            "critic_warmup_steps": 0,
-            "min_agreement": 0.0,
-            "per_device_train_batch_size": 1,
-            "num_generations": 1,
-            "num_iterations": 1,
-            "max_completion_length": 8192,
-            "temperature": 0.6,
-            "eval_temperature": 0.6,
-            "epsilon": 0.2,
-            "epsilon_high": 0.2,
-            "dual_clip": 3.0,
-            "ratio_level": "token",
-            "aggregation": "seq-mean-token-mean",
-            "beta": 0.0,
-            "bf16": True,
-            _CHECKPOINTING: True,
-            **_PUBLISHED[size],
-        }
-        if {"activation_checkpointing", "gradient_checkpointing"} & overrides.keys():
-            del published[_CHECKPOINTING]  # two names of one setting
-        return cls(**(published | overrides))
+        return cls(**preset(size, overrides))
 
     @property
     def rollout_size(self) -> int:
@@ -280,6 +220,20 @@ class SPPOConfig(TrainingArguments):
         """Optimizer steps that one rollout serves."""
         assert self.steps_per_generation is not None
         return self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps
+
+    def check_processes(self) -> None:
+        """Check that the process was launched as one of several, if it is.
+
+        Raises:
+            ValueError: it has several GPUs, or a launcher started several processes that do not know of each other.
+        """
+        if self.n_gpu > 1:
+            raise ValueError(f"{self.n_gpu} GPUs in one process; start with accelerate launch, or show one GPU only")
+        if (launched := int(os.environ.get("WORLD_SIZE", "1"))) > 1 and self.world_size == 1:
+            raise ValueError(
+                f"WORLD_SIZE={launched}, but this process trains alone (parallel_mode={self.parallel_mode.value}): on "
+                "CPUs set use_cpu=True, on GPUs give each process one"
+            )
 
     def _check_choices(self) -> None:
         choices = {
@@ -318,21 +272,22 @@ class SPPOConfig(TrainingArguments):
 
     def _check_deepspeed(self, config: Any) -> None:
         """What DeepSpeed cannot do for this trainer: it takes weights, gradients and the step away from it."""
-        troubles = {
-            "zero_optimization.stage 3 spreads weights that are read outside of a forward; use stage 2, or "
-            "fsdp=True": config.is_zero3(),
-            "an optimizer in its config has one learning rate for policy and critic; leave it out, optim= chooses "
-            "one": config.get_value("optimizer") is not None,
-            "a scheduler in its config has one rate for policy and critic; leave it out, lr_scheduler_type chooses "
-            "one": config.get_value("scheduler") is not None,
-            "min_agreement needs gradients, which it keeps to itself; set it to 0": self.min_agreement > 0,
-            "max_tokens_per_micro_batch needs backward passes that it does not count; leave it None": (
-                self.max_tokens_per_micro_batch is not None
-            ),
-        }
-        for trouble, is_there in troubles.items():
-            if is_there:
-                raise ValueError(f"DeepSpeed: {trouble}")
+        if config.is_zero3():
+            raise ValueError(
+                "DeepSpeed: zero_optimization.stage 3 spreads weights that are read outside of a forward; use "
+                "stage 2, or fsdp=True"
+            )
+        for name, setting in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+            if config.get_value(name) is not None:
+                raise ValueError(
+                    f"DeepSpeed: an {name} in its config has one learning rate for policy and critic; leave it out, "
+                    f"{setting}= chooses one"
+                )
+        if self.max_tokens_per_micro_batch is not None:
+            raise ValueError(
+                f"DeepSpeed: max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} needs backward passes that "
+                "it does not count; leave it None"
+            )
 
     def _check_ranges(self) -> None:
         at_least_one = (
@@ -354,7 +309,6 @@ class SPPOConfig(TrainingArguments):
             "critic_warmup_steps",
             "critic_learning_rate",
             "critic_weight_decay",
-            "min_agreement",
             "num_completions_to_print",
             "logits_budget_bytes",
         )
@@ -396,7 +350,7 @@ class SPPOConfig(TrainingArguments):
                 "num_generations must divide per_device_train_batch_size * steps_per_generation = "
                 f"{self.rollout_size}, got {self.num_generations} (algorithm={self.algorithm!r})"
             )
-        if algorithm_class(self.algorithm).compares and self.num_generations < 2:
+        if algorithm_class(self.algorithm).uses_groups and self.num_generations < 2:
             raise ValueError(
                 f"num_generations must be at least 2 for algorithm={self.algorithm!r}, which compares the responses to "
                 f"a prompt, got {self.num_generations}"

@@ -265,8 +265,14 @@ def _check_options(source: str, options: dict[str, Any], allowed: Iterable[str])
 
 
 _ARRANGE_OPTIONS = {
-    *("limit", "seed", "prompt_template", "system_prompt", "chat"),
-    *("drop_duplicates", "drop_conflicts", "exclude"),
+    "limit",
+    "seed",
+    "prompt_template",
+    "system_prompt",
+    "chat",
+    "drop_duplicates",
+    "drop_conflicts",
+    "exclude",
 }
 
 
@@ -291,7 +297,7 @@ def check_dataset(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -
     return dataset
 
 
-def short_enough(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Dataset:
+def drop_long_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Dataset:
     """The rows whose prompts have at most ``limit`` tokens."""
     from sppo.rollout import encode
 

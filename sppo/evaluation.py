@@ -28,9 +28,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sppo._utils import lock_file
+from sppo.config import SPPOConfig
 from sppo.data import text_of
+from sppo.reporting.meter import Gather, Meter
 from sppo.rewards import BUILTIN, Reward, resolve, score
 from sppo.rewards.builtin import final_answer
+from sppo.rewards.samples import score_samples
 from sppo.rollout import RolloutEngine, Sample, rollout_seed
 
 FORMAT = 1
@@ -108,7 +111,10 @@ def evaluate(
         "dataset_size": len(dataset),
         "rewards": [[g.target if isinstance(g.target, str) else g.name, g.options] for g in graders],
         "reward_weights": reward_weights,
-        **{"k": k, "temperature": temperature, "seed": seed, "batch_size": batch_size},
+        "k": k,
+        "temperature": temperature,
+        "seed": seed,
+        "batch_size": batch_size,
     }
     with nullcontext() if output is None else _sole_writer(Path(output)) as lines:
         results = [] if lines is None else _resume(lines, header, chunk, overwrite)
@@ -328,3 +334,51 @@ def _digest(rows: Iterable[Any]) -> str:
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def answer_held_out(engine: RolloutEngine, rows: Sequence[dict[str, Any]], args: SPPOConfig) -> list[Sample]:
+    """Answer this process's held-out prompts in the course of training, each time with the same seed."""
+    if not rows:
+        return []
+    return engine.generate(
+        [row["prompt"] for row in rows],
+        seed=rollout_seed(args.seed, _EVALUATION, args.process_index),
+        temperature=args.eval_temperature,
+        batch_size=args.per_device_eval_batch_size,
+    )
+
+
+def held_out_metrics(
+    samples: list[Sample],
+    rows: Sequence[dict[str, Any]],
+    reward_funcs: Sequence[Reward],
+    args: SPPOConfig,
+    gather: Gather,
+) -> dict[str, float]:
+    """Score this process's answers to held-out prompts, and return the metrics over all processes.
+
+    Args:
+        samples: this process's answers; their rewards are set.
+        rows: their rows of the dataset.
+        reward_funcs: resolved rewards.
+        args: settings of the run; one call of a reward gets as many samples as a rollout has, for ``reward_timeout``.
+        gather: concatenates lists over processes.
+
+    Returns:
+        ``success_rate``, ``reward``, ``response_length``, ``truncated``, ``rewards/<name>``, and ``problems``, the
+        number of answers that could be scored.
+    """
+    meter = Meter()
+    for start in range(0, len(rows), args.rollout_size):
+        part = slice(start, start + args.rollout_size)
+        means = score_samples(samples[part], rows[part], reward_funcs, args, as_probability=False)
+        meter.mean(dict(means), weight=len(rows[part]))
+    for sample in samples:
+        meter.mean({"response_length": len(sample.response_ids), "truncated": sample.truncated})
+        if sample.reward is not None:
+            meter.mean({"success_rate": sample.reward >= 1, "reward": sample.reward})
+    problems = len(gather([1 for sample in samples if sample.reward is not None]))
+    read = meter.read(gather)
+    names = ("response_length", "truncated", "success_rate", "reward")
+    by_reward = {name: value for name, value in read.items() if name.startswith("rewards/")}
+    return {name: read.get(name, 0.0) for name in names} | by_reward | {"problems": problems}

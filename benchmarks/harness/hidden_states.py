@@ -47,9 +47,9 @@ def states(folder: Path, source: str, temperature: float, prompts: int, tokens: 
 @torch.no_grad()
 def _sample(source: str, temperature: float, prompts: int, tokens: int) -> States:
     from sppo.data import load_prompts
-    from sppo.models.packed_attention import NAME, Packed, packed_hidden, use_attention
+    from sppo.models.packed_attention import PACKED_ATTENTION, Packed, packed_hidden, use_attention
     from sppo.rollout import HFRollout
-    from sppo.rollout.batching import policy_part
+    from sppo.rollout.batching import pack_policy_batch
     from sppo.tasks import smollm2
 
     policy, tokenizer = smollm2.policy()
@@ -58,10 +58,10 @@ def _sample(source: str, temperature: float, prompts: int, tokens: int) -> State
     engine = HFRollout(policy, tokenizer, max_completion_length=tokens)
     samples = engine.generate([row["prompt"] for row in rows], seed=0, temperature=temperature, batch_size=32)
     hidden, labels = [], []
-    with use_attention(policy, NAME):
+    with use_attention(policy, PACKED_ATTENTION):
         for sample in samples:
             sample.reward = sample.advantage = 0.0
-            batch = policy_part([sample])
+            batch = pack_policy_batch([sample])
             packed = Packed(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"])
             hidden.append(packed_hidden(policy, packed, packed.input_ids.numel())[batch["response_index"]])
             labels.append(batch["response_ids"])

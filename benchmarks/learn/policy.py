@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.learn import walks
-from sppo._utils import replacing
+from sppo._utils import atomic_write
 from sppo.tasks.chain_model import char_tokenizer
 
 SUCCESS = {"even": (0.3, 0.3), "mixed": (0.9, 0.1)}
@@ -132,7 +132,7 @@ def make_policy(folder: Path, course: Sequence[Lesson]) -> Path:
             model.load_state_dict(load_file(file))
             continue
         imitate(model, lesson)
-        with replacing(file) as staged:
+        with atomic_write(file) as staged:
             save_file(model.state_dict(), staged)
     return file
 

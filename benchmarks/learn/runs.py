@@ -63,7 +63,7 @@ class Curve(TrainerCallback):
         self.points.append(
             {
                 "updates": state.global_step,
-                "tokens": self.trainer.experience.progress.generated_tokens,
+                "tokens": self.trainer.rollouts.progress.generated_tokens,
                 "seconds": round(self.seconds, 2),
                 "reward": round(metrics["eval_reward"], 4),
             }
@@ -114,7 +114,6 @@ def config_of(run: Run) -> dict[str, Any]:
         "eval_strategy": "steps",
         "learning_rate": run.learning_rate,
         "critic_learning_rate": run.critic_learning_rate,
-        "min_agreement": 0.0,
         "ratio_level": "token",
         "aggregation": "seq-mean-token-mean",
         "seed": run.seed,

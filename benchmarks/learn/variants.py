@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.learn import walks
 from benchmarks.learn.policy import tokenizer
-from sppo.algorithms import SPPO, Algorithm, Outcomes
-from sppo.rollout.stream import prompt_name
+from sppo.algorithms import SPPO, Algorithm, RolloutBatch
+from sppo.rollout.prompts import prompt_hash
 
 OWN = ("critic", "rollouts", "rates_of")
 
@@ -100,7 +100,7 @@ VARIANTS: dict[Task, dict[str, dict[str, Any]]] = {
 class OtherPrompts(SPPO):
     """SPPO with each value that of another prompt of the rollout: as good a mean, and nothing of the prompt itself."""
 
-    def advantages(self, outcomes: Outcomes) -> Tensor:
+    def advantages(self, outcomes: RolloutBatch) -> Tensor:
         """See :class:`sppo.Algorithm`."""
         assert outcomes.values is not None
         return outcomes.rewards - torch.roll(outcomes.values, 1)
@@ -109,7 +109,7 @@ class OtherPrompts(SPPO):
 class Centred(SPPO):
     """SPPO with advantages that have a mean of 0 over the rollout, as those of groups and whitened ones do."""
 
-    def advantages(self, outcomes: Outcomes) -> Tensor:
+    def advantages(self, outcomes: RolloutBatch) -> Tensor:
         """See :class:`sppo.Algorithm`."""
         advantages = super().advantages(outcomes)
         return advantages - advantages.mean()
@@ -120,7 +120,7 @@ class RuleMean(Algorithm):
 
     defaults = SPPO.defaults
 
-    def advantages(self, outcomes: Outcomes) -> Tensor:
+    def advantages(self, outcomes: RolloutBatch) -> Tensor:
         """See :class:`sppo.Algorithm`."""
         rules = [_rules()[name] for name in outcomes.prompts]
         expected = torch.tensor([self.state.get(rule, 0.5) for rule in rules])
@@ -134,4 +134,4 @@ class RuleMean(Algorithm):
 def _rules() -> dict[str, str]:
     """The rule of each prompt, by the name that outcomes have for it."""
     prompts = walks.prompts("train")
-    return {prompt_name(ids): prompt[0] for prompt, ids in zip(prompts, tokenizer()(prompts)["input_ids"], strict=True)}
+    return {prompt_hash(ids): prompt[0] for prompt, ids in zip(prompts, tokenizer()(prompts)["input_ids"], strict=True)}

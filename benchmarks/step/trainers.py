@@ -145,12 +145,12 @@ def make_trainer(
     }
     trainer: Any
     if way.trainer == "ours":
-        args = SPPOConfig(**settings, algorithm=way.algorithm, min_agreement=0)  # at its full rate from the start
+        args = SPPOConfig(**settings, algorithm=way.algorithm)
         # Made on the device, which the trainer's own copy of the policy is not: initialising 1.5B takes its time.
         critic = make_critic(policy, way.small_critic) if algorithm_class(way.algorithm).critic else None
         engine = None if live else prepared
         trainer = SPPOTrainer(policy, odd_end, args=args, critic=critic, rollout_engine=engine, **given)
-        trainer.experience.meter = meter
+        trainer.rollouts.meter = meter
     else:
         from benchmarks.step import trl_trainers
 

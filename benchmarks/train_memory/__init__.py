@@ -47,7 +47,7 @@ from benchmarks.train_memory.surroundings import before_an_update, eager_logprob
 from benchmarks.train_memory.table import COLUMNS, draw, failures_of
 from sppo.algorithms import algorithm_class
 from sppo.config import SPPOConfig
-from sppo.rollout.batching import deal
+from sppo.rollout.batching import make_micro_batches
 from sppo_kernels import linear_logprobs
 
 
@@ -70,7 +70,7 @@ def measure(case: Case, args: SPPOConfig, models: dict[str, Qwen2Config]) -> lis
     """Peaks of an update and of the phase before it, with the operations of this library and without."""
     kind = algorithm_class(case.algorithm).critic
     samples = samples_of(args, kind)
-    (batch,) = deal(samples[:1], 1, kind)
+    (batch,) = make_micro_batches(samples[:1], 1, kind)
     tokens = args.max_completion_length
     kept = min(tokens, args.logits_budget_bytes // (2 * models[case.policy].vocab_size))
     rows = []
@@ -96,7 +96,7 @@ def measure(case: Case, args: SPPOConfig, models: dict[str, Qwen2Config]) -> lis
                 peak = allocations.peak_by_kind(first)
                 first = allocations.moment()
                 with without_values([(0, tokens)]), before_an_update(pair):
-                    if pair.judge is not None:
+                    if pair.critic is not None:
                         step.values()
                     step.old_logprobs()
                 before = allocations.peak_by_kind(first)

@@ -20,7 +20,7 @@ from sppo.config import SPPOConfig
 from sppo.models import critics as critic
 from sppo.models.actor_critic import ActorCritic, policy_logprobs
 from sppo.models.critics import PromptCritic, TokenCritic, set_head
-from sppo.models.packed_attention import NAME, Packed, use_attention
+from sppo.models.packed_attention import PACKED_ATTENTION, Packed, use_attention
 from sppo.rollout import Sample
 from sppo.rollout.batching import MicroBatch
 from sppo.rollout.stream import Update
@@ -101,9 +101,9 @@ class Step:
         update = Update([self.batch], self.length, 1.0, 1.0, policy_learns=True, critic_learns=True)
         trainer.args, trainer.algorithm, trainer.model, trainer.optimizer = self.args, algorithm, self.pair, None
         trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
-        trainer.experience = SimpleNamespace(update=update, progress=SimpleNamespace(trusted=True))
+        trainer.rollouts = SimpleNamespace(update=update)
         trainer.is_deepspeed_enabled = False
-        trainer._measure = lambda *_, **__: None  # metrics are a few numbers
+        trainer.meter = None  # metrics are a few numbers
         return trainer
 
     def values(self) -> None:
@@ -119,17 +119,17 @@ class Step:
             return first[0].new_empty(packed.input_ids.shape[1], first[0].shape[1])
 
         with mock.patch.object(critic, "packed_hidden", states), self.allocations.making(("critic", "activations")):
-            self.pair.judge.values(self.samples)
+            self.pair.critic.values(self.samples)
 
     def old_logprobs(self) -> None:
         """Of a micro-batch."""
-        with use_attention(self.pair, NAME):
+        with use_attention(self.pair, PACKED_ATTENTION):
             policy_logprobs(self.pair.policy, self.batch, temperature=self.args.temperature, max_length=self.length)
 
     def update(self) -> None:
         """The last micro-batch of an update, which finds the gradients of those before it, and the optimizer's step."""
         self._leave_gradients()
-        with use_attention(self.pair, NAME):
+        with use_attention(self.pair, PACKED_ATTENTION):
             loss = self.trainer.compute_loss(self.pair, self.batch)
             with self.allocations.making((list(self.parts)[-1], "activations")):  # what came last goes back first
                 loss.backward()

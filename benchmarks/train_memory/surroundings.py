@@ -25,7 +25,7 @@ from sppo.models import actor_critic
 from sppo.models import packed_attention as attention
 from sppo.models.actor_critic import ActorCritic
 from sppo.models.fsdp import gathered
-from sppo.models.packed_attention import NAME
+from sppo.models.packed_attention import PACKED_ATTENTION
 from sppo_kernels import LogprobOutput
 
 
@@ -91,7 +91,7 @@ def attention_on_cuda(
 def on_cuda() -> Iterator[None]:
     """What looks at values, or at the device, is told what it would see there."""
     with (
-        mock.patch.dict(AttentionInterface._global_mapping, {NAME: attention_on_cuda}),
+        mock.patch.dict(AttentionInterface._global_mapping, {PACKED_ATTENTION: attention_on_cuda}),
         mock.patch.object(adam, "_get_value", return_value=1.0),
         mock.patch.object(FakeTensor, "tolist", lambda x: [0.0] * len(x)),
     ):
@@ -148,7 +148,7 @@ def watched(allocations: StepAllocations, pair: ActorCritic, logprobs: Callable[
         labelled("wait_for_unshard", "copies"),
         labelled("post_backward", "gradients"),
     ]
-    if (judge := pair.judge) is not None:
+    if (judge := pair.critic) is not None:
         loss = allocations.making(("critic", "activations"))
         patches.append(mock.patch.object(judge, "loss", loss(judge.loss)))
     with ExitStack() as stack:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sppo._utils import ADAPTER_CONFIG, SUMMARY, replacing
+from sppo._utils import ADAPTER_CONFIG, SUMMARY_FILE, atomic_write
 from sppo.cli.recipes import Recipe, build_trainer, config_from, override, read_recipe
 
 # torch, transformers and datasets are imported where they are needed, so that wrong input answers at once.
@@ -64,7 +64,7 @@ def evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
                 progress=not args.disable_tqdm,
             )
         metrics[name] = evaluation.metrics
-        _add_to_summary(folder / SUMMARY, {name: {"file": str(output), **evaluation.header, **evaluation.metrics}})
+        _add_to_summary(folder / SUMMARY_FILE, {name: {"file": str(output), **evaluation.header, **evaluation.metrics}})
     print(table(metrics, arguments.k))
     return 0
 
@@ -123,7 +123,7 @@ def _dataset_names(sources: Sequence[Any]) -> list[str]:
 def _add_to_summary(path: Path, metrics: dict[str, Any]) -> None:
     """Put the metrics of datasets beside those that the file has of others."""
     known = json.loads(path.read_text()) if path.exists() else {}
-    with replacing(path) as staged:
+    with atomic_write(path) as staged:
         staged.write_text(json.dumps({**known, **metrics}, indent=1) + "\n")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo._utils import ADAPTER_CONFIG, SUMMARY
+from sppo._utils import ADAPTER_CONFIG, SUMMARY_FILE
 from sppo.cli.recipes import Recipe, build_trainer, override, read_recipe
 
 # torch, transformers and datasets are imported where they are needed, so that --help and wrong input answer at once.
@@ -26,9 +26,10 @@ def train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     for name, text in overrides.items():
         override(recipe, name, text)
     folder = Path(str(recipe["args"]["output_dir"]))
-    if (folder / SUMMARY).exists():
+    if (folder / SUMMARY_FILE).exists():
         print(
-            f"{folder} holds a finished run (see {folder / SUMMARY}); to start over, delete it or name another folder:"
+            f"{folder} holds a finished run (see {folder / SUMMARY_FILE}); to start over, delete it or name another "
+            "folder:"
         )
         print(f"  {' '.join(['sppo train', named, '--output_dir'])} {folder}-2")
         return 0
@@ -95,7 +96,7 @@ def _print_plan(recipe: Recipe, trainer: Any, *, resumes: bool) -> None:
     args = trainer.args
     updates = args.max_steps
     if updates <= 0:
-        updates = math.ceil(args.num_train_epochs * trainer.experience.updates_per_epoch)
+        updates = math.ceil(args.num_train_epochs * trainer.rollouts.updates_per_epoch)
     per_update = args.rollout_size * args.world_size / args.updates_per_rollout
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
     plan = {
@@ -108,11 +109,8 @@ def _print_plan(recipe: Recipe, trainer: Any, *, resumes: bool) -> None:
         "reward": ", ".join(reward.name for reward in trainer.reward_funcs),
         "updates": f"{updates}, of {per_update:g} completions of at most {args.max_completion_length} tokens, on "
         f"{args.world_size} process{'es' if args.world_size > 1 else ''}",
-        "learning": f"policy at {args.learning_rate:g}"
-        + (
-            f", a fiftieth of it until its gradients agree (min_agreement={args.min_agreement:g})"
-            * (args.min_agreement > 0)
-        ),
+        "learning": f"policy at {args.learning_rate:g}, {args.lr_scheduler_type.value} schedule, "
+        f"{args.get_warmup_steps(updates)} warm-up steps",
         "output": f"{args.output_dir}{', resuming' if resumes else ''}",
     }
     for name, what in plan.items():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sppo.models.critics import Critic
-from sppo.models.packed_attention import NAME, Packed, pack, packed_hidden, use_attention
+from sppo.config import SPPOConfig
+from sppo.models.critic_io import build_critic
+from sppo.models.critics import Critic, PromptCritic, TokenCritic, value_head
+from sppo.models.lora import add_adapter, continue_adapter, has_adapter
+from sppo.models.packed_attention import PACKED_ATTENTION, Packed, pack, packed_hidden, use_attention
+from sppo.models.policy_io import ensure_fp32_weights
 from sppo_kernels import linear_logprobs
 
 
@@ -26,18 +32,17 @@ class ActorCritic(nn.Module):
 
     Args:
         policy: model of ``AutoModelForCausalLM``.
-        judge: what its critic predicts and learns, or None. The critic itself becomes the submodule ``critic``.
+        critic: its critic, or None.
 
     Dropout is switched off in both: ratios compare the same function before and after an update.
     """
 
     _keys_to_ignore_on_save = None
 
-    def __init__(self, policy: PreTrainedModel, judge: Critic | None = None) -> None:
+    def __init__(self, policy: PreTrainedModel, critic: Critic | None = None) -> None:
         super().__init__()
         self.policy = policy
-        self.judge = judge
-        self.critic = judge.model if judge is not None else None
+        self.critic = critic
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -70,12 +75,20 @@ class ActorCritic(nn.Module):
             max_length=max_length,
             **of_logprobs,
         )
-        loss = self.judge.loss(batch, max_length, critic_normalizer) if self.judge is not None else None
+        loss = self.critic.loss(batch, max_length, critic_normalizer) if self.critic is not None else None
         return ActorCriticOutput(logprobs, entropy, loss)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the submodules with parameters by name: the policy, and the critic if there is one."""
+        return dict(self.named_children())
+
+    def models(self) -> dict[str, PreTrainedModel]:
+        """Return the pretrained models by the name of the trainer's argument: ``"model"``, and ``"critic"`` if any."""
+        return {"model": self.policy} | ({"critic": self.critic.model} if self.critic is not None else {})
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
         """What ``TrainingArguments.gradient_checkpointing`` calls, for both models."""
-        for model in filter(None, (self.policy, self.critic)):
+        for model in self.models().values():
             if hasattr(model, "activation_checkpointing_enable"):
                 model.activation_checkpointing_enable(**settings)
             else:  # transformers before it was renamed
@@ -86,7 +99,7 @@ class ActorCritic(nn.Module):
     @property
     def _no_split_modules(self) -> list[str]:
         """Classes of layers that accelerate is to shard one by one."""
-        known = {name for m in (self.policy, self.critic) if m is not None for name in m._no_split_modules or ()}
+        known = {name for model in self.models().values() for name in model._no_split_modules or ()}
         return sorted(known & {type(module).__name__ for module in self.modules()})
 
     @torch.no_grad()
@@ -113,18 +126,16 @@ class ActorCritic(nn.Module):
         sequences = [[1, 2, 3, 4, 5], [3, 2, 1]]
         packed = Packed(*(x.to(self.policy.device) for x in pack(sequences)))
         rows = [packed.input_ids[:, :5], packed.input_ids[:, 5:]]
-        for name, model in (("model", self.policy), ("critic", self.critic)):
-            if model is None:
-                continue
+        for name, model in self.models().items():
             own = torch.cat([model.base_model(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows])
-            with use_attention(model, NAME):
+            with use_attention(model, PACKED_ATTENTION):
                 ours = packed_hidden(model, packed, 5)
             _check_close(f"{name}={type(model).__name__}: attention over packed sequences", ours, own)
         batch = packed._asdict() | {
             "response_index": torch.tensor([0, 1, 2, 3, 5, 6], device=self.policy.device),
             "response_ids": packed.input_ids[0, [1, 2, 3, 4, 6, 7]],
         }
-        with use_attention(self.policy, NAME):
+        with use_attention(self.policy, PACKED_ATTENTION):
             ours, _ = policy_logprobs(self.policy, batch, temperature=1.0, max_length=5)
         logits = torch.cat([self.policy(input_ids=row, use_cache=False).logits[0, :-1] for row in rows]).float()
         own = logits.log_softmax(-1).gather(1, batch["response_ids"][:, None])[:, 0]
@@ -169,3 +180,45 @@ def _check_close(what: str, ours: Tensor, own: Tensor, tolerance: float = 0.05) 
             f"{what} differ from the model's own forward by {(ours - own).norm() / own.norm():.2g}, more than "
             f"{tolerance}; this architecture cannot be trained here yet"
         )
+
+
+def build_actor_critic(
+    policy: PreTrainedModel,
+    critic: PreTrainedModel | str | Path | None,
+    *,
+    kind: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    peft_config: Any,
+    args: SPPOConfig,
+) -> ActorCritic:
+    """Build the module that is trained, and set which of its parameters learn.
+
+    With a ``peft_config``, or an adapter in the policy, only adapters and the critic's head learn; otherwise all
+    weights learn, in the precision that learning needs.
+
+    Args:
+        policy: the policy.
+        critic: see :func:`build_critic`.
+        kind: ``"prompt"``, ``"token"``, or None for no critic.
+        tokenizer: tokenizer of both.
+        peft_config: a ``peft.LoraConfig`` or None.
+        args: settings of the run.
+    """
+    classifier = build_critic(critic, policy, tokenizer, kind) if kind is not None else None
+    if peft_config is not None:
+        add_adapter(policy, peft_config)
+    elif has_adapter(policy):
+        continue_adapter(policy)
+    else:
+        policy = ensure_fp32_weights(policy, args)
+    if classifier is None:
+        return ActorCritic(policy)
+    if has_adapter(policy) and args.critic_adapter:
+        config: Any = copy.copy(peft_config or policy.peft_config["default"])
+        config.task_type = "SEQ_CLS"  # tells PEFT which layer is the head
+        add_adapter(classifier, config, also=[value_head(classifier)])
+    else:
+        classifier = ensure_fp32_weights(classifier, args)
+    return ActorCritic(
+        policy, PromptCritic(classifier) if kind == "prompt" else TokenCritic(classifier, args.cliprange_value)
+    )

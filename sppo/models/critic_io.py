@@ -12,7 +12,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sppo.models.critics import head, set_head
+from sppo.models.critics import set_head, value_head
 from sppo.models.lora import has_adapter, merged_weights
 from sppo.models.policy_io import embedding_rows
 
@@ -51,9 +51,9 @@ def build_critic(
             f"critic has {rows} token embeddings and the policy's tokenizer {len(tokenizer)} tokens; "
             "take a critic of the same vocabulary, or call critic.resize_token_embeddings"
         )
-    if head(critic).bias is None:
+    if value_head(critic).bias is None:
         set_head(critic, torch.zeros(1))
-        nn.init.zeros_(head(critic).weight)
+        nn.init.zeros_(value_head(critic).weight)
     return critic
 
 
@@ -96,7 +96,7 @@ def critic_folder(folder: str | Path) -> str | Path:
 def _restore_bias(critic: PreTrainedModel) -> None:
     """Put the bias that :func:`save_critic` left in the configuration back into the head."""
     bias = getattr(critic.config, "score_bias", None)
-    if bias is not None and head(critic).bias is None:
+    if bias is not None and value_head(critic).bias is None:
         set_head(critic, torch.tensor([bias]))
 
 

@@ -4,44 +4,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sppo.models.fsdp import full
-from sppo.models.packed_attention import NAME, Packed, pack, packed_hidden, use_attention
+from sppo.models.fsdp import full_tensor
+from sppo.models.packed_attention import PACKED_ATTENTION, Packed, pack, packed_hidden, use_attention
 from sppo.rollout.engine import Sample
 from sppo_kernels import prompt_value_logits, prompt_value_loss
 
 _TOKENS_AT_ONCE = 2**15
 
 
-class Critic(Protocol):
-    """What a sequence classifier predicts, and how it learns to.
+class Critic(nn.Module):
+    """A sequence classifier with one label that predicts values.
 
-    Attributes:
+    Args:
         model: the classifier.
     """
 
-    model: PreTrainedModel
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model: PreTrainedModel = model
 
     def set_prior(self, total: float, count: int) -> None:
-        """Start an untrained head at a constant, the mean of ``count`` rewards; a trained head stays."""
+        """Start an untrained head at a constant, the mean of ``count`` rewards; keep a trained head."""
+        raise NotImplementedError
 
     def values(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """Predictions for each sample: 0-d, or ``[T]`` for its T response tokens; float32 on the CPU."""
+        """Return predictions for each sample: 0-d, or ``[T]`` for its T response tokens; float32 on the CPU."""
+        raise NotImplementedError
 
     def loss(self, batch: dict[str, Tensor], max_length: int, normalizer: float) -> Tensor:
-        """The share of a micro-batch of :mod:`sppo.rollout.batching` in the update's loss, 0-d."""
+        """Return a micro-batch's share of the update's critic loss, 0-d.
+
+        Args:
+            batch: a micro-batch of :mod:`sppo.rollout.batching`.
+            max_length: number of tokens of the longest packed sequence, or more.
+            normalizer: divisor of the summed loss.
+        """
+        raise NotImplementedError
 
 
-class PromptCritic:
-    """Reads the prompt alone and predicts P(success), by binary cross-entropy (SPPO, arXiv 2604.08865)."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+class PromptCritic(Critic):
+    """Reads only the prompt and predicts P(success); trained with binary cross-entropy (SPPO, arXiv 2604.08865)."""
 
     def set_prior(self, total: float, count: int) -> None:
         """See :class:`Critic`. One success and one failure are added: no finite logit is certain."""
@@ -56,15 +64,15 @@ class PromptCritic:
         packed = Packed(batch["prompt_ids"], batch["prompt_position_ids"], batch["prompt_cu_seqlens"])
         return prompt_value_loss(
             packed_hidden(self.model, packed, max_length),
-            head(self.model).weight,
+            value_head(self.model).weight,
             batch["last_index"],
             batch["outcomes"],
-            bias=head(self.model).bias,
+            bias=value_head(self.model).bias,
             normalizer=normalizer,
         ).loss
 
 
-class TokenCritic:
+class TokenCritic(Critic):
     """Predicts the return before each response token, by half the clipped squared error (PPO, arXiv 1707.06347).
 
     Args:
@@ -73,7 +81,7 @@ class TokenCritic:
     """
 
     def __init__(self, model: PreTrainedModel, cliprange: float) -> None:
-        self.model = model
+        super().__init__(model)
         self.cliprange = cliprange
 
     def set_prior(self, total: float, count: int) -> None:
@@ -94,8 +102,8 @@ class TokenCritic:
         return clipped_value_loss(values, batch["values"], batch["returns"], self.cliprange).sum() / normalizer
 
     def _read(self, hidden: Tensor, index: Tensor) -> Tensor:
-        value_head = head(self.model)
-        return prompt_value_logits(hidden, value_head.weight, index.to(hidden.device), bias=value_head.bias)
+        head = value_head(self.model)
+        return prompt_value_logits(hidden, head.weight, index.to(hidden.device), bias=head.bias)
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> Tensor:
@@ -140,7 +148,7 @@ def calibration(values: Tensor, outcomes: Tensor, baseline: float, bins: int = 1
     )
 
 
-def head(critic: PreTrainedModel) -> nn.Linear:
+def value_head(critic: PreTrainedModel) -> nn.Linear:
     """The layer that reads the value off a hidden state."""
     layer = getattr(critic, "score", None)
     if not isinstance(layer, nn.Linear) or layer.out_features != 1:
@@ -153,7 +161,7 @@ def head(critic: PreTrainedModel) -> nn.Linear:
 
 def set_head(critic: PreTrainedModel, bias: torch.Tensor) -> None:
     """Give the head of ``critic`` a bias, next to the weight it has."""
-    old = head(critic)
+    old = value_head(critic)
     new = nn.Linear(old.in_features, 1, dtype=old.weight.dtype, device=old.weight.device)
     with torch.no_grad():
         new.weight.copy_(old.weight)
@@ -163,8 +171,8 @@ def set_head(critic: PreTrainedModel, bias: torch.Tensor) -> None:
 
 @torch.no_grad()
 def _set_constant(critic: PreTrainedModel, output: float) -> None:
-    if not full(head(critic).weight).any():
-        head(critic).bias.fill_(output)
+    if not full_tensor(value_head(critic).weight).any():
+        value_head(critic).bias.fill_(output)
 
 
 @torch.no_grad()
@@ -176,7 +184,7 @@ def prompt_values(critic: PreTrainedModel, prompts: Sequence[list[int]]) -> list
         return []
     states = torch.stack(ends)
     index = torch.arange(len(states), device=states.device)
-    logits = prompt_value_logits(states, head(critic).weight, index, bias=head(critic).bias)
+    logits = prompt_value_logits(states, value_head(critic).weight, index, bias=value_head(critic).bias)
     values = dict(zip(distinct, logits.sigmoid().tolist(), strict=True))
     return [values[tuple(prompt)] for prompt in prompts]
 
@@ -185,7 +193,7 @@ def _packed_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -
     """Last hidden states ``[T, H]`` of each sequence, a chunk of them at a time: a rollout's are gigabytes."""
     for chunk in _chunks(sequences):
         packed = Packed(*(x.to(model.device) for x in pack(chunk)))
-        with use_attention(model, NAME):
+        with use_attention(model, PACKED_ATTENTION):
             states = packed_hidden(model, packed, max(map(len, chunk)))
         yield from states.split([len(sequence) for sequence in chunk])
         del states

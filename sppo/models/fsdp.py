@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
@@ -57,7 +56,7 @@ def _forward_nothing(model: nn.Module) -> None:
         del model.forward
 
 
-def full(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor whole, on each process; all of them must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -70,23 +69,11 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     for name, weight in model.state_dict().items():
         of = owner.get(name, name)
         # A copy of what was gathered, which lies in storage with padding that safetensors does not write.
-        found[name] = found[of] if of in found else full(weight).to("cpu", copy=isinstance(weight, DTensor))
+        found[name] = found[of] if of in found else full_tensor(weight).to("cpu", copy=isinstance(weight, DTensor))
     return found
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, strict: bool = True) -> None:
     """Copy whole weights into a model, sharded or not."""
     options = StateDictOptions(full_state_dict=True, strict=strict)
     set_model_state_dict(model, dict(weights), options=options)
-
-
-def sum_over_shards(sums: Tensor, of: Tensor) -> Tensor:
-    """Sums over this process's part of ``of``, a weight or gradient, added up over all processes that have a part."""
-    if isinstance(of, DTensor):
-        torch.distributed.all_reduce(sums)
-    return sums

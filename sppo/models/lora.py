@@ -85,7 +85,7 @@ def settings_of_adapter(model: nn.Module) -> dict[str, Any] | None:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in found.items()}
 
 
-def the_model_in(wrapped: Any) -> PreTrainedModel:
+def unwrap_peft(wrapped: Any) -> PreTrainedModel:
     """The model in PEFT's own wrapper, with the adapter in it.
 
     Raises:
@@ -137,7 +137,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     from peft import PeftModel
 
     try:
-        return the_model_in(PeftModel.from_pretrained(model, str(folder)))
+        return unwrap_peft(PeftModel.from_pretrained(model, str(folder)))
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the adapter in {str(folder)!r} does not fit {type(model).__name__}: {error}") from error
 

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
-NAME = "sppo_packed"
+PACKED_ATTENTION = "sppo_packed"
 
 
 @contextmanager
@@ -166,8 +166,8 @@ def _no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
-AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)
 
 
 class Packed(NamedTuple):
@@ -193,7 +193,7 @@ def cumulative(lengths: Sequence[int]) -> Tensor:
 
 
 def packed_hidden(model: PreTrainedModel, packed: Packed, max_length: int) -> Tensor:
-    """Last hidden states ``[N, H]`` of the backbone; ``use_attention(model, NAME)`` must be in force."""
+    """Last hidden states ``[N, H]`` of the backbone; ``use_attention(model, PACKED_ATTENTION)`` must be in force."""
     output = model.base_model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ from transformers.utils import logging
 
 from sppo._utils import ADAPTER_CONFIG
 from sppo.config import SPPOConfig
-from sppo.models.lora import load_adapter, the_model_in
+from sppo.models.lora import load_adapter, unwrap_peft
 
 logger = logging.get_logger(__name__)
 
@@ -23,7 +24,7 @@ def load_policy(model: PreTrainedModel | str) -> PreTrainedModel:
     if isinstance(model, (str, Path)):
         return from_folder(model)
     if hasattr(model, "get_base_model"):
-        model = the_model_in(model)
+        model = unwrap_peft(model)
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise TypeError(f"model must be a causal language model of transformers or the name of one, got {type(model)}")
     return model
@@ -50,7 +51,7 @@ def from_folder(model: str | Path, **settings: Any) -> PreTrainedModel:
     return load_adapter(loaded, model)
 
 
-def with_master_weights(model: PreTrainedModel, args: SPPOConfig) -> PreTrainedModel:
+def ensure_fp32_weights(model: PreTrainedModel, args: SPPOConfig) -> PreTrainedModel:
     """A model whose weights are float32 where ``bf16=True``, which then is the precision of computing alone.
 
     Without that setting bfloat16 weights stay, and it is said that small steps are lost in their rounding. float16
@@ -93,3 +94,8 @@ def check_tokenizer(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
 def embedding_rows(model: PreTrainedModel) -> int:
     """How many tokens a model knows."""
     return cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+
+
+def frozen_copy(policy: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Return a copy of the policy that does not learn, as the reference of a KL penalty."""
+    return copy.deepcopy(policy).eval().requires_grad_(False).to(device)

@@ -8,34 +8,104 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import TrainerState
 
-from sppo._utils import METRICS, read_lines
+from sppo._utils import METRICS_FILE, atomic_write, read_lines
+from sppo.algorithms import Algorithm
 from sppo.config import SPPOConfig
+from sppo.models.actor_critic import ActorCritic
 from sppo.models.lora import has_adapter
+from sppo.rewards import Reward
 from sppo_kernels import __version__
-
-if TYPE_CHECKING:
-    from sppo import SPPOTrainer
 
 TAGS = ("sppo-kernels", "reinforcement-learning", "rlvr", "generated_from_trainer")
 _LIBRARIES = ("transformers", "torch", "datasets", "accelerate")
-_NOT_RECIPE = (
-    # Where a run writes and what it shows; secrets of the hub
-    *("output_dir", "run_name", "project", "report_to", "trackio_", "push_to_hub", "hub_", "logging_", "log_", "save_"),
-    # The machine, and what is the same for every run of this trainer
-    *("disable_tqdm", "local_rank", "resume_from_checkpoint", "dataloader_", "accelerator_config", "ignore_data_skip"),
+_OUTPUT_SETTINGS = (
+    "output_dir",
+    "run_name",
+    "project",
+    "report_to",
+    "trackio_",
+    "push_to_hub",
+    "hub_",
+    "logging_",
+    "log_",
+    "save_",
 )
-"""Beginnings of the names of settings that a recipe does not repeat."""
+_MACHINE_SETTINGS = (
+    "disable_tqdm",
+    "local_rank",
+    "resume_from_checkpoint",
+    "dataloader_",
+    "accelerator_config",
+    "ignore_data_skip",
+)
+_NOT_RECIPE = _OUTPUT_SETTINGS + _MACHINE_SETTINGS
+"""Prefixes of the names of settings that a recipe does not repeat: output, secrets of the hub, the machine."""
+
+
+class TrainedRun(Protocol):
+    """The parts of :class:`sppo.SPPOTrainer` that its model card reads."""
+
+    args: SPPOConfig
+    algorithm: Algorithm
+    reward_funcs: list[Reward]
+    recipe: dict[str, Any] | None
+    state: TrainerState
+    train_dataset: Any
+
+    @property
+    def actor_critic(self) -> ActorCritic:
+        """The module that was trained."""
+
+
+def write_model_card(
+    trainer: TrainedRun,
+    path: Path,
+    *,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    tags: str | list[str] | None = None,
+    license: str | None = None,
+    language: str | None = None,
+) -> None:
+    """Write the model card of a trained run; the arguments are those of ``transformers.Trainer.create_model_card``.
+
+    Args:
+        trainer: a trainer after training.
+        path: the file.
+        model_name: title of the card; None for the name of ``output_dir``.
+        finetuned_from: hub name of the model before training; None for where it was loaded from.
+        dataset_tags: hub names of the training data; None for those in the recipe.
+        dataset: names of the training data in the card's text.
+        tags: additional tags.
+        license, language: left out if None.
+    """
+    names, hub_names, more = ([x] if isinstance(x, str) else x or [] for x in (dataset, dataset_tags, tags))
+    card = model_card(
+        trainer,
+        model_name=model_name,
+        base_model=finetuned_from,
+        datasets=hub_names,
+        dataset_names=names,
+        tags=more,
+        license=license,
+        language=language,
+    )
+    with atomic_write(path) as staged:
+        staged.write_text(str(card), encoding="utf-8")
 
 
 def model_card(
-    trainer: SPPOTrainer,
+    trainer: TrainedRun,
     *,
     model_name: str | None = None,
     base_model: str | None = None,
@@ -58,7 +128,7 @@ def model_card(
     """
     recipe = recipe_of(trainer)
     base = base_model or recipe.get("model")
-    adapted = has_adapter(trainer.accelerator.unwrap_model(trainer.model).policy)
+    adapted = has_adapter(trainer.actor_critic.policy)
     data = ModelCardData(
         library_name="peft" if adapted else "transformers",
         pipeline_tag="text-generation",
@@ -73,7 +143,7 @@ def model_card(
     sections = [
         f"# {model_name or folder.absolute().name}",
         _what_it_is(trainer, base, dataset_names or datasets or _sources(recipe)),
-        _results(read_lines(folder / METRICS) or trainer.state.log_history),
+        _results(read_lines(folder / METRICS_FILE) or trainer.state.log_history),
         "![How it learned](learning_curve.png)" if (folder / "learning_curve.png").is_file() else "",
         (_USE_ADAPTER if adapted else _USE) + (_USE_CRITIC if trainer.algorithm.critic else ""),
         _recipe(recipe, whole=trainer.recipe is not None),
@@ -83,7 +153,7 @@ def model_card(
     return ModelCard(f"---\n{data}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 
-def recipe_of(trainer: SPPOTrainer) -> dict[str, Any]:
+def recipe_of(trainer: TrainedRun) -> dict[str, Any]:
     """What ``sppo train`` would repeat the run with: the recipe's keys, and the settings that are no defaults.
 
     The algorithm's own defaults are among them. Of paths on this machine only the last part stays.
@@ -97,7 +167,7 @@ def recipe_of(trainer: SPPOTrainer) -> dict[str, Any]:
         and value != defaults[name]
         and (value or defaults[name])  # some of what is left None becomes False or an empty list
     }
-    name = getattr(trainer.accelerator.unwrap_model(trainer.model).policy.config, "_name_or_path", "")
+    name = getattr(trainer.actor_critic.policy.config, "_name_or_path", "")
     known = trainer.recipe or {"model": name or None, "reward": [reward.name for reward in trainer.reward_funcs]}
     whole = {**known, "args": {"algorithm": values["algorithm"], **settings}}
     return {key: _public(value) for key, value in whole.items() if value not in (None, {})}
@@ -129,7 +199,7 @@ def is_hub_name(name: str | None) -> bool:
     return name.count("/") == 1
 
 
-def _what_it_is(trainer: SPPOTrainer, base: str | None, datasets: Sequence[str]) -> str:
+def _what_it_is(trainer: TrainedRun, base: str | None, datasets: Sequence[str]) -> str:
     what = next(iter((type(trainer.algorithm).__doc__ or "").strip().splitlines()), "")
     dataset = cast(Dataset | None, trainer.train_dataset)
     prompts = f"{len(dataset):,} prompts" if dataset is not None else "prompts"

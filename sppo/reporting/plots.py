@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from sppo._utils import METRICS, read_lines, replacing
+from sppo._utils import METRICS_FILE, atomic_write, read_lines
 
 Log = Sequence[Mapping[str, Any]]
 """Entries as the trainer logs them: metrics of training, each with its ``step``, and evaluations between them."""
@@ -35,7 +35,7 @@ def plot(folders: Sequence[Path], output: Path, x: str = "tokens") -> None:
     known = figure.canvas.get_supported_filetypes()
     if output.suffix.removeprefix(".") not in known:
         raise ValueError(f"output must end in one of .{', .'.join(known)}, got {str(output)!r}")
-    with replacing(output) as staged:
+    with atomic_write(output) as staged:
         figure.savefig(staged, dpi=150)
 
 
@@ -47,13 +47,13 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """
     states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=_checkpoint_number)
     state = [*states, *folder.glob("trainer_state.json")][-1:]
-    if (folder / METRICS).is_file():
-        log = read_lines(folder / METRICS)
+    if (folder / METRICS_FILE).is_file():
+        log = read_lines(folder / METRICS_FILE)
     elif state:
         log = json.loads(state[0].read_text(encoding="utf-8"))["log_history"]
     else:
         raise ValueError(
-            f"{str(folder)!r} holds no run: neither {METRICS} nor checkpoint-*/trainer_state.json; "
+            f"{str(folder)!r} holds no run: neither {METRICS_FILE} nor checkpoint-*/trainer_state.json; "
             "give the output_dir of sppo train"
         )
     if not any("loss" in entry for entry in log):

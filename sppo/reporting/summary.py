@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo._utils import SUMMARY, replacing
+from sppo._utils import SUMMARY_FILE, atomic_write
 from sppo.reporting.plots import draw
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ def write_report(
     """
     folder = Path(str(trainer.args.output_dir))
     summary = summarize(trainer, before, after)
-    with replacing(folder / PICTURE) as staged:
+    with atomic_write(folder / PICTURE) as staged:
         draw({folder.name: [{**before, "step": 0}, *trainer.state.log_history]}).savefig(staged, dpi=150)
-    with replacing(folder / SUMMARY) as staged:
+    with atomic_write(folder / SUMMARY_FILE) as staged:
         staged.write_text(json.dumps(summary, indent=1) + "\n")
     print(_table(summary))
-    print(f"\n{folder / PICTURE} shows how it learned, {folder / SUMMARY} has these numbers.\n")
+    print(f"\n{folder / PICTURE} shows how it learned, {folder / SUMMARY_FILE} has these numbers.\n")
     print(_what_next(recipe, evaluation, folder, trainer.args.seed))
-    return folder / SUMMARY
+    return folder / SUMMARY_FILE
 
 
 def summarize(trainer: SPPOTrainer, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def summarize(trainer: SPPOTrainer, before: Mapping[str, float], after: Mapping[
         "reward_before": before.get("eval_reward"),
         "reward_after": after.get("eval_reward"),
         "updates": trainer.state.global_step,
-        "generated_tokens": trainer.experience.progress.generated_tokens,
+        "generated_tokens": trainer.rollouts.progress.generated_tokens,
         "seconds": round(sum(phases.values()), 2),
         "seconds_by_phase": {name: round(value, 2) for name, value in phases.items()},
     }

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.integrations.integration_utils import default_logdir
 
-from sppo._utils import METRICS, append_line, read_lines, write_lines
+from sppo._utils import METRICS_FILE, append_line, read_lines, write_lines
 from sppo.config import SPPOConfig
 from sppo.reporting.console import as_text, print_completions
 from sppo.rollout.engine import Sample
@@ -37,7 +37,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the file anew, with what a resumed run had logged up to its checkpoint."""
         if state.is_world_process_zero:
-            self._path = Path(args.output_dir, METRICS)
+            self._path = Path(args.output_dir, METRICS_FILE)
             if state.global_step > 0:
                 self._before = [entry for entry in read_lines(self._path) if entry["step"] == 0]
             logged = [entry for entry in state.log_history if entry not in self._before]
@@ -95,6 +95,15 @@ class SampleCompletions(TrainerCallback):
         if rows:
             for tracker in self._trackers:
                 _track(tracker, rows)
+
+
+class EpochCallback(TrainerCallback):
+    """Counts epochs by the data, also in the epoch that a resumed run begins in the middle of."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        """Set the epoch, and log after the last step."""
+        state.epoch = state.global_step / train_dataloader.dataset.updates_per_epoch
+        control.should_log |= state.global_step >= state.max_steps  # so that totals have every update
 
 
 def _track(tracker: TrainerCallback, rows: Sequence[dict[str, Any]]) -> None:

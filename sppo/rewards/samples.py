@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from transformers.utils import logging
 
 from sppo.config import SPPOConfig
-from sppo.rewards import Reward, score
+from sppo.rewards import Reward, resolve, score
 from sppo.rollout.engine import Sample
 
 logger = logging.get_logger(__name__)
+
+RewardFunction = Reward | Callable[..., Any] | str
 
 _FAILURES_SHOWN = 10  # of a rollout: a reward that always fails must not fill the screen
 
@@ -50,3 +52,17 @@ def score_samples(
             )
         sample.reward = reward
     return scores.metrics()
+
+
+def resolve_rewards(
+    reward_funcs: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None
+) -> list[Reward]:
+    """Resolve one reward or several.
+
+    Raises:
+        ValueError: a reward does not exist, or there are not as many weights as rewards.
+    """
+    funcs = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [cast(RewardFunction, reward_funcs)]
+    if weights is not None and len(weights) != len(funcs):
+        raise ValueError(f"reward_weights has {len(weights)} values for {len(funcs)} reward_funcs")
+    return [resolve(func) for func in funcs]

@@ -1,20 +1,22 @@
-"""Micro-batches: samples laid behind each other without padding, dealt so that each has about as many tokens.
+"""Micro-batches: samples packed without padding and balanced by tokens.
 
-A :data:`MicroBatch` is a dict of tensors:
+A :data:`MicroBatch` is a dict of tensors; N, R, M count tokens, S samples, P prompts, O outcomes:
 
-    input_ids, position_ids [1, N], cu_seqlens [S + 1]   prompts with responses, but for their last tokens, which
-                                                         predict nothing
-    response_index, response_ids [R]                     the positions that predict response tokens, and these tokens
-    response_cu_seqlens [S + 1]                          where each response begins among them
-    advantages [S], or [R] where each token has its own
-    rollout_logprobs [R]                                 of an engine that has its own
-    values, returns [R]                                  of a token critic: before the update, and what to predict
-    prompt_ids, prompt_position_ids [1, M],              of a prompt critic: distinct prompts,
-    prompt_cu_seqlens [P + 1]
-    last_index, outcomes [O]                             where each one's prompt ends among them, and how it came out
+    name                                        shape               contents
+    input_ids, position_ids                     [1, N]              prompts with responses, without their last tokens,
+                                                                    which predict nothing
+    cu_seqlens                                  [S + 1]             where each sequence begins
+    response_index, response_ids                [R]                 positions that predict response tokens; these tokens
+    response_cu_seqlens                         [S + 1]             where each response begins among them
+    advantages                                  [S] or [R]          one per sample, or one per response token
+    rollout_logprobs                            [R]                 if the engine computes its own
+    values, returns                             [R]                 token critic: values before the update, and targets
+    prompt_ids, prompt_position_ids             [1, M]              prompt critic: distinct prompts
+    prompt_cu_seqlens                           [P + 1]             where each prompt begins
+    last_index, outcomes                        [O]                 where an outcome's prompt ends; its reward
 
-The critic's prompts are dealt apart from the policy's samples: an update reads each distinct prompt once, whichever
-micro-batches its responses are in. Without samples there is one token of input and nothing to learn.
+A prompt critic's prompts are distributed separately from the policy's samples: an update reads each distinct prompt
+once, whichever micro-batches its responses are in. A micro-batch without samples has one token of input and no loss.
 """
 
 from __future__ import annotations
@@ -31,27 +33,38 @@ from sppo.rollout.engine import Sample
 MicroBatch = dict[str, Tensor]
 
 
-def parts_needed(samples: Sequence[Sample], least: int, max_tokens: int | None) -> int:
-    """Into how many parts to deal samples, a multiple of ``least``, for none to have more than ``max_tokens``.
+def num_micro_batches(samples: Sequence[Sample], multiple_of: int, max_tokens: int | None) -> int:
+    """Return how many micro-batches samples need, so that none has more than ``max_tokens``.
 
-    A sample that is longer by itself has a part of its own.
+    A sample that is longer than that gets a micro-batch of its own.
+
+    Args:
+        samples: samples of an update.
+        multiple_of: the result is a multiple of this.
+        max_tokens: None for no limit.
     """
-    parts, lengths = least, [length(s) for s in samples]
+    count, lengths = multiple_of, [length(s) for s in samples]
     if max_tokens is None:
-        return parts
-    while parts < len(samples) and any(
-        len(part) > 1 and sum(lengths[i] for i in part) > max_tokens for part in balance(lengths, parts)
+        return count
+    while count < len(samples) and any(
+        len(part) > 1 and sum(lengths[i] for i in part) > max_tokens for part in balance_by_tokens(lengths, count)
     ):
-        parts += least
-    return parts
+        count += multiple_of
+    return count
 
 
-def deal(samples: Sequence[Sample], parts: int, critic: str | None) -> list[MicroBatch]:
-    """The micro-batches of an update, with what a ``"prompt"`` or ``"token"`` critic reads."""
-    dealt = [[samples[i] for i in part] for part in balance([length(s) for s in samples], parts)]
-    batches = [policy_part(part) for part in dealt]
+def make_micro_batches(samples: Sequence[Sample], count: int, critic: str | None) -> list[MicroBatch]:
+    """Pack the samples of an update into ``count`` micro-batches, with the inputs of its critic.
+
+    Args:
+        samples: samples with advantages and what the critic needs.
+        count: number of micro-batches.
+        critic: ``"prompt"``, ``"token"`` or None.
+    """
+    parts = [[samples[i] for i in part] for part in balance_by_tokens([length(s) for s in samples], count)]
+    batches = [pack_policy_batch(part) for part in parts]
     if critic == "token":
-        for batch, part in zip(batches, dealt, strict=True):
+        for batch, part in zip(batches, parts, strict=True):
             batch |= {"values": _flat([s.value for s in part]), "returns": _flat([s.returns for s in part])}
     if critic == "prompt":
         outcomes: dict[tuple[int, ...], list[float]] = defaultdict(list)
@@ -59,13 +72,14 @@ def deal(samples: Sequence[Sample], parts: int, critic: str | None) -> list[Micr
             assert s.reward is not None
             outcomes[tuple(s.prompt_ids)].append(s.reward)
         prompts = list(outcomes.items())
-        for batch, those in zip(batches, balance([len(prompt) for prompt, _ in prompts], parts), strict=True):
-            batch |= critic_part([prompts[i] for i in those])
+        prompt_parts = balance_by_tokens([len(prompt) for prompt, _ in prompts], count)
+        for batch, indices in zip(batches, prompt_parts, strict=True):
+            batch |= pack_critic_batch([prompts[i] for i in indices])
     return batches
 
 
-def policy_part(samples: Sequence[Sample]) -> MicroBatch:
-    """What the policy reads of these samples."""
+def pack_policy_batch(samples: Sequence[Sample]) -> MicroBatch:
+    """Pack the policy's inputs for some samples."""
     sequences = pack([(s.prompt_ids + s.response_ids)[:-1] for s in samples] or [[0]])
     index: list[int] = []
     start = 0
@@ -83,14 +97,16 @@ def policy_part(samples: Sequence[Sample]) -> MicroBatch:
         "advantages": _flat([s.advantage for s in samples]),
     }
     if len({s.logprobs is None for s in samples}) > 1:
-        raise ValueError("the rollout engine gave some samples logprobs and others none; give all of them or none")
+        raise ValueError(
+            "the rollout engine returned logprobs for some samples and not for others; return them for all or for none"
+        )
     if samples and samples[0].logprobs is not None:
         batch["rollout_logprobs"] = torch.tensor([logprob for s in samples for logprob in s.logprobs or []])
     return batch
 
 
-def critic_part(prompts: Sequence[tuple[tuple[int, ...], list[float]]]) -> MicroBatch:
-    """What a prompt critic reads: each prompt with the outcomes of its responses."""
+def pack_critic_batch(prompts: Sequence[tuple[tuple[int, ...], list[float]]]) -> MicroBatch:
+    """Pack a prompt critic's inputs: distinct prompts, each with the outcomes of its responses."""
     packed = pack([prompt for prompt, _ in prompts] or [[0]])
     counts = torch.tensor([len(outcomes) for _, outcomes in prompts], dtype=torch.long)
     ends = packed.cu_seqlens[1:].long()[: len(prompts)] - 1
@@ -103,23 +119,23 @@ def critic_part(prompts: Sequence[tuple[tuple[int, ...], list[float]]]) -> Micro
     }
 
 
-def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Deal indices over parts of about the same total length: the longest first, to the lightest part."""
-    dealt: list[list[int]] = [[] for _ in range(parts)]
+def balance_by_tokens(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Partition indices into parts of similar total length: longest first, each to the lightest part so far."""
+    result: list[list[int]] = [[] for _ in range(parts)]
     weight = [0] * parts
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         lightest = weight.index(min(weight))
-        dealt[lightest].append(i)
+        result[lightest].append(i)
         weight[lightest] += lengths[i]
-    return dealt
+    return result
 
 
 def length(sample: Sample) -> int:
-    """Tokens of the prompt and the response."""
+    """Return the number of tokens of prompt and response."""
     return len(sample.prompt_ids) + len(sample.response_ids)
 
 
 def _flat(values: Sequence[Tensor | None]) -> Tensor:
-    """One after the other, float32: ``[S]`` of S numbers, ``[R]`` of S tensors with R elements in all."""
+    """Concatenate as float32: S numbers to ``[S]``, S tensors with R elements in total to ``[R]``."""
     tensors = [torch.as_tensor(value, dtype=torch.float32).reshape(-1) for value in values]
     return torch.cat([torch.zeros(0), *tensors])

@@ -1,8 +1,8 @@
-"""Experience: the iterable of packed micro-batches that the trainer reads.
+"""The stream of rollouts: an iterable of packed micro-batches that the trainer reads.
 
     prompts -> rollout engine -> rewards -> critic values -> advantages -> packed micro-batches
 
-A rollout is made at the moment its first micro-batch is asked for, so the policy that samples is the one just updated.
+A rollout is generated when its first micro-batch is requested, so the sampling policy is the one just updated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -22,31 +21,33 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from sppo.algorithms import Algorithm, Outcomes
+from sppo.algorithms import Algorithm, RolloutBatch
 from sppo.config import SPPOConfig
 from sppo.models.actor_critic import ActorCritic, policy_logprobs
 from sppo.models.critics import calibration
 from sppo.models.lora import adapter_off
-from sppo.models.packed_attention import NAME, use_attention
+from sppo.models.packed_attention import PACKED_ATTENTION, use_attention
 from sppo.reporting.meter import Gather, Meter
 from sppo.rewards import Reward
 from sppo.rewards.samples import score_samples
-from sppo.rollout import RolloutEngine, Sample, rollout_seed
-from sppo.rollout.batching import MicroBatch, deal, length, parts_needed
-from sppo.rollout.prompts import Prompts
+from sppo.rollout.batching import MicroBatch, length, make_micro_batches, num_micro_batches
+from sppo.rollout.engine import RolloutEngine, Sample, rollout_seed
+from sppo.rollout.prompts import Prompts, prompt_hash
 
 logger = logging.get_logger(__name__)
+
+ContextFactory = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass
 class Update:
-    """The micro-batches of one optimizer step and what they have in common.
+    """The micro-batches of one optimizer step, and what they have in common.
 
     Attributes:
         micro_batches: a multiple of ``gradient_accumulation_steps``; the Trainer takes every so many-th as one.
-        max_length: tokens of their longest sequence.
-        policy_normalizer, critic_normalizer: what their summed losses are divided by; a process's share.
-        policy_learns, critic_learns: whether the step may move them.
+        max_length: number of tokens of their longest sequence.
+        policy_normalizer, critic_normalizer: divisors of their summed losses; this process's share.
+        policy_learns, critic_learns: whether the step may change the policy and the critic.
     """
 
     micro_batches: list[MicroBatch]
@@ -59,51 +60,114 @@ class Update:
 
 @dataclass
 class Progress:
-    """Where a run is, apart from weights; all that resuming needs of it.
+    """The state of a run apart from its weights: all that resuming needs of it.
 
     Attributes:
-        updates: optimizer steps begun; with the settings it says which prompts come next.
+        updates: optimizer steps begun; together with the settings it determines which prompts come next.
         outcomes, successes: number and sum of the rewards so far.
-        generated_tokens: of all completions so far, on all processes.
-        agreement, agreement_squares, cosines: sum of the cosines between successive gradients of the policy, of
-            their squares, and how many; trusted: whether they have agreed (:mod:`sppo.agreement`).
+        generated_tokens: number of tokens of all completions so far, on all processes.
     """
 
     updates: int = 0
     outcomes: int = 0
     successes: float = 0.0
     generated_tokens: int = 0
-    agreement: float = 0.0
-    agreement_squares: float = 0.0
-    cosines: int = 0
-    trusted: bool = False
 
     @property
     def mean_reward(self) -> float:
-        """Of all rollouts so far; 0 before the first."""
+        """Mean reward of all rollouts so far; 0 before the first."""
         return self.successes / self.outcomes if self.outcomes else 0.0
 
 
-class ExperienceStream(IterableDataset):
-    """Yields one epoch of experience, each time a list of micro-batches; iterated again it goes on where it stopped.
+@dataclass(frozen=True)
+class ProcessContext:
+    """This process among those of a run, and the contexts that its forwards run in.
+
+    Attributes:
+        rank, world_size: number of this process and of processes.
+        gather: concatenates lists over processes.
+        autocast: makes the precision context of forwards.
+        gathered_weights: makes a context in which this process holds all weights, so that it can run a model by itself.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    gather: Gather = list
+    autocast: ContextFactory = nullcontext
+    gathered_weights: ContextFactory = nullcontext
+
+
+@dataclass(frozen=True)
+class CompletionStats:
+    """Facts about a completion that the metrics of all processes are computed from; ``reward`` is None if it failed."""
+
+    num_tokens: int
+    truncated: bool
+    reward: float | None
+
+
+@dataclass(frozen=True)
+class SampleFacts:
+    """Facts about a usable sample that the advantages of all processes are computed from."""
+
+    reward: float
+    group: int
+    prompt_hash: str
+    num_tokens: int
+    value: Tensor | None
+    greedy_reward: float | None
+
+    @classmethod
+    def of(cls, sample: Sample) -> SampleFacts:
+        """Collect the facts of a scored sample."""
+        assert sample.reward is not None
+        return cls(
+            reward=sample.reward,
+            group=sample.group,
+            prompt_hash=prompt_hash(sample.prompt_ids),
+            num_tokens=len(sample.response_ids),
+            value=sample.value,
+            greedy_reward=sample.greedy_reward,
+        )
+
+
+@dataclass(frozen=True)
+class UpdateSize:
+    """Size of an update, on one process or on all."""
+
+    num_sequences: int
+    num_tokens: int
+    num_micro_batches: int
+
+    @classmethod
+    def combine(cls, sizes: Sequence[UpdateSize]) -> UpdateSize:
+        """Combine the sizes on all processes: totals, and the largest number of micro-batches, which all then have."""
+        return cls(
+            num_sequences=sum(size.num_sequences for size in sizes),
+            num_tokens=sum(size.num_tokens for size in sizes),
+            num_micro_batches=max(size.num_micro_batches for size in sizes),
+        )
+
+
+class RolloutStream(IterableDataset):
+    """Yields one epoch of rollouts as lists of micro-batches; iterating again continues after the last update.
 
     Args:
-        prompts: where prompts come from.
-        engine: makes completions.
+        prompts: order of the prompts.
+        engine: samples completions.
         reward_funcs: resolved rewards.
-        model: policy and critic, the ones being trained.
-        algorithm: makes advantages.
-        args: the run's settings.
-        meter: takes the metrics of each rollout.
-        gather: concatenates lists over processes.
-        rank, world: this process among how many.
-        reference: frozen initial policy, where ``beta`` asks for one; a policy with an adapter is its own without it.
-        autocast: makes the precision context of the forwards.
-        whole: makes the context in which each process has all weights, for forwards that it makes by itself.
+        model: the policy and critic that are trained.
+        algorithm: computes advantages.
+        args: settings of the run.
+        meter: collects the metrics of each rollout.
+        reference: frozen initial policy if ``beta`` is above 0. If it is the trained policy itself, that has an
+            adapter, and the reference is the policy with the adapter switched off.
+        process: this process among those of the run.
     """
 
     def __init__(
         self,
+        *,
         prompts: Prompts,
         engine: RolloutEngine,
         reward_funcs: Sequence[Reward],
@@ -111,31 +175,38 @@ class ExperienceStream(IterableDataset):
         algorithm: Algorithm,
         args: SPPOConfig,
         meter: Meter,
-        *,
-        gather: Gather,
-        rank: int = 0,
-        world: int = 1,
         reference: PreTrainedModel | None = None,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        process: ProcessContext | None = None,
     ) -> None:
-        self.prompts, self.engine, self.reward_funcs = prompts, engine, reward_funcs
-        self.model, self.algorithm, self.reference = model, algorithm, reference
-        self.args, self.meter, self.gather, self.autocast, self.whole = args, meter, gather, autocast, whole
-        self.rank, self.world = rank, world
+        self.prompts = prompts
+        self.engine = engine
+        self.reward_funcs = reward_funcs
+        self.model = model
+        self.algorithm = algorithm
+        self.args = args
+        self.meter = meter
+        self.reference = reference
+        self.process = process or ProcessContext()
         assert args.num_generations is not None
         self.prompts_per_rollout = args.rollout_size // args.num_generations
-        rollouts = math.ceil(len(prompts.dataset) / (self.prompts_per_rollout * world))
+        rollouts = math.ceil(len(prompts.dataset) / (self.prompts_per_rollout * self.process.world_size))
         self.updates_per_epoch = rollouts * args.updates_per_rollout
         self.samples: list[Sample] = []
-        self.first_state = copy.deepcopy(algorithm.state)
+        self.initial_algorithm_state = copy.deepcopy(algorithm.state)
         self.restart(Progress(), [])
 
-    def restart(self, progress: Progress, updates: list[Update], of_algorithm: dict[str, Any] | None = None) -> None:
-        """Go on from a place, with the updates of the rollout it is in the middle of, and the algorithm's state."""
+    def restart(self, progress: Progress, updates: list[Update], algorithm_state: dict[str, Any] | None = None) -> None:
+        """Continue from another place in the run.
+
+        Args:
+            progress: the place.
+            updates: those of the current rollout, if the place is in the middle of one.
+            algorithm_state: what the algorithm remembers; None for its initial state.
+        """
         self.progress = progress
         self.updates = updates
-        self.algorithm.state = copy.deepcopy(self.first_state) if of_algorithm is None else of_algorithm
+        state = self.initial_algorithm_state if algorithm_state is None else algorithm_state
+        self.algorithm.state = copy.deepcopy(state)
 
     def __len__(self) -> int:
         return self.updates_per_epoch * self.args.gradient_accumulation_steps
@@ -154,69 +225,52 @@ class ExperienceStream(IterableDataset):
                 return
 
     @property
-    def policy_learns(self) -> bool:
-        """Whether the current update may move the policy."""
-        return self.update.policy_learns and self.progress.updates > self.args.critic_warmup_steps
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether the current update is the first one on its samples."""
-        return (self.progress.updates - 1) % self.args.updates_per_rollout < len(self.updates)
+    def learns(self) -> dict[str, bool]:
+        """Whether the current update may change each part of the model."""
+        warmed_up = self.progress.updates > self.args.critic_warmup_steps
+        return {"policy": self.update.policy_learns and warmed_up, "critic": self.update.critic_learns}
 
     def _collect(self, rollout: int) -> list[Update]:
-        with torch.no_grad(), self.autocast():
-            with self.whole():
+        with torch.no_grad(), self.process.autocast():
+            with self.process.gathered_weights():
                 self.samples = self._generate(rollout)
-            kept = [s for s in self.samples if self._usable(s)]
-            with self.meter.phase("critic"):
-                expected = self._take_in(kept)
-                with self.whole():
-                    policy_learns = self._judge(kept, expected)
-                    return self._cut(kept, policy_learns)
+            usable = [s for s in self.samples if self._is_usable(s)]
+            with self.meter.phase("advantages"):
+                expected_reward = self._update_reward_stats(usable)
+            with self.process.gathered_weights():
+                self._predict_values(usable)
+                with self.meter.phase("advantages"):
+                    policy_learns = self._compute_advantages(usable, expected_reward)
+                with self.meter.phase("packing"):
+                    return self._build_updates(usable, policy_learns)
 
     def _generate(self, rollout: int) -> list[Sample]:
-        """Completions with their rewards."""
-        count, each = self.prompts_per_rollout, self.args.num_generations
-        assert each is not None
-        first = (rollout * self.world + self.rank) * count
-        prompts = self.prompts.take(first, count)
-        rows = [row for row in prompts for _ in range(each)]
-        samples = self._answer(rows, rollout, self.args.temperature)
-        greedy = self._answer(prompts, rollout, 0.0) if self.algorithm.needs_greedy else []
+        """Sample completions of the rollout's prompts and score them."""
+        num_prompts, per_prompt = self.prompts_per_rollout, self.args.num_generations
+        assert per_prompt is not None
+        first = (rollout * self.process.world_size + self.process.rank) * num_prompts
+        prompts = self.prompts.take(first, num_prompts)
+        rows = [row for row in prompts for _ in range(per_prompt)]
+        samples = self._sample_and_score(rows, rollout, self.args.temperature)
+        greedy: list[Sample] = []
+        if self.algorithm.needs_greedy_baseline:
+            greedy = self._sample_and_score(prompts, rollout, temperature=0.0)
         for i, sample in enumerate(samples):
-            sample.group = first + i // each
+            sample.group = first + i // per_prompt
             if greedy:
-                sample.greedy_reward = greedy[i // each].reward
-        facts = self.gather(
-            [(len(s.response_ids), s.truncated, s.reward if self._is_graded(s) else None) for s in samples]
-        )
-        rewards = [reward for *_, reward in facts if reward is not None]
-        self.meter.mean(
-            {
-                "response_length": _mean([n for n, *_ in facts]),
-                "truncated": _mean([truncated for _, truncated, _ in facts]),
-            }
-        )
-        if rewards:
-            success = _mean([reward >= 1 for reward in rewards])
-            self.meter.mean({"reward": _mean(rewards), "success_rate": success})
-        else:
-            logger.warning(
-                f"no reward was had for any of the {len(facts)} completions of rollout {rollout}: nothing is learned "
-                "from it; the failures above say why"
-            )
-        generated = sum(self.gather([len(s.response_ids) for s in [*samples, *greedy]]))
+                sample.greedy_reward = greedy[i // per_prompt].reward
+        generated = sum(self.process.gather([len(s.response_ids) for s in [*samples, *greedy]]))
         self.meter.sum("generated_tokens", generated)
-        self.meter.sum("rejected_rewards", len(facts) - len(rewards))
         self.progress.generated_tokens += generated
+        self._record_completions(samples, rollout)
         return samples
 
-    def _answer(self, rows: list[dict[str, Any]], rollout: int, temperature: float) -> list[Sample]:
-        """A completion of each row's prompt, with its reward."""
+    def _sample_and_score(self, rows: list[dict[str, Any]], rollout: int, temperature: float) -> list[Sample]:
+        """Sample a completion of each row's prompt and set its reward."""
         with self.meter.phase("rollout"):
             samples = self.engine.generate(
                 [row["prompt"] for row in rows],
-                seed=rollout_seed(self.args.seed, rollout, self.rank),
+                seed=rollout_seed(self.args.seed, rollout, self.process.rank),
                 temperature=temperature,
                 batch_size=self.args.rollout_batch_size or len(rows),
             )
@@ -226,152 +280,181 @@ class ExperienceStream(IterableDataset):
                 self.meter.mean(means)
         return samples
 
-    def _usable(self, sample: Sample) -> bool:
-        """Whether a sample counts: it has what the algorithm goes by, and is not to be masked."""
-        return self._is_graded(sample) and not (sample.truncated and self.args.mask_truncated_completions)
-
-    def _is_graded(self, sample: Sample) -> bool:
-        return sample.reward is not None and (sample.greedy_reward is not None or not self.algorithm.needs_greedy)
-
-    def _take_in(self, samples: list[Sample]) -> float:
-        """Count the rewards; the mean reward to expect: of the rollouts before, at first of this one."""
-        judge, progress = self.model.judge, self.progress
-        rewards = self.gather([s.reward for s in samples])
-        before, first = progress.mean_reward, progress.outcomes == 0
-        progress.outcomes += len(rewards)
-        progress.successes += sum(rewards)
-        if judge is not None and first and rewards:  # whether this process has samples or not: replicas stay alike
-            judge.set_prior(progress.successes, progress.outcomes)
-        return progress.mean_reward if first else before
-
-    def _judge(self, samples: list[Sample], expected: float) -> bool:
-        """Values and advantages; False where they leave nothing for the policy to learn."""
-        if (judge := self.model.judge) is not None:
-            for sample, value in zip(samples, judge.values(samples), strict=True):
-                sample.value = value
-        everyone = self.gather(
+    def _record_completions(self, samples: list[Sample], rollout: int) -> None:
+        """Record the metrics of a rollout's completions, on all processes."""
+        stats = self.process.gather(
             [
-                (s.reward, s.group, prompt_name(s.prompt_ids), len(s.response_ids), s.value, s.greedy_reward)
+                CompletionStats(len(s.response_ids), s.truncated, s.reward if self._is_scored(s) else None)
                 for s in samples
             ]
         )
-        if not everyone:
+        rewards = [each.reward for each in stats if each.reward is not None]
+        self.meter.mean({"response_length": _mean([each.num_tokens for each in stats])})
+        self.meter.mean({"truncated": _mean([each.truncated for each in stats])})
+        self.meter.sum("rejected_rewards", len(stats) - len(rewards))
+        if rewards:
+            success = _mean([reward >= 1 for reward in rewards])
+            self.meter.mean({"reward": _mean(rewards), "success_rate": success})
+        else:
+            logger.warning(
+                f"none of the {len(stats)} completions of rollout {rollout} could be scored: its updates change "
+                "nothing; see the reward failures above"
+            )
+
+    def _is_usable(self, sample: Sample) -> bool:
+        """Tell whether a sample counts: it is scored and not masked."""
+        return self._is_scored(sample) and not (sample.truncated and self.args.mask_truncated_completions)
+
+    def _is_scored(self, sample: Sample) -> bool:
+        """Tell whether a sample has the rewards that the algorithm needs."""
+        has_baseline = sample.greedy_reward is not None or not self.algorithm.needs_greedy_baseline
+        return sample.reward is not None and has_baseline
+
+    def _update_reward_stats(self, samples: list[Sample]) -> float:
+        """Add the rewards to the running mean, and initialize an untrained critic with the first ones.
+
+        Returns:
+            The reward to expect: the mean of the earlier rollouts, or of this one if it is the first.
+        """
+        critic, progress = self.model.critic, self.progress
+        rewards = self.process.gather([s.reward for s in samples])
+        before, first = progress.mean_reward, progress.outcomes == 0
+        progress.outcomes += len(rewards)
+        progress.successes += sum(rewards)
+        if critic is not None and first and rewards:  # also on a process without samples: replicas stay equal
+            critic.set_prior(progress.successes, progress.outcomes)
+        return progress.mean_reward if first else before
+
+    def _predict_values(self, samples: list[Sample]) -> None:
+        if (critic := self.model.critic) is not None:
+            with self.meter.phase("critic"):
+                for sample, value in zip(samples, critic.values(samples), strict=True):
+                    sample.value = value
+
+    def _compute_advantages(self, samples: list[Sample], expected_reward: float) -> bool:
+        """Set advantages, and returns for a token critic.
+
+        Returns:
+            Whether the policy has anything to learn from them.
+        """
+        facts = self.process.gather([SampleFacts.of(s) for s in samples])
+        if not facts:
             return False
-        outcomes = _outcomes(everyone, expected)
-        advantages = self._advantages(outcomes)
-        start = sum(self.gather([len(samples)])[: self.rank])
-        returns = self.algorithm.returns(outcomes) if self.algorithm.critic == "token" else None
+        batch = _rollout_batch(facts, expected_reward)
+        advantages = self._checked_advantages(batch)
+        returns = self.algorithm.returns(batch) if self.algorithm.critic == "token" else None
+        start = sum(self.process.gather([len(samples)])[: self.process.rank])
         for i, sample in enumerate(samples, start):
             n = len(sample.response_ids)
             sample.advantage = advantages[i, :n] if advantages.ndim == 2 else advantages[i]
             sample.returns = returns[i, :n] if returns is not None else None
-        self._measure(outcomes, advantages)
+        self._record_advantages(batch, advantages)
         return bool(advantages.any())
 
-    def _advantages(self, outcomes: Outcomes) -> Tensor:
-        """The algorithm's, checked; 0 where all outcomes are equal, which do not tell which response is better.
+    def _checked_advantages(self, batch: RolloutBatch) -> Tensor:
+        """Compute and validate advantages.
 
-        The algorithm's own would push every sampled response the same way then, until its critic has caught up.
+        Returns:
+            Zeros if all rewards are equal, as they do not tell which response is better: until its critic has caught
+            up, an algorithm would push every sampled response in the same direction.
         """
-        count = len(outcomes.rewards)
-        advantages = self.algorithm.advantages(outcomes)
+        count = len(batch.rewards)
+        advantages = self.algorithm.advantages(batch)
         if advantages.shape[:1] != (count,) or advantages.ndim > 2 or not advantages.isfinite().all():
             raise ValueError(
                 f"{type(self.algorithm).__name__}.advantages must return finite numbers, [B] or [B, T] with "
                 f"B = {count}, got shape {tuple(advantages.shape)}: {advantages}"
             )
-        return advantages if len(outcomes.rewards.unique()) > 1 else torch.zeros_like(advantages)
+        return advantages if len(batch.rewards.unique()) > 1 else torch.zeros_like(advantages)
 
-    def _measure(self, outcomes: Outcomes, advantages: Tensor) -> None:
+    def _record_advantages(self, batch: RolloutBatch, advantages: Tensor) -> None:
         if advantages.ndim == 2:
-            advantages = advantages[torch.arange(advantages.shape[1]) < outcomes.lengths[:, None]]
-        found = {"advantage": advantages.mean(), "advantage_std": advantages.std(correction=0)}
-        if outcomes.values is not None:
-            at_prompt = outcomes.values if outcomes.values.ndim == 1 else outcomes.values[:, 0]
-            found["value"] = at_prompt.mean()
-            found |= calibration(at_prompt, outcomes.rewards, outcomes.mean_reward)._asdict()
-        self.meter.mean(found)
+            advantages = advantages[torch.arange(advantages.shape[1]) < batch.lengths[:, None]]
+        self.meter.mean({"advantage": advantages.mean(), "advantage_std": advantages.std(correction=0)})
+        if batch.values is not None:
+            prompt_values = batch.values if batch.values.ndim == 1 else batch.values[:, 0]
+            self.meter.mean({"value": prompt_values.mean()})
+            self.meter.mean(calibration(prompt_values, batch.rewards, batch.mean_reward)._asdict())
 
-    def _cut(self, samples: list[Sample], policy_learns: bool) -> list[Update]:
-        """Deal samples over the updates as they were drawn, and those of an update over micro-batches by tokens."""
-        args, algorithm = self.args, self.algorithm
+    def _build_updates(self, samples: list[Sample], policy_learns: bool) -> list[Update]:
+        """Distribute samples over updates in the order they were drawn, and over micro-batches by tokens."""
+        args, critic, world_size = self.args, self.algorithm.critic, self.process.world_size
         assert args.steps_per_generation is not None
         count = args.steps_per_generation // args.gradient_accumulation_steps
         shares = [samples[i * len(samples) // count : (i + 1) * len(samples) // count] for i in range(count)]
         sizes = [
-            (
-                len(share),
-                sum(len(s.response_ids) for s in share),
-                parts_needed(share, args.gradient_accumulation_steps, args.max_tokens_per_micro_batch),
+            UpdateSize(
+                num_sequences=len(share),
+                num_tokens=sum(len(s.response_ids) for s in share),
+                num_micro_batches=num_micro_batches(
+                    share, args.gradient_accumulation_steps, args.max_tokens_per_micro_batch
+                ),
             )
             for share in shares
         ]
-        everyone = self.gather([sizes])
         updates = []
-        for i, share in enumerate(shares):
-            sequences, tokens = (sum(sizes[i][which] for sizes in everyone) for which in (0, 1))
+        for share, per_process in zip(shares, zip(*self.process.gather([sizes]), strict=True), strict=True):
+            total = UpdateSize.combine(per_process)
             update = Update(
-                micro_batches=deal(share, max(sizes[i][2] for sizes in everyone), algorithm.critic),
+                micro_batches=make_micro_batches(share, total.num_micro_batches, critic),
                 max_length=max([1, *(length(s) for s in share)]),
-                # The gradient is averaged over processes, so each divides by its share of the whole count.
-                policy_normalizer=self._normalizer(sequences, tokens) / self.world,
-                critic_normalizer=max(1, tokens if algorithm.critic == "token" else sequences) / self.world,
-                policy_learns=policy_learns and sequences > 0,
-                critic_learns=sequences > 0,
+                # The gradient is averaged over processes, so each divides by its share of the total.
+                policy_normalizer=self._policy_normalizer(total) / world_size,
+                critic_normalizer=max(1, total.num_tokens if critic == "token" else total.num_sequences) / world_size,
+                policy_learns=policy_learns and total.num_sequences > 0,
+                critic_learns=total.num_sequences > 0,
             )
             self._add_logprobs(update)
             updates.append(update)
         return updates
 
-    def _normalizer(self, sequences: int, tokens: int) -> float:
-        count = self.algorithm.normalizer(sequences, tokens) if sequences else 1
-        if not 0 < count < math.inf:
+    def _policy_normalizer(self, total: UpdateSize) -> float:
+        normalizer = self.algorithm.normalizer(total.num_sequences, total.num_tokens) if total.num_sequences else 1
+        if not 0 < normalizer < math.inf:
             raise ValueError(
-                f"{type(self.algorithm).__name__}.normalizer must return a number greater than 0, got {count} for "
-                f"{sequences} sequences of {tokens} tokens"
+                f"{type(self.algorithm).__name__}.normalizer must return a number greater than 0, got {normalizer} for "
+                f"{total.num_sequences} sequences of {total.num_tokens} tokens"
             )
-        return count
+        return normalizer
 
     def _add_logprobs(self, update: Update) -> None:
-        """Log-probabilities under the sampling policy, where updates will move on from it, and the reference."""
-        wanted: dict[str, tuple[PreTrainedModel, AbstractContextManager[Any]]] = {}
+        """Add log-probabilities under the reference, and under the sampling policy if later updates differ from it."""
+        needed: dict[str, tuple[PreTrainedModel, AbstractContextManager[Any]]] = {}
         policy = self.model.policy
         if self.args.updates_per_rollout > 1:
-            wanted["old_logprobs"] = (policy, nullcontext())
+            needed["old_logprobs"] = (policy, nullcontext())
         if self.reference is policy:
-            wanted["ref_logprobs"] = (policy, adapter_off(policy))
+            needed["ref_logprobs"] = (policy, adapter_off(policy))
         elif self.reference is not None:
-            wanted["ref_logprobs"] = (self.reference, nullcontext())
-        for name, (model, as_it_was) in wanted.items():
-            with self.meter.phase("log-probabilities"), use_attention(model, NAME), as_it_was:
+            needed["ref_logprobs"] = (self.reference, nullcontext())
+        for name, (model, weights) in needed.items():
+            with self.meter.phase("log-probabilities"), use_attention(model, PACKED_ATTENTION), weights:
                 for batch in update.micro_batches:
-                    there = {key: value.to(model.device) for key, value in batch.items()}
+                    on_device = {key: value.to(model.device) for key, value in batch.items()}
                     logprobs, _ = policy_logprobs(
-                        model, there, temperature=self.args.temperature, max_length=update.max_length
+                        model, on_device, temperature=self.args.temperature, max_length=update.max_length
                     )
                     batch[name] = logprobs.cpu()
 
 
-def _outcomes(everyone: Sequence[tuple[Any, ...]], mean_reward: float) -> Outcomes:
-    """Of the facts that processes share about their samples."""
-    rewards, groups, prompts, lengths, predicted, greedy = zip(*everyone, strict=True)
-    values = None
-    if predicted[0] is not None:
-        values = torch.stack(predicted) if predicted[0].ndim == 0 else pad_sequence(list(predicted), batch_first=True)
-    return Outcomes(
-        rewards=torch.tensor(rewards, dtype=torch.float32),
-        group_ids=torch.tensor(groups),
-        prompts=prompts,
-        lengths=torch.tensor(lengths),
+def _rollout_batch(facts: Sequence[SampleFacts], mean_reward: float) -> RolloutBatch:
+    """Collate the samples of all processes for the algorithm."""
+    values = [each.value for each in facts if each.value is not None]
+    greedy_rewards = [each.greedy_reward for each in facts if each.greedy_reward is not None]
+    return RolloutBatch(
+        rewards=torch.tensor([each.reward for each in facts], dtype=torch.float32),
+        group_ids=torch.tensor([each.group for each in facts]),
+        prompts=[each.prompt_hash for each in facts],
+        lengths=torch.tensor([each.num_tokens for each in facts]),
         mean_reward=mean_reward,
-        values=values,
-        greedy_rewards=torch.tensor(greedy, dtype=torch.float32) if greedy[0] is not None else None,
+        values=_stack(values) if values else None,
+        greedy_rewards=torch.tensor(greedy_rewards, dtype=torch.float32) if greedy_rewards else None,
     )
 
 
-def prompt_name(prompt_ids: Sequence[int]) -> str:
-    """Of a prompt's tokens, short: the same whenever it comes."""
-    return blake2b(repr(list(prompt_ids)).encode(), digest_size=8).hexdigest()
+def _stack(values: list[Tensor]) -> Tensor:
+    """Stack a prompt critic's values to ``[B]``, or a token critic's to ``[B, T]``, padded with 0."""
+    return torch.stack(values) if values[0].ndim == 0 else pad_sequence(values, batch_first=True)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -23,9 +23,9 @@ from benchmarks.learn.table import compared
 from benchmarks.learn.variants import ALGORITHMS, MIDDLE, MIXED, VARIANTS, Centred, OtherPrompts, RuleMean
 from benchmarks.report import ROOT
 from sppo import SPPOConfig
-from sppo._utils import sole_run
-from sppo.algorithms import Outcomes
-from sppo.rollout.stream import prompt_name
+from sppo._utils import run_lock
+from sppo.algorithms import RolloutBatch
+from sppo.rollout.prompts import prompt_hash
 
 # The task
 
@@ -235,7 +235,7 @@ def test_all_that_is_compared_has_settings_that_exist(tmp_path):
 
 
 def test_what_the_variants_make_of_values():
-    outcomes = Outcomes(
+    outcomes = RolloutBatch(
         rewards=torch.tensor([1.0, 0.0, 1.0]),
         group_ids=torch.arange(3),
         prompts="abc",
@@ -250,8 +250,8 @@ def test_what_the_variants_make_of_values():
 
 def test_a_mean_a_rule_is_of_the_rewards_before():
     prompts = ["A12", "A34", "H56"]
-    names = [prompt_name(ids) for ids in policy.tokenizer()(prompts)["input_ids"]]
-    outcomes = Outcomes(
+    names = [prompt_hash(ids) for ids in policy.tokenizer()(prompts)["input_ids"]]
+    outcomes = RolloutBatch(
         rewards=torch.tensor([1.0, 0.0, 1.0]),
         group_ids=torch.arange(3),
         prompts=names,
@@ -364,7 +364,7 @@ def test_an_interrupted_command_ends_at_once_and_keeps_what_it_has(tmp_path):
 
 
 def test_two_commands_do_not_write_the_same_results(tmp_path):
-    with sole_run(tmp_path), pytest.raises(ValueError, match="by another process"):
+    with run_lock(tmp_path), pytest.raises(ValueError, match="by another process"):
         main(["learn", "--quick", "--out", str(tmp_path)])
 
 

@@ -31,7 +31,7 @@ from benchmarks.train_memory.cases import (
 )
 from benchmarks.train_memory.step import KINDS, OWNERS, Step, StepAllocations, build
 from benchmarks.train_memory.surroundings import eager_logprobs, on_cuda, processes, shard, watched
-from sppo.rollout.batching import deal
+from sppo.rollout.batching import make_micro_batches
 
 
 def tiny(hidden: int) -> Qwen2Config:
@@ -86,7 +86,7 @@ def test_real_tensors_take_the_same(algorithm, devices, monkeypatch):
         pair = build(case, TINY, args.cliprange_value)
         if mesh is not None:
             shard(pair, mesh)
-        step = Step(allocations, pair, args, samples, deal(samples[:1], 1, kind)[0])
+        step = Step(allocations, pair, args, samples, make_micro_batches(samples[:1], 1, kind)[0])
         with allocations.resizes(), watched(allocations, pair, eager_logprobs):
             step.start()
             first = allocations.moment()

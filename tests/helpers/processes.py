@@ -23,10 +23,13 @@ def run_ranks(script: Path, world: int, out: Path, *arguments: str) -> tuple[dic
     started = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(world), str(out), port, *arguments],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(world)
-    ]  # fmt: skip
+    ]
     try:
         said = [process.communicate(timeout=240)[0] for process in started]
     finally:

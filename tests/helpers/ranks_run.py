@@ -18,7 +18,7 @@ from peft import LoraConfig
 from tiny_models import char_tokenizer, tiny_model
 
 from sppo import SPPOConfig, SPPOTrainer
-from sppo.models.fsdp import full
+from sppo.models.fsdp import full_tensor
 from sppo.rollout import Sample
 
 PROMPTS = [f"{a}+{b}=" for a in range(4) for b in range(2)]
@@ -81,7 +81,6 @@ def make(
         "learning_rate": 1.0,
         "critic_learning_rate": 1.0,
         "optim": "sgd",
-        "min_agreement": 0,
         "max_grad_norm": 1e9,
         "critic_max_grad_norm": 1e9,
         "save_strategy": "no",
@@ -130,7 +129,7 @@ def run(out: Path, world: int, *, resumes: bool = False, **settings: Any) -> dic
     trainer.train(resume_from_checkpoint=resumes)
     trainer.save_model()
     evaluation = trainer.evaluate()
-    weights = {name: full(weight).clone() for name, weight in trainer._pair.state_dict().items()}
+    weights = {name: full_tensor(weight).clone() for name, weight in trainer.actor_critic.state_dict().items()}
     log = [entry for entry in trainer.state.log_history if "policy_loss" in entry]
     return {"weights": weights, "log": log, "evaluation": evaluation}
 
@@ -138,8 +137,14 @@ def run(out: Path, world: int, *, resumes: bool = False, **settings: Any) -> dic
 if __name__ == "__main__":
     rank, world, out, port = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     if world > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "ACCELERATE_USE_CPU": "true",
+        }
     torch.set_num_threads(1)
     results = {name: run(out / name, world, **settings) for name, settings in json.loads(sys.argv[5]).items()}
     if rank == 0:

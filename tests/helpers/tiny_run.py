@@ -27,7 +27,6 @@ def make(
                 "max_completion_length": 4,
                 "learning_rate": 3e-3,
                 "critic_learning_rate": 1e-2,
-                "min_agreement": 0.0,
                 "max_steps": 3,
                 "save_strategy": "no",
                 "disable_tqdm": True,

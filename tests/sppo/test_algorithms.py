@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import tensor
 
-from sppo import Algorithm, Outcomes, SPPOConfig
+from sppo import Algorithm, RolloutBatch, SPPOConfig
 from sppo.algorithms import ALGORITHMS, algorithm_class
 from sppo.models.critics import clipped_value_loss
 from sppo_kernels import policy_loss
@@ -27,7 +27,7 @@ def make(name, **settings):
 
 
 def outcomes(**facts):
-    return Outcomes(
+    return RolloutBatch(
         rewards=tensor(REWARDS),
         group_ids=tensor(GROUPS),
         prompts=["a", "a", "b", "c", "c", "b"],
@@ -108,7 +108,7 @@ def test_group_baselines(name):
 
 def test_remax_is_outcome_minus_that_of_the_greedy_response():
     algorithm = make("remax")
-    assert algorithm.needs_greedy
+    assert algorithm.needs_greedy_baseline
     greedy = tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0])
     assert algorithm.advantages(outcomes(greedy_rewards=greedy)).tolist() == [0.0, -1.0, 0.5, 0.0, 1.0, 0.0]
 

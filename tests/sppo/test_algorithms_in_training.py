@@ -67,7 +67,7 @@ def test_greedy_responses_are_counted_and_compared_with(tmp_path):
     (_, sampled), (temperature, greedy) = asked
     assert (temperature, len(sampled), len(greedy)) == (0.0, 8, 4)
     rewards = {s.prompt: s.reward for s in greedy}
-    assert all(s.advantage.item() == s.reward - rewards[s.prompt] for s in trainer.experience.samples)
+    assert all(s.advantage.item() == s.reward - rewards[s.prompt] for s in trainer.rollouts.samples)
     total = sum(len(s.response_ids) for s in [*sampled, *greedy])
     assert logged(trainer, "total_generated_tokens") == [total]
 

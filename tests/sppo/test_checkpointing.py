@@ -16,7 +16,7 @@ import pytest
 from resume_run import make_trainer, run
 from safetensors.torch import load_file
 
-from sppo._utils import sole_run
+from sppo._utils import run_lock
 
 PROCESSES = multiprocessing.get_context("forkserver")
 
@@ -26,7 +26,7 @@ WHOLE = {"gradient_accumulation_steps": 2}
 SETTINGS = {
     "one update a rollout": WHOLE,
     "four updates a rollout": MIDWAY,
-    "token critic": MIDWAY | {"algorithm": "ppo", "max_tokens_per_micro_batch": 20, "min_agreement": 0.5},
+    "token critic": MIDWAY | {"algorithm": "ppo", "max_tokens_per_micro_batch": 20},
     "a mean for each prompt": MIDWAY | {"algorithm": "reinforce", "baseline": "prompt_mean", "num_iterations": 1},
 }
 
@@ -193,7 +193,7 @@ def test_saved_models_are_ordinary_models(tmp_path):
     for name, tensor in trainer.model.policy.state_dict().items():
         assert tensor.equal(policy.state_dict()[name]), name
     critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final" / "critic")
-    assert critic.score.weight.equal(trainer.model.critic.score.weight)
+    assert critic.score.weight.equal(trainer.model.critic.model.score.weight)
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "final")("3+4=")["input_ids"]
         == trainer.processing_class("3+4=")["input_ids"]
@@ -218,7 +218,7 @@ def test_a_finished_run_is_only_loaded(tmp_path):
     trainer.train()
     again = make_trainer(tmp_path, **WHOLE)
     assert again.train(resume_from_checkpoint=True).global_step == 8
-    assert again.experience.progress == trainer.experience.progress
+    assert again.rollouts.progress == trainer.rollouts.progress
     for name, tensor in trainer.model.state_dict().items():
         assert tensor.equal(again.model.state_dict()[name]), name
 
@@ -259,7 +259,7 @@ def test_another_reward_or_dataset_is_refused(half_done):
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
     trainer = make_trainer(tmp_path, **WHOLE)
-    with sole_run(tmp_path), pytest.raises(ValueError, match="is being trained into by another process"):
+    with run_lock(tmp_path), pytest.raises(ValueError, match="is being trained into by another process"):
         trainer.train()
     trainer.args.max_steps = 1
     assert trainer.train().global_step == 1

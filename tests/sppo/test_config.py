@@ -55,7 +55,6 @@ def test_paper_is_the_published_recipe(size, expected):
         "critic_max_grad_norm": 1.0,
         "critic_weight_decay": 0.01,
         "critic_warmup_steps": 0,
-        "min_agreement": 0.0,
         "optim": "adamw_torch",
         "bf16": True,
     }

@@ -17,7 +17,7 @@ def gradients(tmp_path, parts, **settings):
         **settings,
     )
     if trainer.model.critic is not None:
-        torch.nn.init.normal_(trainer.model.critic.score.weight, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(trainer.model.critic.model.score.weight, generator=torch.Generator().manual_seed(0))
     found = {}
     original = trainer._clip_grad_norm
 
@@ -76,7 +76,7 @@ def test_gradients_wait_for_the_last_micro_batch_unless_told_otherwise(tmp_path,
     no_sync = trainer.accelerator.no_sync
     trainer.accelerator.no_sync = lambda model: waits.append(model) or no_sync(model)
     trainer.train()
-    assert len(trainer.experience.update.micro_batches) > 1
+    assert len(trainer.rollouts.update.micro_batches) > 1
     assert bool(waits) != each
 
 
@@ -86,7 +86,7 @@ def test_loss_is_that_of_the_whole_update(tmp_path, aggregation):
         tmp_path, gradient_accumulation_steps=3, max_steps=1, max_completion_length=12, aggregation=aggregation
     )
     trainer.train()
-    samples = trainer.experience.samples
+    samples = trainer.rollouts.samples
     assert len({len(s.response_ids) for s in samples}) > 1
     by_token = -sum(s.advantage.item() * len(s.response_ids) for s in samples)  # all ratios are 1
     expected = {

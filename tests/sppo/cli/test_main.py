@@ -329,8 +329,21 @@ def own(tmp_path, monkeypatch):
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("my_reward.py").write_text("def score(completion, answer):\n    return float(answer in completion)\n")
     given = ["--model", "model", "--train_dataset", "mine.jsonl", "--reward", "my_reward.py:score"]
-    return [*given, "--max_steps", "1", "--per_device_train_batch_size", "8", "--max_completion_length", "4",
-            "--use_cpu", "true", "--disable_tqdm", "true", "--save_strategy", "no"]  # fmt: skip
+    return [
+        *given,
+        "--max_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "8",
+        "--max_completion_length",
+        "4",
+        "--use_cpu",
+        "true",
+        "--disable_tqdm",
+        "true",
+        "--save_strategy",
+        "no",
+    ]
 
 
 def test_train_on_data_and_a_reward_of_ones_own_without_a_recipe(own, capsys):

@@ -7,9 +7,9 @@ from tiny_models import FAMILIES, char_tokenizer, tiny_model
 from sppo.models.actor_critic import ActorCritic
 from sppo.models.critic_io import build_critic
 from sppo.models.critics import PromptCritic, TokenCritic, clipped_value_loss
-from sppo.models.packed_attention import NAME, use_attention
+from sppo.models.packed_attention import PACKED_ATTENTION, use_attention
 from sppo.rollout import Sample
-from sppo.rollout.batching import deal
+from sppo.rollout.batching import make_micro_batches
 from sppo_kernels import reference
 
 PROMPTS = [[3, 7, 2], [5, 9, 9, 4, 8, 2], [3, 7, 2], [6]]
@@ -71,10 +71,10 @@ def packed_loss(policy, critic, kind, parts):
     pair = ActorCritic(policy, PromptCritic(critic) if kind == "prompt" else TokenCritic(critic, 0.2))
     count = len(rows) if kind == "prompt" else sum(len(s.response_ids) for s in rows)
     total = 0
-    with use_attention(pair, NAME):
-        for batch in deal(rows, parts, kind):
+    with use_attention(pair, PACKED_ATTENTION):
+        for batch in make_micro_batches(rows, parts, kind):
             out = pair(batch, temperature=0.7, max_length=16, critic_normalizer=count)
-            policy_part = reference.policy_loss(
+            policy_loss = reference.policy_loss(
                 out.logprobs,
                 out.logprobs.detach(),
                 batch["advantages"],
@@ -82,7 +82,7 @@ def packed_loss(policy, critic, kind, parts):
                 aggregation="seq-mean-token-mean",
                 normalizer=len(rows),
             ).loss
-            total = total + policy_part + out.critic_loss
+            total = total + policy_loss + out.critic_loss
         total.backward()  # while the attention is in force
     return total.detach()
 

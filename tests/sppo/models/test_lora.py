@@ -23,7 +23,6 @@ def make(folder, model=None, peft_config=None, critic=None, **settings):
         "max_completion_length": 4,
         "learning_rate": 3e-2,
         "critic_learning_rate": 3e-2,
-        "min_agreement": 0.0,
         "max_steps": 3,
         "save_strategy": "no",
         "report_to": "none",
@@ -54,9 +53,9 @@ def test_adapters_and_the_critics_head_alone_learn(tmp_path):
     before = snapshot(trainer.model)
     trainer.train()
     moved = changed(before, trainer.model)
-    assert all(".lora_" in name or name.startswith("critic.score.") for name in moved)
-    for part in ("policy.", "critic.base", "critic.model", "critic.score."):
-        assert any(name.startswith(part) for name in moved) or part == "critic.base"
+    assert all(".lora_" in name or name.startswith("critic.model.score.") for name in moved)
+    for part in ("policy.", "critic.model.model.", "critic.model.score."):
+        assert any(name.startswith(part) for name in moved)
     names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     assert sum("policy.lm_head" in name for name in names) == 0
 
@@ -66,19 +65,19 @@ def test_without_critic_adapter_all_of_the_critic_learns(tmp_path):
     before = snapshot(trainer.model)
     trainer.train()
     assert any(
-        name.startswith("critic.model.layers") and ".lora_" not in name for name in changed(before, trainer.model)
+        name.startswith("critic.model.model.layers") and ".lora_" not in name for name in changed(before, trainer.model)
     )
 
 
 def test_the_reference_is_the_policy_without_its_adapter(tmp_path):
     """The KL is 0 while the adapter is at zero, and is that to the first weights once it has moved."""
     trainer = make(tmp_path, peft_config=lora(), beta=0.1, max_steps=3)
-    assert trainer.experience.reference is trainer._pair.policy
+    assert trainer.rollouts.reference is trainer.actor_critic.policy
     trainer.train()
     kl = logged(trainer, "kl")
     assert kl[0] == pytest.approx(0, abs=1e-7)
     assert kl[-1] > 1e-5
-    policy, ids = trainer._pair.policy, torch.tensor([[3, 4, 5]])
+    policy, ids = trainer.actor_critic.policy, torch.tensor([[3, 4, 5]])
     first = tiny_model()(ids).logits
     assert not torch.allclose(policy(ids).logits, first)
     with adapter_off(policy):
@@ -91,10 +90,10 @@ def test_saved_adapter_and_critic_load_as_transformers_own(tmp_path, base):
     trainer.save_model()
     ids = torch.tensor([[3, 4, 5, 6]])
     policy = PeftModel.from_pretrained(tiny_model(), tmp_path / "run")
-    torch.testing.assert_close(policy(ids).logits, trainer._pair.policy(ids).logits)
+    torch.testing.assert_close(policy(ids).logits, trainer.actor_critic.policy(ids).logits)
     assert not (tmp_path / "run" / "model.safetensors").exists()
     critic = load_critic(tmp_path / "run")
-    torch.testing.assert_close(critic(ids).logits, trainer._pair.critic(ids).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(critic(ids).logits, trainer.actor_critic.critic.model(ids).logits, rtol=1e-4, atol=1e-5)
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "critic")
 
 
@@ -104,13 +103,15 @@ def test_a_loaded_adapter_goes_on_learning(tmp_path, base):
     trainer.save_model()
     again = make(tmp_path / "more", load_policy(tmp_path / "run"))
     ids = torch.tensor([[3, 4, 5, 6]])
-    hidden = again._pair.critic.base_model(ids).last_hidden_state  # a copy of the backbone, adapter merged
-    torch.testing.assert_close(hidden, trainer._pair.policy.base_model(ids).last_hidden_state, rtol=1e-4, atol=1e-5)
+    hidden = again.actor_critic.critic.model.base_model(ids).last_hidden_state  # a copy, adapter merged
+    torch.testing.assert_close(
+        hidden, trainer.actor_critic.policy.base_model(ids).last_hidden_state, rtol=1e-4, atol=1e-5
+    )
     before = snapshot(again.model)
     again.train()
     moved = changed(before, again.model)
     assert any(name.startswith("policy.") for name in moved)
-    assert all(".lora_" in name or name.startswith("critic.score.") for name in moved)
+    assert all(".lora_" in name or name.startswith("critic.model.score.") for name in moved)
 
 
 def test_a_run_with_adapters_resumes_to_the_same_bits(tmp_path):
@@ -177,6 +178,6 @@ def test_pefts_own_wrapper_is_taken_off(tmp_path):
     trainer.save_model()
     ids = torch.tensor([[3, 4, 5, 6]])
     saved = PeftModel.from_pretrained(tiny_model(), tmp_path)
-    torch.testing.assert_close(saved(ids).logits, trainer._pair.policy(ids).logits)
+    torch.testing.assert_close(saved(ids).logits, trainer.actor_critic.policy(ids).logits)
     with pytest.raises(ValueError, match=r"give one with a single LoRA adapter called 'default'"):
         make(tmp_path / "other", get_peft_model(tiny_model(), lora(), adapter_name="foo"))

@@ -9,7 +9,7 @@ from sppo.models import packed_attention as attention
 from sppo.models.actor_critic import ActorCritic
 from sppo.models.critic_io import build_critic
 from sppo.models.critics import PromptCritic
-from sppo.models.packed_attention import NAME, Packed, pack, packed_attention, packed_hidden, use_attention
+from sppo.models.packed_attention import PACKED_ATTENTION, Packed, pack, packed_attention, packed_hidden, use_attention
 
 SEQUENCES = [[3, 7, 2, 9, 4, 4, 8], [5], [6, 2, 3, 2], [7, 2, 9, 9], [10, 11]]
 
@@ -36,7 +36,7 @@ def test_packed_equals_each_sequence_alone(family, part):
         assert model.config._attn_implementation == FAMILIES[family][2].get("attn_implementation", "sdpa")
     own = hidden_alone(model, SEQUENCES)
     own_gradients = gradients(model, own)
-    with use_attention(model, NAME):
+    with use_attention(model, PACKED_ATTENTION):
         ours = packed_hidden(model, pack(SEQUENCES), 7)
         our_gradients = gradients(model, ours)
     torch.testing.assert_close(ours, own, rtol=1e-6, atol=1e-7)  # rotary angles are float32
@@ -70,19 +70,19 @@ def test_use_attention_restores_after_an_error():
     seen = []
 
     def fail():
-        with use_attention(model, NAME):
+        with use_attention(model, PACKED_ATTENTION):
             seen.append(model.config._attn_implementation)
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         fail()
-    assert seen == [NAME]
+    assert seen == [PACKED_ATTENTION]
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_activation_checkpointing_recomputes_the_same():
     model = tiny_model().train()
-    with use_attention(model, NAME):
+    with use_attention(model, PACKED_ATTENTION):
         plain = gradients(model, packed_hidden(model, pack(SEQUENCES), 7))
         ActorCritic(model, None).gradient_checkpointing_enable()
         again = gradients(model, packed_hidden(model, pack(SEQUENCES), 7))
@@ -135,9 +135,17 @@ def test_check_is_made_without_dropout():
 
 @pytest.mark.parametrize(
     ("installed", "capability", "chosen"),
-    [([2], (8, 0), 2), ([2, 3], (8, 6), 2), ([2, 3], (9, 0), 3), ([2, 3, 4], (9, 0), 4), ([2, 4], (10, 0), 4),
-     ([2, 3], (10, 0), None), ([], (9, 0), None), ([2, 3, 4], (7, 5), None)],
-)  # fmt: skip
+    [
+        ([2], (8, 0), 2),
+        ([2, 3], (8, 6), 2),
+        ([2, 3], (9, 0), 3),
+        ([2, 3, 4], (9, 0), 4),
+        ([2, 4], (10, 0), 4),
+        ([2, 3], (10, 0), None),
+        ([], (9, 0), None),
+        ([2, 3, 4], (7, 5), None),
+    ],
+)
 def test_the_newest_flash_attn_that_is_made_for_the_device(installed, capability, chosen, monkeypatch):
     for version in (2, 3, 4):
         monkeypatch.setattr(attention, f"is_flash_attn_{version}_available", lambda v=version: v in installed)

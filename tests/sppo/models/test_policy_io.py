@@ -4,14 +4,14 @@ from tiny_models import tiny_model
 from tiny_run import logged, make
 
 from sppo import SPPOConfig
-from sppo.models.policy_io import with_master_weights
+from sppo.models.policy_io import ensure_fp32_weights
 
 
 def test_bf16_widens_sixteen_bit_weights(caplog):
     args = SPPOConfig("unused", use_cpu=True, bf16=True, per_device_train_batch_size=2)
     model = tiny_model().to(torch.bfloat16)
     expected = {name: tensor.float() for name, tensor in model.state_dict().items()}
-    for name, tensor in with_master_weights(model, args).state_dict().items():
+    for name, tensor in ensure_fp32_weights(model, args).state_dict().items():
         assert tensor.dtype == torch.float32
         assert tensor.equal(expected[name])
     assert "lost in rounding" not in caplog.text
@@ -19,10 +19,10 @@ def test_bf16_widens_sixteen_bit_weights(caplog):
 
 def test_without_it_they_stay_and_it_is_said(caplog):
     args = SPPOConfig("unused", use_cpu=True, per_device_train_batch_size=2)
-    assert with_master_weights(tiny_model().to(torch.bfloat16), args).dtype == torch.bfloat16
+    assert ensure_fp32_weights(tiny_model().to(torch.bfloat16), args).dtype == torch.bfloat16
     assert "steps of less than 1/256 of a weight are lost in rounding. bf16=True" in caplog.text
-    assert with_master_weights(tiny_model(), args).dtype == torch.float32
-    assert with_master_weights(tiny_model().half(), args).dtype == torch.float32
+    assert ensure_fp32_weights(tiny_model(), args).dtype == torch.float32
+    assert ensure_fp32_weights(tiny_model().half(), args).dtype == torch.float32
 
 
 @pytest.mark.parametrize("algorithm", ["sppo", "ppo"])

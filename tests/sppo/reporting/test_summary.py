@@ -40,7 +40,7 @@ def finished(folder, log=LOG):
     return SimpleNamespace(
         args=SimpleNamespace(output_dir=str(folder), seed=3, algorithm="sppo"),
         state=SimpleNamespace(log_history=log, global_step=2),
-        experience=SimpleNamespace(progress=SimpleNamespace(generated_tokens=200)),
+        rollouts=SimpleNamespace(progress=SimpleNamespace(generated_tokens=200)),
     )
 
 

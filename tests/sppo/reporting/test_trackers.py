@@ -11,7 +11,7 @@ import pytest
 from resume_run import make_trainer
 from tiny_run import DATASET, make
 
-from sppo._utils import read_lines, replacing, write_lines
+from sppo._utils import atomic_write, read_lines, write_lines
 
 PROMPT = "2+3=|\n<b>"
 
@@ -56,9 +56,9 @@ def test_a_resumed_run_has_no_line_twice_and_none_is_lost(tmp_path):
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "folder" / "file"
-    with replacing(path) as staged:
+    with atomic_write(path) as staged:
         staged.write_text("first")
-    with suppress(RuntimeError), replacing(path) as staged:
+    with suppress(RuntimeError), atomic_write(path) as staged:
         staged.write_text("second")
         raise RuntimeError
     assert path.read_text() == "first"
@@ -81,7 +81,7 @@ def test_completions_are_written_with_what_they_earned(tmp_path, capsys):
     trainer.train()
     rows = read_lines(tmp_path / "completions.jsonl")
     assert [row["step"] for row in rows] == [1, 1, 2, 2]
-    last = trainer.experience.samples[1]
+    last = trainer.rollouts.samples[1]
     assert rows[-1] == {
         "step": 2,
         "prompt": last.prompt,

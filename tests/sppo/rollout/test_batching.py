@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sppo.rollout import Sample
-from sppo.rollout.batching import balance, deal, length, parts_needed
+from sppo.rollout.batching import balance_by_tokens, length, make_micro_batches, num_micro_batches
 
 
 def a_sample(prompt, response, reward=1.0, **facts):
@@ -21,7 +21,7 @@ SAMPLES = [
 
 
 def test_one_micro_batch():
-    (batch,) = deal(SAMPLES, 1, "prompt")
+    (batch,) = make_micro_batches(SAMPLES, 1, "prompt")
     order = [0, 2, 1]  # the longest first
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 5, 6, 2, 9]]  # last tokens predict nothing
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
@@ -37,7 +37,7 @@ def test_one_micro_batch():
 
 
 def test_a_prompt_is_read_once_in_an_update_whichever_micro_batches_its_responses_are_in():
-    batches = deal(SAMPLES, 2, "prompt")
+    batches = make_micro_batches(SAMPLES, 2, "prompt")
     assert sorted(token for batch in batches for token in batch["input_ids"][0].tolist()) == [2, 5, 5, 6, 6, 7, 8, 9]
     assert sorted(token for batch in batches for token in batch["prompt_ids"][0].tolist()) == [5, 6, 9]
     assert sorted(outcome for batch in batches for outcome in batch["outcomes"].tolist()) == [0.0, 0.5, 1.0]
@@ -49,7 +49,7 @@ def test_facts_of_each_token():
         a_sample(s.prompt_ids, s.response_ids, value=v, returns=v + 10, advantage=-v)
         for s, v in zip(SAMPLES, values, strict=True)
     ]
-    (batch,) = deal(samples, 1, "token")
+    (batch,) = make_micro_batches(samples, 1, "token")
     assert batch["values"].tolist() == [0, 1, 2, 8, 9, 7]
     assert batch["returns"].tolist() == [10, 11, 12, 18, 19, 17]
     assert batch["advantages"].tolist() == [0, -1, -2, -8, -9, -7]
@@ -59,7 +59,7 @@ def test_facts_of_each_token():
 @pytest.mark.parametrize("critic", [None, "prompt", "token"])
 def test_more_parts_than_samples(critic):
     samples = [a_sample([5], [1], value=torch.zeros(1), returns=torch.zeros(1), advantage=torch.tensor(1.0))]
-    _, empty = deal(samples, 2, critic)
+    _, empty = make_micro_batches(samples, 2, critic)
     assert empty["input_ids"].tolist() == [[0]]
     assert {name for name, tensor in empty.items() if tensor.numel() == 0} >= {"response_ids", "advantages"}
     expected = {None: [], "prompt": ["last_index", "outcomes"], "token": ["values", "returns"]}[critic]
@@ -69,18 +69,18 @@ def test_more_parts_than_samples(critic):
 @given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 4), st.integers(1, 150))
 def test_no_part_has_more_tokens_than_wanted(lengths, least, most):
     samples = [a_sample([5], [1] * (n - 1)) for n in lengths]
-    parts = parts_needed(samples, least, most)
+    parts = num_micro_batches(samples, least, most)
     assert parts % least == 0
-    for part in balance([length(s) for s in samples], parts):
+    for part in balance_by_tokens([length(s) for s in samples], parts):
         assert sum(lengths[i] for i in part) <= most or len(part) == 1
     if parts > least:  # fewer would not have done
-        fewer = balance(lengths, parts - least)
+        fewer = balance_by_tokens(lengths, parts - least)
         assert any(sum(lengths[i] for i in part) > most and len(part) > 1 for part in fewer)
 
 
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 8))
 def test_balance_deals_everything_evenly(lengths, parts):
-    dealt = balance(lengths, parts)
+    dealt = balance_by_tokens(lengths, parts)
     assert len(dealt) == parts
     assert sorted(i for part in dealt for i in part) == list(range(len(lengths)))
     weights = [sum(lengths[i] for i in part) for part in dealt]

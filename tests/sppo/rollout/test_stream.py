@@ -1,7 +1,6 @@
-"""Packing and dealing of samples, and the endless row of prompts."""
+"""The stages of a rollout, apart from a trainer."""
 
 import math
-from collections import Counter
 from types import SimpleNamespace
 
 import datasets
@@ -13,30 +12,27 @@ from sppo.config import SPPOConfig
 from sppo.models.critics import PromptCritic
 from sppo.reporting.meter import Meter
 from sppo.rollout.prompts import Prompts
-from sppo.rollout.stream import ExperienceStream, Progress
-
-
-def test_prompts_are_all_seen_each_epoch_in_a_new_order():
-    prompts = Prompts(datasets.Dataset.from_dict({"prompt": list("abcdefg")}), seed=3, shuffle=True)
-    taken = [row["prompt"] for row in prompts.take(0, 21)]
-    epochs = ["".join(taken[i : i + 7]) for i in (0, 7, 14)]
-    assert all(Counter(epoch) == Counter("abcdefg") for epoch in epochs)
-    assert len(set(epochs)) == 3
-    assert [row["prompt"] for row in prompts.take(5, 9)] == taken[5:14]  # a function of the place alone
-    straight = Prompts(prompts.dataset, seed=3, shuffle=False)
-    assert "".join(row["prompt"] for row in straight.take(5, 4)) == "fgab"
+from sppo.rollout.stream import ProcessContext, Progress, RolloutStream, SampleFacts
 
 
 def test_a_process_without_samples_starts_its_critic_like_the_others():
     critic = torch.nn.Module()
     critic.score = torch.nn.Linear(4, 1)
     torch.nn.init.zeros_(critic.score.weight)
-    stream = object.__new__(ExperienceStream)
-    stream.model, stream.progress, stream.meter = SimpleNamespace(judge=PromptCritic(critic)), Progress(), Meter()
-    stream.algorithm = SPPO(SPPOConfig("out", use_cpu=True))
-    stream.rank, others = 1, [[1.0, 1.0], [(1.0, i, "p", 3, torch.tensor(0.75), None) for i in range(2)], [2]]
-    stream.gather = lambda items: [*others.pop(0), *items]
-    stream._judge([], stream._take_in([]))
+    facts = [SampleFacts(1.0, i, "p", 3, value=torch.tensor(0.75), greedy_reward=None) for i in range(2)]
+    others = [[1.0, 1.0], facts, [2]]
+    args = SPPOConfig("out", use_cpu=True)
+    stream = RolloutStream(
+        prompts=Prompts(datasets.Dataset.from_dict({"prompt": ["p"]}), seed=0, shuffle=False),
+        engine=None,
+        reward_funcs=[],
+        model=SimpleNamespace(critic=PromptCritic(critic)),
+        algorithm=SPPO(args),
+        args=args,
+        meter=Meter(),
+        process=ProcessContext(rank=1, world_size=2, gather=lambda items: [*others.pop(0), *items]),
+    )
+    stream._compute_advantages([], stream._update_reward_stats([]))
     assert critic.score.bias.item() == pytest.approx(math.log(3))  # 3 of 4, with the prior
 
 

@@ -31,7 +31,6 @@ def trainer(tmp_path_factory):
         max_completion_length=16,
         temperature=0.7,
         learning_rate=3e-2,
-        min_agreement=0.0,
         max_steps=2,
         save_strategy="no",
         report_to="none",
@@ -53,7 +52,7 @@ def differences(trainer, samples, temperature=0.7):
     for sample in samples:
         ids = torch.tensor([sample.prompt_ids + sample.response_ids])
         with torch.no_grad():
-            logits = trainer._pair.policy(ids).logits[0, len(sample.prompt_ids) - 1 : -1] / temperature
+            logits = trainer.actor_critic.policy(ids).logits[0, len(sample.prompt_ids) - 1 : -1] / temperature
         own = logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
         gaps.append(own - torch.tensor(sample.logprobs))
     return torch.cat(gaps).abs()
@@ -71,7 +70,7 @@ def test_responses_are_the_trained_policys(trainer):
     for sample in answers(trainer, temperature=0.0):
         ids = torch.tensor([sample.prompt_ids + sample.response_ids])
         with torch.no_grad():
-            likeliest = trainer._pair.policy(ids).logits[0, len(sample.prompt_ids) - 1 : -1].argmax(-1)
+            likeliest = trainer.actor_critic.policy(ids).logits[0, len(sample.prompt_ids) - 1 : -1].argmax(-1)
         assert likeliest.tolist() == sample.response_ids
         assert sample.truncated == (sample.response_ids[-1] != 1)
     texts = [[s.response_ids for s in answers(trainer, seed=seed)] for seed in (1, 1, 2)]
