@@ -68,7 +68,7 @@ def test_samples_end_at_eos_and_are_graded_by_their_last_digit(samples):
 @pytest.mark.slow
 def test_learns(capsys):
     with torch.random.fork_rng():
-        before, after = plain_loop.main(updates=30)
-    assert before < 0.15
-    assert after > 0.35  # 0.5 to 0.6 over seeds
+        before, after = plain_loop.main(updates=18)
+    assert before < 0.1
+    assert after > 0.2  # 0.27 and 0.28 with two seeds, and more with more updates
     assert f"{after:.2f} after" in capsys.readouterr().out

@@ -19,6 +19,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda s: "-".join(map(str, s.values())))
 def test_every_algorithm_learns(tmp_path, settings):
     trainer = make(tmp_path, max_steps=40, per_device_train_batch_size=16, gradient_accumulation_steps=2, **settings)

@@ -115,6 +115,7 @@ def test_continuous_batching_samples_the_policy():
         torch.testing.assert_close(torch.tensor(s.logprobs), own, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_continuous_batching_repeats_itself():
     before = torch.random.get_rng_state()
     assert sample(continuous()) == sample(continuous())

@@ -216,9 +216,9 @@ def test_the_recipe_fits_together():
 @pytest.mark.slow
 def test_quickstart_learns(cache, tmp_path):
     out = tmp_path / "out"
-    settings = ["--max_steps", "40", "--eval_strategy", "no", "--disable_tqdm", "true", "--use_cpu", "true"]
+    settings = ["--max_steps", "20", "--eval_strategy", "no", "--disable_tqdm", "true", "--use_cpu", "true"]
     assert main(["train", "quickstart", "--output_dir", str(out), *settings]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert 0.28 < summary["accuracy_before"] < 0.42
-    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.2
+    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.1
     assert (out / "learning_curve.png").stat().st_size > 10_000
