@@ -1,4 +1,4 @@
-"""Algorithms: how many responses a prompt, which critic, which advantage, which policy loss.
+"""Algorithms: responses per prompt, critic, advantage and policy loss.
 
     name        critic   advantage of a response                    ratio           mean over                responses
     sppo        prompt   R - V(prompt)                              token           sequences of token means 1
@@ -10,13 +10,12 @@
     remax                R - R of the greedy response               token           sequences of token sums  1
     reinforce            R - constant, running or prompt's mean     token           sequences of token sums  1
 
-All else is the same for all: rollouts, rewards, packing, clipping of gradients, optimizer. The columns on the right are
-only defaults: a setting that is given wins. docs/algorithms.md has the formulas and shows how to add one.
+Everything else is shared: rollouts, rewards, packing, gradient clipping, optimizer. The last three columns are defaults
+that settings override. docs/algorithms.md has the formulas and shows how to add an algorithm.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -24,6 +23,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from sppo._utils import import_object, nearest
 from sppo_kernels import gae, group_advantages, whiten
 
 
@@ -44,17 +44,17 @@ class AlgorithmSettings(Protocol):
 
 @dataclass
 class RolloutBatch:
-    """What came of a rollout: B completions of all processes, one after the other.
+    """The B completions of a rollout, of all processes, as an algorithm sees them.
 
     Attributes:
         rewards: float32 ``[B]``.
         group_ids: int64 ``[B]``; completions that were sampled together for one prompt share a number.
-        prompts: B names; the same prompt has the same name whenever it comes.
-        lengths: int64 ``[B]``, response tokens.
-        values: float32, from before the update: ``[B]``, P(success), of a prompt critic; ``[B, T]`` of a token critic,
-            the value before each response token, with 0 after the last; None without a critic.
-        greedy_rewards: float32 ``[B]``, of the greedy response to each prompt, where the algorithm asks for it.
-        mean_reward: of all rollouts before this one; of this one where it is the first.
+        prompts: B names; a prompt has the same name in every rollout.
+        lengths: int64 ``[B]``, numbers of response tokens.
+        mean_reward: mean reward of all earlier rollouts, or of this one if it is the first.
+        values: float32, predicted before the update; None without a critic. Of a prompt critic ``[B]``, P(success); of
+            a token critic ``[B, T]``, the value before each response token, 0 after the last.
+        greedy_rewards: float32 ``[B]``, reward of the greedy response to each prompt, if the algorithm needs it.
     """
 
     rewards: Tensor
@@ -67,14 +67,15 @@ class RolloutBatch:
 
 
 class Algorithm:
-    """Base class; one of your own overrides :meth:`advantages`, and what else differs from its neighbours.
+    """Base class of algorithms; a subclass overrides :meth:`advantages` and whatever else it changes.
 
     Attributes:
         critic: ``"prompt"``, ``"token"`` or None.
-        uses_groups: whether a response is judged by others to its prompt, so that ``num_generations`` is at least 2.
-        needs_greedy_baseline: whether each prompt is answered greedily too, which costs one more response a prompt.
-        defaults: values of the ``SPPOConfig`` fields that were left None.
-        state: what it remembers from rollout to rollout, JSON values under text keys; checkpoints carry it.
+        uses_groups: whether a response is compared with others to its prompt, so that ``num_generations`` must be at
+            least 2.
+        needs_greedy_baseline: whether each prompt is also answered greedily, which costs one more response per prompt.
+        defaults: values of the ``SPPOConfig`` fields that are None.
+        state: JSON values, by name, that persist from rollout to rollout and are saved in checkpoints.
     """
 
     critic: ClassVar[str | None] = None
@@ -93,20 +94,22 @@ class Algorithm:
         self.args = args
         self.state: dict[str, Any] = {}
 
-    def advantages(self, outcomes: RolloutBatch) -> Tensor:
-        """Called once for each rollout, in their order, with the same on every process.
+    def advantages(self, batch: RolloutBatch) -> Tensor:
+        """Compute the advantages of a rollout.
+
+        Called once per rollout, in order, with the same batch on every process.
 
         Returns:
-            float32 ``[B]``, one for all tokens of a response, or ``[B, T]``, one for each.
+            float32 ``[B]``, one per response, or ``[B, T]``, one per response token.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no method advantages(outcomes)")
+        raise NotImplementedError(f"{type(self).__name__} has no method advantages(batch)")
 
-    def returns(self, outcomes: RolloutBatch) -> Tensor:
-        """What a token critic is to predict, float32 ``[B, T]``; called after :meth:`advantages`."""
-        raise NotImplementedError(f"{type(self).__name__} has a token critic and no method returns(outcomes)")
+    def returns(self, batch: RolloutBatch) -> Tensor:
+        """Compute the targets of a token critic, float32 ``[B, T]``; called after :meth:`advantages`."""
+        raise NotImplementedError(f"{type(self).__name__} has a token critic and no method returns(batch)")
 
     def loss_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of :func:`sppo_kernels.policy_loss`."""
+        """Return keyword arguments of :func:`sppo_kernels.policy_loss`."""
         args = self.args
         return {
             "ratio_level": args.ratio_level,
@@ -118,7 +121,11 @@ class Algorithm:
         }
 
     def normalizer(self, sequences: int, tokens: int) -> float:
-        """What the summed policy loss of an update is divided by, given its counts on all processes."""
+        """Return the divisor of an update's summed policy loss.
+
+        Args:
+            sequences, tokens: numbers of responses and of response tokens in the update, on all processes.
+        """
         return tokens if self.args.ratio_level == "token" and self.args.aggregation == "token-mean" else sequences
 
 
@@ -128,35 +135,35 @@ class SPPO(Algorithm):
     critic = "prompt"
     defaults = Algorithm.defaults | {"dual_clip": 3.0}
 
-    def advantages(self, outcomes: RolloutBatch) -> Tensor:
+    def advantages(self, batch: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
-        assert outcomes.values is not None
-        return outcomes.rewards - outcomes.values
+        assert batch.values is not None
+        return batch.rewards - batch.values
 
 
 class PPO(Algorithm):
     """Token-level PPO (arXiv 1707.06347): a value before each token, GAE (arXiv 1506.02438), whitened advantages.
 
-    The reward comes with the last token. The critic learns by half the squared error to ``advantage + value``: the
-    worse of the prediction's and that of the prediction clipped to ``cliprange_value`` around the one from before.
+    The reward comes with the last token. The critic's target is ``advantage + value``; its loss is half the squared
+    error of the prediction, or of the prediction clipped to ``cliprange_value`` around the old one; the larger counts.
     """
 
     critic = "token"
     defaults = Algorithm.defaults | {"aggregation": "token-mean"}
 
-    def advantages(self, outcomes: RolloutBatch) -> Tensor:
+    def advantages(self, batch: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
-        return whiten(self._gae(outcomes)[0], _mask(outcomes))
+        return whiten(self._gae(batch)[0], _mask(batch))
 
-    def returns(self, outcomes: RolloutBatch) -> Tensor:
+    def returns(self, batch: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
-        return self._gae(outcomes)[1]
+        return self._gae(batch)[1]
 
-    def _gae(self, outcomes: RolloutBatch) -> tuple[Tensor, Tensor]:
-        assert outcomes.values is not None
-        rewards = torch.zeros_like(outcomes.values)
-        rewards[torch.arange(len(rewards)), outcomes.lengths - 1] = outcomes.rewards
-        return gae(rewards, outcomes.values, _mask(outcomes), gamma=self.args.gamma, lam=self.args.lam)
+    def _gae(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
+        assert batch.values is not None
+        rewards = torch.zeros_like(batch.values)
+        rewards[torch.arange(len(rewards)), batch.lengths - 1] = batch.rewards
+        return gae(rewards, batch.values, _mask(batch), gamma=self.args.gamma, lam=self.args.lam)
 
 
 class GRPO(Algorithm):
@@ -165,9 +172,9 @@ class GRPO(Algorithm):
     uses_groups = True
     defaults = Algorithm.defaults | {"num_generations": 8}
 
-    def advantages(self, outcomes: RolloutBatch) -> Tensor:
+    def advantages(self, batch: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
-        return group_advantages(outcomes.rewards, outcomes.group_ids, estimator="grpo")
+        return group_advantages(batch.rewards, batch.group_ids, estimator="grpo")
 
 
 class DrGRPO(Algorithm):
@@ -176,12 +183,12 @@ class DrGRPO(Algorithm):
     uses_groups = True
     defaults = Algorithm.defaults | {"num_generations": 8, "aggregation": "seq-mean-token-sum"}
 
-    def advantages(self, outcomes: RolloutBatch) -> Tensor:
+    def advantages(self, batch: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
-        return group_advantages(outcomes.rewards, outcomes.group_ids, estimator="dr_grpo")
+        return group_advantages(batch.rewards, batch.group_ids, estimator="dr_grpo")
 
     def normalizer(self, sequences: int, tokens: int) -> float:
-        """A sum over tokens is divided by the greatest length besides, a constant."""
+        """See :class:`Algorithm`; for a sum over tokens the divisor includes the maximum length, a constant."""
         count = super().normalizer(sequences, tokens)
         sums = self.args.ratio_level == "token" and self.args.aggregation == "seq-mean-token-sum"
         return count * self.args.max_completion_length if sums else count
@@ -193,13 +200,13 @@ class RLOO(Algorithm):
     uses_groups = True
     defaults = Algorithm.defaults | {"num_generations": 4, "ratio_level": "sequence_sum"}
 
-    def advantages(self, outcomes: RolloutBatch) -> Tensor:
+    def advantages(self, batch: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
-        return group_advantages(outcomes.rewards, outcomes.group_ids, estimator="rloo")
+        return group_advantages(batch.rewards, batch.group_ids, estimator="rloo")
 
 
 class GSPO(GRPO):
-    """Group Sequence Policy Optimization (arXiv 2507.18071): GRPO's advantage, the length-normalised ratio."""
+    """Group Sequence Policy Optimization (arXiv 2507.18071): GRPO's advantage, the length-normalized ratio."""
 
     defaults = GRPO.defaults | {"ratio_level": "sequence_mean", "epsilon": 3e-4, "epsilon_high": 4e-4}
 
@@ -210,35 +217,35 @@ class ReMax(Algorithm):
     needs_greedy_baseline = True
     defaults = Algorithm.defaults | {"aggregation": "seq-mean-token-sum"}
 
-    def advantages(self, outcomes: RolloutBatch) -> Tensor:
+    def advantages(self, batch: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
-        assert outcomes.greedy_rewards is not None
-        return outcomes.rewards - outcomes.greedy_rewards
+        assert batch.greedy_rewards is not None
+        return batch.rewards - batch.greedy_rewards
 
 
 class Reinforce(Algorithm):
-    """REINFORCE (Williams, 1992) with the setting ``baseline``: what SPPO's critic is to be measured against.
+    """REINFORCE (Williams, 1992) with the setting ``baseline``, for comparison with SPPO's critic.
 
-    A number is a constant baseline; ``"running_mean"`` is the mean reward of all earlier rollouts; ``"prompt_mean"``
-    is the mean reward that the prompt itself had in earlier rollouts, and the running mean where it had none.
+    A number is a constant baseline; ``"running_mean"`` is the mean reward of all earlier rollouts; ``"prompt_mean"`` is
+    the prompt's own mean reward in earlier rollouts, or the running mean if it had none.
     """
 
     defaults = Algorithm.defaults | {"aggregation": "seq-mean-token-sum"}
 
-    def advantages(self, outcomes: RolloutBatch) -> Tensor:
+    def advantages(self, batch: RolloutBatch) -> Tensor:
         """See :class:`Algorithm`."""
         if self.args.baseline == "prompt_mean":
-            return outcomes.rewards - torch.tensor(self._prompt_means(outcomes))
+            return batch.rewards - torch.tensor(self._prompt_means(batch))
         running = self.args.baseline == "running_mean"
-        return outcomes.rewards - (outcomes.mean_reward if running else float(self.args.baseline))
+        return batch.rewards - (batch.mean_reward if running else float(self.args.baseline))
 
-    def _prompt_means(self, outcomes: RolloutBatch) -> list[float]:
-        """Each prompt's mean until now; its new rewards count from the next rollout on."""
-        seen = [self.state.get(prompt, (0, 0.0)) for prompt in outcomes.prompts]
-        for prompt, reward in zip(outcomes.prompts, outcomes.rewards.tolist(), strict=True):
+    def _prompt_means(self, batch: RolloutBatch) -> list[float]:
+        """Return each prompt's mean reward in earlier rollouts, and add its new rewards for the next one."""
+        seen = [self.state.get(prompt, (0, 0.0)) for prompt in batch.prompts]
+        for prompt, reward in zip(batch.prompts, batch.rewards.tolist(), strict=True):
             count, total = self.state.get(prompt, (0, 0.0))
             self.state[prompt] = (count + 1, total + reward)
-        return [total / count if count else outcomes.mean_reward for count, total in seen]
+        return [total / count if count else batch.mean_reward for count, total in seen]
 
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
@@ -254,21 +261,18 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 
 
 def algorithm_class(name: str) -> type[Algorithm]:
-    """An algorithm by its name, or a class of your own as ``module:Class``.
+    """Return an algorithm by its name, or your own class by ``module:Class``.
 
     Raises:
-        ValueError: there is no such algorithm, what was named is none, or its attributes are not as they should be.
+        ValueError: there is no such algorithm, the object is not one, or it has invalid attributes.
     """
     if name in ALGORITHMS:
         return _checked(ALGORITHMS[name])
     if not isinstance(name, str) or ":" not in name:
-        near = difflib.get_close_matches(str(name), ALGORITHMS, 1)
         raise ValueError(
             f"algorithm must be one of {', '.join(ALGORITHMS)}, or module:Class for one of your own, got {name!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
+            f"{nearest(str(name), ALGORITHMS)}"
         )
-    from sppo._utils import import_object
-
     found = import_object(name)
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
         raise ValueError(f"algorithm {name!r} is {found!r}; name a subclass of sppo.Algorithm")
@@ -286,7 +290,7 @@ def _checked(found: type[Algorithm]) -> type[Algorithm]:
     return found
 
 
-def _mask(outcomes: RolloutBatch) -> Tensor:
-    """``[B, T]``, which values are of response tokens."""
-    assert outcomes.values is not None
-    return torch.arange(outcomes.values.shape[1]) < outcomes.lengths[:, None]
+def _mask(batch: RolloutBatch) -> Tensor:
+    """Return a mask ``[B, T]`` of the values of response tokens."""
+    assert batch.values is not None
+    return torch.arange(batch.values.shape[1]) < batch.lengths[:, None]

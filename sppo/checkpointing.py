@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and what they hold besides what transformers saves."""
+"""Checkpoints that are complete or absent, and their contents in addition to what transformers saves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sppo.models.lora import has_adapter, merged_weights, save_adapter, settings
 from sppo.rollout.stream import Progress, RolloutStream, Update
 
 STAGING = ".staging"
-"""Folder beside the checkpoints in which the next one is written; at the start it holds what a crash left."""
+"""Folder next to the checkpoints in which the next one is written; a crash leaves its files there."""
 
 _IDENTITY = "sppo_run.json"
 _LEARNED = "learned.safetensors"
@@ -79,10 +79,10 @@ _MAY_DIFFER = _SCHEDULE_SETTINGS + _OUTPUT_SETTINGS + _MACHINE_SETTINGS
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Move a finished folder to its name in one step that a crash cannot cut in two, once its bytes are on the disk."""
+    """Sync a finished folder to the disk, then rename it atomically."""
     for path in [*staged.rglob("*"), staged]:
         _sync(path)
-    if final.exists():  # an older run of the same step: set aside, so that the name is free
+    if final.exists():  # of an earlier run: move it away, so that the name is free
         os.replace(final, staged.parent / f"replaced-{final.name}")
     os.replace(staged, final)
     _sync(final.parent)
@@ -198,7 +198,7 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset, rewards: Sequence[str]) -> dict[str, Any]:
-    """What makes two runs the same run, as far as going on with one from the other's checkpoint is concerned."""
+    """Return what must be equal for a run to resume from another run's checkpoint."""
     return {
         **{name: value for name, value in args.to_dict().items() if not name.startswith(_MAY_DIFFER)},
         "world_size": args.world_size,
@@ -212,32 +212,39 @@ def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset, re
 
 
 def save_identity(run: dict[str, Any], folder: Path) -> None:
-    """Write a run's identity into its checkpoint."""
+    """Save a run's identity in its checkpoint."""
     (folder / _IDENTITY).write_text(json.dumps(run, indent=1))
 
 
 def find_checkpoint(output_dir: Path, resume: str | bool | None) -> str | None:
-    """The checkpoint to resume from, or None.
+    """Find the checkpoint to resume from.
+
+    Args:
+        output_dir: folder of the run.
+        resume: True for the last complete checkpoint, a folder, or None to start a new run.
+
+    Returns:
+        The checkpoint's folder, or None for a new run.
 
     Raises:
-        ValueError: there is none although one was asked for, or there are some and nobody said to resume.
+        ValueError: there is no checkpoint to resume from, or there are some and ``resume`` is not set.
     """
     last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if not resume:
         if last is not None:
             raise ValueError(
                 f"output_dir={str(output_dir)!r} holds a checkpoint of an earlier run ({os.path.basename(last)}); "
-                "pass resume_from_checkpoint=True to go on with it, or choose another output_dir"
+                "pass resume_from_checkpoint=True to resume it, or choose another output_dir"
             )
         return None
-    folder = _last_whole(output_dir) if resume is True else str(resume)
+    folder = _last_complete(output_dir) if resume is True else str(resume)
     if folder is None or not os.path.isdir(folder):
         raise ValueError(f"resume_from_checkpoint={resume!r}: no checkpoint in {folder or output_dir} to resume from")
     return folder
 
 
-def _last_whole(output_dir: Path) -> str | None:
-    """The newest checkpoint of this trainer; folders of another program beside it are passed over."""
+def _last_complete(output_dir: Path) -> str | None:
+    """Return the newest checkpoint of this trainer; folders of other programs are skipped."""
     numbered = [
         (int(path.parent.name.removeprefix("checkpoint-")), str(path.parent))
         for path in output_dir.glob(f"checkpoint-*/{_IDENTITY}")
@@ -247,10 +254,10 @@ def _last_whole(output_dir: Path) -> str | None:
 
 
 def check_identity(run: dict[str, Any], folder: str) -> None:
-    """Refuse to go on from another run's checkpoint, or from one that has lost a file.
+    """Check that a checkpoint is complete and belongs to this run.
 
     Raises:
-        ValueError: names what differs, or what is missing.
+        ValueError: a file is missing, or a setting differs; the message names it.
     """
     experience = ("experience_0.json", "experience_0.safetensors")
     by_deepspeed = any(Path(folder).glob("global_step*"))
@@ -259,14 +266,14 @@ def check_identity(run: dict[str, Any], folder: str) -> None:
     for name in (_IDENTITY, "trainer_state.json", *steps, *experience, *critic):
         if not any(Path(folder).glob(name)):
             raise ValueError(
-                f"{folder!r} is no whole checkpoint of SPPOTrainer ({name.replace('*', '.pt')} is missing, as after "
-                "save_only_model=True); resume from another one, or start over with model= this folder"
+                f"{folder!r} is not a complete SPPOTrainer checkpoint ({name.replace('*', '.pt')} is missing, as after "
+                "save_only_model=True); resume from another one, or start a new run with model= this folder"
             )
     saved = json.loads(Path(folder, _IDENTITY).read_text())
     here = json.loads(json.dumps(run))  # tuples as lists, as in the file
     differing = [
         f"{name}: {saved[name]!r} there, {here[name]!r} here"
-        for name in saved.keys() & here.keys()  # another version of transformers has other settings besides
+        for name in saved.keys() & here.keys()  # another version of transformers has additional settings
         if saved[name] != here[name]
     ]
     if differing:
@@ -277,12 +284,12 @@ def check_identity(run: dict[str, Any], folder: str) -> None:
 
 
 def clear_staging(output_dir: Path) -> None:
-    """Remove what a crash left of an unfinished checkpoint."""
+    """Remove the files that a crash left of an unfinished checkpoint."""
     shutil.rmtree(output_dir / STAGING, ignore_errors=True)
 
 
 def _architecture(config: Any) -> dict[str, Any]:
-    """A model's configuration without what loading and saving change in it."""
+    """Return a model's configuration without the fields that loading and saving change."""
     volatile = {"_name_or_path", "transformers_version", "dtype", "use_cache", "architectures"}
     volatile |= {"score_bias", "critic_kind"}
     return {key: value for key, value in config.to_dict().items() if key not in volatile and "token_id" not in key}

@@ -30,7 +30,7 @@ from sppo.models.lora import has_adapter
 from sppo.models.packed_attention import PACKED_ATTENTION, use_attention
 from sppo.models.policy_io import check_tokenizer, frozen_copy, load_policy
 from sppo.optimization import clip_gradients, freeze_by_rate, parameter_groups, update_loss
-from sppo.reporting.meter import Meter
+from sppo.reporting.meter import Meter, gather_lists
 from sppo.reporting.model_card import write_model_card
 from sppo.reporting.trackers import EpochCallback, MetricsFile, SampleCompletions, name_run, prepare_trackers
 from sppo.rewards.samples import RewardFunction, resolve_rewards
@@ -42,31 +42,36 @@ logger = logging.get_logger(__name__)
 
 
 class SPPOTrainer(Trainer):
-    """Trains a causal language model on verifiable rewards, by Sequence-Level PPO (arXiv 2604.08865) or its kin.
+    """Trains a causal language model on verifiable rewards, with Sequence-Level PPO (arXiv 2604.08865) or a relative.
 
-    Which one is the setting ``algorithm``; see :mod:`sppo.algorithms`.
+    The setting ``algorithm`` selects the algorithm; see :mod:`sppo.algorithms`.
 
     Args:
-        model: model of ``AutoModelForCausalLM``, or a folder or hub name (loaded in float32; ``bf16=True`` in
-            ``args`` then computes in bfloat16).
-        reward_funcs: one reward or a list: ``f(prompts, completions, **columns) -> list[float | None]``, a built-in's
-            name or ``"module:function"``. With a prompt critic their weighted sum must stay in [0, 1].
+        model: model of ``AutoModelForCausalLM``, or its folder or hub name. By name it is loaded in float32; with
+            ``bf16=True`` in ``args`` it computes in bfloat16.
+        reward_funcs: one reward or a list. A reward is ``f(prompts, completions, **columns) -> list[float | None]``,
+            the name of a built-in, or ``"module:function"``. With a prompt critic their weighted sum must be in [0, 1].
         args: settings.
-        critic: for algorithms that have one, what predicts success: a sequence-classification model with one label, a
-            folder or hub name of one, or None for a copy of the policy's backbone.
-        train_dataset: column ``prompt`` (text or chat messages); the other columns go to the rewards. None: only
-            evaluate.
-        eval_dataset: the same, or a dict of such by name.
-        processing_class: tokenizer; None: that of ``model``.
-        callbacks: as in transformers.
-        peft_config: a ``peft.LoraConfig``: the policy learns by an adapter alone, and so does the critic, in one of its
-            own, unless ``critic_adapter`` is False in ``args``. A policy loaded with an adapter goes on learning by it.
-        rollout_engine: one of your own in place of the one that ``args`` names.
+        critic: for algorithms with a critic, a sequence-classification model with one label, or its folder or hub name.
+            None for a copy of the policy's backbone.
+        train_dataset: dataset with a column ``prompt`` (text or chat messages); the other columns are passed to the
+            rewards. None to evaluate only.
+        eval_dataset: dataset of the same form, or a dict of datasets by name.
+        processing_class: tokenizer; None for that of ``model``.
+        callbacks: see ``transformers.Trainer``.
+        peft_config: a ``peft.LoraConfig``, with which the policy learns only an adapter. The critic learns its own,
+            unless ``critic_adapter`` is False in ``args``. A policy loaded with an adapter continues to learn it.
+        rollout_engine: your own engine, instead of the one that ``args`` names.
+
+    Raises:
+        ValueError: an argument is invalid, or does not fit the others.
+        TypeError: ``model`` is not a causal language model, or a dataset is not a ``datasets.Dataset``.
     """
 
     args: SPPOConfig
     recipe: dict[str, Any] | None = None
-    """What the run was built from, for its model card."""
+    """Recipe that the run was built from, for its model card."""
+    _staging = False  # whether a checkpoint is being written
 
     def __init__(
         self,
@@ -95,7 +100,7 @@ class SPPOTrainer(Trainer):
 
         self.algorithm = algorithm_class(args.algorithm)(args)
         if critic is not None and self.algorithm.critic is None and train_dataset is not None:
-            logger.warning(f"algorithm={args.algorithm!r} has no critic: the one given is not used")
+            logger.warning(f"algorithm={args.algorithm!r} has no critic: critic= is ignored")
         actor_critic = build_actor_critic(
             policy,
             critic,
@@ -145,7 +150,7 @@ class SPPOTrainer(Trainer):
                 process=ProcessContext(
                     rank=args.process_index,
                     world_size=args.world_size,
-                    gather=self._gather,
+                    gather=gather_lists,
                     autocast=self.accelerator.autocast,
                     gathered_weights=self._gathered_weights,
                 ),
@@ -155,14 +160,15 @@ class SPPOTrainer(Trainer):
         """Train to the end; see ``transformers.Trainer.train``.
 
         Args:
-            resume_from_checkpoint: True for the last whole checkpoint in ``output_dir``, or a folder. Resuming gives
-                the same weights, to the bit, as a run that was never stopped.
+            resume_from_checkpoint: True for the last complete checkpoint in ``output_dir``, or a folder. A resumed run
+                has the same weights, bit for bit, as one that was never interrupted.
+            args, kwargs: arguments of ``transformers.Trainer.train``.
 
         Raises:
-            ValueError: ``output_dir`` holds another run's checkpoint, or there is none to resume from.
+            ValueError: ``output_dir`` contains another run's checkpoint, or there is none to resume from.
         """
         if self.train_dataset is None:
-            raise ValueError("train_dataset is None; give one to train on")
+            raise ValueError("train_dataset is None; pass one to train on")
         with run_lock(self.output_dir) if self.args.should_save else nullcontext():
             return self._train(resume_from_checkpoint, *args, **kwargs)
 
@@ -183,7 +189,7 @@ class SPPOTrainer(Trainer):
             return super().train(folder, *args, **kwargs)
 
     def _load_finished(self, folder: str) -> bool:
-        """Load a checkpoint that has all updates of the run, on which transformers would make another update."""
+        """Load the checkpoint if it has all updates of the run; transformers would add another update to it."""
         state = TrainerState.load_from_json(os.path.join(folder, "trainer_state.json"))
         epochs = self.args.num_train_epochs * self.rollouts.updates_per_epoch
         if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else math.ceil(epochs)):
@@ -195,19 +201,19 @@ class SPPOTrainer(Trainer):
         return True
 
     def get_train_dataloader(self) -> DataLoader:
-        """Experience, some micro-batches at a time; each rollout is made when its first ones are read."""
-        # Its own generator: a loader draws a seed from the global one otherwise, one more each time it is made.
+        """Return a loader of lists of micro-batches; each rollout is made when its first list is read."""
+        # With its own generator: otherwise each new loader draws a seed from the global one.
         return DataLoader(self.rollouts, batch_size=None, generator=torch.Generator())
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """On the device, as they are: for DeepSpeed transformers would round advantages to the precision of weights."""
+        """Move inputs to the device; for DeepSpeed transformers would also round advantages to the weights' dtype."""
         return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of the micro-batches that the Trainer takes for one."""
+        """Run forward and backward on a list of micro-batches, which the Trainer takes for one."""
         *first, last = inputs
-        each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        with self.accelerator.no_sync(model) if first and not each else nullcontext():
+        sync_each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        with self.accelerator.no_sync(model) if first and not sync_each else nullcontext():
             losses = [super(SPPOTrainer, self).training_step(model, batch, num_items_in_batch) for batch in first]
         return torch.stack([*losses, super().training_step(model, last, num_items_in_batch)]).sum()
 
@@ -232,7 +238,7 @@ class SPPOTrainer(Trainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Clip the gradients of policy and critic separately; DeepSpeed has clipped, and made its step, by now."""
+        """Clip the gradients of policy and critic separately; DeepSpeed has already clipped and made its step."""
         if self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         max_norms = {"policy": self.args.max_grad_norm, "critic": self.args.critic_max_grad_norm}
@@ -243,9 +249,9 @@ class SPPOTrainer(Trainer):
         return norms.get("policy", torch.zeros((), device=self.args.device))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last log to those of a training step."""
+        """Log, with the metrics since the last log added to those of a training step."""
         if "loss" in logs:
-            logs |= self.meter.read(self._gather)
+            logs |= self.meter.read(gather_lists)
             logs["total_generated_tokens"] = self.rollouts.progress.generated_tokens
         super().log(logs, start_time)
 
@@ -255,18 +261,18 @@ class SPPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Answer held-out prompts and grade the answers; the random state and the metrics of training are left alone.
+        """Answer and score held-out prompts; random state and metrics of training do not change.
 
         Returns:
-            ``eval_success_rate`` (share of answers with the full reward of 1), ``eval_reward``,
-            ``eval_response_length``, ``eval_truncated``, ``eval_problems`` (those that a reward was had for),
-            ``eval_rewards/<name>``.
+            ``eval_success_rate`` (share of answers with a reward of at least 1), ``eval_reward``,
+            ``eval_response_length``, ``eval_truncated``, ``eval_problems`` (number of answers that could be scored),
+            and ``eval_rewards/<name>``.
         """
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(chosen, str):
             chosen = named(self.eval_dataset)[chosen]
         if chosen is None:
-            raise ValueError("eval_dataset is None; give one to evaluate on")
+            raise ValueError("eval_dataset is None; pass one to evaluate on")
         if isinstance(chosen, dict):
             several = [self.evaluate(each, None, f"{metric_key_prefix}_{name}") for name, each in chosen.items()]
             return {name: value for metrics in several for name, value in metrics.items()}
@@ -283,7 +289,7 @@ class SPPOTrainer(Trainer):
         # The weights are gathered by all processes, including those without rows.
         with torch.no_grad(), self.accelerator.autocast(), self._gathered_weights():
             samples = answer_held_out(self.rollout_engine, rows, self.args)
-        return held_out_metrics(samples, rows, self.reward_funcs, self.args, self._gather)
+        return held_out_metrics(samples, rows, self.reward_funcs, self.args, gather_lists)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the policy as an ordinary model, or its adapter, with its tokenizer; the critic in ``critic`` inside."""
@@ -316,7 +322,7 @@ class SPPOTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Write the whole checkpoint aside, then give it its name."""
+        """Write the checkpoint to a staging folder, then rename it."""
         output_dir, name = self.output_dir, f"checkpoint-{self.state.global_step}"
         with self.meter.phase("checkpoint"):
             self._staging = True
@@ -324,7 +330,7 @@ class SPPOTrainer(Trainer):
             self._staging = False
             self.accelerator.wait_for_everyone()
             staged = output_dir / checkpointing.STAGING / name
-            if is_best := self.state.best_model_checkpoint == str(staged):  # on each process, which will load it
+            if is_best := self.state.best_model_checkpoint == str(staged):  # on each process, as each loads it
                 self.state.best_model_checkpoint = str(output_dir / name)
             if self.args.should_save:
                 checkpointing.save_identity(self.identity, staged)
@@ -342,14 +348,12 @@ class SPPOTrainer(Trainer):
         return os.path.join(folder, checkpointing.STAGING) if self._staging else folder
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging:  # the folder is about to move
+        if self._staging:  # the folder is about to be renamed
             return
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             self.create_model_card()
-            checkpointing.copy_critic(Path(checkpoint_folder), self.output_dir)  # transformers copies no folders
+            checkpointing.copy_critic(Path(checkpoint_folder), self.output_dir)  # transformers copies only files
         super()._push_from_checkpoint(checkpoint_folder)
-
-    _staging = False
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -362,30 +366,23 @@ class SPPOTrainer(Trainer):
 
     @contextmanager
     def _gathered_weights(self) -> Iterator[None]:
-        """Each process has all weights, to run the models by itself."""
+        """Hold all weights on each process within a context, so that each can run the models independently."""
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         model = cast(nn.Module, self.model)
         if plugin is not None and not isinstance(model, FSDPModule):
-            model.to(self.args.device)  # not sharded yet, and transformers left it where it was made
+            model.to(self.args.device)  # not sharded yet, and still on its first device
         with gathered(model, reshard_after_forward=plugin is not None and bool(plugin.reshard_after_forward)):
             yield
 
     @property
     def output_dir(self) -> Path:
-        """Where the run writes."""
+        """Folder of the run."""
         return Path(self.args.output_dir or ".")
 
     @property
     def actor_critic(self) -> ActorCritic:
         """The module that is trained, without the wrappers of accelerate."""
         return self.accelerator.unwrap_model(self.model)
-
-    def _gather(self, items: list[Any]) -> list[Any]:
-        if self.args.world_size == 1:
-            return items
-        everyone: list[Any] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(everyone, items)
-        return [item for each in everyone for item in each]
 
 
 def _loss_already_normalized(*_: Any, **__: Any) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Policy and critic in one module, so that one optimizer, one checkpoint and one wrapper cover both."""
+"""Policy and critic in one module, so that one optimizer, one checkpoint and one wrapper suffice for both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sppo_kernels import linear_logprobs
 
 
 class ActorCriticOutput(NamedTuple):
-    """``logprobs`` and ``entropy`` ``[R]`` of the response tokens; ``critic_loss`` 0-d, None without a critic."""
+    """``logprobs`` and ``entropy`` ``[R]`` of the response tokens, in nats; ``critic_loss`` 0-d or None."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -28,13 +28,13 @@ class ActorCriticOutput(NamedTuple):
 
 
 class ActorCritic(nn.Module):
-    """A causal language model and its critic; ``forward`` runs both on one packed micro-batch.
+    """A causal language model and its critic, whose ``forward`` runs both on one packed micro-batch.
+
+    Dropout is switched off in both, because ratios compare the same function before and after an update.
 
     Args:
         policy: model of ``AutoModelForCausalLM``.
         critic: its critic, or None.
-
-    Dropout is switched off in both: ratios compare the same function before and after an update.
     """
 
     _keys_to_ignore_on_save = None
@@ -46,7 +46,7 @@ class ActorCritic(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-            for name, value in vars(module).items():  # what models give to functional.dropout
+            for name, value in vars(module).items():  # arguments of functional.dropout
                 if "dropout" in name and isinstance(value, float):
                     setattr(module, name, 0.0)
 
@@ -57,23 +57,23 @@ class ActorCritic(nn.Module):
         temperature: float,
         max_length: int,
         critic_normalizer: float,
-        **of_logprobs: Any,
+        **logprob_settings: Any,
     ) -> ActorCriticOutput:
-        """Log-probabilities of the responses, and the critic's loss.
+        """Compute log-probabilities of the responses, and the critic's loss.
 
         Args:
             batch: a micro-batch of :mod:`sppo.rollout.batching`.
-            temperature: of sampling.
-            max_length: tokens of the longest packed sequence, or more.
-            critic_normalizer: what the critic's summed loss is divided by.
-            of_logprobs: for :func:`policy_logprobs`.
+            temperature: sampling temperature.
+            max_length: number of tokens of the longest packed sequence, or more.
+            critic_normalizer: divisor of the critic's summed loss.
+            logprob_settings: settings of :func:`policy_logprobs`.
         """
         logprobs, entropy = policy_logprobs(
             self.policy,
             batch,
             temperature=temperature,
             max_length=max_length,
-            **of_logprobs,
+            **logprob_settings,
         )
         loss = self.critic.loss(batch, max_length, critic_normalizer) if self.critic is not None else None
         return ActorCriticOutput(logprobs, entropy, loss)
@@ -87,7 +87,7 @@ class ActorCritic(nn.Module):
         return {"model": self.policy} | ({"critic": self.critic.model} if self.critic is not None else {})
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
-        """What ``TrainingArguments.gradient_checkpointing`` calls, for both models."""
+        """Enable activation checkpointing in both models; called for ``TrainingArguments.gradient_checkpointing``."""
         for model in self.models().values():
             if hasattr(model, "activation_checkpointing_enable"):
                 model.activation_checkpointing_enable(**settings)
@@ -98,26 +98,26 @@ class ActorCritic(nn.Module):
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """Classes of layers that accelerate is to shard one by one."""
+        """Classes of the layers that accelerate shards separately."""
         known = {name for model in self.models().values() for name in model._no_split_modules or ()}
         return sorted(known & {type(module).__name__ for module in self.modules()})
 
     @torch.no_grad()
     def check_packing(self) -> None:
-        """Compare packed forwards with the models' own, on two short sequences, without dropout.
+        """Compare packed forwards with the models' own, on two short sequences.
 
         Raises:
-            ValueError: they differ: the model is not made of causal attention that transformers can swap, or it does
-                something between hidden states and logits that ``linear_logprobs`` does not.
+            ValueError: they differ. Either the model has layers other than causal attention that transformers can
+                replace, or it computes something between hidden states and logits that ``linear_logprobs`` does not.
         """
         training = self.training
         self.eval()
         try:
             self._compare_packed_with_own()
-        except TypeError as error:  # a backbone that keeps the sequences' boundaries from its attention
+        except TypeError as error:  # a backbone that does not pass the sequences' boundaries on to its attention
             raise ValueError(
-                f"{type(self.policy).__name__} or its critic does not tell its attention about packed sequences "
-                f"({error}); this architecture cannot be trained here yet"
+                f"{type(self.policy).__name__} or its critic does not support packed sequences ({error}); this "
+                "architecture cannot be trained here yet"
             ) from error
         finally:
             self.train(training)
@@ -152,10 +152,20 @@ def policy_logprobs(
     logits_budget_bytes: int | None = None,
     mass_tolerance: float = 1e-4,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy ``[R]`` of each response token; only the positions that predict one are projected.
+    """Compute the log-probability and entropy ``[R]`` of each response token.
 
-    ``backward`` and what follows are as of ``linear_logprobs``; "auto" is not for training runs that are to repeat: it
-    goes by what the process has seen.
+    Only the positions that predict a response token are projected to the vocabulary. ``backward``,
+    ``logits_budget_bytes`` and ``mass_tolerance`` are arguments of ``linear_logprobs``. Avoid ``"auto"`` in
+    reproducible runs: its choice depends on earlier calls in the process.
+
+    Args:
+        policy: the policy, with packed attention in use.
+        batch: a micro-batch of :mod:`sppo.rollout.batching`.
+        temperature: sampling temperature.
+        max_length: number of tokens of the longest packed sequence, or more.
+        backward: see above.
+        logits_budget_bytes: see above.
+        mass_tolerance: see above.
     """
     packed = Packed(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"])
     hidden = packed_hidden(policy, packed, max_length)[batch["response_index"]]

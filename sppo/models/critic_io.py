@@ -1,4 +1,4 @@
-"""Critics made, loaded and saved: ordinary sequence-classification models with one label."""
+"""Building, loading and saving of critics, which are ordinary sequence-classification models with one label."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def build_critic(
     tokenizer: PreTrainedTokenizerBase,
     kind: str = "prompt",
 ) -> PreTrainedModel:
-    """Make the critic that the user asked for, with a head that has a bias.
+    """Build or load a critic, with a head that has a bias.
 
     Args:
-        critic: None for a copy of the policy's backbone; or a model, or a folder (of a run, too) or hub name of one,
-            with a head ``score`` of one label. A head that was trained here, or has a bias, is kept; another starts
-            at zero.
-        policy: the policy, which lends its backbone.
-        tokenizer: the policy's; the critic reads its tokens.
-        kind: what it is to be, ``"prompt"`` or ``"token"``.
+        critic: None for a copy of the policy's backbone. Otherwise a model with a head ``score`` of one label, or its
+            folder (also a run's) or hub name. A head that has a bias, or was trained here, is kept; any other starts at
+            zero.
+        policy: the policy, whose backbone is copied.
+        tokenizer: the policy's tokenizer, whose tokens the critic reads.
+        kind: ``"prompt"`` or ``"token"``.
 
     Raises:
         ValueError: the critic has no such head, too few embeddings, another tokenizer, or was trained as another kind.
@@ -44,12 +44,12 @@ def build_critic(
         critic = load_critic(critic, policy.dtype)
     _restore_bias(critic)
     if (was := getattr(critic.config, "critic_kind", kind)) != kind:
-        raise ValueError(f"critic was trained as a {was} critic, and the algorithm needs a {kind} critic; take another")
+        raise ValueError(f"critic was trained as a {was} critic, but the algorithm needs a {kind} critic; use another")
     rows = embedding_rows(critic)
     if rows < len(tokenizer):
         raise ValueError(
             f"critic has {rows} token embeddings and the policy's tokenizer {len(tokenizer)} tokens; "
-            "take a critic of the same vocabulary, or call critic.resize_token_embeddings"
+            "use a critic with the same vocabulary, or call critic.resize_token_embeddings"
         )
     if value_head(critic).bias is None:
         set_head(critic, torch.zeros(1))
@@ -58,11 +58,11 @@ def build_critic(
 
 
 def load_critic(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A critic that was saved here, or any sequence classifier with one label.
+    """Load a critic that was saved here, or any sequence classifier with one label.
 
     Args:
-        folder: a run's folder, a checkpoint, a classifier's folder or hub name.
-        dtype: of its weights.
+        folder: a run's folder, a checkpoint, or a classifier's folder or hub name.
+        dtype: dtype of the weights.
 
     Raises:
         ValueError: the folder holds no classifier.
@@ -74,10 +74,10 @@ def load_critic(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTr
 
 
 def critic_folder(folder: str | Path) -> str | Path:
-    """Where a run's folder or a checkpoint has its critic; a classifier's own folder and a hub name as they are.
+    """Return the critic's folder inside a run's folder or a checkpoint; a classifier's folder or hub name unchanged.
 
     Raises:
-        ValueError: the folder holds another model, a policy for one.
+        ValueError: the folder holds another kind of model.
     """
     if Path(folder, "critic", "config.json").is_file():
         return Path(folder, "critic")
@@ -94,7 +94,7 @@ def critic_folder(folder: str | Path) -> str | Path:
 
 
 def _restore_bias(critic: PreTrainedModel) -> None:
-    """Put the bias that :func:`save_critic` left in the configuration back into the head."""
+    """Move the bias that :func:`save_critic` stored in the configuration back into the head."""
     bias = getattr(critic.config, "score_bias", None)
     if bias is not None and value_head(critic).bias is None:
         set_head(critic, torch.tensor([bias]))
@@ -103,12 +103,17 @@ def _restore_bias(critic: PreTrainedModel) -> None:
 def save_critic(
     critic: PreTrainedModel, folder: str | Path, kind: str, weights: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write a critic as an ordinary sequence classifier, with its own weights or these, whole and without an adapter.
+    """Save a critic as an ordinary sequence classifier.
 
-    Transformers' classifiers have no bias in their head, so it goes into the configuration as ``score_bias``:
-    P(success) is ``sigmoid(logit + config.score_bias)`` of what ``AutoModelForSequenceClassification`` loads, and
-    ``sigmoid(logit)`` of what :func:`load_critic` does. ``critic_kind`` beside it is ``"prompt"``, or ``"token"`` for
-    values that no sigmoid is taken of.
+    The heads of transformers' classifiers have no bias, so the configuration stores it as ``score_bias``. A prompt
+    critic's P(success) is ``sigmoid(logit + config.score_bias)`` if loaded by ``AutoModelForSequenceClassification``,
+    and ``sigmoid(logit)`` if loaded by :func:`load_critic`. A token critic's value is the same without the sigmoid.
+
+    Args:
+        critic: the classifier.
+        folder: where to save it.
+        kind: ``"prompt"`` or ``"token"``, stored in the configuration as ``critic_kind``.
+        weights: unsharded weights without an adapter, by name; None for those of ``critic``.
     """
     weights = critic.state_dict() if weights is None else weights
     critic.config.score_bias = weights["score.bias"].item()
@@ -137,7 +142,7 @@ def _copy_backbone(policy: PreTrainedModel) -> PreTrainedModel:
 
 def _check_tokenizer(folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
     if Path(folder).is_dir() and not Path(folder, "tokenizer_config.json").exists():
-        return  # a critic without a tokenizer of its own
-    theirs = AutoTokenizer.from_pretrained(folder).get_vocab()
-    if any(theirs.get(token) != i for token, i in tokenizer.get_vocab().items()):
-        raise ValueError(f"critic={folder!r} was made with another tokenizer than the policy's; take one of the same")
+        return  # the critic was saved without a tokenizer
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    if any(vocabulary.get(token) != i for token, i in tokenizer.get_vocab().items()):
+        raise ValueError(f"critic={folder!r} has another tokenizer than the policy; use a critic with the same one")

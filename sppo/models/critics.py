@@ -15,7 +15,7 @@ from sppo.models.packed_attention import PACKED_ATTENTION, Packed, pack, packed_
 from sppo.rollout.engine import Sample
 from sppo_kernels import prompt_value_logits, prompt_value_loss
 
-_TOKENS_AT_ONCE = 2**15
+_MAX_TOKENS_PER_FORWARD = 2**15  # hidden states of a whole rollout would take gigabytes
 
 
 class Critic(nn.Module):
@@ -52,7 +52,7 @@ class PromptCritic(Critic):
     """Reads only the prompt and predicts P(success); trained with binary cross-entropy (SPPO, arXiv 2604.08865)."""
 
     def set_prior(self, total: float, count: int) -> None:
-        """See :class:`Critic`. One success and one failure are added: no finite logit is certain."""
+        """See :class:`Critic`. One success and one failure are added, so that the logit is finite."""
         _set_constant(self.model, math.log((total + 1) / (count - total + 1)))
 
     def values(self, samples: Sequence[Sample]) -> list[Tensor]:
@@ -60,7 +60,7 @@ class PromptCritic(Critic):
         return list(torch.tensor(prompt_values(self.model, [s.prompt_ids for s in samples])).unbind())
 
     def loss(self, batch: dict[str, Tensor], max_length: int, normalizer: float) -> Tensor:
-        """See :class:`Critic`; ``normalizer``: samples of the update."""
+        """See :class:`Critic`; ``normalizer`` is the number of samples of the update."""
         packed = Packed(batch["prompt_ids"], batch["prompt_position_ids"], batch["prompt_cu_seqlens"])
         return prompt_value_loss(
             packed_hidden(self.model, packed, max_length),
@@ -73,7 +73,7 @@ class PromptCritic(Critic):
 
 
 class TokenCritic(Critic):
-    """Predicts the return before each response token, by half the clipped squared error (PPO, arXiv 1707.06347).
+    """Predicts the return before each response token; trained with the clipped value loss (PPO, arXiv 1707.06347).
 
     Args:
         model: the classifier.
@@ -92,11 +92,13 @@ class TokenCritic(Critic):
     def values(self, samples: Sequence[Sample]) -> list[Tensor]:
         """See :class:`Critic`; ``[T]`` each."""
         sequences = [s.prompt_ids + s.response_ids[:-1] for s in samples]
-        read = lambda hidden, s: self._read(hidden, torch.arange(len(s.prompt_ids) - 1, len(hidden)))
-        return [read(*pair).cpu() for pair in zip(_packed_states(self.model, sequences), samples, strict=True)]
+        return [
+            self._read(hidden, torch.arange(len(s.prompt_ids) - 1, len(hidden))).cpu()
+            for hidden, s in zip(_packed_states(self.model, sequences), samples, strict=True)
+        ]
 
     def loss(self, batch: dict[str, Tensor], max_length: int, normalizer: float) -> Tensor:
-        """See :class:`Critic`; ``normalizer``: response tokens of the update."""
+        """See :class:`Critic`; ``normalizer`` is the number of response tokens of the update."""
         packed = Packed(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"])
         values = self._read(packed_hidden(self.model, packed, max_length), batch["response_index"])
         return clipped_value_loss(values, batch["values"], batch["returns"], self.cliprange).sum() / normalizer
@@ -107,16 +109,22 @@ class TokenCritic(Critic):
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> Tensor:
-    """PPO's loss of each value: ``max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2) / 2``.
+    """Compute PPO's loss of each value: ``max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2) / 2``.
 
     Source: the implementation of PPO (arXiv 1707.06347) in OpenAI baselines, which TRL and verl follow.
+
+    Args:
+        values: v, any shape; differentiated.
+        old_values: v_old, values before the update, same shape.
+        returns: R, same shape.
+        cliprange: c.
     """
     clipped = torch.clamp(values, old_values - cliprange, old_values + cliprange)
     return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
 
 
 class Calibration(NamedTuple):
-    """How good predictions of outcomes are: see :func:`calibration`."""
+    """Quality of predictions of outcomes; see :func:`calibration`."""
 
     brier: float
     brier_baseline: float
@@ -128,28 +136,35 @@ def calibration(values: Tensor, outcomes: Tensor, baseline: float, bins: int = 1
     """Compare predictions ``[B]`` with outcomes ``[B]``, B at least 1.
 
     Args:
-        values: predicted; for the calibration error, those outside [0, 1] count into the outer bins.
-        outcomes: what came.
-        baseline: the constant prediction that explained variance is measured against.
-        bins: of equal width over [0, 1].
+        values: predictions; for the calibration error, those outside [0, 1] count in the outer bins.
+        outcomes: observed rewards.
+        baseline: constant prediction to compare with.
+        bins: number of bins of equal width over [0, 1].
 
     Returns:
-        ``brier``: mean squared error; ``brier_baseline``: that of the constant;
-        ``explained_variance``: ``1 - brier / brier_baseline``, 0 where the constant makes no error either;
-        ``expected_calibration_error``: the mean over bins of ``|mean value - mean outcome|``, weighted by how many
-        values lie in each (Naeini, Cooper, Hauskrecht 2015).
+        ``brier``: mean squared error of the predictions; ``brier_baseline``: mean squared error of the constant;
+        ``explained_variance``: ``1 - brier / brier_baseline``, or 0 if the constant makes no error;
+        ``expected_calibration_error``: mean over bins of ``|mean value - mean outcome|``, weighted by the number of
+        values in each (Naeini, Cooper, Hauskrecht 2015).
     """
     brier = (values - outcomes).square().mean().item()
     constant = (baseline - outcomes).square().mean().item()
-    place = (values * bins).long().clamp(0, bins - 1)
-    gaps = torch.zeros(bins).index_add(0, place, values - outcomes)
+    bin_index = (values * bins).long().clamp(0, bins - 1)
+    gaps = torch.zeros(bins).index_add(0, bin_index, values - outcomes)
     return Calibration(
-        brier, constant, 1 - brier / constant if constant else 0.0, gaps.abs().sum().item() / len(values)
+        brier=brier,
+        brier_baseline=constant,
+        explained_variance=1 - brier / constant if constant else 0.0,
+        expected_calibration_error=gaps.abs().sum().item() / len(values),
     )
 
 
 def value_head(critic: PreTrainedModel) -> nn.Linear:
-    """The layer that reads the value off a hidden state."""
+    """Return the layer that maps a hidden state to a value.
+
+    Raises:
+        ValueError: the critic has no such layer.
+    """
     layer = getattr(critic, "score", None)
     if not isinstance(layer, nn.Linear) or layer.out_features != 1:
         raise ValueError(
@@ -160,7 +175,7 @@ def value_head(critic: PreTrainedModel) -> nn.Linear:
 
 
 def set_head(critic: PreTrainedModel, bias: torch.Tensor) -> None:
-    """Give the head of ``critic`` a bias, next to the weight it has."""
+    """Replace the head of ``critic`` by one with the same weight and a bias ``[1]``."""
     old = value_head(critic)
     new = nn.Linear(old.in_features, 1, dtype=old.weight.dtype, device=old.weight.device)
     with torch.no_grad():
@@ -171,15 +186,16 @@ def set_head(critic: PreTrainedModel, bias: torch.Tensor) -> None:
 
 @torch.no_grad()
 def _set_constant(critic: PreTrainedModel, output: float) -> None:
+    """Make an untrained head, whose weight is zero, predict a constant."""
     if not full_tensor(value_head(critic).weight).any():
         value_head(critic).bias.fill_(output)
 
 
 @torch.no_grad()
 def prompt_values(critic: PreTrainedModel, prompts: Sequence[list[int]]) -> list[float]:
-    """P(success) for each prompt; each distinct prompt is read once, packed without padding."""
+    """Predict P(success) for each prompt; each distinct prompt is read once, packed without padding."""
     distinct = list(dict.fromkeys(map(tuple, prompts)))
-    ends = [hidden[-1].clone() for hidden in _packed_states(critic, distinct)]  # a view would keep all of its chunk
+    ends = [hidden[-1].clone() for hidden in _packed_states(critic, distinct)]  # a view would keep its chunk alive
     if not ends:
         return []
     states = torch.stack(ends)
@@ -190,7 +206,7 @@ def prompt_values(critic: PreTrainedModel, prompts: Sequence[list[int]]) -> list
 
 
 def _packed_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    """Last hidden states ``[T, H]`` of each sequence, a chunk of them at a time: a rollout's are gigabytes."""
+    """Yield the last hidden states ``[T, H]`` of each sequence, computed in chunks to bound the memory."""
     for chunk in _chunks(sequences):
         packed = Packed(*(x.to(model.device) for x in pack(chunk)))
         with use_attention(model, PACKED_ATTENTION):
@@ -200,13 +216,13 @@ def _packed_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -
 
 
 def _chunks(sequences: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
-    """Cut into runs of at most so many tokens (a longer sequence is a run of its own)."""
+    """Split into chunks of at most ``_MAX_TOKENS_PER_FORWARD`` tokens; a longer sequence is a chunk of its own."""
     chunks: list[list[Sequence[int]]] = []
-    room = 0
+    remaining = 0
     for sequence in sequences:
-        if len(sequence) > room or not chunks:
+        if len(sequence) > remaining or not chunks:
             chunks.append([])
-            room = _TOKENS_AT_ONCE
+            remaining = _MAX_TOKENS_PER_FORWARD
         chunks[-1].append(sequence)
-        room -= len(sequence)
+        remaining -= len(sequence)
     return chunks

@@ -1,4 +1,4 @@
-"""Weights that are spread over processes by FSDP2, and how to use them outside of the forward that gathers them."""
+"""Weights sharded over processes by FSDP2, and how to use them outside of the forward that gathers them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.distributed.tensor import DTensor
 
 @contextmanager
 def gathered(model: nn.Module, *, reshard_after_forward: bool) -> Iterator[None]:
-    """Have all weights on each process, so that each may run what it likes, as often as it likes; to read alone.
+    """Hold all weights on each process within a context, so that each can run forwards independently; read-only.
 
-    FSDP2 gathers a layer's weights in its forward, for which all processes must come to it. They do in training, by
-    design; but one process may sample longer than another, or read more prompts.
+    FSDP2 gathers a layer's weights in its forward, which all processes must therefore run together. They do so in
+    training; but one process may sample for longer than another, or read more prompts.
 
     Args:
-        model: what was sharded, the outermost module; without FSDP2 nothing happens.
-        reshard_after_forward: what its layers do in training.
+        model: the outermost sharded module; without FSDP2 nothing happens.
+        reshard_after_forward: setting of its layers in training.
     """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not shards:
@@ -43,11 +43,11 @@ def gathered(model: nn.Module, *, reshard_after_forward: bool) -> Iterator[None]
 
 
 def _forward_nothing(model: nn.Module) -> None:
-    """A forward that does nothing.
+    """Run a forward that computes nothing.
 
-    In the first one, FSDP2 settles that ``model`` is the outermost module. And in backward it gathers ahead what came
-    before in its record of forwards, also of those without gradients: this one stands before those of training, on a
-    process that has made others in between and on one that has not.
+    The first forward makes ``model`` FSDP2's root module. In backward FSDP2 prefetches what precedes in its record of
+    forwards, including those without gradients: with this forward before those of training, the record is the same on a
+    process that has run others in between and on one that has not.
     """
     model.forward = lambda: None
     try:
@@ -57,23 +57,25 @@ def _forward_nothing(model: nn.Module) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor whole, on each process; all of them must ask."""
+    """Return the unsharded tensor on each process; all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """A model's ``state_dict`` whole and on the CPU, on each process; tied weights are one tensor."""
-    first: dict[int, str] = {}
-    owner = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+    """Return the unsharded ``state_dict`` on the CPU of each process; tied weights share one tensor."""
+    first_name: dict[int, str] = {}
+    owner = {name: first_name.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
     found: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items():
-        of = owner.get(name, name)
-        # A copy of what was gathered, which lies in storage with padding that safetensors does not write.
-        found[name] = found[of] if of in found else full_tensor(weight).to("cpu", copy=isinstance(weight, DTensor))
+        tied_to = owner.get(name, name)
+        # A gathered tensor has padding in its storage, which safetensors rejects: copy it.
+        if tied_to not in found:
+            found[tied_to] = full_tensor(weight).to("cpu", copy=isinstance(weight, DTensor))
+        found[name] = found[tied_to]
     return found
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, strict: bool = True) -> None:
-    """Copy whole weights into a model, sharded or not."""
+    """Copy unsharded weights into a model, sharded or not."""
     options = StateDictOptions(full_state_dict=True, strict=strict)
     set_model_state_dict(model, dict(weights), options=options)

@@ -1,6 +1,6 @@
-"""Adapters: few weights that learn beside a model's own, which stay as they are (LoRA, arXiv 2106.09685, by PEFT).
+"""LoRA adapters (arXiv 2106.09685) by PEFT: few weights that learn, next to frozen ones.
 
-They are injected into the model in place, so it keeps its class and its attributes. PEFT is imported where it is used.
+They are injected into the model in place, so that it keeps its class and attributes. PEFT is imported on use.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _WEIGHTS = "adapter_model.safetensors"
-_NOT_OF_LEARNING = ("inference_mode", "base_model_name_or_path", "task_type", "peft_version", "revision")
-_PREFIX = "base_model.model."  # where PEFT's own wrapper has the model
+_NOT_ABOUT_LEARNING = ("inference_mode", "base_model_name_or_path", "task_type", "peft_version", "revision")
+_PREFIX = "base_model.model."  # of names in PEFT's own wrapper
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether there is an adapter in the model."""
+    """Tell whether the model has an adapter."""
     return any(_is_of_adapter(name) for name, _ in model.named_parameters())
 
 
@@ -31,17 +31,17 @@ def _is_of_adapter(name: str) -> bool:
 
 
 def add_adapter(model: PreTrainedModel, config: Any, *, also: Iterable[nn.Module] = ()) -> None:
-    """Put an adapter into a model, in place, and have nothing else learn.
+    """Add an adapter to a model in place, and freeze all other weights.
 
     Args:
-        model: without an adapter; its weights keep their dtype, those of the adapter are float32.
-        config: a ``peft.LoraConfig``; its ``target_modules`` must leave the embeddings out.
-        also: modules that learn besides, with all their weights: a critic's head.
+        model: a model without an adapter; its weights keep their dtype, the adapter's are float32.
+        config: a ``peft.LoraConfig`` whose ``target_modules`` do not include the embeddings.
+        also: modules all of whose weights learn too, such as a critic's head.
 
     Raises:
         ImportError: PEFT is not installed.
         ValueError: the model has an adapter, or the configuration does not fit it.
-        TypeError: it is no ``LoraConfig``.
+        TypeError: ``config`` is not a ``LoraConfig``.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -49,7 +49,7 @@ def add_adapter(model: PreTrainedModel, config: Any, *, also: Iterable[nn.Module
         raise TypeError(f"peft_config must be a peft.LoraConfig, got {type(config).__name__}")
     if has_adapter(model):
         raise ValueError(
-            f"{type(model).__name__} has an adapter; leave peft_config None to train that, or merge it into the model"
+            f"{type(model).__name__} has an adapter; leave peft_config None to train it, or merge it into the model"
         )
     _check_config(config)
     config, also = copy.deepcopy(config), list(also)
@@ -66,36 +66,41 @@ def add_adapter(model: PreTrainedModel, config: Any, *, also: Iterable[nn.Module
 
 
 def _check_config(config: Any) -> None:
-    """ValueError for what would learn beside the factors, or is no sum with the weights: it could not be merged."""
-    troubles = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None}
-    troubles |= {"trainable_token_indices": None}
-    for name, only in troubles.items():
-        if (value := getattr(config, name, only)) != only:
+    """Reject settings with which other weights learn, or the adapter cannot be merged into the weights."""
+    required = {
+        "use_dora": False,
+        "lora_bias": False,
+        "bias": "none",
+        "modules_to_save": None,
+        "trainable_token_indices": None,
+    }
+    for name, expected in required.items():
+        if (value := getattr(config, name, expected)) != expected:
             raise ValueError(
-                f"peft_config.{name} must be {only!r}, got {value!r}: it cannot be merged into the weights"
+                f"peft_config.{name} must be {expected!r}, got {value!r}: it cannot be merged into the weights"
             )
 
 
 def settings_of_adapter(model: nn.Module) -> dict[str, Any] | None:
-    """The adapter's configuration, as far as it decides how it learns; None without one."""
+    """Return the settings of the adapter that affect how it learns; None without an adapter."""
     config = getattr(model, "peft_config", {}).get("default")
     if config is None:
         return None
-    found = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_LEARNING}
+    found = {name: value for name, value in config.to_dict().items() if name not in _NOT_ABOUT_LEARNING}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in found.items()}
 
 
 def unwrap_peft(wrapped: Any) -> PreTrainedModel:
-    """The model in PEFT's own wrapper, with the adapter in it.
+    """Take a model, with its adapter, out of PEFT's wrapper.
 
     Raises:
-        ValueError: it has no LoRA adapter, or several, or one of another name than PEFT's default.
+        ValueError: it does not have exactly one LoRA adapter, under PEFT's default name.
     """
     kinds = {name: type(config).__name__ for name, config in wrapped.peft_config.items()}
     if kinds != {"default": "LoraConfig"}:
         raise ValueError(
-            f"model has the adapters {kinds}; give one with a single LoRA adapter called 'default', as get_peft_model "
-            "makes, or the base model and peft_config"
+            f"model has the adapters {kinds}; pass one with a single LoRA adapter called 'default', as get_peft_model "
+            "makes, or pass the base model and peft_config"
         )
     model = wrapped.get_base_model()
     _check_config(wrapped.peft_config["default"])
@@ -104,10 +109,10 @@ def unwrap_peft(wrapped: Any) -> PreTrainedModel:
 
 
 def continue_adapter(model: PreTrainedModel) -> None:
-    """Let the adapter that is in a model learn, in float32, and nothing else.
+    """Make the weights of a model's adapter trainable, in float32, and freeze all others.
 
     Raises:
-        ValueError: it stands on an embedding.
+        ValueError: an embedding has an adapter.
     """
     output = model.get_output_embeddings()
     if output is not None and has_adapter(output):
@@ -127,12 +132,13 @@ def continue_adapter(model: PreTrainedModel) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
-    """Put the adapter that a folder holds into a model, in place.
+    """Load the adapter in a folder into a model, in place.
+
+    An adapter of another model whose shapes happen to fit is not detected.
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: its weights do not fit the model's, or it is of a kind that cannot be merged. An adapter of another
-            model whose weights happen to fit is not told apart.
+        ValueError: its weights do not fit the model's, or it is of a kind that cannot be merged.
     """
     from peft import PeftModel
 
@@ -143,12 +149,12 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
 
 
 def save_adapter(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: str | Path) -> None:
-    """Write a model's adapter in PEFT's format, which ``from_pretrained`` of PEFT and of transformers reads.
+    """Save a model's adapter in PEFT's format, which ``from_pretrained`` of PEFT and of transformers reads.
 
     Args:
-        model: has the adapter's configuration.
-        weights: of the whole model, by name.
-        folder: is made if there is none.
+        model: the model with the adapter's configuration.
+        weights: unsharded weights of the complete model, by name.
+        folder: created if it does not exist.
     """
     from peft import get_peft_model_state_dict
 
@@ -165,7 +171,7 @@ def save_adapter(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: 
 
 @contextmanager
 def adapter_off(model: PreTrainedModel) -> Iterator[None]:
-    """Have the model as it was before it had an adapter."""
+    """Switch a model's adapter off within a context."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -182,15 +188,15 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that learn, by name."""
+    """Return the parameters that learn, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A model's weights under the names they have without an adapter, its adapter added in; the model is left as it is.
+    """Yield a model's weights with its adapter merged, under their names without an adapter.
 
-    A tied weight comes under each of its names.
+    The model itself does not change. A tied weight is yielded under each of its names.
     """
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, adapted, last = name.partition(".base_layer.")

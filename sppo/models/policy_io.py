@@ -1,4 +1,4 @@
-"""What the trainer is given: models, tokenizers and datasets, checked before anything is computed."""
+"""Loading and checking of policies and their tokenizers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ logger = logging.get_logger(__name__)
 
 
 def load_policy(model: PreTrainedModel | str) -> PreTrainedModel:
-    """A model, or the one of a folder or hub name, in float32."""
+    """Load the policy by its folder or hub name in float32, or check the given model.
+
+    Raises:
+        TypeError: the model is not a causal language model.
+    """
     if isinstance(model, (str, Path)):
         return from_folder(model)
     if hasattr(model, "get_base_model"):
@@ -31,7 +35,11 @@ def load_policy(model: PreTrainedModel | str) -> PreTrainedModel:
 
 
 def from_folder(model: str | Path, **settings: Any) -> PreTrainedModel:
-    """The model of a folder or hub name, in float32; where a folder holds an adapter, its base model with it.
+    """Load a model in float32; from a folder with an adapter, load its base model and add the adapter.
+
+    Args:
+        model: folder or hub name.
+        settings: arguments of ``from_pretrained``.
 
     Raises:
         ValueError: the adapter's base model cannot be loaded.
@@ -46,16 +54,16 @@ def from_folder(model: str | Path, **settings: Any) -> PreTrainedModel:
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{str(model)!r} holds an adapter of the model {base!r}, which cannot be loaded ({error}); "
-            "load that model and give it to sppo.models.lora.load_adapter, or name it with --model"
+            "load that model and pass it to sppo.models.lora.load_adapter, or name it with --model"
         ) from error
     return load_adapter(loaded, model)
 
 
 def ensure_fp32_weights(model: PreTrainedModel, args: SPPOConfig) -> PreTrainedModel:
-    """A model whose weights are float32 where ``bf16=True``, which then is the precision of computing alone.
+    """Convert the weights to float32 if ``bf16=True``, so that only computation is in bfloat16.
 
-    Without that setting bfloat16 weights stay, and it is said that small steps are lost in their rounding. float16
-    weights are widened always: Adam's moments of their gradients underflow.
+    Without that setting bfloat16 weights are kept, with a warning that small steps are lost in rounding. float16
+    weights are always converted, because Adam's moments of their gradients underflow.
     """
     if model.dtype == torch.bfloat16 and not args.bf16:
         logger.warning(
@@ -69,14 +77,16 @@ def ensure_fp32_weights(model: PreTrainedModel, args: SPPOConfig) -> PreTrainedM
 
 
 def check_tokenizer(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer that goes with the policy, with a pad token.
+    """Check the policy's tokenizer, or load it, and set its pad token if it has none.
 
     Raises:
         ValueError: it has no end-of-sequence token, or more tokens than the model.
     """
     if tokenizer is None:
         if not policy.config._name_or_path:
-            raise ValueError("processing_class is None and model has no name to load one by; pass its tokenizer")
+            raise ValueError(
+                "processing_class is None and model has no name to load a tokenizer by; pass its tokenizer"
+            )
         tokenizer = AutoTokenizer.from_pretrained(policy.config._name_or_path)
     if tokenizer.eos_token_id is None:
         raise ValueError("processing_class has no eos_token, so completions could not end; set tokenizer.eos_token")
@@ -92,7 +102,7 @@ def check_tokenizer(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """How many tokens a model knows."""
+    """Return the number of rows of a model's input embedding."""
     return cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
 
 

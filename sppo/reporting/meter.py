@@ -15,6 +15,15 @@ Gather = Callable[[list[Any]], list[Any]]
 """Gives the concatenation of every process's list."""
 
 
+def gather_lists(items: list[Any]) -> list[Any]:
+    """Concatenate the lists of all processes, in the order of their ranks."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return items
+    per_process: list[list[Any]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(per_process, items)
+    return [item for each in per_process for item in each]
+
+
 class Meter:
     """Collects weighted means, extremes, sums and seconds; tensors stay on their device until :meth:`read`."""
 

@@ -1,12 +1,13 @@
-"""Rollout engines: prompts in, sampled completions out; each a class with one method, :class:`RolloutEngine`.
+"""Rollouts: engines that sample completions, and the stages that turn them into micro-batches.
 
     name         engine                                               log-probabilities   weights
-    hf           transformers' generate(), left-padded batches        the trainer's own   the trained model itself
-    continuous   transformers' continuous batching, paged cache       its own             the trained model itself
+    hf           transformers' generate(), left-padded batches        the trainer's       the trained model's
+    continuous   transformers' continuous batching, paged cache       its own             the trained model's
     vllm         vLLM in this process                                 its own             copied before each rollout
 
-Where an engine computes a token's probability by kernels of its own, its samples carry ``logprobs``, and the policy
-loss weighs tokens by how far the trainer's are from them (``rollout_correction``).
+If an engine computes probabilities with its own kernels, its samples have ``logprobs``, and the policy loss corrects
+for the difference from the trainer's (``rollout_correction``). An engine is a class with one method, see
+:class:`RolloutEngine`. :mod:`sppo.rollout.stream` makes rollouts, :mod:`sppo.rollout.batching` micro-batches.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ ENGINES = {
 
 
 def engine_class(name: str) -> Callable[..., RolloutEngine]:
-    """An engine by its name, or one of your own as ``module:Class``, made with the arguments of :class:`HFRollout`.
+    """Return the class of an engine by its name, or your own by ``module:Class``.
+
+    Your own must accept the arguments of :class:`HFRollout`.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no such engine.
     """
     from sppo._utils import import_object
 
@@ -55,10 +58,17 @@ def engine_class(name: str) -> Callable[..., RolloutEngine]:
 
 
 def make_engine(name: str, policy: Any, tokenizer: Any, settings: dict[str, Any], **given: Any) -> RolloutEngine:
-    """The engine of that name, with settings of its own.
+    """Make the engine of that name.
+
+    Args:
+        name: see :func:`engine_class`.
+        policy: the policy that is trained.
+        tokenizer: its tokenizer.
+        settings: settings of this engine.
+        given: arguments that all engines have.
 
     Raises:
-        ValueError: there is none, or it has no such setting.
+        ValueError: there is no such engine, or it has no such setting.
     """
     kind = engine_class(name)
     try:

@@ -1,4 +1,4 @@
-"""transformers' continuous batching: a sequence that ends makes room for the next one, and the cache is paged."""
+"""transformers' continuous batching: a finished sequence is replaced by the next one, and the cache is paged."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sppo.rollout.hf import HFRollout
 
 
 class ContinuousRollout(HFRollout):
-    """Samples from the trained model itself, whose log-probabilities it returns.
+    """Samples from the trained model itself, and returns the log-probabilities it sampled with.
 
     Args:
-        policy, tokenizer, max_completion_length, top_p, top_k: as of :class:`sppo.HFRollout`.
-        settings: of ``transformers.generation.ContinuousBatchingConfig``, for example ``max_batch_tokens``. Without a
-            GPU ``num_blocks`` is 64, since transformers otherwise asks a GPU how many fit.
+        policy, tokenizer, max_completion_length, top_p, top_k: see :class:`sppo.HFRollout`.
+        settings: arguments of ``transformers.generation.ContinuousBatchingConfig``, such as ``max_batch_tokens``.
+            Without a GPU ``num_blocks`` defaults to 64, because transformers derives it from the memory of a GPU.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ContinuousRollout(HFRollout):
         **settings: Any,
     ) -> None:
         super().__init__(policy, tokenizer, max_completion_length=max_completion_length, top_p=top_p, top_k=top_k)
-        ContinuousBatchingConfig(**settings)  # what it does not take is to be said now
+        ContinuousBatchingConfig(**settings)  # raises now if it has no such setting
         self.settings = settings
 
     @torch.no_grad()
@@ -41,7 +41,7 @@ class ContinuousRollout(HFRollout):
         """See :class:`sppo.RolloutEngine`.
 
         Raises:
-            RuntimeError: the engine gave up on a prompt.
+            RuntimeError: the engine failed on a prompt.
         """
         encoded = [encode(prompt, self.tokenizer) for prompt in prompts]
         generation = self._settings(temperature)

@@ -1,4 +1,4 @@
-"""What every rollout engine takes and makes."""
+"""The interface of rollout engines: prompts, samples, and what engines share."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Prompt = Any
 
 @dataclass
 class Sample:
-    """A prompt, one completion of it, and what the later stages make of the two.
+    """A prompt with one completion, and what the later stages of a rollout add.
 
     Attributes:
-        prompt, completion: as the dataset has them: both text, or both chat messages.
+        prompt, completion: both text, or both chat messages, as in the dataset.
         prompt_ids, response_ids: their tokens; the response ends with its end-of-sequence token unless truncated.
-        truncated: it reached the limit before an end-of-sequence token.
-        logprobs: of the response tokens, by an engine that computes them otherwise than the trainer; else None.
-        group: completions sampled together for one prompt share this number.
-        reward: None where none could be had.
-        greedy_reward: of the greedy response to the prompt, where the algorithm asks for it.
-        value: the critic's, before the update: 0-d, or ``[T]`` before each response token.
-        advantage: 0-d, of every token of the response; or ``[T]``.
-        returns: ``[T]``, what a token critic is to predict.
+        truncated: whether the response reached the limit before an end-of-sequence token.
+        logprobs: log-probabilities of the response tokens, if the engine computes its own; else None.
+        group: number shared by completions that were sampled together for one prompt.
+        reward: None if the completion could not be scored.
+        greedy_reward: reward of the greedy response to the prompt, if the algorithm needs it.
+        value: the critic's prediction before the update: 0-d, or ``[T]`` before each response token.
+        advantage: 0-d for all response tokens, or ``[T]``.
+        returns: ``[T]``, targets of a token critic.
     """
 
     prompt: Prompt
@@ -49,41 +49,45 @@ class RolloutEngine(Protocol):
     """Samples completions from the current policy."""
 
     def generate(self, prompts: Sequence[Prompt], *, seed: int, temperature: float, batch_size: int) -> list[Sample]:
-        """One completion for each prompt.
+        """Sample one completion of each prompt.
 
         Args:
-            prompts: as the dataset has them.
-            seed: of the sampling: the same weights, prompts and seed give the same completions.
-            temperature: 0 for greedy.
-            batch_size: completions to work on at once.
+            prompts: prompts, as in the dataset.
+            seed: the same weights, prompts and seed give the same completions.
+            temperature: 0 for greedy decoding.
+            batch_size: number of completions to generate at once.
         """
 
 
 def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a prompt; chat messages go through the tokenizer's template, up to where the answer begins."""
+    """Tokenize a prompt; chat messages go through the tokenizer's template, up to where the answer begins.
+
+    Raises:
+        ValueError: the prompt has no tokens.
+    """
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     else:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise ValueError(f"prompt {prompt!r} has no tokens; leave such rows out of the dataset")
+        raise ValueError(f"prompt {prompt!r} has no tokens; remove such rows from the dataset")
     return ids
 
 
 def rollout_seed(*keys: int) -> int:
-    """A 64-bit seed from the run's seed, the rollout's number and the rank, unlike that of any other such triple."""
+    """Derive a 63-bit seed from the run's seed, the rollout's number and the rank; other keys give another seed."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
 
 
 def eos_tokens(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """What ends a response: the tokenizer's end-of-sequence token, and those of the policy's generation settings."""
+    """Return the tokens that end a response: the tokenizer's, and those of the policy's generation settings."""
     own = policy.generation_config.eos_token_id if policy.generation_config is not None else None
     return {tokenizer.eos_token_id} | set(own if isinstance(own, list) else [] if own is None else [own])
 
 
 def until_end(tokens: Sequence[int], eos: set[int]) -> list[int]:
-    """The tokens up to the first that ends a response, that one included."""
+    """Return the tokens up to and including the first that ends a response."""
     end = next((i for i, token in enumerate(tokens) if token in eos), len(tokens) - 1)
     return list(tokens[: end + 1])
 
@@ -96,7 +100,7 @@ def make_samples(
     eos: set[int],
     logprobs: Sequence[list[float]] | None = None,
 ) -> list[Sample]:
-    """Samples of prompts and the tokens that were sampled after them."""
+    """Make samples from prompts, their tokens and the sampled tokens."""
     texts = tokenizer.batch_decode(list(responses), skip_special_tokens=True)
     return [
         Sample(

@@ -14,19 +14,18 @@ from sppo.rollout.engine import Prompt, Sample, encode, eos_tokens, make_samples
 
 
 class HFRollout:
-    """Batches padded on the left; a batch ends with its longest response.
+    """Samples in batches padded on the left, each of which ends with its longest response.
 
-    The policy's own generation settings (top_p, repetition penalty and the like) are set aside: what is sampled from
-    must be the distribution whose log-probabilities are trained. Only its end-of-sequence tokens count besides the
-    tokenizer's.
+    The policy's own generation settings (top_p, repetition penalty and so on) are ignored, except for its
+    end-of-sequence tokens: samples must come from the distribution whose log-probabilities are trained.
 
     Args:
-        policy: the model that is trained; sampled with the attention implementation it has now.
-        tokenizer: with an eos token and a pad token.
-        max_completion_length: most tokens of a completion.
+        policy: the model that is trained; it samples with its present attention implementation.
+        tokenizer: tokenizer with an eos token and a pad token.
+        max_completion_length: maximum number of tokens per completion.
         top_p, top_k: 1 and 0 for plain sampling.
         cache_implementation: None for a cache that grows, ``"static"`` for one of fixed size, with which transformers
-            compiles the step on a GPU (docs/training.md says what was measured).
+            compiles the decoding step on a GPU (docs/training.md has measurements).
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class HFRollout:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], *, seed: int, temperature: float, batch_size: int) -> list[Sample]:
-        """See :class:`sppo.RolloutEngine`. The global random state is left as it was."""
+        """See :class:`sppo.RolloutEngine`. The global random state does not change."""
         encoded = [encode(prompt, self.tokenizer) for prompt in prompts]
         responses: list[list[int]] = []
         with self.sampling(seed, self._settings(temperature)):
@@ -60,7 +59,7 @@ class HFRollout:
 
     @contextmanager
     def sampling(self, seed: int, settings: GenerationConfig) -> Iterator[None]:
-        """Have the policy ready to sample: no dropout, these settings, this seed; afterwards all is as before."""
+        """Prepare the policy for sampling within a context: evaluation mode, generation settings, seed, attention."""
         own_settings, self.policy.generation_config = self.policy.generation_config, settings
         training = self.policy.training
         self.policy.eval()
@@ -78,7 +77,7 @@ class HFRollout:
         pad = self.tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded], device=self.policy.device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=self.policy.device)
-        # Processes sample apart from each other, each as long as its own responses are.
+        # synced_gpus=False: each process samples for as long as its own responses take.
         output = cast(Any, self.policy).generate(input_ids=input_ids, attention_mask=mask, synced_gpus=False)
         return [until_end(row, self.eos_ids) for row in output[:, width:].tolist()]
 

