@@ -1,4 +1,4 @@
-"""The examples are scripts that import each other as neighbours."""
+"""Make the examples importable, which are scripts that import their neighbours."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Two processes with sharded weights make the update that one makes of all samples. Real processes."""
+"""Two real processes with sharded weights make the same update as one on all samples."""
 
 from pathlib import Path
 

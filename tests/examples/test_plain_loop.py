@@ -1,4 +1,4 @@
-"""The loop that people copy: short, on its own feet, right in each sample, and it learns."""
+"""The loop to copy: short, self-contained, correct for each sample, and it learns."""
 
 import ast
 import sys
@@ -10,7 +10,7 @@ import torch
 from plain_loop import EOS, PROMPT, PROMPTS, TEMPERATURE, ActorCritic
 
 
-def test_is_read_in_one_sitting():
+def test_is_short_and_self_contained():
     source = Path(plain_loop.__file__).read_text()
     assert len(source.splitlines()) <= 60
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -40,7 +40,7 @@ def test_old_logprobs_are_of_the_tokens_that_were_sampled(samples):
 
 
 def test_ratio_starts_at_one(samples):
-    """So that the policy's loss is minus the mean over tokens of R - V."""
+    """Then the policy's loss is minus the mean over tokens of R - V."""
     model, tokens, labels, old, rewards = samples
     with torch.no_grad():
         loss = model(tokens, labels, old, rewards)

@@ -1,4 +1,4 @@
-"""What the recipe of the command line's tests names: a tiny policy, a tiny critic, prompts and a reward."""
+"""Objects that recipes in tests name: a tiny policy, a tiny critic, prompts and a reward."""
 
 from tiny_models import char_tokenizer, tiny_model
 from transformers import Qwen2ForSequenceClassification

@@ -1,4 +1,4 @@
-"""One update of fsdp2_loop.py in one process of several, and then its own loop; see test_fsdp2_loop.py."""
+"""One update of fsdp2_loop.py, then its loop, in one process of several; see test_fsdp2_loop.py."""
 
 import os
 import sys

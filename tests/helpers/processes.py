@@ -1,4 +1,4 @@
-"""Real processes on this machine, as many as ranks."""
+"""Real processes on this machine, one per rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 def run_ranks(script: Path, world: int, out: Path, *arguments: str) -> tuple[dict[str, Any], list[str]]:
-    """Run ``script RANK WORLD OUT PORT arguments`` as each rank -> OUT/result.pt, and all that each of them said."""
+    """Run ``script RANK WORLD OUT PORT arguments`` as each rank; return OUT/result.pt and the output of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Updates in one process of several, with responses that depend on the prompt alone; see test_fsdp.py.
+"""Updates in one process of several, with responses that depend only on the prompt; see test_fsdp.py.
 
 python ranks_run.py RANK WORLD OUT PORT '{"name": {"algorithm": "sppo", "sharding": "fsdp2", ...}, ...}'
 """
@@ -26,7 +26,7 @@ SECOND_HALF = ("2", "3")  # first digits of the prompts that rank 1 of 2 has
 
 
 class Recited:
-    """Responses of one to nine tokens, always the same to a prompt's n-th completion (greedy: its first).
+    """An engine with fixed responses of one to nine tokens; greedy responses are each prompt's first.
 
     Args:
         lost: first digits of the prompts whose responses are cut off.
@@ -68,7 +68,7 @@ def make(
     sampled: bool = False,
     **settings: Any,
 ) -> SPPOTrainer:
-    """A trainer, of which every process makes one; with ``sampled`` the policy answers, each process for itself."""
+    """Make a trainer, one in each process; with ``sampled`` the policy generates, independently in each process."""
     args = {
         "output_dir": str(out),
         "use_cpu": True,
@@ -110,7 +110,7 @@ def make(
 
 
 def use_fsdp2(trainer: SPPOTrainer) -> None:
-    """What ``fsdp=True`` does on a GPU; on a CPU accelerate takes DDP in its place, without a word."""
+    """Do what ``fsdp=True`` does on a GPU; on a CPU accelerate silently uses DDP instead."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT"
     )
@@ -120,7 +120,7 @@ def use_fsdp2(trainer: SPPOTrainer) -> None:
 
 
 def run(out: Path, world: int, *, resumes: bool = False, **settings: Any) -> dict[str, Any]:
-    """What a run comes to: its weights, its log and its checkpoint's; with ``resumes``, cut after the first update."""
+    """Return the weights, log and evaluation of a run; with ``resumes``, one interrupted after the first update."""
     if resumes:
         first = make(out, world, save_strategy="steps", save_steps=1, **(settings | {"max_steps": 1}))
         first.train()

@@ -1,4 +1,4 @@
-"""One training run in a process of its own, which may be told to kill itself; see test_checkpointing.py."""
+"""A training run in its own process, which can kill itself at a given call; see test_checkpointing.py."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def make_trainer(out: Path, **settings: Any) -> sppo.trainer.SPPOTrainer:
 
 
 def run(out: Path, settings: dict[str, Any], kill: tuple[str, int] | None = None, resume: bool = False) -> None:
-    """Train and save into ``out/final``; ``kill`` names a function and the call of it that this process dies in."""
+    """Train and save into ``out/final``; ``kill`` names a function and the number of its call to die in."""
     torch.set_num_threads(1)
     trainer = make_trainer(out, **settings)
     if kill is not None:
@@ -61,7 +61,7 @@ def run(out: Path, settings: dict[str, Any], kill: tuple[str, int] | None = None
 
 
 def die_in(trainer: sppo.trainer.SPPOTrainer, name: str, call: int) -> None:
-    """SIGKILL at the end of the given call of a function; of ``publish``, before it has done anything."""
+    """Send SIGKILL at the end of the given call of a function; of ``publish``, at its beginning."""
     homes: dict[str, Any] = {"publish": sppo.checkpointing, "rotate_checkpoints": sppo.trainer}
     homes["_generate_batch"] = trainer.rollout_engine
     home = homes.get(name, trainer)

@@ -1,4 +1,4 @@
-"""Tiny models and a character tokenizer, made by code: no download, no file."""
+"""Tiny models and a character tokenizer, made without downloads or files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALPHABET = "0123456789abcdefghij+-=? "
 
 
 def char_tokenizer() -> PreTrainedTokenizerFast:
-    """Each character of ALPHABET is a token, after <pad> (0) and <eos> (1)."""
+    """Make a tokenizer with <pad> (0), <eos> (1) and each character of ALPHABET."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *ALPHABET])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -56,7 +56,7 @@ FAMILIES = {
 
 
 def tiny_model(family: str = "qwen2", seed: int = 0, **changes):
-    """A randomly initialised model of a family, the same for the same seed."""
+    """Make a randomly initialized model of a family; the same seed gives the same weights."""
     config_class, model_class, extra = FAMILIES[family]
     config = config_class(**(SIZES | extra | changes))
     with torch.random.fork_rng():

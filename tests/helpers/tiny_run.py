@@ -1,4 +1,4 @@
-"""Runs of a second or two with a tiny model, and what to look at after them."""
+"""Training runs of a second or two with a tiny model, and how to inspect them."""
 
 from __future__ import annotations
 

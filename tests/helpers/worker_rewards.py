@@ -1,4 +1,4 @@
-"""Rewards for tests, good and bad, in a module that a worker imports at once."""
+"""Rewards for tests, right and wrong, in a module that a worker imports quickly."""
 
 import os
 

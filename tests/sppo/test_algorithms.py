@@ -50,7 +50,7 @@ def by_group(rewards):
 
 
 def gae_by_hand(gamma, lam):
-    """Equation 16 of arXiv 1506.02438, a sequence and a token at a time; the reward comes with the last token."""
+    """Equation 16 of arXiv 1506.02438, one sequence and one token at a time; the reward comes with the last token."""
     advantages, values = torch.zeros(6, 4, dtype=torch.float64), token_values().double()
     for i, n in enumerate(LENGTHS):
         running = 0.0
@@ -81,7 +81,7 @@ def test_ppo_is_whitened_gae_and_its_critic_predicts_the_return(gamma, lam):
     torch.testing.assert_close(flat(algorithm.returns(given)).double(), returns, rtol=1e-5, atol=1e-6)
 
 
-def test_value_loss_is_the_worse_of_free_and_clipped():
+def test_value_loss_is_the_maximum_of_unclipped_and_clipped():
     values, old, returns = tensor([0.9, 0.5, 0.1]), tensor([0.5, 0.5, 0.5]), tensor([1.0, 0.0, 0.6])
     #   clipped to 0.7: (0.7 - 1)^2 is worse than (0.9 - 1)^2; not clipped; clipped to 0.3, (0.1 - 0.6)^2 is worse
     expected = tensor([0.09, 0.25, 0.25]) / 2
@@ -127,7 +127,7 @@ def test_reinforce_against_each_baseline():
 
 
 def published_loss(name, advantages, longest):
-    """Each paper's loss to be minimised, in float64, from NEW and OLD; advantages one a sequence, or one a token."""
+    """Each paper's loss to be minimized, in float64, from NEW and OLD; advantages per sequence or per token."""
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for i, n in enumerate(LENGTHS):
         part = slice(int(CU_SEQLENS[i]), int(CU_SEQLENS[i + 1]))
@@ -180,7 +180,7 @@ def test_loss_and_its_gradient_are_the_published_ones(name):
 
 @pytest.mark.parametrize("name", ["rloo", "remax", "reinforce"])
 def test_on_policy_the_gradient_is_that_of_reinforce(name):
-    """``-A sum_t grad logprob_t``, averaged over responses: what these papers descend, which knows no ratio."""
+    """``-A sum_t grad logprob_t``, averaged over responses: the gradient of these papers without the ratio."""
     algorithm = make(name)
     advantages = algorithm.advantages(outcomes(greedy_rewards=torch.zeros(6))).double()
     logprobs = OLD.clone().requires_grad_()
@@ -197,7 +197,7 @@ def test_on_policy_the_gradient_is_that_of_reinforce(name):
     torch.testing.assert_close(gradient, -advantages.repeat_interleave(tensor(LENGTHS)) / 6)
 
 
-def test_what_is_given_wins_over_the_algorithms_defaults():
+def test_settings_override_the_algorithms_defaults():
     args = config(algorithm="gspo")
     assert (args.num_generations, args.ratio_level, args.epsilon, args.epsilon_high) == (8, "sequence_mean", 3e-4, 4e-4)
     args = config(algorithm="gspo", num_generations=2, epsilon=0.1, ratio_level="token", dual_clip=2.0)
@@ -207,7 +207,7 @@ def test_what_is_given_wins_over_the_algorithms_defaults():
 
 
 class Halved(Algorithm):
-    """A class of a user's own, found by its name."""
+    """A custom class, found by its name."""
 
     defaults = Algorithm.defaults | {"num_generations": 2}
 
@@ -215,13 +215,13 @@ class Halved(Algorithm):
         return outcomes.rewards / 2
 
 
-def test_an_algorithm_of_ones_own():
+def test_custom_algorithm():
     name = f"{__name__}:Halved"
     assert config(algorithm=name).num_generations == 2
     assert make(name).advantages(outcomes()).tolist() == [r / 2 for r in REWARDS]
 
 
-def test_groups_of_equal_rewards_say_nothing_to_the_bit():
+def test_groups_of_equal_rewards_have_zero_advantages():
     given = outcomes()
     given.rewards, given.group_ids = tensor([0.7] * 8 + [0.1, 0.3]), tensor([0] * 8 + [1, 1])
     for name in ("grpo", "dr_grpo", "rloo"):
@@ -229,7 +229,7 @@ def test_groups_of_equal_rewards_say_nothing_to_the_bit():
         assert make(name).advantages(given)[8:].all()
 
 
-def test_dr_grpo_divides_sums_alone_by_the_greatest_length():
+def test_dr_grpo_divides_only_sums_by_the_maximum_length():
     assert make("dr_grpo", max_completion_length=7).normalizer(6, 13) == 42
     assert make("dr_grpo", max_completion_length=7, ratio_level="sequence_mean").normalizer(6, 13) == 6
     assert make("dr_grpo", max_completion_length=7, aggregation="token-mean").normalizer(6, 13) == 13
@@ -243,7 +243,7 @@ def test_dr_grpo_divides_sums_alone_by_the_greatest_length():
         ({"defaults": Algorithm.defaults | {"beta": 0.1}}, "Mine.defaults must have the keys"),
     ],
 )
-def test_a_class_with_wrong_attributes_is_refused(attributes, says, monkeypatch):
+def test_a_class_with_wrong_attributes_is_rejected(attributes, says, monkeypatch):
     monkeypatch.setitem(ALGORITHMS, "mine", type("Mine", (Algorithm,), attributes))
     with pytest.raises(ValueError, match=says):
         config(algorithm="mine")

@@ -1,4 +1,4 @@
-"""Every algorithm in the loop: it learns, it stands still when it should, and what it is given is what it needs."""
+"""Every algorithm in the training loop: it learns, does not move when it should not, and gets the inputs it needs."""
 
 import pytest
 from tiny_run import changed, logged, make, snapshot
@@ -32,7 +32,7 @@ def test_every_algorithm_learns(tmp_path, settings):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("outcome", [0.0, 1.0])
-def test_equal_outcomes_leave_every_policy_alone(tmp_path, algorithm, outcome):
+def test_equal_outcomes_change_no_policy(tmp_path, algorithm, outcome):
     settings = {"algorithm": algorithm, "baseline": 0.3, "num_iterations": 2, "weight_decay": 0.1}
     trainer = make(tmp_path, lambda completions, **_: [outcome] * len(completions), max_steps=4, **settings)
     before = snapshot(trainer.model.policy)
@@ -43,7 +43,7 @@ def test_equal_outcomes_leave_every_policy_alone(tmp_path, algorithm, outcome):
 @pytest.mark.parametrize(
     "wrong", [lambda rewards: rewards[1:], lambda rewards: rewards / 0, lambda rewards: rewards[0]]
 )
-def test_wrong_advantages_are_refused_by_the_name_of_their_algorithm(tmp_path, wrong, monkeypatch):
+def test_the_error_for_wrong_advantages_names_the_algorithm(tmp_path, wrong, monkeypatch):
     class Wrong(Algorithm):
         def advantages(self, outcomes):
             return wrong(outcomes.rewards)
@@ -53,7 +53,7 @@ def test_wrong_advantages_are_refused_by_the_name_of_their_algorithm(tmp_path, w
         make(tmp_path, algorithm="wrong").train()
 
 
-def test_greedy_responses_are_counted_and_compared_with(tmp_path):
+def test_greedy_responses_are_counted_and_subtracted(tmp_path):
     trainer = make(tmp_path, max_steps=1, algorithm="remax", num_generations=2)
     asked = []
     original = trainer.rollout_engine.generate
@@ -73,7 +73,7 @@ def test_greedy_responses_are_counted_and_compared_with(tmp_path):
     assert logged(trainer, "total_generated_tokens") == [total]
 
 
-def test_running_mean_is_that_of_the_rewards_whatever_their_size(tmp_path):
+def test_running_mean_of_rewards_of_any_size(tmp_path):
     shifted = lambda completions, **_: [100.0 + ("a" in completion) for completion in completions]
     trainer = make(tmp_path, shifted, algorithm="reinforce", max_steps=1)
     trainer.train()
@@ -83,7 +83,7 @@ def test_running_mean_is_that_of_the_rewards_whatever_their_size(tmp_path):
     assert logged(ppo, "value") == pytest.approx(logged(ppo, "reward"))
 
 
-def test_what_an_algorithm_remembers_from_its_making_on(tmp_path, monkeypatch):
+def test_state_set_in_the_constructor_survives_the_start_of_training(tmp_path, monkeypatch):
     class Counting(Algorithm):
         def __init__(self, args):
             super().__init__(args)

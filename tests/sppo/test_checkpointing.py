@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, then resume: the same bits as a run that was never stopped. Real processes, real signals."""
+"""A run that is killed by SIGKILL and resumed ends with the same bits as an uninterrupted one, in real processes."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ MOMENTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    """Start the server that forks each run with its imports done, so that they are paid once."""
+    """Start the server that forks each run after the imports, so that they are made once."""
     PROCESSES.set_forkserver_preload(["resume_run"])
     with pytest.MonkeyPatch.context() as patch:  # the server does not take over sys.path before Python 3.12
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -73,7 +73,7 @@ def progress(out):
 
 
 class Uninterrupted:
-    """Runs that nobody stopped, each made when it is first asked for."""
+    """Uninterrupted runs, each made on first use."""
 
     def __init__(self, folder):
         self.folder, self.seconds = folder, {}
@@ -93,7 +93,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def check_same(out, expected):
-    """Weights to the bit, and the place in the data."""
+    """Compare weights bit for bit, and the place in the data."""
     expected_weights, expected_progress = expected
     assert weights(out).keys() == expected_weights.keys()
     for part, tensors in expected_weights.items():
@@ -135,7 +135,7 @@ def epoch_updates(settings):
     return rollouts * (4 if settings is MIDWAY else 1)
 
 
-def test_a_second_run_needs_leave(tmp_path):
+def test_a_folder_with_checkpoints_requires_resume(tmp_path):
     trainer = make_trainer(tmp_path, **WHOLE)
     trainer.args.max_steps = 3
     trainer.train()
@@ -158,13 +158,13 @@ def test_a_second_run_needs_leave(tmp_path):
         ({"rollout_batch_size": 1}, "rollout_batch_size: None there, 1 here"),
     ],
 )
-def test_another_config_is_refused_by_the_field_that_differs(half_done, changed, says):
+def test_resuming_with_another_config_names_the_field_that_differs(half_done, changed, says):
     with pytest.raises(ValueError, match=says):
         make_trainer(half_done, **(WHOLE | changed)).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("changed", [{"max_steps": 4}, {"save_steps": 1, "save_total_limit": 5}, {"logging_steps": 1}])
-def test_how_far_and_what_is_saved_may_differ(half_done, changed, tmp_path):
+def test_schedule_and_output_settings_may_differ(half_done, changed, tmp_path):
     shutil.copytree(half_done, tmp_path, dirs_exist_ok=True)
     trainer = make_trainer(tmp_path, **(WHOLE | {"max_steps": 4} | changed))
     assert trainer.train(resume_from_checkpoint=True).global_step == 4
@@ -223,7 +223,7 @@ def test_a_finished_run_is_only_loaded(tmp_path):
         assert tensor.equal(again.model.state_dict()[name]), name
 
 
-def test_another_programs_folder_is_passed_over(tmp_path):
+def test_folders_of_other_programs_are_skipped(tmp_path):
     trainer = make_trainer(tmp_path, **WHOLE)
     trainer.args.max_steps = 3
     trainer.train()
@@ -233,7 +233,7 @@ def test_another_programs_folder_is_passed_over(tmp_path):
     assert again.train(resume_from_checkpoint=True).global_step == 4
 
 
-def test_a_checkpoint_that_lost_a_file_is_refused(tmp_path):
+def test_an_incomplete_checkpoint_is_rejected(tmp_path):
     trainer = make_trainer(tmp_path, **WHOLE)
     trainer.args.max_steps = 3
     trainer.train()
@@ -241,12 +241,12 @@ def test_a_checkpoint_that_lost_a_file_is_refused(tmp_path):
         lost = tmp_path / "checkpoint-3" / name
         kept = lost.read_bytes()
         lost.unlink()
-        with pytest.raises(ValueError, match=rf"no whole checkpoint .*{name} is missing"):
+        with pytest.raises(ValueError, match=rf"not a complete SPPOTrainer checkpoint .*{name} is missing"):
             make_trainer(tmp_path, **WHOLE).train(resume_from_checkpoint=True)
         lost.write_bytes(kept)
 
 
-def test_another_reward_or_dataset_is_refused(half_done):
+def test_another_reward_or_dataset_is_rejected(half_done):
     other = make_trainer(half_done, **WHOLE)
     other.reward_funcs = [dataclasses.replace(other.reward_funcs[0], name="another")]
     with pytest.raises(ValueError, match=r"rewards: \['reward'\] there, \['another'\] here"):
@@ -257,9 +257,9 @@ def test_another_reward_or_dataset_is_refused(half_done):
         other.train(resume_from_checkpoint=True)
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path):
+def test_two_runs_cannot_share_a_folder(tmp_path):
     trainer = make_trainer(tmp_path, **WHOLE)
-    with run_lock(tmp_path), pytest.raises(ValueError, match="is being trained into by another process"):
+    with run_lock(tmp_path), pytest.raises(ValueError, match="is in use by another training process"):
         trainer.train()
     trainer.args.max_steps = 1
     assert trainer.train().global_step == 1

@@ -1,4 +1,4 @@
-"""An update's loss and gradient are those of all its tokens or sequences, however it is cut into micro-batches."""
+"""An update's loss and gradient do not depend on how it is divided into micro-batches."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def gradients(tmp_path, parts, **settings):
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
 @pytest.mark.parametrize("ratio_level", ["token", "sequence_mean"])
-def test_gradient_does_not_depend_on_the_cut(tmp_path, aggregation, ratio_level):
+def test_gradient_does_not_depend_on_the_micro_batches(tmp_path, aggregation, ratio_level):
     settings = {"aggregation": aggregation, "ratio_level": ratio_level}
     whole = gradients(tmp_path, 1, **settings)
     assert any(name.startswith("policy.") for name in whole)
@@ -43,7 +43,7 @@ def test_gradient_does_not_depend_on_the_cut(tmp_path, aggregation, ratio_level)
 
 
 @pytest.mark.parametrize("algorithm", ["sppo", "ppo", "dr_grpo", "gspo"])  # what they divide by differs
-def test_no_algorithms_gradient_depends_on_the_cut(tmp_path, algorithm):
+def test_no_algorithms_gradient_depends_on_the_micro_batches(tmp_path, algorithm):
     settings = {"algorithm": algorithm, "num_generations": 4}
     whole = gradients(tmp_path, 1, **settings)
     assert any(gradient.any() for gradient in whole.values())
@@ -52,7 +52,7 @@ def test_no_algorithms_gradient_depends_on_the_cut(tmp_path, algorithm):
             torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_no_micro_batch_has_more_tokens_than_wanted(tmp_path):
+def test_micro_batches_respect_the_token_limit(tmp_path):
     trainer = make(tmp_path, max_steps=2, max_tokens_per_micro_batch=20, gradient_accumulation_steps=2)
     seen = []
     forward = trainer.model.forward
@@ -69,7 +69,7 @@ def test_no_micro_batch_has_more_tokens_than_wanted(tmp_path):
 
 
 @pytest.mark.parametrize("each", [False, True])
-def test_gradients_wait_for_the_last_micro_batch_unless_told_otherwise(tmp_path, each):
+def test_gradients_are_synchronized_after_the_last_micro_batch_by_default(tmp_path, each):
     config = {"gradient_accumulation_kwargs": {"sync_each_batch": each}}
     trainer = make(tmp_path, max_steps=1, max_tokens_per_micro_batch=20, accelerator_config=config)
     waits = []

@@ -1,4 +1,4 @@
-"""The whole loop on tiny models: it learns, it stands still when it should, and it says what is wrong."""
+"""The training loop on tiny models: it learns, does not move when it should not, and reports wrong input."""
 
 import logging
 import math
@@ -37,7 +37,7 @@ def test_critic_learns_which_prompts_succeed(tmp_path):
 
 
 @pytest.mark.parametrize(("outcome", "beta"), [(0.0, 0.0), (1.0, 0.0), (0.0, 0.5)])
-def test_equal_outcomes_leave_the_policy_alone(tmp_path, outcome, beta):
+def test_equal_outcomes_do_not_change_the_policy(tmp_path, outcome, beta):
     calls = [0]
 
     def equal_after_two(completions, **_):
@@ -80,7 +80,7 @@ def test_ratio_is_one_until_the_policy_moves(tmp_path):
     assert logged(twice, "ratio_max")[1] > 1.0
 
 
-def test_a_gradient_that_is_not_finite_costs_the_update(tmp_path):
+def test_an_update_with_a_nonfinite_gradient_is_skipped(tmp_path):
     trainer = make(tmp_path, max_steps=3)
     before = snapshot(trainer.model)
     original = trainer._clip_grad_norm
@@ -95,7 +95,7 @@ def test_a_gradient_that_is_not_finite_costs_the_update(tmp_path):
     assert logged(trainer, "skipped_updates") == [1, 1, 1]
 
 
-def test_critic_warms_up_alone(tmp_path):
+def test_only_the_critic_learns_during_its_warmup(tmp_path):
     trainer = make(tmp_path, max_steps=3, critic_warmup_steps=3)
     before = snapshot(trainer.model.policy)
     trainer.train()
@@ -123,7 +123,7 @@ def test_masked_truncated_completions_do_not_count(tmp_path):
     assert set(changed(before, trainer.model)) == set()
 
 
-def test_a_failing_reward_costs_its_samples(tmp_path, caplog):
+def test_samples_that_a_reward_fails_on_are_skipped(tmp_path, caplog):
     def fussy(prompts, completions, **_):
         return [
             None if prompt[0] == "3" else float("a" in text) for prompt, text in zip(prompts, completions, strict=True)
@@ -135,7 +135,7 @@ def test_a_failing_reward_costs_its_samples(tmp_path, caplog):
     assert "gave no verdict" in caplog.text
 
 
-def test_a_run_in_which_every_reward_fails_goes_on(tmp_path):
+def test_a_run_continues_if_every_reward_fails(tmp_path):
     trainer = make(
         tmp_path, lambda completions, **_: [None] * len(completions), max_steps=3, gradient_accumulation_steps=2
     )
@@ -156,12 +156,12 @@ def test_columns_reach_the_reward(tmp_path):
     assert asked[0::2] == asked[1::2]
 
 
-def test_outcomes_outside_zero_and_one_are_refused(tmp_path):
+def test_rewards_outside_zero_and_one_are_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"reward must be in \[0, 1\].*got 2"):
         make(tmp_path, lambda completions, **_: [2.0] * len(completions)).train()
 
 
-def test_clipping_is_apart(tmp_path):
+def test_policy_and_critic_are_clipped_separately(tmp_path):
     trainer = make(tmp_path, max_steps=1, max_grad_norm=1e-3, critic_max_grad_norm=float("inf"))
     norms = {}
     step = trainer.callback_handler.on_pre_optimizer_step
@@ -187,8 +187,8 @@ def test_logits_budget_reaches_the_log_probabilities(tmp_path, caplog, budget, k
     assert update.endswith(" 0 recomputed") == kept
 
 
-def test_entries_of_the_gradient_reach_the_log_probabilities(tmp_path, caplog):
-    """A looser tolerance keeps fewer of them, and the update is next to the same."""
+def test_mass_tolerance_reaches_the_log_probabilities(tmp_path, caplog):
+    """A looser tolerance keeps fewer entries, and the update is nearly the same."""
     weights = {}
     for name, settings in {"cache": {}, "sparse": {"logprobs_backward": "sparse", "mass_tolerance": 1e-6}}.items():
         with caplog.at_level(logging.DEBUG, logger="sppo_kernels"):
@@ -213,7 +213,7 @@ def test_two_learning_rates(tmp_path):
     assert named["critic.model.score.bias"] == (2e-3, 0.0)
 
 
-def test_evaluate_leaves_training_alone(tmp_path):
+def test_evaluate_does_not_affect_training(tmp_path):
     trainers = [
         make(tmp_path, max_steps=4, eval_dataset=DATASET, **s)
         for s in ({}, {"eval_strategy": "steps", "eval_steps": 1})
@@ -224,7 +224,7 @@ def test_evaluate_leaves_training_alone(tmp_path):
     assert len(logged(trainers[1], "eval_success_rate")) == 4
 
 
-def test_evaluate_several_datasets_and_alone(tmp_path):
+def test_evaluate_several_datasets_without_training(tmp_path):
     named = {"easy": DATASET.select(range(3)), "hard": DATASET.select(range(5))}
     trainer = make(tmp_path, dataset=None, eval_dataset=named)
     metrics = trainer.evaluate()
@@ -233,7 +233,7 @@ def test_evaluate_several_datasets_and_alone(tmp_path):
         trainer.train()
 
 
-def test_the_reward_limit_is_for_a_rollout_also_in_evaluation(tmp_path):
+def test_evaluation_scores_as_many_samples_at_once_as_a_rollout(tmp_path):
     def slow(completions, **_):
         time.sleep(0.05 * len(completions))
         return [1.0] * len(completions)
@@ -297,7 +297,7 @@ def no_eos():
         (lambda: {"reward": "no_such_reward"}, "no reward named"),
     ],
 )
-def test_wrong_input_is_named_before_training(tmp_path, wrong, says):
+def test_errors_name_the_wrong_input_before_training(tmp_path, wrong, says):
     with pytest.raises(ValueError, match=says):
         make(tmp_path, **wrong())
 
@@ -322,14 +322,14 @@ def test_a_smaller_critic(tmp_path):
         ),
     ],
 )
-def test_what_deepspeed_cannot_do_is_refused(tmp_path, settings, says):
+def test_settings_that_deepspeed_does_not_support_are_rejected(tmp_path, settings, says):
     pytest.importorskip("deepspeed")
     with pytest.raises(ValueError, match=says):
         make(tmp_path, **settings)
 
 
 class OffByATenth(HFRollout):
-    """An engine of its own kernels, which take every token for less likely than it is, by a tenth of a nat."""
+    """An engine with its own kernels, which underestimate every log-probability by a tenth of a nat."""
 
     def generate(self, prompts, **settings):
         samples = super().generate(prompts, **settings)
@@ -351,7 +351,7 @@ class OffByATenth(HFRollout):
         ({"rollout_correction": "sequence_mask", "rollout_cap": 1.01, "ratio_level": "sequence_mean"}, 0.0),
     ],
 )
-def test_the_loss_answers_for_what_the_engine_thought_of_a_token(tmp_path, settings, weight):
+def test_the_loss_corrects_for_the_engines_log_probabilities(tmp_path, settings, weight):
     settings = {"rollout_engine": f"{__file__}:OffByATenth", "temperature": 0.7, "max_steps": 1} | settings
     trainer = make(tmp_path, **settings)
     before = snapshot(trainer.actor_critic.policy)

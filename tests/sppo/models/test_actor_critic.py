@@ -42,7 +42,7 @@ def padded(rows):
 
 
 def padded_loss(policy, critic, kind):
-    """What a trainer does that pads: all logits, masks, and the definition of the loss."""
+    """Compute the loss as a trainer that pads does: all logits, masks, and the definition of the loss."""
     rows = samples()
     ids, mask = padded([s.prompt_ids + s.response_ids for s in rows])
     loss_mask = torch.zeros_like(mask)

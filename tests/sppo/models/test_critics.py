@@ -32,7 +32,7 @@ def test_each_distinct_prompt_is_read_once(monkeypatch):
     critic = build_critic(None, tiny_model(), char_tokenizer())
     torch.nn.init.normal_(critic.score.weight)
     seen = []
-    monkeypatch.setattr(module, "_TOKENS_AT_ONCE", 5)
+    monkeypatch.setattr(module, "_MAX_TOKENS_PER_FORWARD", 5)
     original = module.pack
     monkeypatch.setattr(module, "pack", lambda chunk: seen.append(chunk) or original(chunk))
     prompts = [[3, 4], [5, 6, 7], [3, 4], [8, 9, 2, 3, 4, 5, 6], [2]]
@@ -62,12 +62,12 @@ def test_trained_head_is_kept_and_untrained_starts_at_zero(tmp_path):
         (lambda: classifier(vocab_size=10), "10 token embeddings and the policy's tokenizer 27 tokens"),
     ],
 )
-def test_a_critic_that_does_not_fit_is_refused(critic, says):
+def test_a_critic_that_does_not_fit_is_rejected(critic, says):
     with pytest.raises(ValueError, match=says):
         build_critic(critic(), tiny_model(), char_tokenizer())
 
 
-def test_another_tokenizer_is_refused(tmp_path):
+def test_another_tokenizer_is_rejected(tmp_path):
     other = char_tokenizer()
     other._tokenizer.model = models.WordLevel({"<pad>": 0, "<eos>": 1, "1": 2, "0": 3}, unk_token="<pad>")
     other.save_pretrained(tmp_path)
@@ -110,13 +110,13 @@ def test_values_before_each_token():
     assert (len(first), len(second)) == (3, 1)
 
 
-def test_states_of_a_rollout_are_never_all_there(monkeypatch):
+def test_hidden_states_exist_one_chunk_at_a_time(monkeypatch):
     model = build_critic(None, tiny_model(), char_tokenizer(), "token")
-    monkeypatch.setattr(module, "_TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr(module, "_MAX_TOKENS_PER_FORWARD", 4)
     read, chunks = module.packed_hidden, []
 
     def states(*args):
-        assert sum(chunk() is not None for chunk in chunks) <= 2  # the one before is still in the reader's hands
+        assert sum(chunk() is not None for chunk in chunks) <= 2  # the previous one is still referenced by the reader
         out = read(*args)
         chunks.append(weakref.ref(out.untyped_storage()))
         return out
@@ -130,7 +130,7 @@ def test_states_of_a_rollout_are_never_all_there(monkeypatch):
         assert len(chunks) == 12
 
 
-def test_a_saved_critic_is_taken_up_however_it_is_given(tmp_path):
+def test_a_saved_critic_loads_from_each_kind_of_path(tmp_path):
     critic = build_critic(None, tiny_model(), char_tokenizer())
     torch.nn.init.normal_(critic.score.weight)
     critic.score.bias.data.fill_(-0.3)
@@ -144,7 +144,7 @@ def test_a_saved_critic_is_taken_up_however_it_is_given(tmp_path):
     tiny_model().save_pretrained(tmp_path / "policy")
     with pytest.raises(ValueError, match="there is no critic in"):
         load_critic(tmp_path / "policy")
-    with pytest.raises(ValueError, match="trained as a prompt critic, and the algorithm needs a token critic"):
+    with pytest.raises(ValueError, match="trained as a prompt critic, but the algorithm needs a token critic"):
         build_critic(str(tmp_path / "run"), tiny_model(), char_tokenizer(), "token")
 
 

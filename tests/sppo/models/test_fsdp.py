@@ -1,4 +1,4 @@
-"""Two processes make the updates that one makes of the same samples, whatever each has of them. Real processes."""
+"""Two real processes make the same updates as one on the same samples, however these are divided between them."""
 
 import json
 from pathlib import Path
@@ -36,12 +36,12 @@ SAMPLED = {
         **ADAM,
     }
 }
-"""Each process samples for itself, so what they make is not what one process makes."""
+"""Each process samples by itself, so the results differ from those of one process."""
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Every run, in one process and in two."""
+    """Results of every run, in one process and in two."""
     found = {}
     for world in (1, 2):
         out = tmp_path_factory.mktemp(f"world{world}")
@@ -75,7 +75,7 @@ def test_the_policies_moved(results):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sppo", "fsdp2", "fsdp2, adapters"])
-def test_what_is_saved_is_whole(results, name):
+def test_saved_weights_are_unsharded(results, name):
     (out, _), (sharded, _) = results[1], results[2]
     files = sorted(path.relative_to(out / name) for path in (out / name).rglob("*.safetensors"))
     files = [file for file in files if "experience" not in file.name]
@@ -88,8 +88,8 @@ def test_what_is_saved_is_whole(results, name):
 
 
 @pytest.mark.slow
-def test_processes_sample_apart(results):
-    """Responses of unequal lengths, a held-out prompt that one process has none of, the best of several checkpoints."""
+def test_processes_sample_independently(results):
+    """With responses of unequal lengths, one held-out prompt for two processes, and the best of several checkpoints."""
     (run,) = (results[2][1][name] for name in SAMPLED)
     assert len(run["log"]) == 2
     assert run["evaluation"]["eval_problems"] == 1

@@ -1,4 +1,4 @@
-"""Training by adapters: what learns, what is saved, what the reference is; weights merged for other engines."""
+"""Training with adapters: what learns, what is saved, what the reference is, and merged weights for engines."""
 
 import pytest
 import torch
@@ -42,13 +42,13 @@ def make(folder, model=None, peft_config=None, critic=None, **settings):
 
 @pytest.fixture
 def base(tmp_path):
-    """A folder with a model, which an adapter can name as its base."""
+    """A folder with a model that can be an adapter's base."""
     tiny_model().save_pretrained(tmp_path / "base")
     char_tokenizer().save_pretrained(tmp_path / "base")
     return load_policy(tmp_path / "base")
 
 
-def test_adapters_and_the_critics_head_alone_learn(tmp_path):
+def test_only_adapters_and_the_critics_head_learn(tmp_path):
     trainer = make(tmp_path, peft_config=lora(), gradient_checkpointing=True)
     before = snapshot(trainer.model)
     trainer.train()
@@ -70,7 +70,7 @@ def test_without_critic_adapter_all_of_the_critic_learns(tmp_path):
 
 
 def test_the_reference_is_the_policy_without_its_adapter(tmp_path):
-    """The KL is 0 while the adapter is at zero, and is that to the first weights once it has moved."""
+    """The KL is 0 while the adapter is zero; later it is the KL to the initial weights."""
     trainer = make(tmp_path, peft_config=lora(), beta=0.1, max_steps=3)
     assert trainer.rollouts.reference is trainer.actor_critic.policy
     trainer.train()
@@ -97,7 +97,7 @@ def test_saved_adapter_and_critic_load_as_transformers_own(tmp_path, base):
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "critic")
 
 
-def test_a_loaded_adapter_goes_on_learning(tmp_path, base):
+def test_a_loaded_adapter_continues_to_learn(tmp_path, base):
     trainer = make(tmp_path / "run", base, lora())
     trainer.train()
     trainer.save_model()
@@ -169,7 +169,7 @@ def test_frozen_bfloat16_weights_stay_and_what_learns_is_float32(tmp_path):
     assert any(name.startswith("policy.") for name in changed(before, trainer.model))
 
 
-def test_pefts_own_wrapper_is_taken_off(tmp_path):
+def test_pefts_wrapper_is_removed(tmp_path):
     model = get_peft_model(tiny_model(), lora())
     trainer = make(tmp_path, model, max_steps=1)
     before = snapshot(trainer.model)
@@ -179,5 +179,5 @@ def test_pefts_own_wrapper_is_taken_off(tmp_path):
     ids = torch.tensor([[3, 4, 5, 6]])
     saved = PeftModel.from_pretrained(tiny_model(), tmp_path)
     torch.testing.assert_close(saved(ids).logits, trainer.actor_critic.policy(ids).logits)
-    with pytest.raises(ValueError, match=r"give one with a single LoRA adapter called 'default'"):
+    with pytest.raises(ValueError, match=r"pass one with a single LoRA adapter called 'default'"):
         make(tmp_path / "other", get_peft_model(tiny_model(), lora(), adapter_name="foo"))

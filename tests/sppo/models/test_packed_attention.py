@@ -1,4 +1,4 @@
-"""Packed sequences give what each sequence gives alone, in every supported family, with gradients."""
+"""Packed sequences give the results and gradients of separate sequences, in every supported family."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ SEQUENCES = [[3, 7, 2, 9, 4, 4, 8], [5], [6, 2, 3, 2], [7, 2, 9, 9], [10, 11]]
 
 
 def hidden_alone(model, sequences):
-    """The model's own forward on each sequence by itself."""
+    """Run the model's own forward on each sequence separately."""
     ids = [torch.tensor([sequence]) for sequence in sequences]
     return torch.cat([model.base_model(input_ids=row, use_cache=False).last_hidden_state[0] for row in ids])
 
@@ -51,10 +51,11 @@ def test_pack():
     assert packed.cu_seqlens.dtype == torch.int32
 
 
-def test_autocast_reaches_what_rotary_left_in_float32(monkeypatch):
+def test_autocast_applies_to_float32_query_and_key(monkeypatch):
     seen = []
     attend = attention._attend
-    monkeypatch.setattr(attention, "_attend", lambda *qkv: seen.extend(x.dtype for x in qkv[:3]) or attend(*qkv))
+    record = lambda *qkv, **settings: seen.extend(x.dtype for x in qkv) or attend(*qkv, **settings)
+    monkeypatch.setattr(attention, "_attend", record)
     q, k, v = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8).bfloat16()
     cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
     call = {"cu_seq_lens_q": cu_seqlens, "max_length_q": 3}
@@ -96,7 +97,7 @@ def test_check_accepts_supported_models(family):
 
 
 @pytest.mark.parametrize(("wrong", "says"), [("attention", "attention over packed"), ("logits", "log-probabilities")])
-def test_check_refuses_a_model_that_differs(wrong, says, monkeypatch):
+def test_check_rejects_a_model_that_differs(wrong, says, monkeypatch):
     policy = tiny_model()
     if wrong == "attention":
         monkeypatch.setattr(
@@ -108,7 +109,7 @@ def test_check_refuses_a_model_that_differs(wrong, says, monkeypatch):
         ActorCritic(policy, None).check_packing()
 
 
-def test_check_refuses_a_model_that_keeps_boundaries_from_its_attention():
+def test_check_rejects_a_model_that_does_not_pass_on_boundaries():
     config = transformers.StableLmConfig(
         vocab_size=32,
         hidden_size=32,
@@ -146,7 +147,7 @@ def test_check_is_made_without_dropout():
         ([2, 3, 4], (7, 5), None),
     ],
 )
-def test_the_newest_flash_attn_that_is_made_for_the_device(installed, capability, chosen, monkeypatch):
+def test_the_newest_flash_attn_that_supports_the_device(installed, capability, chosen, monkeypatch):
     for version in (2, 3, 4):
         monkeypatch.setattr(attention, f"is_flash_attn_{version}_available", lambda v=version: v in installed)
     attention.flash_attention.cache_clear()
@@ -155,8 +156,8 @@ def test_the_newest_flash_attn_that_is_made_for_the_device(installed, capability
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 20.0)])
-def test_flash_attn_is_asked_for_what_the_loop_computes(window, softcap, monkeypatch):
-    """Its variable-length function, replaced by the loop in its own terms."""
+def test_flash_attn_gets_the_arguments_of_the_loop(window, softcap, monkeypatch):
+    """Its variable-length function is replaced by the loop with the same signature."""
     settings = {"max_length_q": 5, "sliding_window": window, "softcap": softcap, "scaling": 0.3}
     q, k, v = (torch.randn(1, heads, 8, 4, dtype=torch.bfloat16) for heads in (4, 2, 2))
     cu = torch.tensor([0, 5, 8], dtype=torch.int32)
@@ -189,12 +190,22 @@ def test_flash_attn_is_asked_for_what_the_loop_computes(window, softcap, monkeyp
         "lazy_import_flash_attention",
         lambda name: ((None, varlen, None, None, None), (process, None)),
     )
-    ours = attention.by_flash_attention("flash_attention_2", q, k, v, cu, 5, 0.3, window, softcap)
+    ours = attention.by_flash_attention(
+        q,
+        k,
+        v,
+        name="flash_attention_2",
+        cu_seqlens=cu,
+        max_length=5,
+        scale=0.3,
+        sliding_window=window,
+        softcap=softcap,
+    )
     torch.testing.assert_close(ours, expected)
 
 
 def leaking_hidden(model, packed):
-    """One causal sequence over everything: the second sees the first."""
+    """Attend over everything as one causal sequence, so that the second sees the first."""
     one = Packed(packed.input_ids, packed.position_ids, packed.cu_seqlens[[0, -1]])
     return packed_hidden(model, one, packed.input_ids.shape[1])
 

@@ -7,7 +7,7 @@ from sppo import SPPOConfig
 from sppo.models.policy_io import ensure_fp32_weights
 
 
-def test_bf16_widens_sixteen_bit_weights(caplog):
+def test_bf16_converts_sixteen_bit_weights_to_float32(caplog):
     args = SPPOConfig("unused", use_cpu=True, bf16=True, per_device_train_batch_size=2)
     model = tiny_model().to(torch.bfloat16)
     expected = {name: tensor.float() for name, tensor in model.state_dict().items()}
@@ -17,7 +17,7 @@ def test_bf16_widens_sixteen_bit_weights(caplog):
     assert "lost in rounding" not in caplog.text
 
 
-def test_without_it_they_stay_and_it_is_said(caplog):
+def test_bfloat16_weights_without_bf16_are_kept_with_a_warning(caplog):
     args = SPPOConfig("unused", use_cpu=True, per_device_train_batch_size=2)
     assert ensure_fp32_weights(tiny_model().to(torch.bfloat16), args).dtype == torch.bfloat16
     assert "steps of less than 1/256 of a weight are lost in rounding. bf16=True" in caplog.text
@@ -27,7 +27,7 @@ def test_without_it_they_stay_and_it_is_said(caplog):
 
 @pytest.mark.parametrize("algorithm", ["sppo", "ppo"])
 def test_a_run_in_bfloat16_takes_small_steps(tmp_path, algorithm):
-    """Of a size that bfloat16 weights would round away."""
+    """Steps are smaller than the rounding of bfloat16 weights."""
     model = tiny_model().to(torch.bfloat16)
     trainer = make(tmp_path, model=model, bf16=True, max_steps=2, learning_rate=1e-6, algorithm=algorithm)
     before = {name: p.detach().clone() for name, p in trainer.model.policy.named_parameters()}

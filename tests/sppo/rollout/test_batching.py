@@ -1,4 +1,4 @@
-"""Packing and dealing of samples."""
+"""Packing and balancing of samples."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_a_prompt_is_read_once_in_an_update_whichever_micro_batches_its_response
     assert sorted(outcome for batch in batches for outcome in batch["outcomes"].tolist()) == [0.0, 0.5, 1.0]
 
 
-def test_facts_of_each_token():
+def test_inputs_of_a_token_critic():
     values = [torch.arange(3.0), torch.tensor([7.0]), torch.tensor([8.0, 9.0])]
     samples = [
         a_sample(s.prompt_ids, s.response_ids, value=v, returns=v + 10, advantage=-v)
@@ -57,7 +57,7 @@ def test_facts_of_each_token():
 
 
 @pytest.mark.parametrize("critic", [None, "prompt", "token"])
-def test_more_parts_than_samples(critic):
+def test_more_micro_batches_than_samples(critic):
     samples = [a_sample([5], [1], value=torch.zeros(1), returns=torch.zeros(1), advantage=torch.tensor(1.0))]
     _, empty = make_micro_batches(samples, 2, critic)
     assert empty["input_ids"].tolist() == [[0]]
@@ -67,19 +67,19 @@ def test_more_parts_than_samples(critic):
 
 
 @given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 4), st.integers(1, 150))
-def test_no_part_has_more_tokens_than_wanted(lengths, least, most):
+def test_no_micro_batch_exceeds_the_token_limit(lengths, least, most):
     samples = [a_sample([5], [1] * (n - 1)) for n in lengths]
     parts = num_micro_batches(samples, least, most)
     assert parts % least == 0
     for part in balance_by_tokens([length(s) for s in samples], parts):
         assert sum(lengths[i] for i in part) <= most or len(part) == 1
-    if parts > least:  # fewer would not have done
+    if parts > least:  # fewer micro-batches would exceed the limit
         fewer = balance_by_tokens(lengths, parts - least)
         assert any(sum(lengths[i] for i in part) > most and len(part) > 1 for part in fewer)
 
 
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 8))
-def test_balance_deals_everything_evenly(lengths, parts):
+def test_balance_partitions_evenly(lengths, parts):
     dealt = balance_by_tokens(lengths, parts)
     assert len(dealt) == parts
     assert sorted(i for part in dealt for i in part) == list(range(len(lengths)))

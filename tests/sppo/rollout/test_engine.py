@@ -50,7 +50,7 @@ def test_greedy_does_not_depend_on_padding_or_batch():
             ids.append(token)
 
 
-def test_the_models_own_sampling_settings_are_set_aside():
+def test_the_models_own_sampling_settings_are_ignored():
     model = tiny_model()
     plain = sample(engine(model))
     own = GenerationConfig(do_sample=True, top_k=1, repetition_penalty=5.0, eos_token_id=[5, 6], pad_token_id=0)
@@ -82,7 +82,7 @@ def test_chat_prompts_go_through_the_template():
     assert [m["role"] for m in sample.completion] == ["assistant"]
 
 
-def test_an_empty_prompt_is_refused():
+def test_an_empty_prompt_is_rejected():
     with pytest.raises(ValueError, match="prompt '' has no tokens"):
         encode("", char_tokenizer())
 
@@ -101,7 +101,7 @@ def continuous(**settings):
 
 
 def test_continuous_batching_samples_the_policy():
-    """Greedy, the responses are those of generate(); sampled, their log-probabilities are the model's own."""
+    """Greedy responses equal those of generate(); the log-probabilities of sampled ones are the model's."""
     rollout = continuous()
     assert sample(rollout, temperature=0) == sample(engine(), temperature=0)
     prompts = PROMPTS * 4  # more than fit at once
@@ -133,7 +133,7 @@ def test_engines_by_name():
         engine_class("vlm")
 
 
-def test_settings_that_an_engine_does_not_have_are_named():
+def test_the_error_names_settings_that_an_engine_does_not_have():
     for name in ("hf", "continuous"):
         with pytest.raises(
             ValueError, match=f"rollout_engine_kwargs={{'pages': 3}} does not fit rollout_engine='{name}'"

@@ -1,4 +1,4 @@
-"""vLLM samples from the policy that is trained. Opt-in: `make test-vllm` makes an environment that has it."""
+"""vLLM samples from the trained policy. Opt-in: `make test-vllm` creates an environment with vLLM."""
 
 import pytest
 import torch
@@ -10,18 +10,18 @@ from sppo import SPPOConfig, SPPOTrainer
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm")
 
 TOLERANCE = 1e-4
-"""Nats between vLLM's log-probability of a token and the trainer's, both in float32."""
+"""Largest difference between vLLM's log-probability of a token and the trainer's, in nats, both in float32."""
 
 
 def servable(**changes):
-    """A tiny model whose heads are of a size that vLLM has attention for."""
+    """A tiny model with a head size that vLLM supports."""
     sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 64, "num_attention_heads": 2}
     return tiny_model("llama", **sizes, **changes)
 
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
-    """Two updates by vLLM's samples, at a learning rate that moves the policy far."""
+    """Two updates on vLLM's samples, at a learning rate that moves the policy far."""
     model = servable(tie_word_embeddings=True)
     args = SPPOConfig(
         str(tmp_path_factory.mktemp("run")),
@@ -47,7 +47,7 @@ def answers(trainer, temperature=0.7, seed=0):
 
 
 def differences(trainer, samples, temperature=0.7):
-    """Between the engine's log-probabilities and the policy's, of all tokens."""
+    """Differences between the engine's log-probabilities and the policy's, over all tokens."""
     gaps = []
     for sample in samples:
         ids = torch.tensor([sample.prompt_ids + sample.response_ids])
@@ -66,7 +66,7 @@ def test_log_probabilities_are_the_trained_policys(trainer):
 
 
 def test_responses_are_the_trained_policys(trainer):
-    """Greedy, each token is the policy's likeliest; sampled, the same seed gives the same."""
+    """A greedy token is the policy's likeliest; the same seed gives the same samples."""
     for sample in answers(trainer, temperature=0.0):
         ids = torch.tensor([sample.prompt_ids + sample.response_ids])
         with torch.no_grad():
@@ -77,13 +77,13 @@ def test_responses_are_the_trained_policys(trainer):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_the_correction_sees_the_mismatch(trainer):
+def test_the_correction_measures_the_mismatch(trainer):
     assert len(logged(trainer, "rollout_kl")) == 2
     assert max(map(abs, logged(trainer, "rollout_kl"))) < TOLERANCE
     assert logged(trainer, "rollout_weight_mean") == pytest.approx([1, 1], abs=TOLERANCE)
 
 
-def test_adapters_are_merged_on_the_way():
+def test_adapters_are_merged_when_weights_are_copied():
     from peft import LoraConfig
 
     from sppo.models.lora import add_adapter
