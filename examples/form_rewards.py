@@ -1,4 +1,4 @@
-"""Rewards of one's own, one by one: for a completion that gives its answer in a box, and for a brief one."""
+"""Custom rewards, called once per completion: one for an answer in a box, one for a brief answer."""
 
 import re
 
@@ -10,10 +10,10 @@ def text_of(completion):
 
 
 def boxed(completion):
-    """1 with one box that closes, else 0."""
+    """Return 1 if the completion has exactly one closed box, else 0."""
     return float(len(BOX.findall(text_of(completion))) == 1)
 
 
 def brief(completion, characters=120):
-    """1 up to so many characters, falling to 0 at twice as many."""
+    """Return 1 up to the given number of characters, falling linearly to 0 at twice as many."""
     return min(1.0, max(0.0, 2 - len(text_of(completion)) / characters))

@@ -1,4 +1,4 @@
-"""plain_loop.py with weights sharded by FSDP2, here on CPUs: `torchrun --nproc_per_node 2 examples/fsdp2_loop.py`."""
+"""plain_loop.py with weights sharded by FSDP2, on CPUs too: `torchrun --nproc_per_node 2 examples/fsdp2_loop.py`."""
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
@@ -7,11 +7,12 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 
 def sharded(model, optimizer):
-    """Outside of a forward, weights are now DTensors, the part of this rank, which no operation takes.
+    """Shard model and optimizer.
 
-    Inside the forward of the module that was sharded they are whole and plain: there lm_head.weight and
-    linear_policy_loss must meet. So the model is the module whose forward is the loss, with actor and critic in it:
-    accelerate prepares one module, and of a bare LlamaForCausalLM it shards lm_head apart, for lm_head's forward alone.
+    Outside a forward, weights become DTensors with this rank's shard, which the fused operations do not accept. Inside
+    the forward of the sharded module they are complete tensors, so linear_policy_loss must read lm_head.weight there.
+    Hence the model is the module whose forward is the loss, with actor and critic inside. Of a bare LlamaForCausalLM,
+    accelerate would shard lm_head separately and gather it only for lm_head's own forward.
     """
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -19,19 +20,19 @@ def sharded(model, optimizer):
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
     )
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), fsdp_plugin=plugin)
-    if accelerator.device.type == "cpu":  # where accelerate would make it DDP, without a word
+    if accelerator.device.type == "cpu":  # accelerate would silently use DDP
         accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     model, optimizer = accelerator.prepare(model, optimizer)
-    register_fsdp_forward_method(model, "rollout")  # weights are whole in this method too
+    register_fsdp_forward_method(model, "rollout")  # weights are gathered in this method too
     return accelerator, model, optimizer
 
 
 def update(accelerator, model, optimizer, samples):
-    """One step on the samples of all ranks.
+    """Make one step on the samples of all ranks.
 
-    The mean over the tokens of all: a rank's loss is divided by the normalizer, and then FSDP takes the mean of the
-    ranks' gradients, so the normalizer is the tokens of all ranks over the number of ranks. (The critic's mean is over
-    prompts, of which each rank has as many.)
+    The loss is the mean over the tokens of all ranks. FSDP averages the ranks' gradients, so the normalizer of a rank's
+    loss is the number of tokens on all ranks divided by the number of ranks. The critic's mean is over prompts, and
+    each rank has the same number of them.
     """
     tokens = (samples[1] != -100).sum().float()
     normalizer = accelerator.reduce(tokens, "sum") / accelerator.num_processes
@@ -43,7 +44,7 @@ def update(accelerator, model, optimizer, samples):
 
 
 def rollout(model, prompts):
-    """Each token gathers weights from all ranks, so one whose responses have ended goes along until all have."""
+    """Sample responses; a rank whose responses have ended continues until all have, as each step gathers weights."""
     return model.rollout(prompts, synced_gpus=True)
 
 
@@ -52,7 +53,7 @@ def main(updates=100, seed=0):
     model = ActorCritic()
     accelerator, model, optimizer = sharded(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     rank, world = accelerator.process_index, accelerator.num_processes
-    torch.manual_seed(seed + rank)  # other samples
+    torch.manual_seed(seed + rank)  # other samples on each rank
     prompts = PROMPTS.to(accelerator.device)
     held_out = prompts[800:][rank::world]
     before = accelerator.gather(rollout(model, held_out)[-1]).mean()

@@ -1,4 +1,4 @@
-"""SPPO in plain PyTorch, a minute on a CPU core: of three digits the policy is to write the largest, last of all."""
+"""SPPO in plain PyTorch, a minute on a CPU core: the policy learns to end its response with the largest of 3 digits."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
@@ -14,19 +14,19 @@ class ActorCritic(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.actor, self.critic, self.head = LlamaForCausalLM(TINY), LlamaModel(TINY), torch.nn.Linear(64, 1)
-        torch.nn.init.constant_(self.head.bias, -3.0)  # near the first success rate: at 0.5 nearly all seems a failure
+        torch.nn.init.constant_(self.head.bias, -3.0)  # near the initial success rate; 0 would predict 0.5
 
     @torch.no_grad()
-    def rollout(self, prompts, **settings):  # no top_k, no top_p: the loss is of all tokens at this temperature
+    def rollout(self, prompts, **settings):  # no top_k or top_p: the loss covers all tokens
         settings |= {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0, "max_new_tokens": 8}
         tokens = self.actor.generate(prompts, eos_token_id=EOS, pad_token_id=PAD, **settings)
-        # EOS belongs to the response, so none is empty; -100 bears no loss. old: by the loss's op, so ratios start at 1
+        # EOS is part of the response, so none is empty; -100 is masked. old: same op as the loss, so ratios start at 1
         labels = tokens[:, PROMPT:].masked_fill((tokens[:, PROMPT - 1 : -1] == EOS).cumsum(1) > 0, -100)
         old = linear_logprobs(*self.shifted(tokens), labels.flatten(), temperature=TEMPERATURE).logprobs.view_as(labels)
-        right = tokens[:, PROMPT:-1] == prompts.amax(1, keepdim=True)  # reward: then EOS at once; 0 if cut off
+        right = tokens[:, PROMPT:-1] == prompts.amax(1, keepdim=True)  # reward: followed by EOS; 0 if cut off
         return tokens, labels, old, (right & (tokens[:, PROMPT + 1 :] == EOS)).any(1).float()
 
-    def shifted(self, tokens):  # position t predicts token t + 1: from the prompt's last to the last but one
+    def shifted(self, tokens):  # position t predicts token t + 1
         return self.actor.model(tokens).last_hidden_state[:, PROMPT - 1 : -1].flatten(0, 1), self.actor.lm_head.weight
 
     def forward(self, tokens, labels, old, rewards, normalizer=None):

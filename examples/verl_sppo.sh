@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# SPPO on a Ray cluster with verl 0.9: one response a prompt, a critic, the paper's settings for 1.5B (arXiv 2604.08865).
+# SPPO on a Ray cluster with verl 0.9: one response per prompt, a critic, the paper's settings for 1.5B (arXiv 2604.08865).
 #
 #   pip install 'verl[fsdp,vllm]==0.9.1' && pip install .      on every node, in a checkout of this repository
 #   ray start --head                                           on the first, ray start --address=... on the others
 #   MODEL=... DATA=train.parquet NNODES=2 bash examples/verl_sppo.sh trainer.total_epochs=3
 #
 # DATA has the columns prompt (chat messages), reward_model.ground_truth (an integer or decimal), data_source.
-# Tested without a GPU: that verl accepts every setting below and builds its configuration from it, and each piece that
-# the settings name, against verl's own. Not run: training itself, which verl does on GPUs alone.
+# Tested without a GPU: verl accepts every setting below and builds its configuration from them, and each part that the
+# settings name agrees with verl's own. Not tested: training itself, for which verl requires GPUs.
 set -euo pipefail
 HERE="$(cd "$(dirname "$0")" && pwd)"
 
