@@ -1,4 +1,4 @@
-"""Atomic file writes, JSON Lines files, file locks, and import of objects by name."""
+"""Files that are whole or absent, logs of one JSON object a line, a lock, objects by name."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 METRICS_FILE = "metrics.jsonl"
-"""Name of the metrics log in a run's ``output_dir``."""
+"""What a run has logged, in its ``output_dir``."""
 
 SUMMARY_FILE = "summary.json"
-"""Name of the summary in a finished run's ``output_dir``."""
+"""What a finished run came to, in its ``output_dir``."""
 
 ADAPTER_CONFIG = "adapter_config.json"
-"""Name of the file with an adapter's configuration, by PEFT."""
+"""The file by which PEFT tells that a folder holds an adapter."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary file next to ``path``, and rename it to ``path`` if the block ends without an error."""
+    """Give a file beside ``path`` to write, which takes its place where the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}")
     try:
@@ -42,21 +42,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Replace the contents of a file by JSON entries, one per line."""
+    """Write entries as JSON, one a line, in place of what the file had."""
     with atomic_write(path) as staged:
         staged.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries), encoding="utf-8")
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Append a JSON entry to a file."""
+    """Add an entry at the end of the file."""
     with path.open("a", encoding="utf-8") as lines:
         lines.write(f"{json.dumps(entry)}\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON entries of a file, one per line.
-
-    A last line that a crash cut short is ignored, and a missing file has no entries.
+    """The entries of a file, without a last one that a crash cut short; none where there is no file.
 
     Raises:
         ValueError: a line before the last is not JSON.
@@ -73,7 +71,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def import_object(spec: str) -> Any:
-    """Import an object by ``package.module:name`` or ``path/to/file.py:name``.
+    """The object that ``package.module:name`` or ``path/to/file.py:name`` names.
 
     Raises:
         ValueError: there is no such module, file or name.
@@ -86,7 +84,7 @@ def import_object(spec: str) -> Any:
             assert module_spec is not None
             assert module_spec.loader is not None
             module = importlib.util.module_from_spec(module_spec)
-            sys.path.insert(0, str(path.parent))  # so that it can import its neighbours, like a script
+            sys.path.insert(0, str(path.parent))  # so that it may import its neighbours, as a script may
             module_spec.loader.exec_module(module)
         else:
             module = importlib.import_module(where)
@@ -98,16 +96,15 @@ def import_object(spec: str) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint with the most similar known name for an error message, or an empty text."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def lock_file(file: IO[Any], message: str) -> None:
-    """Lock an open file for this process, until it is closed or the process ends in whatever way.
+    """Lock an open file for this process. The lock is the system's: it goes with the process, however that ends.
 
     Raises:
-        ValueError: another process has locked the file; with ``message``.
+        ValueError: another process has it locked; with this message.
     """
     if fcntl is not None:
         try:
@@ -118,12 +115,12 @@ def lock_file(file: IO[Any], message: str) -> None:
 
 @contextmanager
 def run_lock(output_dir: Path) -> Iterator[None]:
-    """Lock a folder for one run within a context.
+    """Hold a folder for one run at a time.
 
     Raises:
         ValueError: another process trains into the folder.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / ".lock").open("w") as lock:
-        lock_file(lock, f"output_dir={str(output_dir)!r} is in use by another training process; choose another one")
+        lock_file(lock, f"output_dir={str(output_dir)!r} is being trained into by another process; choose another one")
         yield

@@ -259,7 +259,7 @@ def test_another_reward_or_dataset_is_rejected(half_done):
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
     trainer = make_trainer(tmp_path, **WHOLE)
-    with run_lock(tmp_path), pytest.raises(ValueError, match="is in use by another training process"):
+    with run_lock(tmp_path), pytest.raises(ValueError, match="is being trained into by another process"):
         trainer.train()
     trainer.args.max_steps = 1
     assert trainer.train().global_step == 1
