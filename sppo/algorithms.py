@@ -16,6 +16,7 @@ that settings override. docs/algorithms.md has the formulas and shows how to add
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -23,7 +24,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from sppo._utils import import_object, nearest
+from sppo._utils import import_object
 from sppo_kernels import gae, group_advantages, whiten
 
 
@@ -269,9 +270,10 @@ def algorithm_class(name: str) -> type[Algorithm]:
     if name in ALGORITHMS:
         return _checked(ALGORITHMS[name])
     if not isinstance(name, str) or ":" not in name:
+        near = difflib.get_close_matches(str(name), ALGORITHMS, 1)
         raise ValueError(
             f"algorithm must be one of {', '.join(ALGORITHMS)}, or module:Class for one of your own, got {name!r}"
-            f"{nearest(str(name), ALGORITHMS)}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
         )
     found = import_object(name)
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
