@@ -34,7 +34,7 @@ from benchmarks.learn.policy import greedy_accuracy, lessons, make_policy
 from benchmarks.learn.runs import Run, train
 from benchmarks.learn.table import COLUMNS, SPEEDUP, compared
 from benchmarks.learn.variants import ALGORITHMS, QUICK, TASKS, Task
-from sppo._utils import sole_run
+from sppo._utils import run_lock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("seeds", "workers"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name} must be at least 1, got {getattr(args, name)}")
-    with sole_run(args.out):  # two would overwrite each other's rows
+    with run_lock(args.out):  # two would overwrite each other's rows
         return _run(args)
 
 
