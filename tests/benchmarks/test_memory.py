@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
+from sppo_kernels._head import row_stride
+
 from benchmarks import memory
 from benchmarks.__main__ import main
 from benchmarks.harness.allocations import GIB, Allocations
@@ -22,7 +24,6 @@ from benchmarks.memory import (
     linear_logprobs_peak,
     linear_policy_loss_peak,
 )
-from sppo_kernels._head import row_stride
 
 
 @pytest.mark.parametrize("mode", [FakeTensorMode, torch.enable_grad], ids=["fake", "real"])

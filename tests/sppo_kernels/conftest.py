@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import register_random
 
+from sppo_kernels.ops.linear_logprobs.lm_head import LMHead
+
 
 class TorchRandom:
     """torch's CPU generator in the form that hypothesis seeds before each example."""
@@ -36,3 +38,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _same_random_tensors_every_run():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 16 tokens in place of at least 256: chunks of logits of 4, on the PyTorch backend of 8."""
+    monkeypatch.setattr(LMHead, "block_size", lambda self, vocab=None: 16)

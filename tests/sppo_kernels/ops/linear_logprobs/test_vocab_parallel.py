@@ -12,7 +12,7 @@ import torch.distributed as dist
 from sppo_kernels import linear_logprobs
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).with_name("vocab_parallel_run.py")
+SCRIPT = Path(__file__).parents[3] / "helpers/vocab_parallel_run.py"
 
 
 @pytest.mark.slow

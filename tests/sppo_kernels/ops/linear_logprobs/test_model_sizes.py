@@ -36,7 +36,7 @@ def tokens(vocab, dtype, distribution):
     Where a model is nearly sure, 1 - p is one rounding a token, of which float32 has no other to speak of.
     """
     if dtype == torch.float32:
-        return 1000 if distribution is peaked and vocab == 97 else 64
+        return 250 if distribution is peaked and vocab == 97 else 32
     return {97: 64, 49_152: 12, 151_936: 8}[vocab]
 
 
@@ -63,20 +63,19 @@ def error(got, want):
     return (got.double() - want).square().mean().sqrt().item()
 
 
-WIDTHS, VOCABULARIES, DISTRIBUTIONS = (64, 576, 1000), (97, 49_152, 151_936), (uniform, peaked, long_tailed)
-# In bfloat16 every two of width, vocabulary and distribution meet; all three only where that does not take minutes.
+WIDTHS, DISTRIBUTIONS = (64, 576, 1000), (uniform, peaked, long_tailed)
+# In bfloat16 each vocabulary meets each distribution, the largest only the one that decides sparse gradients.
 CASES = [(width, 97, torch.bfloat16, distribution) for width in WIDTHS for distribution in DISTRIBUTIONS]
 CASES += [
-    (width, vocab, torch.bfloat16, DISTRIBUTIONS[(i + j) % 3])
-    for i, width in enumerate(WIDTHS)
-    for j, vocab in enumerate(VOCABULARIES[1:])
+    (width, 49_152, torch.bfloat16, distribution) for width, distribution in zip(WIDTHS, DISTRIBUTIONS, strict=True)
 ]
+CASES += [(64, 151_936, torch.bfloat16, peaked)]
 CASES += [(width, 97, torch.float32, distribution) for width, distribution in zip(WIDTHS, DISTRIBUTIONS, strict=True)]
 CASES += [(64, 49_152, torch.float32, long_tailed)]  # larger would be a matter of memory and time alone
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:linear_logprobs kept")
+@pytest.mark.filterwarnings("ignore:linear_logprobs cached")
 @pytest.mark.parametrize(("width", "vocab", "dtype", "distribution"), CASES)
 def test_at_most_one_and_a_half_times_eagers_error(width, vocab, dtype, distribution):
     given = distribution(tokens(vocab, dtype, distribution), width, vocab, dtype)

@@ -18,7 +18,7 @@ from sppo_kernels.ops.linear_logprobs.matmul import Projection, row_stride
 
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU all tests multiply so"),
-    pytest.mark.filterwarnings("ignore:linear_logprobs kept"),  # for tokens whose entropies have gradients too
+    pytest.mark.filterwarnings("ignore:linear_logprobs cached"),  # for tokens whose entropies have gradients too
 ]
 fault = _backend._INTERPRETER_FAULT
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(fault != "", reason=fault))]
