@@ -1,4 +1,7 @@
-"""Settings of a run: transformers' TrainingArguments, TRL's field names where TRL has one, and a few of SPPO's own."""
+"""Settings of a training run: transformers' TrainingArguments and this trainer's own, named as in TRL if it has them.
+
+``sppo train --help`` shows the ``help`` of each field.
+"""
 
 from __future__ import annotations
 
@@ -19,84 +22,86 @@ BASELINES = ("running_mean", "prompt_mean")
 
 @dataclass
 class SPPOConfig(TrainingArguments):
-    """Arguments of :class:`sppo.SPPOTrainer`; those of ``transformers.TrainingArguments`` hold too.
+    """Arguments of :class:`sppo.SPPOTrainer`, in addition to those of ``transformers.TrainingArguments``.
 
-    A rollout makes ``per_device_train_batch_size * steps_per_generation`` completions on each process; they are trained
-    on in ``num_iterations * steps_per_generation / gradient_accumulation_steps`` updates. Micro-batches are cut by
-    tokens, so ``per_device_train_batch_size`` is their mean number of sequences. An epoch is rounded up to whole
-    rollouts.
+    A rollout has ``per_device_train_batch_size * steps_per_generation`` completions on each process. The trainer learns
+    from them in ``num_iterations * steps_per_generation / gradient_accumulation_steps`` updates. Micro-batches are
+    balanced by tokens, so ``per_device_train_batch_size`` is their mean number of sequences. An epoch is rounded up to
+    complete rollouts.
 
-    Differences from ``TrainingArguments``: every update is logged, the learning rate is constant unless asked
-    otherwise, and the place in the data is restored by the trainer itself (``ignore_data_skip`` is always True).
+    Differences from ``TrainingArguments``: every update is logged, the learning rate is constant by default, and the
+    trainer itself restores the position in the data (``ignore_data_skip`` is always True).
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of the policy."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of both learning rates."})
-    logging_steps: float = field(default=1, metadata={"help": "Log every so many updates."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Columns go to the rewards; keep them."})
+    logging_steps: float = field(default=1, metadata={"help": "Updates between two log entries."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: rewards use the columns."})
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Replace non-finite losses in the log; costs a device sync a micro-batch."}
+        default=False, metadata={"help": "Replace non-finite losses in the log; costs a device sync per micro-batch."}
     )
 
     algorithm: str = field(
         default="sppo",
         metadata={
-            "help": "What turns outcomes into a loss: sppo, ppo, grpo, dr_grpo, rloo, gspo, remax, reinforce, or "
-            "module:Class. It gives the settings below that are None."
+            "help": "Training algorithm: sppo, ppo, grpo, dr_grpo, rloo, gspo, remax, reinforce, or module:Class. It "
+            "gives the settings below that are None their values."
         },
     )
 
     # Rollout
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Training prompts with more tokens than this are left out. None: no limit."}
+        default=None, metadata={"help": "Skip training prompts with more tokens than this. None: no limit."}
     )
-    max_completion_length: int = field(default=256, metadata={"help": "Most tokens a completion may have."})
+    max_completion_length: int = field(default=256, metadata={"help": "Maximum number of tokens per completion."})
     num_generations: int | None = field(
-        default=None, metadata={"help": "Completions sampled for each prompt. None: the algorithm's."}
+        default=None, metadata={"help": "Completions per prompt. None: the algorithm's."}
     )
     steps_per_generation: int | None = field(
         default=None,
-        metadata={"help": "Micro-batches a rollout serves. None: gradient_accumulation_steps, one update a rollout."},
+        metadata={"help": "Micro-batches per rollout. None: gradient_accumulation_steps, one update per rollout."},
     )
-    num_iterations: int = field(default=1, metadata={"help": "Times each rollout is trained on."})
+    num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout."})
     rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Completions generated at once on a process. None: the whole rollout."}
+        default=None, metadata={"help": "Completions per generation batch on each process. None: the complete rollout."}
     )
     max_tokens_per_micro_batch: int | None = field(
         default=None,
-        metadata={"help": "Cut micro-batches further, so that none has more tokens. None: cut by number alone."},
+        metadata={"help": "Maximum number of tokens per micro-batch; larger ones are split. None: no limit."},
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of the trained log-probabilities."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling and of the log-probabilities."})
     top_p: float = field(
         default=1.0,
-        metadata={"help": "Nucleus sampling. Below 1, samples leave the distribution that is trained."},
+        metadata={"help": "Nucleus sampling. Below 1, samples do not follow the distribution that is trained."},
     )
-    top_k: int = field(default=0, metadata={"help": "Sample among the k likeliest tokens; 0: all. See top_p."})
-    shuffle_dataset: bool = field(default=True, metadata={"help": "A new order of the prompts each epoch."})
+    top_k: int = field(default=0, metadata={"help": "Sample among the k most likely tokens; 0: all. See top_p."})
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts in each epoch."})
     rollout_engine: str = field(
         default="hf",
-        metadata={"help": "What samples: hf, continuous, vllm, or module:Class; see docs/training.md."},
+        metadata={"help": "Rollout engine: hf, continuous, vllm, or module:Class; see docs/training.md."},
     )
     rollout_engine_kwargs: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Settings of the engine itself, for example {max_num_seqs: 64} of vllm."}
+        default=None, metadata={"help": "Arguments of the rollout engine, for example {max_num_seqs: 64} for vllm."}
     )
-    use_vllm: bool = field(default=False, metadata={"help": "Another way to say rollout_engine=vllm."})
+    use_vllm: bool = field(default=False, metadata={"help": "The same as rollout_engine=vllm."})
     rollout_correction: str = field(
         default="token_truncate",
         metadata={
-            "help": "How the loss weighs tokens by the trainer's probability over that of an engine with its own: "
+            "help": "Importance weights of the trainer's probabilities over those of an engine that reports its own: "
             "token_truncate, sequence_truncate, sequence_mask or none."
         },
     )
-    rollout_cap: float = field(default=2.0, metadata={"help": "Largest such weight."})
+    rollout_cap: float = field(default=2.0, metadata={"help": "Maximum importance weight."})
 
     # Reward
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function. None: all 1. The sum must stay in [0, 1]."}
     )
-    reward_timeout: float = field(default=30.0, metadata={"help": "Seconds a reward function may take for a rollout."})
+    reward_timeout: float = field(
+        default=30.0, metadata={"help": "Time limit of a reward function per rollout, in seconds."}
+    )
     mask_truncated_completions: bool = field(
-        default=False, metadata={"help": "Leave completions without an end-of-sequence token out of the update."}
+        default=False, metadata={"help": "Exclude completions without an end-of-sequence token from the update."}
     )
 
     # Loss
@@ -122,30 +127,31 @@ class SPPOConfig(TrainingArguments):
         },
     )
     beta: float = field(
-        default=0.0, metadata={"help": "Weight of the KL to the initial policy; above 0 a frozen copy of it is kept."}
+        default=0.0,
+        metadata={"help": "Weight of the KL to the initial policy; above 0, a frozen copy of it stays in memory."},
     )
-    gamma: float = field(default=1.0, metadata={"help": "Discount of ppo, a token."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token, for ppo."})
     lam: float = field(default=1.0, metadata={"help": "Lambda of ppo's generalized advantage estimation."})
     baseline: float | str = field(
-        default="running_mean", metadata={"help": "Of reinforce: a number, running_mean or prompt_mean."}
+        default="running_mean", metadata={"help": "Baseline of reinforce: a number, running_mean or prompt_mean."}
     )
 
     logprobs_backward: str = field(
         default="cache",
         metadata={
-            "help": "cache, recompute or sparse: what backward knows of the logits, see docs/log-probabilities.md. Not "
-            "auto, so that a resumed run has the same bits."
+            "help": "How backward gets the logits: cache, recompute or sparse, see docs/log-probabilities.md. auto is "
+            "not available: a resumed run would not have the same bits."
         },
     )
     mass_tolerance: float = field(
         default=1e-4,
-        metadata={"help": "Probability that logprobs_backward='sparse' may leave out of a token's gradient."},
+        metadata={"help": "Probability mass that logprobs_backward='sparse' may omit from a token's gradient."},
     )
     logits_budget_bytes: int = field(
         default=2**30,
         metadata={
-            "help": "Memory in which a micro-batch keeps the gradient of its log-probabilities by the logits; the rest "
-            "is computed twice. A fixed amount, not what is free, so that a resumed run has the same bits."
+            "help": "Memory per micro-batch for cached logit gradients; what does not fit is computed twice. A fixed "
+            "amount, independent of free memory, so that a resumed run has the same bits."
         },
     )
 
@@ -154,24 +160,25 @@ class SPPOConfig(TrainingArguments):
     critic_weight_decay: float | None = field(
         default=None, metadata={"help": "Weight decay of the critic. None: weight_decay."}
     )
-    critic_max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm the critic is clipped at."})
+    critic_max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum gradient norm of the critic."})
     cliprange_value: float = field(
         default=0.2,
-        metadata={"help": "How far ppo's value may move from the one before the update and still gain; inf: no bound."},
+        metadata={"help": "Clip range of ppo's values around those before the update; inf: no clipping."},
     )
     critic_adapter: bool = field(
-        default=True, metadata={"help": "With peft_config the critic learns by an adapter too; False: all its weights."}
+        default=True,
+        metadata={"help": "With peft_config, train the critic as an adapter too; False: train all its weights."},
     )
-    critic_warmup_steps: int = field(default=0, metadata={"help": "First updates in which the critic learns alone."})
+    critic_warmup_steps: int = field(default=0, metadata={"help": "Initial updates that train only the critic."})
 
     # Evaluation and log
     eval_temperature: float = field(default=0.0, metadata={"help": "Temperature of evaluate(); 0 is greedy."})
-    log_completions: bool = field(default=False, metadata={"help": "Print sample completions whenever metrics are."})
-    num_completions_to_print: int = field(default=3, metadata={"help": "How many of them."})
+    log_completions: bool = field(default=False, metadata={"help": "Print sample completions with each log entry."})
+    num_completions_to_print: int = field(default=3, metadata={"help": "Number of sample completions to print."})
 
     def __post_init__(self) -> None:
         if self.bf16 and not torch.accelerator.is_available():
-            self.use_cpu = True  # transformers wants it said; there is nothing else to run on
+            self.use_cpu = True  # without an accelerator, transformers requires use_cpu for bf16
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model, self.greater_is_better = "reward", True  # there is no evaluation loss
         super().__post_init__()
@@ -182,12 +189,12 @@ class SPPOConfig(TrainingArguments):
             self.critic_weight_decay = self.weight_decay
         if self.use_vllm:
             self.rollout_engine = "vllm"
-        self._take_defaults(algorithm_class(self.algorithm).defaults)
+        self._apply_defaults(algorithm_class(self.algorithm).defaults)
         self._check_choices()
         self._check_ranges()
         self._check_shapes()
 
-    def _take_defaults(self, defaults: dict[str, Any]) -> None:
+    def _apply_defaults(self, defaults: dict[str, Any]) -> None:
         if self.epsilon is not None and self.epsilon_high is None:
             self.epsilon_high = self.epsilon
         for name, value in defaults.items():
@@ -198,37 +205,44 @@ class SPPOConfig(TrainingArguments):
 
     @classmethod
     def paper(cls, size: str = "1.5b", **overrides: Any) -> SPPOConfig:
-        """The published settings (arXiv 2604.08865, appendix E and the released implementation).
+        """Return the published settings (arXiv 2604.08865, appendix E and the released implementation).
+
+        They put one sequence in a micro-batch and are for one process: on ``n`` processes divide both
+        ``gradient_accumulation_steps`` and ``steps_per_generation`` by n.
 
         Args:
-            size: ``"1.5b"`` (256 prompts in 2 updates a rollout), ``"7b"`` or ``"7b-small-critic"`` (512 in 16), whose
-                settings are the same: the small critic is the 1.5B model, as ``critic=`` of the trainer. One sequence
-                a micro-batch on one process: on ``n`` processes divide both ``gradient_accumulation_steps`` and
-                ``steps_per_generation`` by n.
-            **overrides: any field, ``output_dir`` for one.
+            size: ``"1.5b"`` (256 prompts per rollout, 2 updates), ``"7b"`` or ``"7b-small-critic"`` (512 prompts, 16
+                updates). The last two have the same settings: pass the 1.5B model as ``critic=`` of the trainer for
+                the small critic.
+            **overrides: values of any field, for example ``output_dir``.
+
+        Raises:
+            ValueError: an unknown size, or an invalid override.
         """
         return cls(**preset(size, overrides))
 
     @property
     def rollout_size(self) -> int:
-        """Completions a process makes in one rollout."""
+        """Completions per rollout on one process."""
         assert self.steps_per_generation is not None
         return self.per_device_train_batch_size * self.steps_per_generation
 
     @property
     def updates_per_rollout(self) -> int:
-        """Optimizer steps that one rollout serves."""
+        """Optimizer steps per rollout."""
         assert self.steps_per_generation is not None
         return self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps
 
     def check_processes(self) -> None:
-        """Check that the process was launched as one of several, if it is.
+        """Check that several processes, if launched, train together.
 
         Raises:
-            ValueError: it has several GPUs, or a launcher started several processes that do not know of each other.
+            ValueError: this process has several GPUs, or it trains alone although a launcher started several.
         """
         if self.n_gpu > 1:
-            raise ValueError(f"{self.n_gpu} GPUs in one process; start with accelerate launch, or show one GPU only")
+            raise ValueError(
+                f"{self.n_gpu} GPUs in one process; start with accelerate launch, or make only one GPU visible"
+            )
         if (launched := int(os.environ.get("WORLD_SIZE", "1"))) > 1 and self.world_size == 1:
             raise ValueError(
                 f"WORLD_SIZE={launched}, but this process trains alone (parallel_mode={self.parallel_mode.value}): on "
@@ -249,16 +263,16 @@ class SPPOConfig(TrainingArguments):
         if not is_number and self.baseline not in BASELINES:
             raise ValueError(f"baseline must be a number, {' or '.join(BASELINES)}, got {self.baseline!r}")
         unavailable = {
-            "fp16": "use bf16=True, or neither: log-ratios need more range than a float16 loss scale leaves",
-            "auto_find_batch_size": "set per_device_train_batch_size: a rollout cannot be cut again half way",
+            "fp16": "use bf16=True, or neither: log-ratios need more range than float16 with loss scaling has",
+            "auto_find_batch_size": "set per_device_train_batch_size: a rollout cannot be divided again halfway",
             "neftune_noise_alpha": "leave it None: noise on the embeddings belongs to supervised training",
             "label_smoothing_factor": "leave it 0: there are no labels to smooth",
         }
-        cut = self.top_p < 1 or self.top_k > 0
-        if cut and self.rollout_engine != "hf" and self.rollout_correction.startswith("sequence_"):
+        is_truncated = self.top_p < 1 or self.top_k > 0
+        if is_truncated and self.rollout_engine != "hf" and self.rollout_correction.startswith("sequence_"):
             raise ValueError(
-                f"rollout_correction={self.rollout_correction!r} with top_p={self.top_p} and top_k={self.top_k}: what "
-                "is cut off would shrink the weight with each token; use token_truncate, or leave top_p 1 and top_k 0"
+                f"rollout_correction={self.rollout_correction!r} with top_p={self.top_p} and top_k={self.top_k}: the "
+                "excluded probability would shrink the weight with each token; use token_truncate, or top_p=1, top_k=0"
             )
         if self.max_steps == 0:
             raise ValueError(
@@ -267,26 +281,26 @@ class SPPOConfig(TrainingArguments):
         for name, remedy in unavailable.items():
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not available in this version; {remedy}")
-        if plugin := getattr(self, "deepspeed_plugin", None):  # by these settings, or by accelerate's
+        if plugin := getattr(self, "deepspeed_plugin", None):  # from these settings, or from accelerate's
             self._check_deepspeed(plugin.hf_ds_config)
 
     def _check_deepspeed(self, config: Any) -> None:
-        """What DeepSpeed cannot do for this trainer: it takes weights, gradients and the step away from it."""
+        """Reject settings that do not work with DeepSpeed, which owns weights, gradients and the optimizer step."""
         if config.is_zero3():
             raise ValueError(
-                "DeepSpeed: zero_optimization.stage 3 spreads weights that are read outside of a forward; use "
+                "DeepSpeed: zero_optimization.stage 3 shards weights that are read outside the forward pass; use "
                 "stage 2, or fsdp=True"
             )
         for name, setting in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
             if config.get_value(name) is not None:
                 raise ValueError(
-                    f"DeepSpeed: an {name} in its config has one learning rate for policy and critic; leave it out, "
-                    f"{setting}= chooses one"
+                    f"DeepSpeed: the {name} in its config has one learning rate for policy and critic; remove it and "
+                    f"set {setting}= instead"
                 )
         if self.max_tokens_per_micro_batch is not None:
             raise ValueError(
-                f"DeepSpeed: max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} needs backward passes that "
-                "it does not count; leave it None"
+                f"DeepSpeed: max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} adds backward passes that it "
+                "does not count; leave it None"
             )
 
     def _check_ranges(self) -> None:
@@ -330,12 +344,12 @@ class SPPOConfig(TrainingArguments):
             ("lam", lambda x: 0 <= x <= 1, "in [0, 1]"),
             ("dual_clip", lambda x: x > 1, "greater than 1 (float('inf') for no bound)"),
         ]
-        for name, holds, wanted in rules:
+        for name, is_valid, description in rules:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int | float):
-                raise ValueError(f"{name} must be a number {wanted}, got {value!r}")
-            if value is not None and (math.isnan(value) or not holds(value)):
-                raise ValueError(f"{name} must be {wanted}, got {value}")
+                raise ValueError(f"{name} must be a number {description}, got {value!r}")
+            if value is not None and (math.isnan(value) or not is_valid(value)):
+                raise ValueError(f"{name} must be {description}, got {value}")
 
     def _check_shapes(self) -> None:
         assert self.steps_per_generation is not None
@@ -357,6 +371,6 @@ class SPPOConfig(TrainingArguments):
             )
         if self.rollout_size * self.world_size < 2:
             raise ValueError(
-                "per_device_train_batch_size * steps_per_generation is 1: a rollout of one completion has equal "
-                "outcomes, which never move the policy; make one of the two larger"
+                "per_device_train_batch_size * steps_per_generation is 1: in a rollout of one completion all outcomes "
+                "are equal, so the policy never changes; increase one of the two"
             )

@@ -1,3 +1,5 @@
+"""Tests of SPPOConfig: defaults, published presets and invalid settings."""
+
 import pytest
 
 from sppo import SPPOConfig
@@ -7,7 +9,7 @@ def config(**settings):
     return SPPOConfig(**({"output_dir": "unused", "use_cpu": True, "per_device_train_batch_size": 2} | settings))
 
 
-def test_defaults_follow_from_each_other():
+def test_defaults_depend_on_other_settings():
     args = config(gradient_accumulation_steps=3, epsilon=0.1)
     assert (args.steps_per_generation, args.epsilon_high, args.rollout_size, args.updates_per_rollout) == (3, 0.1, 6, 1)
     assert config(gradient_accumulation_steps=2, steps_per_generation=6, num_iterations=2).updates_per_rollout == 6
@@ -24,7 +26,7 @@ def test_defaults_follow_from_each_other():
         ),
     ],
 )
-def test_paper_is_the_published_recipe(size, expected):
+def test_paper_returns_the_published_settings(size, expected):
     args = SPPOConfig.paper(size, output_dir="unused", use_cpu=True)
     assert {
         "prompts": args.rollout_size,
@@ -69,7 +71,7 @@ def test_paper_takes_overrides():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         (
             {"algorithm": "pppo"},
@@ -111,23 +113,23 @@ def test_paper_takes_overrides():
         ({"per_device_train_batch_size": 1}, "a rollout of one completion"),
     ],
 )
-def test_wrong_settings_are_named(settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_settings_raise(settings, message):
+    with pytest.raises(ValueError, match=message):
         config(**settings)
 
 
-def test_the_best_checkpoint_is_the_one_of_most_reward():
+def test_the_best_checkpoint_has_the_highest_reward():
     args = SPPOConfig("out", use_cpu=True, save_strategy="best", eval_strategy="steps", eval_steps=1)
     assert (args.metric_for_best_model, args.greater_is_better) == ("reward", True)
 
 
-def test_bf16_needs_no_word_about_the_cpu(monkeypatch):
+def test_bf16_without_an_accelerator_sets_use_cpu(monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     assert SPPOConfig("out", bf16=True).use_cpu
 
 
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
-def test_papers_checkpointing_can_be_switched_off_by_either_name(name):
+def test_paper_checkpointing_has_two_names_to_disable_it(name):
     if name in SPPOConfig.__dataclass_fields__:
         args = SPPOConfig.paper("7b", output_dir="unused", use_cpu=True, **{name: False})
         assert not getattr(args, "activation_checkpointing", False)

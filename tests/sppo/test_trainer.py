@@ -315,7 +315,7 @@ def test_a_smaller_critic(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "stage 3 spreads weights"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "stage 3 shards weights"),
         (
             {"deepspeed": {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}},
             "one learning rate for policy and critic",
