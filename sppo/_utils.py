@@ -1,4 +1,4 @@
-"""Files that are whole or absent, logs of one JSON object a line, a lock, objects by name."""
+"""Helpers shared by the trainer's modules: atomic writes, JSON Lines, file locks, imports by name."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 METRICS_FILE = "metrics.jsonl"
-"""What a run has logged, in its ``output_dir``."""
+"""The log of a run, in its ``output_dir``."""
 
 SUMMARY_FILE = "summary.json"
-"""What a finished run came to, in its ``output_dir``."""
+"""The results of a finished run, in its ``output_dir``."""
 
 ADAPTER_CONFIG = "adapter_config.json"
-"""The file by which PEFT tells that a folder holds an adapter."""
+"""The file that marks a folder as a PEFT adapter."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a file beside ``path`` to write, which takes its place where the block ends without an error."""
+    """Yield a temporary file next to ``path``, which replaces it if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}")
     try:
@@ -42,19 +42,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Write entries as JSON, one a line, in place of what the file had."""
+    """Write entries as JSON, one per line, replacing the file's content."""
     with atomic_write(path) as staged:
         staged.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries), encoding="utf-8")
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Add an entry at the end of the file."""
+    """Append an entry to the file as one line of JSON."""
     with path.open("a", encoding="utf-8") as lines:
         lines.write(f"{json.dumps(entry)}\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The entries of a file, without a last one that a crash cut short; none where there is no file.
+    """Read the entries of a file, except for a last line that a crash cut short.
+
+    Returns:
+        One dictionary per line; an empty list if there is no such file.
 
     Raises:
         ValueError: a line before the last is not JSON.
@@ -66,28 +69,28 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             entries.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise ValueError(f"{str(path)!r} has no JSON in line {number} ({error}); delete that line") from error
+                raise ValueError(f"{str(path)!r}: line {number} is not JSON ({error}); delete that line") from error
     return entries
 
 
 def import_object(spec: str) -> Any:
-    """The object that ``package.module:name`` or ``path/to/file.py:name`` names.
+    """Import the object named by ``package.module:name`` or ``path/to/file.py:name``.
 
     Raises:
         ValueError: there is no such module, file or name.
     """
-    where, _, name = spec.rpartition(":")
+    source, _, name = spec.rpartition(":")
     try:
-        if where.endswith(".py"):
-            path = Path(where).resolve()
+        if source.endswith(".py"):
+            path = Path(source).resolve()
             module_spec = importlib.util.spec_from_file_location(path.stem, path)
             assert module_spec is not None
             assert module_spec.loader is not None
             module = importlib.util.module_from_spec(module_spec)
-            sys.path.insert(0, str(path.parent))  # so that it may import its neighbours, as a script may
+            sys.path.insert(0, str(path.parent))  # the file may import modules from its folder, as a script may
             module_spec.loader.exec_module(module)
         else:
-            module = importlib.import_module(where)
+            module = importlib.import_module(source)
         return reduce(getattr, name.split("."), module)
     except (ImportError, FileNotFoundError, AttributeError, SyntaxError) as error:
         raise ValueError(
@@ -95,16 +98,19 @@ def import_object(spec: str) -> Any:
         ) from error
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean ...?"`` with the known name closest to a misspelt one, or ``""`` if none is close."""
+    matches = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def lock_file(file: IO[Any], message: str) -> None:
-    """Lock an open file for this process. The lock is the system's: it goes with the process, however that ends.
+    """Lock an open file for this process; the system releases the lock when the process ends.
+
+    Does nothing on Windows.
 
     Raises:
-        ValueError: another process has it locked; with this message.
+        ValueError: another process holds the lock; the error has the text ``message``.
     """
     if fcntl is not None:
         try:
@@ -115,10 +121,10 @@ def lock_file(file: IO[Any], message: str) -> None:
 
 @contextmanager
 def run_lock(output_dir: Path) -> Iterator[None]:
-    """Hold a folder for one run at a time.
+    """Reserve ``output_dir`` for one run at a time.
 
     Raises:
-        ValueError: another process trains into the folder.
+        ValueError: another process is training into the folder.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / ".lock").open("w") as lock:

@@ -1,1 +1,1 @@
-"""The command ``sppo``."""
+"""The ``sppo`` command: train, evaluate and inspect from a shell."""

@@ -1,4 +1,4 @@
-"""``python -m sppo.cli`` is ``sppo``, for launchers that start a module."""
+"""Entry point of ``python -m sppo.cli``, the same as ``sppo``, for launchers that start a module."""
 
 import sys
 

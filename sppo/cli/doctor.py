@@ -1,7 +1,7 @@
-"""What is installed, what a run would use of it, and what to install for more.
+"""``sppo doctor``: report installed packages, what a run would use, and what is missing.
 
-torch and transformers are imported where they are asked, and what fails there is reported, not raised: this is what to
-run where nothing else does.
+torch and transformers are imported only inside the checks. A check that fails is reported and does not raise, so the
+command works in a broken environment.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-PYTHON = ((3, 11), (3, 13))
-"""Oldest and newest Python that is tested."""
+TESTED_PYTHON = ((3, 11), (3, 13))
+"""Oldest and newest Python version that is tested."""
 
 
 class Package(NamedTuple):
-    """A distribution, the oldest version that is supported, and what it is for."""
+    """A distribution, its oldest supported version (``"0"`` for any), and its purpose."""
 
     name: str
-    least: str
+    min_version: str
     purpose: str
 
 
@@ -33,17 +33,17 @@ REQUIRED = (
     Package("accelerate", "1.10", "devices and processes"),
     Package("datasets", "4.0", "prompts"),
     Package("pyyaml", "6.0", "recipes"),
-    Package("matplotlib", "3.9", "pictures"),
+    Package("matplotlib", "3.9", "plots"),
 )
 OPTIONAL = (
     Package("triton", "3.6", "the fused kernels on a GPU"),
     Package("math-verify", "0.9", "the reward math"),
     Package("reasoning-gym", "0.1.25", "the tasks and the reward reasoning_gym"),
     Package("peft", "0.18", "adapters"),
-    Package("vllm", "0.20", "rollouts by vLLM"),
+    Package("vllm", "0.20", "rollouts with vLLM"),
     Package("flash-attn", "2.8", "faster attention on a GPU"),
     Package("liger-kernel", "0", "use_liger_kernel=True"),
-    Package("deepspeed", "0", "sharded training by DeepSpeed"),
+    Package("deepspeed", "0", "sharded training with DeepSpeed"),
     Package("tensorboard", "0", "report_to=tensorboard"),
     Package("trackio", "0", "report_to=trackio"),
     Package("wandb", "0", "report_to=wandb"),
@@ -52,33 +52,33 @@ OPTIONAL = (
 
 
 class Finding(NamedTuple):
-    """A line of the table; ``trouble`` is None, ``"warning"``, or ``"error"`` where training cannot run."""
+    """One line of the report; ``severity`` is None, ``"warning"``, or ``"error"`` if training cannot run."""
 
     name: str
     text: str
-    trouble: str | None = None
+    severity: str | None = None
 
 
 def diagnose() -> int:
-    """Print the table.
+    """Print the report.
 
     Returns:
-        The exit code: 0 where training can run, else 1.
+        The exit code: 0 if training can run, else 1.
     """
-    found: list[Finding] = []
+    findings: list[Finding] = []
     sections: Sequence[tuple[str, Callable[[], Iterable[Finding]]]] = (
-        ("Installed", installed),
-        ("A run would use", used),
-        ("Test", tested),
+        ("Installed", check_packages),
+        ("A run would use", check_environment),
+        ("Test", check_kernels),
     )
-    for title, look in sections:
+    for title, check in sections:
         print(f"{title}:")
-        for finding in look():
-            found.append(finding)
-            mark = {"error": "ERROR: ", "warning": "warning: "}.get(finding.trouble or "", "")
+        for finding in check():
+            findings.append(finding)
+            mark = {"error": "ERROR: ", "warning": "warning: "}.get(finding.severity or "", "")
             print(f"  {finding.name:<14} {mark}{finding.text}", flush=True)
         print()
-    errors = [finding for finding in found if finding.trouble == "error"]
+    errors = [finding for finding in findings if finding.severity == "error"]
     if errors:
         print(f"Training cannot run: see {', '.join(finding.name for finding in errors)} above.")
     else:
@@ -86,40 +86,40 @@ def diagnose() -> int:
     return 1 if errors else 0
 
 
-def installed() -> Iterable[Finding]:
-    """Versions, and whether they are in the supported range. Nothing is imported for it."""
-    here = sys.version_info[:2]
-    oldest, newest = (".".join(map(str, limit)) for limit in PYTHON)
-    if here < PYTHON[0]:
+def check_packages() -> Iterable[Finding]:
+    """Compare the versions of Python and of installed packages with the supported ones, without importing them."""
+    running = sys.version_info[:2]
+    oldest, newest = (".".join(map(str, limit)) for limit in TESTED_PYTHON)
+    if running < TESTED_PYTHON[0]:
         yield Finding("python", f"{platform.python_version()}, older than {oldest}: install a newer one", "error")
-    elif here > PYTHON[1]:
+    elif running > TESTED_PYTHON[1]:
         yield Finding("python", f"{platform.python_version()}, newer than {newest}, the newest tested", "warning")
     else:
         yield Finding("python", platform.python_version())
     for package in REQUIRED:
-        yield _installed(package, "error")
+        yield _check_package(package, required=True)
     for package in OPTIONAL:
-        yield _installed(package, "warning")
+        yield _check_package(package, required=False)
 
 
-def _installed(package: Package, if_old: str) -> Finding:
-    name, least, purpose = package
-    upgrade = f"pip install '{name}>={least}'" if least != "0" else f"pip install {name}"
+def _check_package(package: Package, *, required: bool) -> Finding:
+    name, min_version, purpose = package
+    upgrade = f"pip install '{name}>={min_version}'" if min_version != "0" else f"pip install {name}"
     try:
-        have = version(name)
+        installed = version(name)
     except PackageNotFoundError:
-        return Finding(name, f"missing, for {purpose}: {upgrade}", "error" if if_old == "error" else None)
-    if _numbers(have) < _numbers(least):
-        return Finding(name, f"{have}, older than {least}: {upgrade}", if_old)
-    return Finding(name, have)
+        return Finding(name, f"missing, for {purpose}: {upgrade}", "error" if required else None)
+    if _version_tuple(installed) < _version_tuple(min_version):
+        return Finding(name, f"{installed}, older than {min_version}: {upgrade}", "error" if required else "warning")
+    return Finding(name, installed)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _version_tuple(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
 
-def used() -> Iterable[Finding]:
-    """Device, precision, kernels, attention, rollout engine and processes of a run that is started here."""
+def check_environment() -> Iterable[Finding]:
+    """Report device, precision, kernels, attention, rollout engine and processes of a run on this machine."""
     try:
         import torch
 
@@ -135,10 +135,10 @@ def used() -> Iterable[Finding]:
     yield _guarded("processes", lambda: _processes(torch, device))
 
 
-def _guarded(name: str, look: Callable[[], str]) -> Finding:
-    """What a package that may be broken says, or why it does not."""
+def _guarded(name: str, check: Callable[[], str]) -> Finding:
+    """Run a check that may fail, and report the error if it does."""
     try:
-        return Finding(name, look())
+        return Finding(name, check())
     except Exception as error:
         return Finding(name, f"{type(error).__name__}: {_first_line(error)}", "error")
 
@@ -153,7 +153,7 @@ def _device(torch: Any) -> Any:
 
 def _describe(torch: Any, device: Any) -> str:
     if device.type == "cpu":
-        return f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads; no accelerator was found"
+        return f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads; no accelerator found"
     if device.type not in ("cuda", "xpu"):
         return device.type
     module = getattr(torch, device.type)
@@ -167,14 +167,14 @@ def _describe(torch: Any, device: Any) -> str:
 def _precision(torch: Any, device: Any) -> str:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "float32; this GPU has no bfloat16"
-    return "float32; bf16=True computes in bfloat16" + (", which a CPU does slowly" if device.type == "cpu" else "")
+    return "float32; bf16=True computes in bfloat16" + (", which is slow on a CPU" if device.type == "cpu" else "")
 
 
 def _kernels(torch: Any, device: Any) -> str:
     from sppo_kernels._backend import INTERPRETED, pick_backend
 
     backend = pick_backend(None, torch.empty(0, device=device))
-    interpreted = ", but TRITON_INTERPRET=1 is set: Triton interprets its kernels, which is for tests"
+    interpreted = ", but TRITON_INTERPRET=1 is set: Triton interprets its kernels, which is meant for tests"
     return f"backend {backend}{interpreted if INTERPRETED and backend == 'triton' else ''}"
 
 
@@ -182,17 +182,17 @@ def _attention(torch: Any, device: Any) -> str:
     from sppo.models import packed_attention as attention
 
     if device.type != "cuda":
-        return "scaled_dot_product_attention, one a length"
+        return "scaled_dot_product_attention, one call per length"
     if name := attention.flash_attention(torch.cuda.get_device_capability()):
         return f"{name} in bfloat16, else scaled_dot_product_attention"
     if attention._torch_varlen():
         return "torch's variable-length attention in bfloat16, else scaled_dot_product_attention"
-    return "scaled_dot_product_attention, one a length; flash-attn is faster: pip install flash-attn"
+    return "scaled_dot_product_attention, one call per length; flash-attn is faster: pip install flash-attn"
 
 
 def _rollouts() -> str:
     others = "continuous, vllm" if find_spec("vllm") else "continuous"
-    return f"hf: transformers' generate(); rollout_engine= takes {others} too"
+    return f"hf: transformers' generate(); rollout_engine= also takes {others}"
 
 
 def _processes(torch: Any, device: Any) -> str:
@@ -200,11 +200,11 @@ def _processes(torch: Any, device: Any) -> str:
     if count < 2:
         return "one"
     launch = f"accelerate launch --multi_gpu --num_processes {count} -m sppo.cli train RECIPE"
-    return f"one, of {count} devices; on all: {launch}"
+    return f"one, on one of {count} devices; to use all: {launch}"
 
 
-def tested() -> Iterable[Finding]:
-    """Log-probabilities and their gradients on the device, against the reference in float64."""
+def check_kernels() -> Iterable[Finding]:
+    """Compare log-probabilities and their gradients on the device with the float64 reference."""
     yield _guarded("fused kernels", _compare_with_reference)
 
 
@@ -218,15 +218,16 @@ def _compare_with_reference() -> str:
     inputs = [torch.randn(size, generator=generator) for size in ((33, 64), (1000, 64))]
     labels = torch.randint(1000, (33,), generator=generator)
 
-    def run(function: Callable[..., Any], dtype: Any, where: Any) -> list[Any]:
-        hidden, weight = (x.to(where, dtype, copy=True).requires_grad_() for x in inputs)
-        logprobs = function(hidden, weight, labels.to(where)).logprobs
+    def run(function: Callable[..., Any], dtype: Any, on: Any) -> list[Any]:
+        hidden, weight = (x.to(on, dtype, copy=True).requires_grad_() for x in inputs)
+        logprobs = function(hidden, weight, labels.to(on)).logprobs
         gradients = torch.autograd.grad(logprobs.mean(), (hidden, weight))
         return [x.detach().double().cpu() for x in (logprobs, *gradients)]
 
-    ours, exact = run(linear_logprobs, torch.float32, device), run(reference.linear_logprobs, torch.float64, "cpu")
-    error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, exact, strict=True))
-    # Tensor cores in TF32 keep 10 bits of a float32.
+    actual = run(linear_logprobs, torch.float32, device)
+    expected = run(reference.linear_logprobs, torch.float64, "cpu")
+    error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(actual, expected, strict=True))
+    # The tolerance allows for TF32 on tensor cores, which keeps 10 bits of a float32's mantissa.
     if not error < 5e-3:
         raise ValueError(f"log-probabilities or gradients are off by {error:.1e}; report it with the lines above")
-    return f"log-probabilities and gradients are right, to {error:.0e} of the largest"
+    return f"log-probabilities and gradients are correct to {error:.0e} of the largest value"

@@ -1,4 +1,4 @@
-"""The command ``sppo``: train and evaluate from a recipe, whose values the command line may override; ask a critic."""
+"""The ``sppo`` command line: subcommands, their options, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -15,24 +15,32 @@ try:
     from sppo.cli.recipes import KEYS, RECIPES, shipped_recipes
     from sppo.cli.train import train as run_train
 except ModuleNotFoundError as error:
-    sys.exit(f"sppo: {error.name} is missing; the trainer's packages come with: pip install 'sppo-kernels[train]'")
+    sys.exit(f"sppo: {error.name} is missing; install the trainer's packages: pip install 'sppo-kernels[train]'")
 
-# torch, transformers and datasets are imported where they are needed, so that --help and wrong input answer at once.
+# torch, transformers and datasets are imported where they are needed, so that --help and errors in the input are quick.
 
 DEFAULT_RUN = "runs/quickstart"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0, 2 for a wrong input (one line says what), 130 after Ctrl-C."""
+    """Run the ``sppo`` command.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit code: 0, 2 for wrong input (described in one line on stderr), or 130 after Ctrl-C. ``sppo doctor``
+        returns 1 if training cannot run.
+    """
     arguments, rest = _parser().parse_known_args(argv)
-    _show_log()
+    _configure_logging()
     if "target" in arguments and rest and not rest[0].startswith("--"):
         arguments.target = rest.pop(0)
     try:
         return arguments.run(arguments, _overrides(rest))
     except KeyboardInterrupt:
         print(
-            "sppo: interrupted; train goes on from its last checkpoint (save_steps) with --resume, eval with the same "
+            "sppo: interrupted; continue train from its last checkpoint (save_steps) with --resume, eval with the same "
             "command",
             file=sys.stderr,
         )
@@ -45,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
+    keep_line_breaks = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="sppo",
         description="Sequence-Level PPO (arXiv 2604.08865): train language models on verifiable rewards.",
@@ -56,19 +64,19 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         usage="sppo train [RECIPE] [--resume] [settings]",
-        allow_abbrev=False,  # --model is no short form of --model_kwargs
+        allow_abbrev=False,  # otherwise --model would abbreviate --model_kwargs
         help="train from a recipe",
-        formatter_class=raw,
+        formatter_class=keep_line_breaks,
         description="Train from a recipe: evaluate, train, evaluate again, report.",
-        epilog="A recipe is a YAML file, or one of those that are shipped: "
+        epilog="A recipe is a YAML file or the name of a shipped recipe: "
         f"{', '.join(shipped_recipes())}\n\n"
-        "Any value of a recipe can be given, after the recipe's name if there is one:\n"
+        "Options override any value of the recipe; without a recipe they give all of them:\n"
         "  sppo train quickstart --learning_rate 1e-5 --train_dataset.size 500 --output_dir runs/mine\n"
         "  sppo train --model Qwen/Qwen2.5-1.5B-Instruct --train_dataset mine.jsonl --reward my_reward.py:score\n\n"
         f"A recipe's keys: {', '.join(KEYS)}; see the recipes in {RECIPES}.\n"
-        f"Settings (and those of transformers.TrainingArguments):\n{_settings_help()}",
+        f"Settings (in addition to those of transformers.TrainingArguments):\n{_settings_help()}",
     )
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir, if any")
+    train.add_argument("--resume", action="store_true", help="resume from the last checkpoint in output_dir, if any")
     train.set_defaults(run=run_train, target=None)
 
     evaluate = commands.add_parser(
@@ -76,81 +84,85 @@ def _parser() -> argparse.ArgumentParser:
         usage="sppo eval [RECIPE_OR_CHECKPOINT] [options] [settings]",
         allow_abbrev=False,
         help="measure a model's accuracy",
-        formatter_class=raw,
-        description="Answer problems, grade the answers, print avg@k, pass@k and maj@k, and keep each problem's result "
-        "in\na JSONL file. The same command goes on with an evaluation that was stopped.",
+        formatter_class=keep_line_breaks,
+        description="Answer problems, grade the answers, print avg@k, pass@k and maj@k, and write the result of each\n"
+        "problem to a JSONL file. The same command resumes an interrupted evaluation.",
         epilog="Examples:\n"
-        "  sppo eval quickstart                        the recipe's trained model, or its first one before training\n"
+        "  sppo eval quickstart                        the recipe's trained model, or its initial one before training\n"
         "  sppo eval runs/mine/checkpoint-100 --dataset test.parquet --reward math --limit 100\n"
         "  sppo eval runs/mine --dataset aime.parquet --dataset amc.parquet --reward math --k 8 --temperature 0.6\n\n"
-        "Settings can be given as for sppo train, for example --max_completion_length 2048, --seed 1, or\n"
-        "--per_device_eval_batch_size 64: completions to work on at once.",
+        "Settings are given as for sppo train, for example --max_completion_length 2048, --seed 1, or\n"
+        "--per_device_eval_batch_size 64 (completions per batch).",
     )
     evaluate.add_argument("--model", help="folder, hub name or module:function")
     evaluate.add_argument(
         "--dataset",
         action="append",
-        help="problems: a file, reasoning_gym:TASK, module:function or a hub name; may be given several times",
+        help="problems: a file, reasoning_gym:TASK, module:function or a hub name; repeat for several datasets",
     )
     evaluate.add_argument("--reward", help="name of a reward, or module:function")
-    evaluate.add_argument("--limit", type=int, help="use the first so many problems of each dataset")
-    evaluate.add_argument("--k", type=int, default=1, help="answers a problem (%(default)s)")
+    evaluate.add_argument("--limit", type=int, help="number of problems per dataset to use, from the first")
+    evaluate.add_argument("--k", type=int, default=1, help="answers per problem (%(default)s)")
     evaluate.add_argument(
-        "--temperature", type=float, help="of sampling, 0 for greedy; default the recipe's eval_temperature, else 0"
+        "--temperature",
+        type=float,
+        help="sampling temperature, 0 for greedy; default: the recipe's eval_temperature, else 0",
     )
-    evaluate.add_argument("--output", type=Path, help="JSONL file; default eval/<dataset>.jsonl in output_dir")
-    evaluate.add_argument("--overwrite", action="store_true", help="start over where the file holds results")
-    # Were it declared, argparse would take the value of a setting that it does not know (--max_steps 3) for it.
+    evaluate.add_argument("--output", type=Path, help="JSONL file; default: eval/<dataset>.jsonl in output_dir")
+    evaluate.add_argument("--overwrite", action="store_true", help="start over if the file already holds results")
+    # Not a declared positional: argparse would fill it with the value of a setting it does not know (--max_steps 3).
     evaluate.set_defaults(run=run_evaluate, target=None)
 
     value = commands.add_parser(
         "value",
-        help="print how likely a critic thinks prompts are to be solved",
-        formatter_class=raw,
+        help="print a critic's predicted success probability of prompts",
+        formatter_class=keep_line_breaks,
         description="Print the probability of success that a trained critic predicts for each prompt.",
         epilog="Example, after sppo train quickstart:\n  sppo value '7-3*2+1-2*2=' '1+1+1+1+1+1='",
     )
-    value.add_argument("prompts", nargs="+", metavar="PROMPT", help="a prompt, as the policy was asked")
+    value.add_argument("prompts", nargs="+", metavar="PROMPT", help="a prompt, formatted as in training")
     value.add_argument(
         "--critic", default=DEFAULT_RUN, metavar="FOLDER", help="a run's folder, a checkpoint or a critic (%(default)s)"
     )
     value.add_argument(
-        "--chat", action=argparse.BooleanOptionalAction, help="ask as a user's message; default: if there is a template"
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="send prompts as user messages; default: if the tokenizer has a chat template",
     )
     value.set_defaults(run=_value)
 
     plot = commands.add_parser(
         "plot",
-        help="draw runs into one picture",
-        formatter_class=raw,
-        description="Draw reward, response length, entropy, the critic's calibration and where the time went, of runs\n"
-        "that are finished or still going, into one picture.",
+        help="plot the metrics of runs",
+        formatter_class=keep_line_breaks,
+        description="Plot reward, response length, entropy, critic calibration and time per phase of finished or\n"
+        "running runs in one figure.",
         epilog="Example:\n  sppo plot runs/sppo runs/grpo --output comparison.png",
     )
     plot.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run's output_dir, or a checkpoint")
     plot.add_argument(
-        "--output", type=Path, default=Path("plot.png"), metavar="FILE", help="picture to write (%(default)s)"
+        "--output", type=Path, default=Path("plot.png"), metavar="FILE", help="image file to write (%(default)s)"
     )
     plot.add_argument("--x", choices=("tokens", "updates", "seconds"), default="tokens", help="x axis (%(default)s)")
     plot.set_defaults(run=_plot)
 
     doctor = commands.add_parser(
         "doctor",
-        help="say what is installed, what a run would use, and what is missing",
-        description="Say what is installed, what a run would use of it and what to install for more, and try the fused "
-        "kernels. The exit code is 1 where training cannot run.",
+        help="check the installation: versions, hardware, kernels",
+        description="Report installed packages, what a run would use and what is missing, and test the fused kernels. "
+        "The exit code is 1 if training cannot run.",
     )
     doctor.set_defaults(run=_doctor)
 
     for command in (train, evaluate, value, plot, doctor):
         command.add_argument(
-            "--traceback", action="store_true", help="show where an error comes from (SPPO_DEBUG=1 too)"
+            "--traceback", action="store_true", help="show the traceback of an error (also with SPPO_DEBUG=1)"
         )
     return parser
 
 
 def _settings_help() -> str:
-    """SPPOConfig's fields, from its source: importing it would import torch."""
+    """Describe the fields of SPPOConfig, read from its source because importing it would import torch."""
     body = next(
         node.body
         for node in ast.parse(Path(__file__).parents[1].joinpath("config.py").read_text()).body
@@ -159,13 +171,13 @@ def _settings_help() -> str:
     lines = []
     for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
-            given = {keyword.arg: keyword.value for keyword in node.value.keywords}
-            text = ast.unparse(given["metadata"]).partition(": ")[2].strip("}").strip("f\"'")
-            lines.append(f"  --{ast.unparse(node.target):<27} {text} [{ast.unparse(given['default'])}]")
+            keywords = {keyword.arg: keyword.value for keyword in node.value.keywords}
+            text = ast.literal_eval(keywords["metadata"])["help"]
+            lines.append(f"  --{ast.unparse(node.target):<27} {text} [{ast.unparse(keywords['default'])}]")
     return "\n".join(lines)
 
 
-def _show_log() -> None:
+def _configure_logging() -> None:
     logger = logging.getLogger("sppo")
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler(sys.stdout))
@@ -173,27 +185,29 @@ def _show_log() -> None:
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """``["--a", "1", "--b.c=2"]`` -> ``{"a": "1", "b.c": "2"}``; a name without a value is a switch, true."""
-    found: dict[str, str] = {}
-    waiting = None
+    """Parse ``["--a", "1", "--b.c=2"]`` as ``{"a": "1", "b.c": "2"}``; a name without a value is a switch, true."""
+    overrides: dict[str, str] = {}
+    expects_value = None
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
-            found[name] = value if equals else "true"
-            waiting = None if equals else name
-        elif waiting is None:
-            raise ValueError(f"unexpected argument {argument!r}; overrides are --name value, after the recipe's name")
+            overrides[name] = value if equals else "true"
+            expects_value = None if equals else name
+        elif expects_value is None:
+            raise ValueError(
+                f"unexpected argument {argument!r}; give overrides as --name value after the recipe's name"
+            )
         else:
-            found[waiting] = argument
-            waiting = None
-    return found
+            overrides[expects_value] = argument
+            expects_value = None
+    return overrides
 
 
 def _value(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
-    _refuse(overrides, "value")
+    _reject(overrides, "value")
     if not Path(arguments.critic).is_dir():
         raise ValueError(
-            f"there is no critic in {arguments.critic!r}; train one with sppo train, or name a folder with --critic"
+            f"there is no critic in {arguments.critic!r}; train one with sppo train, or give a folder with --critic"
         )
     from sppo.cli.recipes import load_tokenizer
     from sppo.models.critic_io import critic_folder, load_critic
@@ -204,18 +218,19 @@ def _value(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     critic, tokenizer = load_critic(folder), load_tokenizer(str(folder), {})
     kind = getattr(critic.config, "critic_kind", "prompt")
     if kind != "prompt":
-        raise ValueError(f"{str(folder)!r} is a {kind} critic, which predicts returns; only a prompt critic predicts P")
-    chat = bool(tokenizer.chat_template) if arguments.chat is None else arguments.chat
-    asked = [[{"role": "user", "content": text}] if chat else text for text in arguments.prompts]
-    for text, value in zip(
-        arguments.prompts, prompt_values(critic.eval(), [encode(prompt, tokenizer) for prompt in asked]), strict=True
-    ):
+        raise ValueError(
+            f"{str(folder)!r} is a {kind} critic, which predicts returns; only a prompt critic predicts a probability"
+        )
+    is_chat = bool(tokenizer.chat_template) if arguments.chat is None else arguments.chat
+    prompts = [[{"role": "user", "content": text}] if is_chat else text for text in arguments.prompts]
+    values = prompt_values(critic.eval(), [encode(prompt, tokenizer) for prompt in prompts])
+    for text, value in zip(arguments.prompts, values, strict=True):
         print(f"{value:.3f}  {text}")
     return 0
 
 
 def _plot(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
-    _refuse(overrides, "plot")
+    _reject(overrides, "plot")
     from sppo.reporting.plots import plot
 
     plot(arguments.runs, arguments.output, arguments.x)
@@ -224,12 +239,12 @@ def _plot(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def _doctor(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
-    _refuse(overrides, "doctor")
+    _reject(overrides, "doctor")
     from sppo.cli.doctor import diagnose
 
     return diagnose()
 
 
-def _refuse(overrides: dict[str, str], command: str) -> None:
+def _reject(overrides: dict[str, str], command: str) -> None:
     if overrides:
         raise ValueError(f"unknown option --{next(iter(overrides))}; sppo {command} --help lists them")

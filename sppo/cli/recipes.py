@@ -1,16 +1,16 @@
-"""Recipes: YAML files that describe a run, and the trainer that one describes.
+"""Recipes: YAML files that describe a run, and the trainer built from one.
 
-These are a recipe's keys; what it lacks has the default of :class:`sppo.SPPOTrainer`:
+A recipe has these keys; a missing one has the default of :class:`sppo.SPPOTrainer`:
 
     model: Qwen/Qwen2.5-1.5B-Instruct       # folder, hub name, or module:function -> (model, tokenizer)
-    model_kwargs: {}                        # of from_pretrained, or of the function
+    model_kwargs: {}                        # keyword arguments of from_pretrained, or of the function
     critic: Qwen/Qwen2.5-0.5B-Instruct      # the same forms, or a mapping of model and keyword arguments
-    train_dataset: {name: train.parquet, drop_duplicates: true}   # what sppo.data.load_prompts takes
+    train_dataset: {name: train.parquet, drop_duplicates: true}   # a source of sppo.data.load_prompts
     eval_dataset: test.parquet?limit=200
     reward: math                            # a name or module:function, or a list of them
-    peft_config: {r: 16, target_modules: all-linear}   # of peft.LoraConfig: learn by an adapter
-    adapter: runs/before                    # a folder with an adapter, which the model gets
-    args: {learning_rate: 1e-6}             # fields of SPPOConfig; output_dir is runs/<recipe> unless given
+    peft_config: {r: 16, target_modules: all-linear}   # arguments of peft.LoraConfig: train an adapter
+    adapter: runs/before                    # a folder with an adapter to load into the model
+    args: {learning_rate: 1e-6}             # fields of SPPOConfig; output_dir defaults to runs/<recipe>
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sppo._utils import nearest
+from sppo._utils import suggest
 
-# torch, transformers and datasets are imported where they are needed, so that --help and wrong input answer at once.
+# torch, transformers and datasets are imported where they are needed, so that --help and errors in the input are quick.
 if TYPE_CHECKING:
     from sppo import SPPOConfig, SPPOTrainer
 
 RECIPES = Path(__file__).with_name("recipes")
 _MODEL = "a folder, a hub name or module:function"
 _DATASET = "a source of prompts or a mapping with it under 'name'"
-_KINDS: dict[str, tuple[type | types.UnionType, str]] = {
+_KEY_TYPES: dict[str, tuple[type | types.UnionType, str]] = {
     "model": (str, _MODEL),
     "model_kwargs": (dict, "a mapping of keyword arguments"),
     "critic": (str | dict, f"{_MODEL}, or a mapping with that under 'model'"),
@@ -45,26 +45,27 @@ _KINDS: dict[str, tuple[type | types.UnionType, str]] = {
     "adapter": (str, "a folder with an adapter"),
     "args": (dict, "a mapping of settings"),
 }
-KEYS = tuple(_KINDS)
+KEYS = tuple(_KEY_TYPES)
 
 Recipe = dict[str, Any]
 
 
 def shipped_recipes() -> list[str]:
+    """Return the names of the recipes in the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def read_recipe(name: str) -> Recipe:
-    """A recipe from a YAML file, or a shipped one by its name.
+    """Read a recipe from a YAML file, or a shipped one by its name.
 
     Raises:
-        ValueError: there is no such recipe, it is no mapping, it has an unknown key, or a value of the wrong kind.
+        ValueError: there is no such recipe, it is not a mapping, or it has an unknown key or a value of the wrong type.
     """
     path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(
-            f"no recipe {name!r}{nearest(name, shipped_recipes())}; give a YAML file or one of {shipped_recipes()} "
-            "(to sppo eval also a run's folder)"
+            f"no recipe {name!r}{suggest(name, shipped_recipes())}; give a YAML file or one of {shipped_recipes()} "
+            "(sppo eval also takes a run's folder)"
         )
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -78,32 +79,37 @@ def read_recipe(name: str) -> Recipe:
         recipe["reward"] = recipe.pop("reward_funcs")
     for key, value in recipe.items():
         if key not in KEYS:
-            hint = nearest(str(key), KEYS)
+            hint = suggest(str(key), KEYS)
             raise ValueError(f"recipe {str(path)!r} has no key {key!r}{hint}; known: {', '.join(KEYS)}")
-        _check_kind(key, value)
+        _check_type(key, value)
     recipe["args"] = {"output_dir": f"runs/{path.stem}", **(recipe.get("args") or {})}
     return recipe
 
 
-def _check_kind(key: str, value: Any) -> None:
-    kind, meaning = _KINDS[key]
-    if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{key} must be {meaning}, got {value!r}")
+def _check_type(key: str, value: Any) -> None:
+    expected, description = _KEY_TYPES[key]
+    if value is not None and not isinstance(value, expected):
+        raise ValueError(f"{key} must be {description}, got {value!r}")
 
 
 def override(recipe: Recipe, name: str, text: str) -> None:
-    """Set a value of a recipe: ``model``, ``train_dataset.size``, or a field of SPPOConfig.
+    """Set a value of a recipe in place.
+
+    Args:
+        recipe: the recipe.
+        name: a key (``model``), a path below a key (``train_dataset.size``), or a field of SPPOConfig.
+        text: the new value, as given on the command line.
 
     Raises:
-        ValueError: the type differs from that of the value it replaces, or is not the key's.
+        ValueError: the value's type differs from that of the value it replaces, or is wrong for the key.
     """
     head, *rest = {"reward_funcs": "reward"}.get(name, name).split(".")
     if head not in KEYS:
-        recipe["args"][name] = text  # a field of SPPOConfig: its own type tells what the text means
+        recipe["args"][name] = text  # a field of SPPOConfig; config_from converts it to the field's type
         return
     if not rest:
         value = yaml.safe_load(text)
-        _check_kind(head, value)
+        _check_type(head, value)
         recipe[head] = {**recipe["args"], **(value or {})} if head == "args" else value
         return
     if not isinstance(recipe.get(head), dict):
@@ -112,54 +118,63 @@ def override(recipe: Recipe, name: str, text: str) -> None:
     for key in rest[:-1]:
         node = node.setdefault(key, {})
     old = node.get(rest[-1])
-    known = isinstance(old, bool | int | float) and head != "args"
-    node[rest[-1]] = convert(name, text, type(old)) if known else text if head == "args" else yaml.safe_load(text)
+    if head == "args":
+        node[rest[-1]] = text
+    elif isinstance(old, bool | int | float):
+        node[rest[-1]] = convert(name, text, type(old))
+    else:
+        node[rest[-1]] = yaml.safe_load(text)
 
 
 def config_from(values: dict[str, Any]) -> SPPOConfig:
-    """SPPOConfig from a recipe's or the command line's values, each converted to its field's type.
+    """Build an SPPOConfig from values of a recipe or the command line, each converted to its field's type.
 
     Raises:
         ValueError: an unknown field, or a value of the wrong type.
     """
     from sppo import SPPOConfig
 
-    kinds = typing.get_type_hints(SPPOConfig)
+    types_of_fields = typing.get_type_hints(SPPOConfig)
     fields = [name for name, field in SPPOConfig.__dataclass_fields__.items() if field.init]
     for name in values:
         if name not in fields:
-            raise ValueError(f"no setting or recipe key {name!r}{nearest(name, [*fields, *KEYS])}")
-    return SPPOConfig(**{name: convert(name, value, kinds[name]) for name, value in values.items()})
+            raise ValueError(f"no setting or recipe key {name!r}{suggest(name, [*fields, *KEYS])}")
+    return SPPOConfig(**{name: convert(name, value, types_of_fields[name]) for name, value in values.items()})
 
 
-def convert(name: str, value: Any, kind: Any) -> Any:
-    """A value from YAML (where 1e-5 is text) or the command line as a field's type.
+def convert(name: str, value: Any, field_type: Any) -> Any:
+    """Convert a value from YAML (where 1e-5 is text) or the command line to a field's type.
+
+    Args:
+        name: the field, for the error message.
+        value: the value.
+        field_type: the field's annotation; of a union, ``str`` is tried last.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: the value cannot be converted.
     """
-    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    kinds = sorted(typing.get_args(kind) if union else [kind], key=lambda option: option is str)
-    if types.NoneType in kinds and (value is None or (str not in kinds and value in ("none", "None", "null"))):
+    is_union = typing.get_origin(field_type) in (typing.Union, types.UnionType)
+    options = sorted(typing.get_args(field_type) if is_union else [field_type], key=lambda option: option is str)
+    if types.NoneType in options and (value is None or (str not in options and value in ("none", "None", "null"))):
         return None
-    for option in kinds:
+    for option in options:
         try:
-            return _read_as(value, option)
+            return _parse_as(value, option)
         except (ValueError, TypeError, yaml.YAMLError):
             continue
-    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in kinds)
-    raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    expected = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
-def _read_as(value: Any, kind: Any) -> Any:
-    origin = typing.get_origin(kind) or kind
+def _parse_as(value: Any, target: Any) -> Any:
+    origin = typing.get_origin(target) or target
     if origin is Any:
         return value
     if origin in (list, dict, bool) and isinstance(value, str):
         value = yaml.safe_load(value)
     if origin is list and isinstance(value, list):
-        inner = typing.get_args(kind) or (Any,)
-        return [_read_as(item, inner[0]) for item in value]
+        item_types = typing.get_args(target) or (Any,)
+        return [_parse_as(item, item_types[0]) for item in value]
     if origin in (int, float):
         number = origin(value)
         if not isinstance(value, bool) and (isinstance(value, str) or number == value):
@@ -172,7 +187,11 @@ def _read_as(value: Any, kind: Any) -> Any:
 
 
 def build_trainer(recipe: Recipe) -> SPPOTrainer:
-    """The trainer that a recipe describes; what fails fast comes first."""
+    """Build the trainer that a recipe describes, checking what can be checked before the models are loaded.
+
+    Raises:
+        ValueError: the recipe lacks a model or a reward, or a part of it cannot be built.
+    """
     for key in ("model", "reward"):
         if not recipe.get(key):
             raise ValueError(f"the recipe has no {key!r}; give --{key}")
@@ -188,7 +207,7 @@ def build_trainer(recipe: Recipe) -> SPPOTrainer:
         resolve(spec) for spec in (recipe["reward"] if isinstance(recipe["reward"], list) else [recipe["reward"]])
     ]
     data = {key: load_prompts(recipe[key]) for key in ("train_dataset", "eval_dataset") if recipe.get(key) is not None}
-    set_seed(args.seed)  # of weights that a function makes
+    set_seed(args.seed)  # for weights that a module:function initializes
     model, tokenizer = load_model(recipe["model"], recipe.get("model_kwargs") or {})
     if recipe.get("adapter"):
         from sppo.models.lora import load_adapter
@@ -200,7 +219,7 @@ def build_trainer(recipe: Recipe) -> SPPOTrainer:
         args=args,
         critic=_load_critic(recipe.get("critic")),
         processing_class=tokenizer,
-        peft_config=_lora(recipe.get("peft_config")),
+        peft_config=_lora_config(recipe.get("peft_config")),
         **data,
     )
     trainer.recipe = recipe
@@ -208,12 +227,22 @@ def build_trainer(recipe: Recipe) -> SPPOTrainer:
 
 
 def load_model(spec: str, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """Model and tokenizer from a folder, a hub name, or a function that makes both."""
+    """Load a model and its tokenizer.
+
+    Args:
+        spec: a folder, a hub name, or ``module:function`` returning ``(model, tokenizer)``.
+        settings: keyword arguments of ``from_pretrained`` or of the function.
+
+    Raises:
+        ValueError: the model cannot be loaded, or the function returns something else.
+    """
     if ":" in spec and not Path(spec).exists():
-        made = _call(spec, settings)
-        if not isinstance(made, tuple) or len(made) != 2:
-            raise ValueError(f"model {spec!r} gave {type(made).__name__}; the function returns (model, tokenizer)")
-        return made
+        loaded = _call(spec, settings)
+        if not isinstance(loaded, tuple) or len(loaded) != 2:
+            raise ValueError(
+                f"model {spec!r} returned {type(loaded).__name__}; a function must return (model, tokenizer)"
+            )
+        return loaded
 
     from sppo.models.policy_io import from_folder
 
@@ -221,22 +250,22 @@ def load_model(spec: str, settings: dict[str, Any]) -> tuple[Any, Any]:
         return from_folder(spec, **settings), load_tokenizer(spec, settings)
     except OSError as error:
         raise ValueError(
-            f"model {spec!r} could not be loaded: no such folder, or a file is missing in it, and the hub did not give "
-            f"it ({str(error).splitlines()[0]})"
+            f"model {spec!r} cannot be loaded: it is not a complete model folder, and the download from the hub failed "
+            f"({str(error).splitlines()[0]}); give a folder, a hub name or module:function"
         ) from error
 
 
 def load_tokenizer(spec: str, settings: dict[str, Any]) -> Any:
-    """The tokenizer of a folder or hub name, given the keyword arguments of its model."""
+    """Load the tokenizer of a folder or hub name with the keyword arguments of its model that apply to it."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     shared = ("gguf_file", "revision", "subfolder", "token", "trust_remote_code", "cache_dir")
     kwargs = {key: settings[key] for key in shared if key in settings}
     config = Path(spec, "tokenizer_config.json")
-    kind = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
-    # For a tokenizer of no model's class AutoTokenizer takes the class, and the special tokens, of the model beside it.
-    generic = kind in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(spec, **kwargs)
+    class_name = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
+    # For a generic tokenizer, AutoTokenizer would use the class and special tokens of the model in the same folder.
+    is_generic = class_name in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return (PreTrainedTokenizerFast if is_generic else AutoTokenizer).from_pretrained(spec, **kwargs)
 
 
 def _load_critic(spec: str | dict[str, Any] | None) -> Any:
@@ -257,7 +286,7 @@ def _load_critic(spec: str | dict[str, Any] | None) -> Any:
     )
 
 
-def _lora(settings: dict[str, Any] | None) -> Any:
+def _lora_config(settings: dict[str, Any] | None) -> Any:
     if settings is None:
         return None
     from peft import LoraConfig

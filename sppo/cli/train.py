@@ -13,33 +13,45 @@ from typing import TYPE_CHECKING, Any
 from sppo._utils import ADAPTER_CONFIG, SUMMARY_FILE
 from sppo.cli.recipes import Recipe, build_trainer, override, read_recipe
 
-# torch, transformers and datasets are imported where they are needed, so that --help and wrong input answer at once.
+# torch, transformers and datasets are imported where they are needed, so that --help and errors in the input are quick.
 if TYPE_CHECKING:
     from sppo import SPPOTrainer
 
-BEFORE = "eval_before.json"
+EVAL_BEFORE_FILE = "eval_before.json"
 
 
 def train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
-    named = arguments.target or ""
-    recipe: Recipe = read_recipe(named) if named else {"args": {"output_dir": "runs/train"}}
-    for name, text in overrides.items():
-        override(recipe, name, text)
+    """Run ``sppo train``: evaluate, train, evaluate again, and write the report and the model card.
+
+    Args:
+        arguments: the parsed command line.
+        overrides: settings given as ``--name value``.
+
+    Returns:
+        The exit code; 0 also if ``output_dir`` already holds a finished run.
+
+    Raises:
+        ValueError: wrong input, or a checkpoint in ``output_dir`` without ``--resume``.
+    """
+    name = arguments.target or ""
+    recipe: Recipe = read_recipe(name) if name else {"args": {"output_dir": "runs/train"}}
+    for key, text in overrides.items():
+        override(recipe, key, text)
     folder = Path(str(recipe["args"]["output_dir"]))
     if (folder / SUMMARY_FILE).exists():
         print(
             f"{folder} holds a finished run (see {folder / SUMMARY_FILE}); to start over, delete it or name another "
             "folder:"
         )
-        print(f"  {' '.join(['sppo train', named, '--output_dir'])} {folder}-2")
+        print(f"  {' '.join(['sppo train', name, '--output_dir'])} {folder}-2")
         return 0
     checkpoints = list(folder.glob("checkpoint-*"))
     if arguments.resume and not checkpoints:
-        print(f"{folder} holds no checkpoint to resume from: the run starts at its beginning")
+        print(f"{folder} holds no checkpoint to resume from; starting from the beginning")
     if checkpoints and not arguments.resume:
         raise ValueError(
             f"output_dir {str(folder)!r} holds a checkpoint of an earlier run ({checkpoints[0].name}); "
-            "go on with --resume, or start over: delete the folder or choose another --output_dir"
+            "continue it with --resume, or delete the folder or choose another --output_dir to start over"
         )
     if not recipe.get("train_dataset"):
         raise ValueError("the recipe has no 'train_dataset'; give --train_dataset")
@@ -53,40 +65,44 @@ def train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     trainer.save_model()
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if trainer.is_world_process_zero():
-        started = _command(named, overrides, without=("output_dir", "seed"))
-        write_report(trainer, before, after, recipe=started, evaluation=_evaluation_of(recipe, named, overrides))
+        command = _command_line(name, overrides, without=("output_dir", "seed"))
+        write_report(trainer, before, after, recipe=command, evaluation=_eval_command(recipe, name, overrides))
         trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return 0
 
 
-def _command(named: str, overrides: dict[str, str], without: Sequence[str]) -> str:
-    """A recipe's name and the overrides, but for some, as they are typed."""
-    kept = {name: text for name, text in overrides.items() if name.partition(".")[0] not in without}
-    return " ".join([named, *(f"--{name} {shlex.quote(text)}" for name, text in kept.items())]).strip()
+def _command_line(name: str, overrides: dict[str, str], without: Sequence[str]) -> str:
+    """Return a recipe's name and the overrides, except those of the keys in ``without``, quoted for a shell."""
+    kept = {key: text for key, text in overrides.items() if key.partition(".")[0] not in without}
+    return " ".join([name, *(f"--{key} {shlex.quote(text)}" for key, text in kept.items())]).strip()
 
 
-def _evaluation_of(recipe: Recipe, named: str, overrides: dict[str, str]) -> str:
-    """What ``sppo eval`` is to be told for the model that a run has left, which an adapter's base model belongs to."""
+def _eval_command(recipe: Recipe, name: str, overrides: dict[str, str]) -> str:
+    """Return the arguments of ``sppo eval`` for the model that a run saved.
+
+    They name a base model only if the run saved an adapter.
+    """
     folder = str(recipe["args"]["output_dir"])
     if not recipe.get("eval_dataset"):
         return f"{folder} --dataset FILE --reward {shlex.quote(str(recipe['reward']))}"
     base = () if Path(folder, ADAPTER_CONFIG).is_file() else ("model", "model_kwargs")
-    told = _command(named, overrides, without=(*base, "critic", "train_dataset", "max_steps", "output_dir"))
-    return f"{told} --output_dir {folder}"
+    command = _command_line(name, overrides, without=(*base, "critic", "train_dataset", "max_steps", "output_dir"))
+    return f"{command} --output_dir {folder}"
 
 
 def _evaluate_before(trainer: SPPOTrainer, folder: Path, *, resumes: bool) -> dict[str, float]:
-    """The first model's scores; a resumed run has them in its folder."""
+    """Evaluate the initial model; a resumed run reads the metrics from its folder."""
     if trainer.eval_dataset is None:
         return {}
-    if resumes and (folder / BEFORE).exists():
-        return json.loads((folder / BEFORE).read_text())
+    file = folder / EVAL_BEFORE_FILE
+    if resumes and file.exists():
+        return json.loads(file.read_text())
     before = trainer.evaluate()
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / BEFORE).write_text(json.dumps(before))
+        file.write_text(json.dumps(before))
     return before
 
 
@@ -100,10 +116,10 @@ def _print_plan(recipe: Recipe, trainer: Any, *, resumes: bool) -> None:
     per_update = args.rollout_size * args.world_size / args.updates_per_rollout
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
     plan = {
-        "algorithm": f"{args.algorithm}, {args.num_generations} a prompt, {args.ratio_level} ratio",
+        "algorithm": f"{args.algorithm}, {args.num_generations} per prompt, {args.ratio_level} ratio",
         "model": f"{recipe['model']} (with its critic {size / 1e6:.3g}M parameters, on {args.device})",
-        "prompts": f"{len(trainer.train_dataset)} from {_describe(recipe['train_dataset'])}",
-        "evaluation": f"{len(trainer.eval_dataset)} from {_describe(recipe['eval_dataset'])}, before and after"
+        "prompts": f"{len(trainer.train_dataset)} from {_describe_source(recipe['train_dataset'])}",
+        "evaluation": f"{len(trainer.eval_dataset)} from {_describe_source(recipe['eval_dataset'])}, before and after"
         if trainer.eval_dataset is not None
         else "none (no eval_dataset)",
         "reward": ", ".join(reward.name for reward in trainer.reward_funcs),
@@ -113,11 +129,11 @@ def _print_plan(recipe: Recipe, trainer: Any, *, resumes: bool) -> None:
         f"{args.get_warmup_steps(updates)} warm-up steps",
         "output": f"{args.output_dir}{', resuming' if resumes else ''}",
     }
-    for name, what in plan.items():
-        print(f"{name:<11} {what}")
+    for name, text in plan.items():
+        print(f"{name:<11} {text}")
 
 
-def _describe(source: Any) -> str:
+def _describe_source(source: Any) -> str:
     if not isinstance(source, dict):
         return str(source)
     options = ", ".join(f"{key}={value}" for key, value in source.items() if key != "name" and len(str(value)) < 40)

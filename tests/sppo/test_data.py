@@ -1,4 +1,4 @@
-"""Prompt datasets: every kind of source in one layout, wrong ones named."""
+"""Tests of loading prompts: every kind of source and option, and errors in them."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ def _cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def verl_file(tmp_path):
-    """Chat messages, nested ground truth, a misspelt column and one that pandas leaves."""
+    """Return a file with chat messages, nested ground truth, a misspelt column, and a column added by pandas."""
     row = {
         "data_source": "aime",
         "prompt": [{"role": "user", "content": "Find x."}],
@@ -53,7 +53,7 @@ def verl_file(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "json", "csv"])
-def test_files(tmp_path, kind):
+def test_all_file_formats_load(tmp_path, kind):
     path = tmp_path / f"data.{kind}"
     if kind == "json":
         path.write_text(json.dumps(ROWS))
@@ -64,7 +64,7 @@ def test_files(tmp_path, kind):
     assert data["level"][:] == [row["level"] for row in ROWS]
 
 
-def test_the_layout_of_rl_trainers_loads_as_it_is(verl_file):
+def test_the_layout_of_verl_loads_unchanged(verl_file):
     data = load_prompts(verl_file)
     assert data[0]["prompt"] == [{"role": "user", "content": "Find x."}]
     assert data["answer"][:] == ["70"] * 3
@@ -72,22 +72,22 @@ def test_the_layout_of_rl_trainers_loads_as_it_is(verl_file):
     assert data[0]["extra_info"] == {"index": 0}
 
 
-def test_functions():
+def test_functions_are_sources():
     assert load_prompts(f"{__file__}:table").num_rows == 5
     assert load_prompts({"name": f"{__file__}:rows", "count": 3, "seed": 7})["prompt"][-1] == "number 2 of 7"
     assert load_prompts(f"{__file__}:rows?count=4").num_rows == 4
 
 
-def test_options_may_stand_in_the_name_in_a_mapping_or_beside():
+def test_options_in_name_mapping_and_keywords_are_equivalent():
     source = f"{__file__}:table"
-    wanted = load_prompts(source, limit=2, seed=1)[:]
-    assert load_prompts(f"{source}?limit=2&seed=1")[:] == wanted
-    assert load_prompts({"name": source, "limit": 2}, seed=1)[:] == wanted
-    assert load_prompts(table(), limit=2, seed=1)[:] == wanted
+    expected = load_prompts(source, limit=2, seed=1)[:]
+    assert load_prompts(f"{source}?limit=2&seed=1")[:] == expected
+    assert load_prompts({"name": source, "limit": 2}, seed=1)[:] == expected
+    assert load_prompts(table(), limit=2, seed=1)[:] == expected
     assert load_prompts(source, seed=2)["prompt"][:] != load_prompts(source, seed=1)["prompt"][:]
 
 
-def test_templates(verl_file):
+def test_templates_are_filled(verl_file):
     data = load_prompts(table(), prompt_template=r"Level {level}: {prompt} Use \boxed{}.")
     assert data["prompt"][0] == r"Level 1: What is 1 + 1? Use \boxed{}."
     assert load_prompts(table().rename_column("prompt", "question"), prompt_template="{question}").num_rows == 5
@@ -99,28 +99,28 @@ def test_templates(verl_file):
     assert load_prompts(table(), chat=True)[0]["prompt"] == [{"role": "user", "content": "What is 1 + 1?"}]
 
 
-def test_duplicates_conflicts_and_held_out_prompts_are_dropped_and_counted(caplog):
+def test_dropped_prompts_are_counted_in_the_log(caplog):
     caplog.set_level(logging.INFO, logger="sppo.data")
     assert load_prompts(table(), drop_duplicates=True)["answer"][:] == ["2", "0", "4"]
     assert load_prompts(table(), drop_conflicts=True)["answer"][:] == ["2", "2", "0"]
     held_out = datasets.Dataset.from_list([{"prompt": [{"role": "user", "content": "WHAT IS 1+1"}]}])
     options = {"drop_duplicates": True, "drop_conflicts": True, "exclude": held_out}
     assert load_prompts(table(), prompt_template="Q: {prompt}", **options)["answer"][:] == ["0"]
-    said = caplog.messages[-1]
-    assert "2 also in the excluded set, 2 of conflicting answers, 0 duplicates; 1 of 5 prompts left" in said
+    message = caplog.messages[-1]
+    assert "2 also in the excluded set, 2 with conflicting answers, 0 duplicates; 1 of 5 prompts left" in message
     with pytest.raises(ValueError, match="nothing is left"):
         load_prompts(table(), exclude=[table()])
 
 
 @pytest.mark.parametrize("task", ["chain_sum", "arc_agi", "list_functions", "countdown", "graph_color", "rush_hour"])
-def test_reasoning_gym_is_scored_by_its_own_verifier(task):
+def test_reasoning_gym_tasks_use_their_own_verifier(task):
     data = load_prompts(f"reasoning_gym:{task}?size=2&seed=5")
     assert data[:] == load_prompts({"name": "reasoning_gym", "task": task, "size": 2, "seed": 5})[:]
     columns = {name: data[name][:] for name in data.column_names if name != "prompt"}
     answers = data["answer"][:]
     if answers[0] is not None:
-        right = [f"<think>hm</think> I say <answer>{answer}</answer>" for answer in answers]
-        assert score(["reasoning_gym"], data["prompt"][:], right, columns).rewards == [1.0, 1.0]
+        correct = [f"<think>hm</think> I say <answer>{answer}</answer>" for answer in answers]
+        assert score(["reasoning_gym"], data["prompt"][:], correct, columns).rewards == [1.0, 1.0]
     wrong = score(["reasoning_gym"], data["prompt"][:], ["<answer>no</answer>", "<think>"], columns)
     assert wrong.failures == []
     assert max(wrong.rewards) < 0.2
@@ -133,7 +133,7 @@ def test_reasoning_gym_options_reach_the_task():
 
 
 @pytest.mark.parametrize(
-    ("source", "says"),
+    ("source", "message"),
     [
         ({"limit": 3}, "names no source"),
         ("", "names no source"),
@@ -142,31 +142,31 @@ def test_reasoning_gym_options_reach_the_task():
         ("reasoning_gym:chain_sum?min_terms=0", "min_terms must be positive"),
         (f"{__file__}:table?limt=3", "no option 'limt'; did you mean 'limit'"),
         (f"{__file__}:table?limit=0", "limit must be at least 1, got 0"),
-        (f"{__file__}:number", "gave a int; give a Dataset"),
+        (f"{__file__}:number", "is of type int; give a datasets.Dataset"),
         (f"{__file__}:ROWS", "is a list; name a function"),
         (f"{__file__}:rows?count=0", "is empty"),
         ("no_such_module:f", "cannot import 'no_such_module:f'"),
         (f"{__file__}:table?prompt_template=Solve!", "'Solve!' names no column"),
     ],
 )
-def test_wrong_sources_are_named(source, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_sources_raise(source, message):
+    with pytest.raises(ValueError, match=message):
         load_prompts(source)
 
 
-def test_a_missing_file_is_named():
+def test_a_missing_file_raises():
     with pytest.raises(FileNotFoundError, match=r"'no/such\.parquet': there is no such file"):
         load_prompts("no/such.parquet")
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "message"),
     [
         ({"question": "?"}, r"no column 'prompt', it has \['question'\]; rename one, or .*prompt_template"),
         ({"prompt": "  "}, "the prompt of row 0 is empty"),
         ({"prompt": None}, "the prompt of row 0 is empty"),
     ],
 )
-def test_wrong_rows_are_named(row, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_rows_raise(row, message):
+    with pytest.raises(ValueError, match=message):
         load_prompts(datasets.Dataset.from_list([row]))

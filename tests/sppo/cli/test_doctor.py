@@ -1,4 +1,4 @@
-"""The doctor names what is missing or too old, and works where the rest does not."""
+"""Tests of ``sppo doctor``: missing, outdated and broken packages, and a wrong kernel."""
 
 import re
 import sys
@@ -14,75 +14,75 @@ from sppo.cli.main import main
 SETUP = (Path(__file__).parents[3] / "setup.py").read_text()
 
 
-def with_versions(monkeypatch, **changes):
-    """Let packages have other versions, or none."""
+def set_versions(monkeypatch, **versions):
+    """Pretend that packages have these versions, or are missing (None)."""
 
     def version(name):
-        if (found := changes.get(name.replace("-", "_"), "as is")) is None:
+        if (pretended := versions.get(name.replace("-", "_"), "real")) is None:
             raise PackageNotFoundError(name)
-        return real_version(name) if found == "as is" else found
+        return real_version(name) if pretended == "real" else pretended
 
     monkeypatch.setattr(doctor, "version", version)
 
 
-def test_here(capsys):
+def test_all_checks_pass_on_this_machine(capsys):
     assert main(["doctor"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in ("python", "torch", "device", "precision", "attention", "rollouts", "processes"):
-        assert re.search(rf"^  {name} +\S", said, re.M)
-    assert re.search(r"fused kernels +log-probabilities and gradients are right, to \de-0[4-9]", said)
-    assert "ERROR" not in said
+        assert re.search(rf"^  {name} +\S", output, re.M)
+    assert re.search(r"fused kernels +log-probabilities and gradients are correct to \de-0[4-9]", output)
+    assert "ERROR" not in output
 
 
-def findings(look):
-    return {finding.name: finding for finding in look()}
+def findings(check):
+    return {finding.name: finding for finding in check()}
 
 
-def test_what_is_missing_or_old(monkeypatch):
-    with_versions(monkeypatch, torch="2.9.1+cu128", transformers=None, triton="3.5.0", wandb=None, accelerate="1.10")
-    found = findings(doctor.installed)
+def test_missing_and_outdated_packages_are_reported(monkeypatch):
+    set_versions(monkeypatch, torch="2.9.1+cu128", transformers=None, triton="3.5.0", wandb=None, accelerate="1.10")
+    found = findings(doctor.check_packages)
     assert found["torch"] == ("torch", "2.9.1+cu128, older than 2.10: pip install 'torch>=2.10'", "error")
     assert "missing, for models and training: pip install 'transformers>=5.17'" in found["transformers"].text
-    assert found["transformers"].trouble == "error"
-    assert found["triton"].trouble == "warning"
+    assert found["transformers"].severity == "error"
+    assert found["triton"].severity == "warning"
     assert found["wandb"] == ("wandb", "missing, for report_to=wandb: pip install wandb", None)
-    assert found["accelerate"].trouble is None
+    assert found["accelerate"].severity is None
 
 
-@pytest.mark.parametrize(("here", "trouble"), [((3, 10), "error"), ((3, 11), None), ((3, 14), "warning")])
-def test_python(here, trouble, monkeypatch):
-    monkeypatch.setattr("sys.version_info", (*here, 0, "final", 0))
-    assert findings(doctor.installed)["python"].trouble == trouble
+@pytest.mark.parametrize(("version", "severity"), [((3, 10), "error"), ((3, 11), None), ((3, 14), "warning")])
+def test_python_version_is_checked(version, severity, monkeypatch):
+    monkeypatch.setattr("sys.version_info", (*version, 0, "final", 0))
+    assert findings(doctor.check_packages)["python"].severity == severity
 
 
-def test_where_torch_does_not_import(monkeypatch, capsys):
+def test_doctor_runs_without_torch(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert doctor.diagnose() == 1
     assert "Training cannot run: see device, fused kernels above." in capsys.readouterr().out
 
 
-def test_what_fails_is_reported_and_the_rest_still_looked_at(monkeypatch):
+def test_a_failed_check_does_not_stop_the_others(monkeypatch):
     monkeypatch.setattr(doctor, "_attention", lambda *_: 1 / 0)
-    found = findings(doctor.used)
+    found = findings(doctor.check_environment)
     assert found["attention"] == ("attention", "ZeroDivisionError: division by zero", "error")
-    assert found["processes"].trouble is None
+    assert found["processes"].severity is None
 
 
 def test_a_wrong_kernel_is_an_error(monkeypatch):
     import sppo_kernels
 
-    right = sppo_kernels.linear_logprobs
-    monkeypatch.setattr(sppo_kernels, "linear_logprobs", lambda *args: right(*args, temperature=1.1))
-    (finding,) = doctor.tested()
-    assert finding.trouble == "error"
+    correct = sppo_kernels.linear_logprobs
+    monkeypatch.setattr(sppo_kernels, "linear_logprobs", lambda *args: correct(*args, temperature=1.1))
+    (finding,) = doctor.check_kernels()
+    assert finding.severity == "error"
     assert "off by" in finding.text
 
 
-def test_oldest_versions_are_those_of_the_package():
+def test_minimum_versions_match_setup_py():
     for package in (*doctor.REQUIRED, *doctor.OPTIONAL):
-        if package.least != "0":
-            assert f'"{package.name}>={package.least}' in SETUP
-    oldest, newest = doctor.PYTHON
+        if package.min_version != "0":
+            assert f'"{package.name}>={package.min_version}' in SETUP
+    oldest, newest = doctor.TESTED_PYTHON
     assert f'python_requires=">={oldest[0]}.{oldest[1]}"' in SETUP
     assert f"Python :: {newest[0]}.{newest[1]}" in SETUP
     assert f"Python :: {newest[0]}.{newest[1] + 1}" not in SETUP

@@ -1,4 +1,4 @@
-"""The command line: recipes and overrides of the right types, one clear line for a mistake, and whole runs."""
+"""Tests of the command line: recipes, overrides, error messages and complete runs."""
 
 import json
 import subprocess
@@ -42,11 +42,11 @@ def recipe(tmp_path, monkeypatch):
     return str(path)
 
 
-# Reading values
+# Recipes and overrides
 
 
 @pytest.mark.parametrize(
-    ("value", "kind", "wanted"),
+    ("value", "field_type", "expected"),
     [
         ("1e-5", float, 1e-5),
         (3, float, 3.0),
@@ -61,24 +61,24 @@ def recipe(tmp_path, monkeypatch):
         ("12", int | str, 12),
     ],
 )
-def test_values_take_the_type_of_their_field(value, kind, wanted):
-    read = convert("x", value, kind)
-    assert read == wanted
-    assert type(read) is type(wanted)
+def test_values_are_converted_to_the_type_of_their_field(value, field_type, expected):
+    converted = convert("x", value, field_type)
+    assert converted == expected
+    assert type(converted) is type(expected)
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"),
+    ("value", "field_type"),
     [("fast", float), ("1.5", int), (1.5, int), (True, int), ("maybe", bool), (None, int), ([1], str)],
 )
-def test_values_of_another_type_are_named(value, kind):
+def test_values_of_a_wrong_type_raise(value, field_type):
     with pytest.raises(ValueError, match="learning_rate must be"):
-        convert("learning_rate", value, kind)
+        convert("learning_rate", value, field_type)
 
 
-def test_overrides_reach_every_part_of_a_recipe(recipe):
-    read = read_recipe(recipe)
-    assert read["args"]["output_dir"] == "runs/tiny"
+def test_overrides_change_every_part_of_a_recipe(recipe):
+    changed = read_recipe(recipe)
+    assert changed["args"]["output_dir"] == "runs/tiny"
     for name, text in {
         "learning_rate": "1e-5",
         "args.max_steps": "3",
@@ -91,28 +91,28 @@ def test_overrides_reach_every_part_of_a_recipe(recipe):
         "model_kwargs.seed": "5",
         "args": "{seed: 3}",
     }.items():
-        override(read, name, text)
-    assert read["train_dataset"] == {"name": f"{HERE}:sums", "count": 7, "drop_duplicates": True}
-    assert read["eval_dataset"] == {"name": "test.parquet", "limit": 2}
-    assert read["critic"] == {"model": f"{HERE}:critic", "seed": 3}
-    assert read["reward"] == ["exact", "math"]
-    assert read["model_kwargs"] == {"seed": 5}
-    args = config_from(read["args"])
+        override(changed, name, text)
+    assert changed["train_dataset"] == {"name": f"{HERE}:sums", "count": 7, "drop_duplicates": True}
+    assert changed["eval_dataset"] == {"name": "test.parquet", "limit": 2}
+    assert changed["critic"] == {"model": f"{HERE}:critic", "seed": 3}
+    assert changed["reward"] == ["exact", "math"]
+    assert changed["model_kwargs"] == {"seed": 5}
+    args = config_from(changed["args"])
     assert (args.learning_rate, args.max_steps, args.max_completion_length, args.seed) == (1e-5, 3, 5, 3)
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_shipped_recipes_are_sound(name, tmp_path):
+def test_shipped_recipes_are_valid(name, tmp_path):
     recipe = read_recipe(name)
     config_from({**recipe["args"], "output_dir": str(tmp_path), "use_cpu": True})
     assert {"model", "train_dataset", "eval_dataset", "reward"} <= recipe.keys()
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["train", "tinny"], "no recipe 'tinny'"),
         (["train", "RECIPE", "--learning_rat", "1e-5"], "'learning_rat'; did you mean 'learning_rate'"),
@@ -124,7 +124,7 @@ def test_shipped_recipes_are_sound(name, tmp_path):
         (["train", "RECIPE", "--train_dataset", "no/such.jsonl"], "there is no such file"),
         (["train", "RECIPE", "--reward", "exat"], "no reward named 'exat'; did you mean 'exact'"),
         (["train", "RECIPE", "--model", "nowhere:policy"], "cannot import 'nowhere:policy'"),
-        (["train", "RECIPE", "--model", f"{HERE}:sums", "--model_kwargs.count", "1"], "returns (model, tokenizer)"),
+        (["train", "RECIPE", "--model", f"{HERE}:sums", "--model_kwargs.count", "1"], "must return (model, tokenizer)"),
         (["train", "RECIPE", "--model", "7"], "model must be a folder, a hub name or module:function, got 7"),
         (["train", "RECIPE", "--critic", "7"], "critic must be a folder"),
         (["train", "RECIPE", "--critic", "{seed: 7}"], "the critic's model must be a folder"),
@@ -132,24 +132,24 @@ def test_shipped_recipes_are_sound(name, tmp_path):
         (["train", "RECIPE", "--args", "3"], "args must be a mapping of settings, got 3"),
         (["train", "RECIPE", "--args", "{max_step: 3}"], "'max_step'; did you mean 'max_steps'"),
         (["train", "RECIPE", "stray"], "unexpected argument 'stray'"),
-        (["eval"], "nothing says which model"),
+        (["eval"], "no model to use; give --model"),
         (["eval", "--model", "m", "--reward", "exact"], "give --dataset"),
         (["eval", "RECIPE", "--k", "4"], "k=4 with temperature 0: greedy decoding gives 4 times the same"),
         (["eval", "RECIPE", "--dataset", "a", "--dataset", "b", "--output", "c"], "--output names one file for 2"),
         (["eval", "RECIPE", "--k", "0"], "k must be at least 1"),
     ],
 )
-def test_a_mistake_is_one_clear_line(recipe, capsys, arguments, says):
+def test_wrong_input_is_reported_in_one_line(recipe, capsys, arguments, message):
     assert main([recipe if argument == "RECIPE" else argument for argument in arguments]) == 2
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
     assert not Path("runs").exists()
 
 
-def test_a_wrong_recipe_is_named(tmp_path, capsys):
+def test_an_invalid_recipe_is_reported_in_one_line(tmp_path, capsys):
     path = tmp_path / "bad.yaml"
-    for text, says in (
+    for text, message in (
         (b"modle: a", "did you mean 'model'"),
         (b"7: a", "no key 7"),
         (b"[1]", "give a mapping"),
@@ -161,11 +161,11 @@ def test_a_wrong_recipe_is_named(tmp_path, capsys):
         path.write_bytes(text)
         assert main(["train", str(path)]) == 2
         error = capsys.readouterr().err
-        assert says in error
+        assert message in error
         assert error.count("\n") == 1
 
 
-def test_traceback_on_request(recipe, monkeypatch):
+def test_traceback_is_shown_on_request(recipe, monkeypatch):
     with pytest.raises(ValueError, match="unexpected"):
         main(["train", recipe, "stray", "--traceback"])
     monkeypatch.setenv("SPPO_DEBUG", "1")
@@ -173,37 +173,37 @@ def test_traceback_on_request(recipe, monkeypatch):
         main(["train", recipe, "stray"])
 
 
-def test_help_answers_without_torch():
+def test_help_does_not_import_torch():
     script = (
         "import sys; from sppo.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
-    for arguments, says in (
+    for arguments, text in (
         (["--help"], "train"),
         (["train", "--help"], "--critic_learning_rate"),
         (["eval", "-h"], "--limit"),
     ):
         done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
-        assert says in done.stdout
+        assert text in done.stdout
 
 
-# Whole runs
+# Complete runs
 
 
-def test_train_evaluate_resume_and_refuse(recipe, capsys):
+def test_a_run_is_trained_resumed_and_evaluated(recipe, capsys):
     assert main(["train", recipe]) == 0
-    said = capsys.readouterr().out
-    assert "4, of 4 completions of at most 5 tokens" in said
+    output = capsys.readouterr().out
+    assert "4, of 4 completions of at most 5 tokens" in output
     out = Path("runs/tiny")
     assert (out / "summary.json").exists()
     assert (out / "checkpoint-4").is_dir()
     assert (out / "config.json").is_file()
 
     assert main(["train", recipe]) == 0
-    said = capsys.readouterr().out
-    assert "finished run" in said
-    assert "--output_dir" in said
+    output = capsys.readouterr().out
+    assert "finished run" in output
+    assert "--output_dir" in output
 
     (out / "summary.json").unlink()
     assert main(["train", recipe]) == 2
@@ -217,8 +217,8 @@ def test_train_evaluate_resume_and_refuse(recipe, capsys):
     assert (out / "eval_before.json").read_text() == before
 
     assert main(["eval", recipe, "--limit", "3"]) == 0
-    said = capsys.readouterr().out
-    assert "evaluating runs/tiny on sums (3 problems, k=1, at most 5 tokens)" in said
+    output = capsys.readouterr().out
+    assert "evaluating runs/tiny on sums (3 problems, k=1, at most 5 tokens)" in output
     header, *results = [json.loads(line) for line in (out / "eval/sums.jsonl").read_text().splitlines()]
     assert header["model"] == "runs/tiny"
     assert [row["index"] for row in results] == [0, 1, 2]
@@ -226,12 +226,12 @@ def test_train_evaluate_resume_and_refuse(recipe, capsys):
     assert all(0 <= row["rewards"][0] <= 1 for row in results)
 
 
-def test_evaluate_goes_on_adds_to_the_summary_and_refuses(recipe, capsys):
+def test_eval_resumes_and_adds_to_the_summary(recipe, capsys):
     from sppo.cli.recipes import load_model
 
     for part in load_model(f"{HERE}:policy", {}):
         part.save_pretrained("checkpoint")
-    # A setting that argparse does not know comes first: its value is no checkpoint's name.
+    # The first option is one that argparse does not know; its value must not be taken for a checkpoint.
     model = ["--use_cpu", "--max_completion_length", "3", "--reward", f"{HERE}:letter", "--model", "checkpoint"]
     sets = ["--dataset", f"{HERE}:sums?count=3", "--dataset", f"{HERE}:sums?count=2"]
     sampled = ["--k", "2", "--temperature", "1"]
@@ -262,22 +262,22 @@ def test_evaluate_goes_on_adds_to_the_summary_and_refuses(recipe, capsys):
     assert Path("checkpoint/eval/summary.json").exists()
 
 
-def test_evaluation_by_a_launcher_is_refused(recipe, monkeypatch, capsys):
+def test_eval_under_a_launcher_raises(recipe, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["eval", recipe]) == 2
     assert "sppo eval runs in one process, not 2 (WORLD_SIZE); start it without" in capsys.readouterr().err
 
 
-def test_files_are_named_after_their_datasets():
+def test_result_files_are_named_after_datasets():
     sources = ["data/math_500.parquet?limit=3", "org/MATH-500", "reasoning_gym:chain_sum", {"name": "b/math_500.jsonl"}]
     assert _dataset_names(sources) == ["math_500", "MATH-500", "chain_sum", "math_500-2"]
     assert _dataset_names(["a/test.jsonl", "test-2.jsonl", "b/test.jsonl"]) == ["test", "test-2", "test-3"]
 
 
-# The critic
+# sppo value
 
 
-def test_value_prints_what_the_critic_predicts(recipe, capsys):
+def test_value_prints_the_predictions_of_the_critic(recipe, capsys):
     from sppo.models.critic_io import load_critic
     from sppo.models.critics import prompt_values
 
@@ -292,13 +292,13 @@ def test_value_prints_what_the_critic_predicts(recipe, capsys):
     ]
 
 
-def test_value_says_what_is_wrong(recipe, capsys):
+def test_value_without_a_prompt_critic_raises(recipe, capsys):
     assert main(["value", "2+2="]) == 2
     assert "there is no critic in 'runs/quickstart'; train one" in capsys.readouterr().err
     assert main(["value", "2+2=", "--folder", "x"]) == 2
     assert "unknown option --folder" in capsys.readouterr().err
     assert main(["train", recipe, "--output_dir", "grpo", "--algorithm", "grpo", "--num_generations", "2"]) == 0
-    assert main(["value", "2+2=", "--critic", "grpo"]) == 2  # a policy is no critic
+    assert main(["value", "2+2=", "--critic", "grpo"]) == 2  # a policy, not a critic
     assert "there is no critic in 'grpo', nor in a folder 'critic' inside" in capsys.readouterr().err
     assert main(["train", recipe, "--output_dir", "ppo", "--algorithm", "ppo"]) == 0
     assert main(["value", "2+2=", "--critic", "ppo"]) == 2
@@ -306,22 +306,22 @@ def test_value_says_what_is_wrong(recipe, capsys):
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "remax"])
-def test_an_algorithm_without_a_critic_is_only_another_setting(recipe, algorithm, capsys):
+def test_algorithms_without_a_critic_save_none(recipe, algorithm, capsys):
     assert main(["train", recipe, "--algorithm", algorithm, "--num_generations", "2", "--output_dir", "run"]) == 0
     assert not Path("run/critic").exists()
 
 
-def test_what_next_is_the_same_command(recipe, capsys):
+def test_suggested_commands_repeat_the_overrides(recipe, capsys):
     assert main(["train", recipe, "--algorithm", "ppo", "--output_dir", "run", "--max_steps", "2"]) == 0
-    said = capsys.readouterr().out
-    assert "algorithm   ppo, 1 a prompt, token ratio" in said
-    assert f"train {recipe} --algorithm ppo --max_steps 2 --seed 43 --output_dir run-43" in said
+    output = capsys.readouterr().out
+    assert "algorithm   ppo, 1 per prompt, token ratio" in output
+    assert f"train {recipe} --algorithm ppo --max_steps 2 --seed 43 --output_dir run-43" in output
     assert json.loads(Path("run/summary.json").read_text())["algorithm"] == "ppo"
 
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """What a newcomer has: a model's folder, prompts in JSONL, and a reward in a file."""
+    """Arguments for a run without a recipe: a model folder, prompts in JSONL, a reward in a Python file."""
     monkeypatch.chdir(tmp_path)
     tiny_model().save_pretrained("model")
     char_tokenizer().save_pretrained("model")
@@ -346,7 +346,7 @@ def own(tmp_path, monkeypatch):
     ]
 
 
-def test_train_on_data_and_a_reward_of_ones_own_without_a_recipe(own, capsys):
+def test_training_needs_no_recipe(own, capsys):
     assert main(["train", *own, "--output_dir", "runs/mine"]) == 0
     assert "reward      score" in capsys.readouterr().out
     assert main(["eval", "runs/mine", "--dataset", "mine.jsonl", "--reward", "my_reward.py:score", "--limit", "4"]) == 0
@@ -355,7 +355,7 @@ def test_train_on_data_and_a_reward_of_ones_own_without_a_recipe(own, capsys):
     assert "the recipe has no 'model'; give --model" in capsys.readouterr().err
 
 
-def test_an_adapter_is_trained_evaluated_and_trained_on(own, capsys):
+def test_an_adapter_is_trained_evaluated_and_continued(own, capsys):
     assert main(["train", *own, "--peft_config.r", "4", "--output_dir", "runs/lora"]) == 0
     assert not Path("runs/lora/config.json").exists()
     evaluate = ["--dataset", "mine.jsonl", "--reward", "my_reward.py:score", "--limit", "4"]

@@ -69,7 +69,7 @@ def test_a_broken_line_is_named(tmp_path):
     path = tmp_path / "log.jsonl"
     write_lines(path, [{"step": 1}])
     path.write_text("{nothing}\n" + path.read_text())
-    with pytest.raises(ValueError, match=r"log\.jsonl' has no JSON in line 1 .*; delete that line"):
+    with pytest.raises(ValueError, match=r"log\.jsonl': line 1 is not JSON .*; delete that line"):
         read_lines(path)
 
 
