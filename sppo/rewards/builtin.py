@@ -1,13 +1,13 @@
-"""The built-in rewards but for ``unit_tests``. Each is 1.0 for a right final answer and 0.0 for another, but for
-reasoning_gym's own scale.
+"""The built-in rewards ``exact``, ``numeric``, ``math`` and ``reasoning_gym``.
 
-The final answer is what a completion says after its thoughts: the last ``\\boxed{...}``, else the last
-``<answer>...</answer>``, else what follows the last ``####``, ``Answer:`` or ``the answer is``, else its last line. A
-thought that was opened (``<think>``) and not closed, or a box that was not closed, means that there is no answer.
+They are 1.0 for a correct final answer and 0.0 otherwise; ``reasoning_gym`` has the scale of its task.
 
-numeric and math take a final answer of more than 1,000 characters, which is degenerate repetition, for none.
+The final answer of a completion is read after its thinking section: the last ``\\boxed{...}``, else the last
+``<answer>...</answer>``, else what follows the last ``####``, ``Answer:`` or ``the answer is``, else the last line. If
+``<think>`` or a box is opened and not closed, there is no answer. ``numeric`` and ``math`` also ignore final answers of
+more than 1,000 characters, which are degenerate repetition.
 
-The right answer is the column ``answer`` (as in GSM8K what follows ``####`` there), else
+The ground truth is the column ``answer`` (in GSM8K's layout, what follows ``####`` in it), else
 ``reward_model["ground_truth"]``, else ``solution``.
 """
 
@@ -21,47 +21,57 @@ from collections.abc import Sequence
 from typing import Any
 
 _MARKER = re.compile(r"(?:####|\b(?:final\s+)?answer\s*(?:is\b|:|=)[:*\s]*)\s*([^\n]*)", re.IGNORECASE)
-# Policies repeat themselves for thousands of characters, so no pattern may take time quadratic in the text: those
-# below start where nothing before could have (lookbehind), and do not backtrack (possessive ++ and *+). A possessive
-# group inside a group is wrong before Python 3.11.5; the tag does without, since what it repeats ends at the next tag.
+# Policies repeat themselves for thousands of characters, so no pattern may take time quadratic in the text. The
+# patterns below start only where no match can have started earlier (lookbehind) and do not backtrack (++ and *+).
+# Possessive groups inside a group are broken before Python 3.11.5; _TAG avoids them, as its repetition ends at a tag.
 _TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL | re.IGNORECASE)
 _NUMBER = re.compile(
     r"(?:(?<![\w)])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d*)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?"
 )
 _TIMES = re.compile(r"(?<!\s)\s*+\\times\s*+10\^\{?([-+]?\d+)\}?")
-# Exponents of up to 4 digits: of larger ones sympy would work out every digit.
+# Exponents of up to 4 digits: for larger ones sympy would compute every digit.
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d++\.?\d*+|\.\d++)[eE]([-+]?\d{1,4}+)(?![\w.])|\\times\s*+10\^(\d)(?!\d)")
 _BASE = re.compile(r"\d_\{?\(?([-\d.]++)")
 _PROSE = re.compile(r"[A-Za-z]{2}\s++[A-Za-z]{2}")
-_SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))  # what \s matches
-_MAX_ANSWER = 1000
+_SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))  # the characters that \s matches
+_MAX_ANSWER_CHARS = 1000
 
 
 def exact(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-    """The final answer is the right one, letter for letter, but for white space around it."""
-    golds = _right_answers(columns, len(completions))
-    return [float(final_answer(p, c) == str(g).strip()) for p, c, g in zip(prompts, completions, golds, strict=True)]
+    """Compare the final answer with the ground truth character by character, ignoring surrounding white space."""
+    return [
+        float(final_answer(prompt, completion) == str(truth).strip())
+        for prompt, completion, truth in zip(prompts, completions, _ground_truths(columns), strict=True)
+    ]
 
 
 def numeric(
     prompts: Sequence[Any], completions: Sequence[Any], *, tolerance: float | None = None, **columns: Any
 ) -> list[float]:
-    """The last number of the final answer is the right one.
+    """Compare the last number of the final answer with the last number of the ground truth.
 
     Args:
-        tolerance: largest relative error; default 0 for a whole number and 1e-4 for others.
+        prompts: text or chat messages.
+        completions: text or chat messages.
+        tolerance: maximum relative error; None: 0 for an integer, 1e-4 for other numbers.
+        **columns: the columns of the ground truth.
+
+    Raises:
+        ValueError: there is no ground truth, or it contains no number.
     """
-    golds = _right_answers(columns, len(completions))
-    return [_numeric(p, c, g, tolerance) for p, c, g in zip(prompts, completions, golds, strict=True)]
+    return [
+        _numeric(prompt, completion, truth, tolerance)
+        for prompt, completion, truth in zip(prompts, completions, _ground_truths(columns), strict=True)
+    ]
 
 
-def _numeric(prompt: Any, completion: Any, gold: Any, tolerance: float | None) -> float:
-    right, given = _last_number(str(gold)), _last_number(_short_answer(prompt, completion) or "")
-    if right is None:
-        raise ValueError(f"the right answer {gold!r} holds no number")
+def _numeric(prompt: Any, completion: Any, truth: Any, tolerance: float | None) -> float:
+    expected, given = _last_number(str(truth)), _last_number(_short_answer(prompt, completion) or "")
+    if expected is None:
+        raise ValueError(f"the ground truth {truth!r} contains no number")
     if tolerance is None:
-        tolerance = 1e-12 if right.is_integer() else 1e-4
-    return float(given is not None and maths.isclose(given, right, rel_tol=0, abs_tol=tolerance * abs(right)))
+        tolerance = 1e-12 if expected.is_integer() else 1e-4
+    return float(given is not None and maths.isclose(given, expected, rel_tol=0, abs_tol=tolerance * abs(expected)))
 
 
 def math(
@@ -72,57 +82,67 @@ def math(
     seconds: int = 5,
     **columns: Any,
 ) -> list[float]:
-    """The final answer equals the right one by math-verify: numbers, expressions, intervals, sets, text.
+    """Compare the final answer with the ground truth by math-verify: numbers, expressions, intervals, sets, text.
 
     Args:
-        tolerance: also accept a number with at most this relative error (Minerva's answers need 0.01 or so).
-        seconds: the limit for reading an answer, and for comparing two.
+        prompts: text or chat messages.
+        completions: text or chat messages.
+        tolerance: also accept a number with at most this relative error (Minerva's answers need about 0.01).
+        seconds: time limit for parsing one answer, and for comparing two.
+        **columns: the columns of the ground truth.
+
+    Raises:
+        ValueError: there is no ground truth, or math-verify cannot parse it.
     """
-    golds = _right_answers(columns, len(completions))
-    return [_math(p, c, str(g), tolerance, seconds) for p, c, g in zip(prompts, completions, golds, strict=True)]
+    return [
+        _math(prompt, completion, str(truth), tolerance, seconds)
+        for prompt, completion, truth in zip(prompts, completions, _ground_truths(columns), strict=True)
+    ]
 
 
-def _math(prompt: Any, completion: Any, gold: str, tolerance: float | None, seconds: int) -> float:
+def _math(prompt: Any, completion: Any, truth: str, tolerance: float | None, seconds: int) -> float:
     from math_verify import verify
     from math_verify.errors import TimeoutException
     from math_verify.utils import timeout
 
-    right = _read_math(gold, seconds) if gold.count("{") == gold.count("}") else []  # not one that was cut off
-    if not right:
-        raise ValueError(f"math-verify cannot read the right answer {gold!r}")
+    is_complete = truth.count("{") == truth.count("}")  # some datasets cut answers off at the first closing brace
+    expected = _parse_math(truth, seconds) if is_complete else []
+    if not expected:
+        raise ValueError(f"math-verify cannot parse the ground truth {truth!r}")
     answer = _short_answer(prompt, completion)
     if not answer:
         return 0.0
-    if _base(answer) not in (None, _base(gold) or "10"):  # to math-verify 204_5 is 204
+    if _base(answer) not in (None, _base(truth) or "10"):  # math-verify reads 204_5 as 204
         return 0.0
-    given = _read_math(answer, seconds)
-    size = abs(_value(right) or 1.0)
-    # math-verify compares a number of decimals, to which all small numbers are equal: count from the leading digit.
-    decimals = max(6, 5 - maths.floor(maths.log10(size)))
+    given = _parse_math(answer, seconds)
+    magnitude = abs(_value(expected) or 1.0)
+    # math-verify rounds to a number of decimals, which makes all small numbers equal: count from the leading digit.
+    decimals = max(6, 5 - maths.floor(maths.log10(magnitude)))
     precision = {"float_rounding": decimals, "numeric_precision": max(15, decimals + 6)}
     try:
-        equal = verify(right, given, **precision, timeout_seconds=seconds, raise_on_error=True)
-    except Exception:  # sympy choked on what the model wrote
+        equal = verify(expected, given, **precision, timeout_seconds=seconds, raise_on_error=True)
+    except Exception:  # sympy failed on the model's answer
         equal = False
-    except TimeoutException:  # is no Exception; what cannot be worked out in time, as 9^{9^{9}}, is wrong
+    except TimeoutException:  # not a subclass of Exception; an answer such as 9^{9^{9}} is wrong
         return 0.0
     if not equal and tolerance is not None:
         try:
-            ours, theirs = _value(right), timeout(seconds)(_value)(given)
+            expected_value, given_value = _value(expected), timeout(seconds)(_value)(given)
         except TimeoutException:
             return 0.0
-        equal = ours is not None and theirs is not None and abs(ours - theirs) <= tolerance * abs(ours)
+        if expected_value is not None and given_value is not None:
+            equal = abs(expected_value - given_value) <= tolerance * abs(expected_value)
     return float(equal)
 
 
-def _read_math(answer: str, seconds: int) -> list[Any]:
+def _parse_math(answer: str, seconds: int) -> list[Any]:
     from math_verify import parse
     from math_verify.errors import TimeoutException
 
-    # To math-verify 1e5 is Euler's number times 5.
+    # math-verify reads 1e5 as Euler's number times 5.
     text = _SCIENTIFIC.sub(lambda m: rf"{m[1]}\times 10^{{{int(m[2])}}}" if m[1] else rf"\times 10^{{{m[3]}}}", answer)
     if not _PROSE.search(re.sub(r"\\[a-z]+\{[^{}]*\}", "", text)):
-        text = rf"\boxed{{{text}}}"  # an answer and nothing else: read all of it, not the first number found in it
+        text = rf"\boxed{{{text}}}"  # without prose, parse all of the answer, not the first number found in it
     try:
         return parse(text, parsing_timeout=seconds, raise_on_error=True)
     except (Exception, TimeoutException):
@@ -130,13 +150,13 @@ def _read_math(answer: str, seconds: int) -> list[Any]:
 
 
 def _base(answer: str) -> str | None:
-    """The base that the last number is marked with, as 5 in ``204_{5}``."""
+    """Return the base that the last number with one is marked with: ``"5"`` for ``204_{5}``; None without one."""
     bases = _BASE.findall(answer)
     return bases[-1] if bases else None
 
 
 def _value(parsed: list[Any]) -> float | None:
-    """The real number that math-verify read, None where it is something else."""
+    """Return the real number that math-verify parsed, or None if the answer is something else."""
     try:
         return float(parsed[0])
     except (TypeError, ValueError, OverflowError, IndexError):
@@ -144,10 +164,12 @@ def _value(parsed: list[Any]) -> float | None:
 
 
 def reasoning_gym(prompts: Sequence[Any], completions: Sequence[Any], *, entry: Sequence[str]) -> list[float]:
-    """The score of a reasoning-gym task's own verifier, from 0 to 1; some tasks give part marks.
+    """Score the final answer with the verifier of its reasoning-gym task, from 0 to 1; some tasks give partial credit.
 
     Args:
-        entry: JSON, as :func:`sppo.data.load_prompts` writes it: the task, its options and reasoning-gym's entry.
+        prompts: text or chat messages.
+        completions: text or chat messages.
+        entry: JSON, as written by :func:`sppo.data.load_prompts`: the task, its options and reasoning-gym's entry.
     """
     return [_reasoning_gym(p, c, e) for p, c, e in zip(prompts, completions, entry, strict=True)]
 
@@ -155,20 +177,20 @@ def reasoning_gym(prompts: Sequence[Any], completions: Sequence[Any], *, entry: 
 def _reasoning_gym(prompt: Any, completion: Any, entry: str) -> float:
     record = json.loads(entry, object_hook=_unpack)
     task = reasoning_gym_task(record["task"], json.dumps(record["options"], sort_keys=True))
-    answer = final_answer(prompt, completion, whole=True)
+    answer = final_answer(prompt, completion, multiline=True)
     return min(1.0, max(0.0, float(task.score_answer(answer, record["entry"])))) if answer else 0.0
 
 
 @functools.lru_cache(maxsize=64)
 def reasoning_gym_task(task: str, options: str) -> Any:
-    """reasoning-gym's dataset of a task; ``options`` in JSON, so that equal ones are made once."""
+    """Return reasoning-gym's dataset of a task, cached; ``options`` are JSON so that they can be compared."""
     from reasoning_gym import create_dataset
 
     return create_dataset(task, **json.loads(options))
 
 
 def pack(value: Any) -> Any:
-    """Make a reasoning-gym entry JSON without loss: tuples and keys that are not text, which verifiers may rely on."""
+    """Encode a reasoning-gym entry for JSON, preserving tuples and non-text keys, which verifiers may depend on."""
     if isinstance(value, dict):
         if all(isinstance(key, str) for key in value):
             return {key: pack(item) for key, item in value.items()}
@@ -184,26 +206,31 @@ def _unpack(value: dict[str, Any]) -> Any:
     return dict(value["__pairs__"]) if "__pairs__" in value else value
 
 
-def final_answer(prompt: Any, completion: Any, *, whole: bool = False) -> str | None:
-    """What the completion gives as its answer, stripped; None where it gives none.
+def final_answer(prompt: Any, completion: Any, *, multiline: bool = False) -> str | None:
+    """Extract the final answer of a completion, stripped of white space.
 
     Args:
-        whole: without a mark, take all that follows the thoughts, not its last line.
+        prompt: text or chat messages; may end with ``<think>``.
+        completion: text or chat messages.
+        multiline: if no answer is marked, return all text after the thinking section, not only its last line.
+
+    Returns:
+        The answer, or None if there is none.
     """
-    text = after_thoughts(prompt, completion)
+    text = text_after_thinking(prompt, completion)
     if text is None:
         return None
     if "\\boxed{" in text:
-        return _last_box(text)
+        return _last_boxed(text)
     if found := _TAG.findall(text):
         return found[-1].strip()
     if found := _MARKER.findall(text):
         return _bare(found[-1])
-    return text if whole or not text else _bare(text.splitlines()[-1])
+    return text if multiline or not text else _bare(text.splitlines()[-1])
 
 
-def after_thoughts(prompt: Any, completion: Any) -> str | None:
-    """What the completion says after its thoughts, stripped; None where a thought was opened and not closed."""
+def text_after_thinking(prompt: Any, completion: Any) -> str | None:
+    """Return the text after the thinking section, stripped; None if ``<think>`` was opened and not closed."""
     text = completion if isinstance(completion, str) else completion[-1]["content"]
     if isinstance(prompt, str) and prompt.rstrip().endswith("<think>"):
         text = "<think>" + text
@@ -213,16 +240,19 @@ def after_thoughts(prompt: Any, completion: Any) -> str | None:
 
 
 def _short_answer(prompt: Any, completion: Any) -> str | None:
+    """Return the final answer unless it is too long to be one."""
     answer = final_answer(prompt, completion)
-    return answer if answer is None or len(answer) <= _MAX_ANSWER else None
+    return answer if answer is None or len(answer) <= _MAX_ANSWER_CHARS else None
 
 
 def _bare(answer: str) -> str:
+    """Strip white space, asterisks, a final period and dollar signs."""
     answer = answer.lstrip(_SPACE + "*").rstrip(_SPACE + "*.")
     return answer.strip("$").strip() if re.fullmatch(r"\$+[^$]+\$+", answer) else answer
 
 
-def _last_box(text: str) -> str | None:
+def _last_boxed(text: str) -> str | None:
+    """Return the content of the last ``\\boxed{...}``, or None if it is not closed."""
     start = text.rindex("\\boxed{") + len("\\boxed{")
     depth = 1
     for end in range(start, len(text)):
@@ -237,14 +267,14 @@ def _last_number(text: str) -> float | None:
     numbers = _NUMBER.findall(re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text))
     if not numbers:
         return None
-    top, _, bottom = numbers[-1].replace(",", "").partition("/")
+    numerator, _, denominator = numbers[-1].replace(",", "").partition("/")
     try:
-        return float(top) / float(bottom or 1)
+        return float(numerator) / float(denominator or 1)
     except (ZeroDivisionError, OverflowError):
         return None
 
 
-def _right_answers(columns: dict[str, Any], n: int) -> list[Any]:
+def _ground_truths(columns: dict[str, Any]) -> list[Any]:
     if "answer" in columns:
         answers = list(columns["answer"])
     elif "reward_model" in columns:

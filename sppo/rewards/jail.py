@@ -1,15 +1,15 @@
-"""Run as a script: a solution and its tests in a process that can do nothing but compute. Started by ``sandbox.py``.
+"""A script, started by ``sandbox.py``, that runs a solution and its tests in a process that can only compute.
 
-    this process   (root or the user)   makes the namespaces, waits, kills at the limit
+    this process   (root or the user)   creates the namespaces, waits, kills at the limit
     └─ its child   (no rights, limits)  runs the solution, then the tests; process 1 of its own process namespace
 
-A line of JSON comes in on standard input. On standard output, a file that the child keeps hidden from ``print``, the
-nonce is written once when the child is ready to start, and once more for each test that passed.
+The script reads one line of JSON from standard input. Its standard output is a file that the child hides from
+``print``; the nonce is written to it once when the child is ready to start, and once more for each test that passes.
 
-In ``namespaces`` the child has no network, sees no process but its own, and its file system holds the interpreter and
-the system's libraries, read-only, and an empty ``/tmp`` in memory. With ``limits`` it has the limits alone. Either way
-what it started ends with it. This file imports nothing of the package: the interpreter runs it isolated (``-I``), with
-no environment.
+With ``namespaces`` the child has no network and sees only its own processes. Its file system contains the interpreter
+and the system's libraries, read-only, and an empty ``/tmp`` in memory. With ``limits`` it has only the limits. In both
+cases all processes that it started end with it. This file imports nothing from the package: the interpreter runs it
+isolated (``-I``) and without an environment.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from types import ModuleType
 from typing import Any
 
 _PROCESSES, _FILES, _FILE_BYTES = 256, 64, 64 << 20
-_NOBODY = 0x70000000 + os.getpid()  # nobody else, too: limits on processes count those of a user
+_NOBODY = 0x70000000 + os.getpid()  # a user id per process, because limits on processes count those of a user
 _VISIBLE = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
-# Of <linux/sched.h>, <linux/mount.h>, <linux/prctl.h> and <linux/capability.h>; Python has unshare() from 3.12 on.
+# From <linux/sched.h>, <linux/mount.h>, <linux/prctl.h> and <linux/capability.h>; Python has unshare() since 3.12.
 _NEW_USER = 0x10000000
 _NEW_MOUNT_IPC_PID_NET = 0x00020000 | 0x08000000 | 0x20000000 | 0x40000000
 _MS_NOSUID, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4096, 16384, 1 << 18
@@ -41,27 +41,28 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
+    """Read the job, enter the sandbox, run the solution in a child process and wait for it."""
     job = json.load(sys.stdin)
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what the child leaves behind becomes ours
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # adopt orphans of the child
     if job["isolation"] == "namespaces":
         enter_namespaces(job["folder"])
     else:
-        os.chown(job["folder"], *_unprivileged())
+        os.chown(job["folder"], *_unprivileged_ids())
         os.chdir(job["folder"])
     child = os.fork()
     if child == 0:
-        give_up_rights()
+        drop_privileges()
         set_limits(job["seconds"], job["memory_mb"])
         run(job["solution"], job["tests"], job["nonce"].encode())
     supervise(child, job["seconds"])
 
 
 def enter_namespaces(root: str) -> None:
-    """Leave the machine's network, processes and files; the directory ``root`` becomes the root of a file system."""
+    """Enter new namespaces without network, other processes or files; ``root`` becomes the root of the file system."""
     user, group = os.getuid(), os.getgid()
     _check(_libc.unshare(_NEW_MOUNT_IPC_PID_NET | (_NEW_USER if user else 0)), "unshare")
-    if user:  # keep our own id; root needs no user namespace to be let into the others
+    if user:  # keep the user's id; root does not need a user namespace
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
@@ -73,15 +74,15 @@ def enter_namespaces(root: str) -> None:
         _mount_memory(folder, f"mode=1777,size={_FILE_BYTES}")
     for path in (*_VISIBLE, sys.prefix, sys.base_prefix):
         for source in (path, os.path.realpath(path)):
-            _show(source, root + source)
+            _bind(source, root + source)
     _set_attributes(root, _AT_RECURSIVE, _ATTR_RDONLY | _ATTR_NOSUID, 0)
-    for folder in scratch:  # without what is shown inside: an interpreter may be installed in /tmp
+    for folder in scratch:  # not recursive: an interpreter installed in /tmp stays read-only
         _set_attributes(folder, 0, 0, _ATTR_RDONLY)
     os.chroot(root)
     os.chdir("/tmp")
 
 
-def _show(source: str, target: str) -> None:
+def _bind(source: str, target: str) -> None:
     if os.path.lexists(target) or not os.path.lexists(source):
         return
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -110,9 +111,9 @@ def _set_attributes(path: str, flags: int, add: int, remove: int) -> None:
     _check(_libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, path.encode(), flags, attributes, size), "mount_setattr")
 
 
-def give_up_rights() -> None:
-    """Be nobody in place of root, without capabilities and without a way to new ones; die with the parent."""
-    user, group = _unprivileged()
+def drop_privileges() -> None:
+    """Become an unprivileged user that cannot regain capabilities, and that is killed with its parent."""
+    user, group = _unprivileged_ids()
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(group, group, group)
@@ -120,18 +121,19 @@ def give_up_rights() -> None:
     none = (ctypes.c_uint32 * 6)()
     _check(_libc.capset((ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0), none), "capset")
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user had undone it
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # again, as a change of user resets it
     os.setsid()
     if not os.access(os.__file__, os.R_OK):
-        raise PermissionError(f"the user nobody, whom root becomes, cannot read {os.__file__}")
+        raise PermissionError(f"the unprivileged user that replaces root cannot read {os.__file__}")
 
 
-def _unprivileged() -> tuple[int, int]:
+def _unprivileged_ids() -> tuple[int, int]:
     return (_NOBODY, _NOBODY) if os.getuid() == 0 else (os.getuid(), os.getgid())
 
 
 def set_limits(seconds: float, memory_mb: int) -> None:
-    for what, limit in (
+    """Set the resource limits of this process: address space in MiB, CPU seconds, files, processes."""
+    for kind, limit in (
         (resource.RLIMIT_AS, memory_mb << 20),
         (resource.RLIMIT_CPU, math.ceil(seconds)),
         (resource.RLIMIT_FSIZE, _FILE_BYTES),
@@ -139,16 +141,16 @@ def set_limits(seconds: float, memory_mb: int) -> None:
         (resource.RLIMIT_NPROC, _PROCESSES),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(what, (limit, limit))
+        resource.setrlimit(kind, (limit, limit))
 
 
 def run(solution: str, tests: list[str], nonce: bytes) -> None:
-    """Run the solution, then each test in a copy of its names, and tell of those that passed. Does not return."""
-    # Taken before the solution runs, which may replace what it likes in the modules.
-    execute, write, leave, getpid, their_builtins = exec, os.write, os._exit, os.getpid, dict(vars(builtins))
-    own = getpid()  # a fork of the solution is to tell nothing
+    """Run the solution, then the tests in a copy of its namespace, and report those that pass; does not return."""
+    # Saved before the solution runs, which can replace anything in the modules.
+    execute, write, leave, getpid, test_builtins = exec, os.write, os._exit, os.getpid, dict(vars(builtins))
+    own_pid = getpid()  # a process that the solution forks must not report
     compiled = [compile(test, "<test>", "exec") for test in tests]
-    module = ModuleType("solution")  # not __main__, whose block under `if __name__ == "__main__"` would wait for input
+    module = ModuleType("solution")  # not __main__: code under `if __name__ == "__main__"` would wait for input
     sys.modules["solution"] = module
     verdict, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
@@ -156,13 +158,13 @@ def run(solution: str, tests: list[str], nonce: bytes) -> None:
     write(verdict, nonce)
     try:
         execute(compile(solution, "<solution>", "exec"), vars(module))
-        names: dict[str, Any] = {**vars(module), "__builtins__": their_builtins}
+        names: dict[str, Any] = {**vars(module), "__builtins__": test_builtins}
         for test in compiled:
             try:
                 execute(test, names)
             except BaseException:
                 continue
-            if getpid() != own:
+            if getpid() != own_pid:
                 leave(0)
             write(verdict, nonce)
     finally:
@@ -170,21 +172,22 @@ def run(solution: str, tests: list[str], nonce: bytes) -> None:
 
 
 def supervise(child: int, seconds: float) -> None:
-    """Wait for the child, ``seconds`` at most, and end what it has started."""
+    """Wait at most ``seconds`` for the child, then kill it and all processes that it started."""
     signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # not reaped before the timer is off: its number is its own
+    # Not reaped before the timer is off, so that the timer cannot kill another process with the same id.
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    # A process namespace has ended with its first process. Without one: the session at once, then who left it.
+    # A process namespace ends with its first process. Without one, kill the session, then processes that left it.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    for orphan in iter(_an_orphan, None):
+    for orphan in iter(_next_orphan, None):
         os.kill(orphan, signal.SIGKILL)
         os.waitpid(orphan, 0)
 
 
-def _an_orphan() -> int | None:
+def _next_orphan() -> int | None:
     try:
         with open(f"/proc/self/task/{os.getpid()}/children") as file:
             return int(file.read().split()[0])

@@ -1,6 +1,6 @@
-"""Two ways to run a reward function for a limited time: in a process that can be killed, or here.
+"""Time limits for reward functions, in a worker process that can be killed or in the trainer's process.
 
-The package's documentation says how firm each is.
+The docstring of :mod:`sppo.rewards` describes how strict each limit is.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from sppo.rewards.worker import Expired, RewardError, Verdict
+from sppo.rewards.worker import Expired, Outcome, RewardError
 
 LOAD_TIMEOUT = 300.0
-"""Seconds that a worker may take to start and to import a reward's module."""
+"""Time limit for starting a worker and importing a reward's module, in seconds."""
 
 
 class Worker:
-    """The process that runs named rewards: started once, replaced only after it was killed or died."""
+    """The process that runs named rewards. It is started once, and replaced only after it was killed or has died."""
 
     _current: Worker | None = None
 
     def __init__(self) -> None:
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # it imports what we can import
-        lasts = threading.current_thread() is threading.main_thread()  # as long as the process; another may end before
-        serve = f"from sppo.rewards.worker import serve; serve(die_with_parent={lasts})"
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # the worker can import what this process can
+        # The kernel tracks the thread that started the worker, and only the main thread lasts as long as the process.
+        is_main = threading.current_thread() is threading.main_thread()
+        serve = f"from sppo.rewards.worker import serve; serve(die_with_parent={is_main})"
         command = [sys.executable, "-c", serve]
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.owner = os.getpid()
@@ -42,6 +43,7 @@ class Worker:
 
     @classmethod
     def current(cls) -> Worker:
+        """Return this process's worker; start one if there is none that runs."""
         worker = cls._current
         # A forked child (a data loader's worker) must not write into its parent's pipe.
         if worker is None or worker.owner != os.getpid() or worker.process.poll() is not None:
@@ -49,32 +51,42 @@ class Worker:
         return worker
 
     def load(self, spec: str) -> None:
-        here = os.getcwd()  # from which a file is named; it may have changed since this worker began
-        if self.loaded.get(spec) != here:
-            self.request({"load": spec, "cwd": here}, LOAD_TIMEOUT)
-            self.loaded[spec] = here
+        """Import the function ``spec`` in the worker, unless this was done from the same working directory.
 
-    def request(self, message: dict[str, Any], timeout: float) -> list[Verdict]:
+        Raises:
+            RewardError: it cannot be imported, or the import takes too long.
+        """
+        cwd = os.getcwd()  # paths of files are relative to it, and it may have changed
+        if self.loaded.get(spec) != cwd:
+            self.request({"load": spec, "cwd": cwd}, LOAD_TIMEOUT)
+            self.loaded[spec] = cwd
+
+    def request(self, message: dict[str, Any], timeout: float) -> list[Outcome]:
+        """Send a request and wait for the reply; kill the worker after ``timeout`` seconds.
+
+        Raises:
+            RewardError: the message is not JSON, the limit was exceeded, the worker died, or the reply is an error.
+        """
         try:
             line = json.dumps(message).encode() + b"\n"
         except (TypeError, ValueError) as error:
-            raise RewardError(f"cannot be sent to its process ({error}); pass the function itself") from error
+            raise RewardError(f"has arguments that are not JSON ({error}); pass the function itself") from error
         with self.lock:
             try:
                 self._send(line)
                 reply = self.replies.get(timeout=timeout)
             except queue.Empty:
                 self._kill()
-                raise _late(timeout) from None
-            except BaseException:  # Ctrl-C: the reply on its way must not answer the next request
+                raise _timeout_error(timeout) from None
+            except BaseException:  # Ctrl-C: a late reply must not be taken for that of the next request
                 self._kill()
                 raise
         if not reply:
             raise RewardError(f"ended its process (exit code {self.process.wait()})")
-        answer = json.loads(reply)
-        if "error" in answer:
-            raise RewardError(answer["error"])
-        return answer["values"]
+        result = json.loads(reply)
+        if "error" in result:
+            raise RewardError(result["error"])
+        return result["values"]
 
     def _send(self, line: bytes) -> None:
         assert self.process.stdin is not None
@@ -82,7 +94,7 @@ class Worker:
             self.process.stdin.write(line)
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it died: the empty reply says so
+            pass  # the worker died; the empty reply reports it
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -95,27 +107,27 @@ class Worker:
         self.process.wait()
 
 
-def within(seconds: float, work: Callable[[], list[Verdict]]) -> list[Verdict]:
-    """Do ``work`` in this process, at most so long.
+def run_within(seconds: float, work: Callable[[], list[Outcome]]) -> list[Outcome]:
+    """Call ``work`` in this process with a time limit.
 
     Raises:
-        RewardError: ``work`` raised it, or the time is over.
+        RewardError: raised by ``work``, or the limit was exceeded.
     """
     if not _can_use_alarm():
-        return _within_thread(seconds, work)
+        return _run_in_thread(seconds, work)
 
     def expire(signum: int, frame: Any) -> None:
         raise Expired
 
     before = signal.signal(signal.SIGALRM, expire)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)  # again and again, for functions that catch everything
+        signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)  # repeated, for functions that catch everything
         try:
             return work()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     except Expired:
-        raise _late(seconds) from None
+        raise _timeout_error(seconds) from None
     finally:
         signal.signal(signal.SIGALRM, before)
 
@@ -124,35 +136,35 @@ def _can_use_alarm() -> bool:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return False
     try:
-        asyncio.get_running_loop()  # a notebook's: asyncio.run needs a thread of its own then
+        asyncio.get_running_loop()  # as in a notebook, where asyncio.run needs a separate thread
     except RuntimeError:
         return True
     return False
 
 
-def _within_thread(seconds: float, work: Callable[[], list[Verdict]]) -> list[Verdict]:
-    outcome: queue.SimpleQueue[list[Verdict] | RewardError] = queue.SimpleQueue()
+def _run_in_thread(seconds: float, work: Callable[[], list[Outcome]]) -> list[Outcome]:
+    results: queue.SimpleQueue[list[Outcome] | RewardError] = queue.SimpleQueue()
 
     def run() -> None:
         try:
-            outcome.put(work())
+            results.put(work())
         except RewardError as error:
-            outcome.put(error)
+            results.put(error)
         except Expired:
             pass
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        result = outcome.get(timeout=seconds)
+        result = results.get(timeout=seconds)
     except queue.Empty:
         assert thread.ident is not None
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Expired))
-        raise _late(seconds) from None
+        raise _timeout_error(seconds) from None
     if isinstance(result, RewardError):
         raise result
     return result
 
 
-def _late(seconds: float) -> RewardError:
+def _timeout_error(seconds: float) -> RewardError:
     return RewardError(f"took longer than {seconds:.3g} s")

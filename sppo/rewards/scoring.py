@@ -1,8 +1,7 @@
-"""Scoring completions: which reward a name means, and what becomes of the samples that it fails on."""
+"""Scoring of completions: resolving names of rewards, calling them, and isolating the samples that they fail on."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import statistics
@@ -12,25 +11,26 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
 
-from sppo.rewards.limits import Worker, within
-from sppo.rewards.worker import RewardError, Verdict, call
+from sppo._utils import suggest
+from sppo.rewards.limits import Worker, run_within
+from sppo.rewards.worker import Outcome, RewardError, call
 
 BUILTIN = {name: f"sppo.rewards.builtin:{name}" for name in ("exact", "numeric", "math", "reasoning_gym")} | {
     "unit_tests": "sppo.rewards.sandbox:unit_tests"
 }
 BUILTIN_OPTIONS = {"tolerance", "seconds", "memory_mb", "partial", "isolation"}
-"""Set with the reward's name alone: a column that happens to be called so is not for a built-in."""
+"""Options of built-in rewards, set only in the reward's name; columns of the same names are not passed to them."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the rewards said about a batch.
+    """The scores of a batch.
 
     Attributes:
-        rewards: a sample's weighted sum of rewards; None where a reward of non-zero weight gave no verdict.
-        means: name of each reward -> mean over the samples that it gave a verdict on, NaN where it gave none.
-        stds: the same for the standard deviation (unbiased; 0 for a single verdict).
-        failures: a line for each missing verdict: which reward, what happened, which prompt.
+        rewards: weighted sum of rewards per sample; None if a reward of non-zero weight failed on the sample.
+        means: mean of each reward by name, over the samples that it scored; NaN if it scored none.
+        stds: unbiased standard deviation of each reward by name, over the same samples; 0 for a single sample.
+        failures: one line per reward and sample without a score: the reward, the reason and the prompt.
     """
 
     rewards: list[float | None]
@@ -39,32 +39,40 @@ class Scores:
     failures: list[str]
 
     def metrics(self) -> dict[str, float]:
-        """``rewards/NAME`` and ``rewards/NAME/std`` for the log, of the rewards that gave a verdict."""
-        found = {name: mean for name, mean in self.means.items() if not math.isnan(mean)}
-        stds = {f"rewards/{name}/std": self.stds[name] for name in found}
-        return {f"rewards/{name}": mean for name, mean in found.items()} | stds
+        """Return ``rewards/NAME`` and ``rewards/NAME/std`` for the log, of each reward that scored a sample."""
+        means = {name: mean for name, mean in self.means.items() if not math.isnan(mean)}
+        stds = {f"rewards/{name}/std": self.stds[name] for name in means}
+        return {f"rewards/{name}": mean for name, mean in means.items()} | stds
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward as :func:`resolve` gives it: a function to call here, or the name of one to call in the worker."""
+    """A resolved reward: a function to call in this process, or the name of one to call in the worker process."""
 
     name: str
     target: Callable[..., Any] | str
     options: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> None:
-        """Have the worker running and the function in it; RewardError where it cannot be imported."""
+        """Start the worker process if needed and import a named function in it.
+
+        Raises:
+            RewardError: the function cannot be imported.
+        """
         if isinstance(self.target, str):
             Worker.current().load(self.target)
 
     def run(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any], timeout: float
-    ) -> list[Verdict]:
-        """Call it once; RewardError where that gives no list of the right length within ``timeout`` seconds."""
+    ) -> list[Outcome]:
+        """Call the reward once on a batch.
+
+        Raises:
+            RewardError: it did not return one value per completion within ``timeout`` seconds.
+        """
         function = self.target
         if callable(function):
-            return within(timeout, lambda: call(function, self.options, prompts, completions, columns))
+            return run_within(timeout, lambda: call(function, self.options, prompts, completions, columns))
         message = {"options": self.options, "prompts": prompts, "completions": completions}
         hidden = BUILTIN_OPTIONS if function in BUILTIN.values() else set()
         columns = {name: column for name, column in columns.items() if name not in hidden and _is_json(column)}
@@ -73,28 +81,28 @@ class Reward:
 
 
 def resolve(spec: Reward | Callable[..., Any] | str) -> Reward:
-    """The reward that a name, a ``module:function`` string or a function means.
+    """Resolve a reward from its name or function.
 
     Args:
-        spec: a built-in's name, ``package.module:function`` or ``path/to/file.py:function``, each with options as in
-            ``numeric?tolerance=0.01`` if wanted; or a function.
+        spec: the name of a built-in reward, ``package.module:function`` or ``path/to/file.py:function``, each
+            optionally with options as in ``numeric?tolerance=0.01``; or a function.
 
     Raises:
         ValueError: there is no such reward, or its module cannot be imported.
-        TypeError: ``spec`` is something else.
+        TypeError: ``spec`` has another type.
     """
     if isinstance(spec, Reward):
         return spec
     if callable(spec):
         return Reward(getattr(spec, "__name__", type(spec).__name__), spec)
     if not isinstance(spec, str):
-        raise TypeError(f"a reward is a name, 'module:function' or a function, got {spec!r}")
+        raise TypeError(f"a reward must be a name, 'module:function' or a function, got {spec!r}")
     base, options = split_options(spec)
     if base not in BUILTIN and ":" not in base:
-        near = difflib.get_close_matches(base, BUILTIN, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         own = f"{base}:FUNCTION" if base.endswith(".py") else "module:function"
-        raise ValueError(f"no reward named {base!r}; {hint}known: {', '.join(BUILTIN)}, or give {own}")
+        raise ValueError(
+            f"no reward named {base!r}{suggest(base, BUILTIN)}; known: {', '.join(BUILTIN)}, or give {own}"
+        )
     target = BUILTIN.get(base, base)
     reward = Reward(target.rpartition(":")[2], target, options)
     try:
@@ -105,7 +113,7 @@ def resolve(spec: Reward | Callable[..., Any] | str) -> Reward:
 
 
 def split_options(spec: str) -> tuple[str, dict[str, Any]]:
-    """``"name?size=3&kind=a"`` -> ``("name", {"size": 3, "kind": "a"})``; a value that is JSON is read as JSON."""
+    """Split ``"name?size=3&kind=a"`` into ``("name", {"size": 3, "kind": "a"})``, parsing values that are JSON."""
     base, _, query = spec.partition("?")
     return base, {key: _json_or_text(value) for key, value in parse_qsl(query, keep_blank_values=True)}
 
@@ -122,20 +130,20 @@ def score(
 ) -> Scores:
     """Score each completion with each reward.
 
-    A call that fails as a whole is repeated one sample at a time to find the culprits, so a reward takes at most three
-    times ``timeout`` a batch, and the time in which its worker starts again.
+    If a call fails on the batch, it is repeated per sample to find the samples that cause it. A reward therefore takes
+    at most three times ``timeout`` per batch, plus the time to restart its worker.
 
     Args:
-        reward_funcs: what :func:`resolve` takes or returns.
-        prompts: text or chat messages, one a completion.
+        reward_funcs: rewards, as taken or returned by :func:`resolve`.
+        prompts: text or chat messages, one per completion.
         completions: text or chat messages.
         columns: the dataset's other columns, each as long as ``completions``.
-        weights: one a reward; default 1.
-        timeout: seconds that one call of one reward may take.
-        names: the rewards' names in the result; default their own, numbered where two are the same.
+        weights: one per reward; default 1.
+        timeout: time limit for one call of one reward, in seconds.
+        names: the rewards' names in the result; default: their own, numbered if two are equal.
 
     Raises:
-        ValueError: nothing to score with, or lengths that differ.
+        ValueError: no rewards, or lists of different lengths.
     """
     if not reward_funcs:
         raise ValueError("reward_funcs is empty; give at least one reward")
@@ -144,7 +152,7 @@ def score(
     columns = {name: column for name, column in columns.items() if name not in ("prompts", "completions")}
     rewards = [resolve(reward) for reward in reward_funcs]
     weights = [1.0] * len(rewards) if weights is None else weights
-    names = _distinct([reward.name for reward in rewards]) if names is None else names
+    names = _numbered([reward.name for reward in rewards]) if names is None else names
     _check_length(len(completions), "completions", prompts=prompts, **columns)
     _check_length(len(rewards), "rewards", weights=weights, names=names)
 
@@ -154,24 +162,24 @@ def score(
     failures: list[str] = []
     for reward, weight, name in zip(rewards, weights, names, strict=True):
         values = []
-        for i, verdict in enumerate(_verdicts(reward, prompts, completions, columns, timeout)):
-            if isinstance(verdict, float):
-                values.append(verdict)
+        for i, outcome in enumerate(_score_each(reward, prompts, completions, columns, timeout)):
+            if isinstance(outcome, float):
+                values.append(outcome)
             else:
-                failures.append(f"reward {name!r} {verdict or 'gave no verdict'}; prompt: {_excerpt(prompts[i])}")
+                failures.append(f"reward {name!r} {outcome or 'returned None'}; prompt: {_excerpt(prompts[i])}")
             if weight:
                 total = totals[i]
-                totals[i] = total + weight * verdict if isinstance(verdict, float) and total is not None else None
+                totals[i] = total + weight * outcome if isinstance(outcome, float) and total is not None else None
         means[name] = statistics.fmean(values) if values else math.nan
         stds[name] = statistics.stdev(values) if len(values) > 1 else 0.0 if values else math.nan
-    # Weights such as 0.7, 0.2, 0.1 add up to 1 only in real numbers; a full reward is to be 1.
+    # In floating point, weights such as 0.7, 0.2, 0.1 do not add up to 1; rounding makes a full reward exactly 1.
     return Scores([None if total is None else round(total, 12) for total in totals], means, stds, failures)
 
 
-def _verdicts(
+def _score_each(
     reward: Reward, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any], timeout: float
-) -> list[Verdict]:
-    """One call for the batch; where that fails, one a sample, each with at most a quarter of the time that is left."""
+) -> list[Outcome]:
+    """Call a reward on the batch and, if that fails, on each sample with at most a quarter of the remaining time."""
     if len(completions) == 0:
         return []
     try:
@@ -179,29 +187,29 @@ def _verdicts(
     except RewardError as error:
         if len(completions) == 1:
             return [str(error)]
-    left = 2 * timeout
-    verdicts: list[Verdict] = []
+    remaining = 2 * timeout
+    outcomes: list[Outcome] = []
     for i in range(len(completions)):
-        if left < timeout / 20:
-            verdicts.append("was not asked: other samples of the batch used up its time")
+        if remaining < timeout / 20:
+            outcomes.append("was not called: other samples of the batch used up the time limit")
             continue
         sample = {name: [column[i]] for name, column in columns.items()}
         try:
-            reward.load()  # again, after the worker was killed: not this sample's time
+            reward.load()  # a worker that was killed restarts here, outside the sample's time
             start = time.monotonic()
             try:
-                verdicts += reward.run([prompts[i]], [completions[i]], sample, left / 4)
+                outcomes += reward.run([prompts[i]], [completions[i]], sample, remaining / 4)
             finally:
-                left -= time.monotonic() - start
+                remaining -= time.monotonic() - start
         except RewardError as error:
-            verdicts.append(str(error))
-    return verdicts
+            outcomes.append(str(error))
+    return outcomes
 
 
 def _check_length(n: int, of: str, /, **lists: Sequence[Any]) -> None:
     for name, values in lists.items():
         if len(values) != n:
-            raise ValueError(f"{name!r} has {len(values)} values for {n} {of}; give one each")
+            raise ValueError(f"{name!r} has {len(values)} values for {n} {of}; give one for each")
 
 
 def _excerpt(prompt: Any, width: int = 80) -> str:
@@ -210,7 +218,7 @@ def _excerpt(prompt: Any, width: int = 80) -> str:
     return repr(line if len(line) <= width else line[:width] + "...")
 
 
-def _distinct(names: list[str]) -> list[str]:
+def _numbered(names: list[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
 
 

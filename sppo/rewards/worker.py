@@ -1,6 +1,7 @@
-"""Calling a reward function and checking what it returns; ``serve()`` does so in a process of its own.
+"""Calls of reward functions, checks of their results, and the worker process that makes such calls.
 
-A line of JSON in, a line of JSON out, in turn, on standard input and output:
+The worker process reads one request per line of JSON from standard input and writes one reply per line of JSON to
+standard output:
 
     {"load": spec, "cwd": folder}                                  -> {"values": []} or {"error": text}
     {"call": spec, "options", "prompts", "completions", "columns"} -> {"values": [...]} or {"error": text}
@@ -27,18 +28,18 @@ from typing import Any
 
 from sppo._utils import import_object
 
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
-Verdict = float | None | str
-"""A sample's reward, None for none, or what was wrong with it."""
+Outcome = float | None | str
+"""The result of a reward on one sample: its value, None if it returned None, or a description of the failure."""
 
 
 class RewardError(Exception):
-    """A call of a reward function that gave no usable list; the text reads on from the function's name."""
+    """A reward call without a usable result. The message continues a sentence that starts with the reward's name."""
 
 
 class Expired(BaseException):
-    """The time limit, raised inside a reward function; not an Exception, so that ``except Exception`` lets it pass."""
+    """Raised inside a reward function at its time limit; ``except Exception`` in the function does not catch it."""
 
 
 def call(
@@ -47,49 +48,58 @@ def call(
     prompts: Sequence[Any],
     completions: Sequence[Any],
     columns: dict[str, Sequence[Any]],
-) -> list[Verdict]:
-    """Call a reward function, wait for it if it is async, and check each value.
+) -> list[Outcome]:
+    """Call a reward function, await it if it is async, and check each value.
 
-    One that takes ``completion`` rather than ``completions`` is called once a sample, with single values.
+    A function that takes ``completion`` rather than ``completions`` is called once per sample, with single values.
+
+    Args:
+        function: the reward function.
+        options: keyword arguments of each call; an option overrides a column of the same name.
+        prompts: text or chat messages, one per completion.
+        completions: text or chat messages.
+        columns: the dataset's other columns.
 
     Raises:
-        RewardError: it raised, or did not return one value a completion.
+        RewardError: the function raised, or did not return one value per completion.
     """
     arguments: dict[str, Any] = {**columns, "prompts": prompts, "completions": completions}
     try:
         parameters = inspect.signature(function).parameters
-        one_by_one = "completion" in parameters and "completions" not in parameters
-        if one_by_one:
+        per_sample = "completion" in parameters and "completions" not in parameters
+        if per_sample:
             arguments = {**columns, "prompt": prompts, "completion": completions}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             arguments = {name: values for name, values in arguments.items() if name in parameters}
-        arguments = {name: values for name, values in arguments.items() if name not in options}  # an option wins
-        if one_by_one:
+        arguments = {name: values for name, values in arguments.items() if name not in options}
+        if per_sample:
             samples = [{name: values[i] for name, values in arguments.items()} for i in range(len(completions))]
-            return _each(function, options, samples)
+            return _call_per_sample(function, options, samples)
         result = function(**arguments, **options)
         if inspect.isawaitable(result):
-            result = asyncio.run(_wait_for(result))
-        values = _list(result)
+            result = asyncio.run(_await(result))
+        values = _to_list(result)
     except (KeyboardInterrupt, Expired, RewardError):
         raise
     except BaseException as error:  # also sys.exit() and math-verify's TimeoutException
         raise RewardError(_describe(error)) from error
     if len(values) != len(completions):
         raise RewardError(f"returned {len(values)} values for {len(completions)} completions")
-    return [_verdict(value) for value in values]
+    return [_check_value(value) for value in values]
 
 
-def _each(function: Callable[..., Any], options: dict[str, Any], samples: list[dict[str, Any]]) -> list[Verdict]:
-    """A call a sample, of which one that raises costs that sample alone; async ones wait side by side."""
-    results = [_outcome(partial(function, **sample, **options)) for sample in samples]
+def _call_per_sample(
+    function: Callable[..., Any], options: dict[str, Any], samples: list[dict[str, Any]]
+) -> list[Outcome]:
+    """Call the function once per sample; an error affects only its sample, and async calls run concurrently."""
+    results = [_result_or_error(partial(function, **sample, **options)) for sample in samples]
     if any(inspect.isawaitable(result) for result in results):
-        results = asyncio.run(_wait_for_all(results))
-    return [_describe(result) if isinstance(result, BaseException) else _verdict(result) for result in results]
+        results = asyncio.run(_await_all(results))
+    return [_describe(result) if isinstance(result, BaseException) else _check_value(result) for result in results]
 
 
-def _outcome(work: Callable[[], Any]) -> Any:
-    """What it returns, or the error that it raises."""
+def _result_or_error(work: Callable[[], Any]) -> Any:
+    """Call ``work`` and return its result, or the error that it raises."""
     try:
         return work()
     except (KeyboardInterrupt, Expired):
@@ -98,12 +108,12 @@ def _outcome(work: Callable[[], Any]) -> Any:
         return error
 
 
-async def _wait_for(result: Awaitable[Any]) -> Any:
+async def _await(result: Awaitable[Any]) -> Any:
     return await result
 
 
-async def _wait_for_all(results: list[Any]) -> list[Any]:
-    async def outcome(result: Any) -> Any:
+async def _await_all(results: list[Any]) -> list[Any]:
+    async def result_or_error(result: Any) -> Any:
         try:
             return await result if inspect.isawaitable(result) else result
         except (KeyboardInterrupt, Expired):
@@ -111,32 +121,32 @@ async def _wait_for_all(results: list[Any]) -> list[Any]:
         except BaseException as error:
             return error
 
-    return await asyncio.gather(*map(outcome, results))
+    return await asyncio.gather(*map(result_or_error, results))
 
 
-def _list(result: Any) -> list[Any]:
+def _to_list(result: Any) -> list[Any]:
     try:
         values = iter(result)
     except TypeError:
-        raise RewardError(f"returned {_shorten(result)}, not a list with one value a completion") from None
+        raise RewardError(f"returned {_shorten(result)}, not a list with one value per completion") from None
     return list(values)  # runs a generator's code
 
 
-def _verdict(value: Any) -> Verdict:
+def _check_value(value: Any) -> Outcome:
     try:
-        return _read(value)
+        return _to_float(value)
     except (KeyboardInterrupt, Expired):
         raise
-    except BaseException as error:  # whatever the value's own methods do
+    except BaseException as error:  # raised by methods of the value
         return _describe(error)
 
 
-def _read(value: Any) -> Verdict:
+def _to_float(value: Any) -> Outcome:
     if value is None:
         return None
     try:
-        number = value.item() if hasattr(value, "item") else value  # of NumPy, of PyTorch
-    except (ValueError, RuntimeError):  # it holds several
+        number = value.item() if hasattr(value, "item") else value  # NumPy and PyTorch scalars
+    except (ValueError, RuntimeError):  # an array of several values
         number = value
     if not isinstance(number, numbers.Real):
         return f"returned {_shorten(value)}, not a number"
@@ -151,28 +161,29 @@ def _describe(error: BaseException) -> str:
 def _shorten(value: Any, text: Callable[[Any], str] = repr, width: int = 200) -> str:
     try:
         line = " ".join(text(value).split())
-    except Exception as error:  # its own __str__ or __repr__ is broken
+    except Exception as error:  # its __str__ or __repr__ is broken
         return f"a {type(value).__name__} whose text raises {type(error).__name__}"
     return line if len(line) <= width else line[:width] + "..."
 
 
 def serve(*, die_with_parent: bool) -> None:
-    """Answer requests until standard input ends, which it does when the trainer is gone, however it went.
+    """Serve requests until standard input ends, that is, until the trainer's process has ended.
 
     Args:
-        die_with_parent: on Linux, have the kernel kill this process when the thread that started it ends.
+        die_with_parent: on Linux, let the kernel kill this process when the thread that started it ends.
     """
-    if die_with_parent and sys.platform == "linux":  # a call that keeps the GIL would not let us see the input's end
+    # A reward that holds the GIL would keep this process from noticing the end of its input.
+    if die_with_parent and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     replies, lines = os.fdopen(os.dup(1), "wb"), os.fdopen(os.dup(0), "rb")
-    os.dup2(2, 1)  # what a reward prints must not land among the replies
+    os.dup2(2, 1)  # the output of rewards must not mix with the replies
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the trainer handles it
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(lines, requests), daemon=True).start()
     functions: dict[str, Callable[..., Any]] = {}
     while True:
-        reply = _answer(json.loads(requests.get()), functions)
+        reply = _handle(json.loads(requests.get()), functions)
         replies.write(json.dumps(reply).encode() + b"\n")
         replies.flush()
 
@@ -180,10 +191,10 @@ def serve(*, die_with_parent: bool) -> None:
 def _receive(lines: Any, requests: queue.SimpleQueue[bytes]) -> None:
     for line in lines:
         requests.put(line)
-    os._exit(0)  # also in the middle of an endless call
+    os._exit(0)  # even in the middle of an endless call
 
 
-def _answer(request: dict[str, Any], functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
+def _handle(request: dict[str, Any], functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
     try:
         if "load" in request:
             os.chdir(request["cwd"])
@@ -193,5 +204,5 @@ def _answer(request: dict[str, Any], functions: dict[str, Callable[..., Any]]) -
         return {"values": call(function, **request)}
     except (RewardError, ValueError) as error:
         return {"error": str(error)}
-    except BaseException as error:  # whatever a module does while it is imported
+    except BaseException as error:  # raised by a module while it is imported
         return {"error": _describe(error)}

@@ -1,4 +1,4 @@
-"""Rewards for tests, right and wrong, in a module that a worker imports quickly."""
+"""Rewards for tests, working and failing, in a module that the worker process imports quickly."""
 
 import os
 
@@ -16,7 +16,7 @@ def misbehave(prompts, completions, *, how, **columns):
                 while True:
                     pass
             if how == "hang in C":
-                return sum(iter(int, 1))  # never back in the interpreter's loop, deaf to signals
+                return sum(iter(int, 1))  # stays in C, where signals are not handled
             if how == "exit":
                 os._exit(3)
             if how == "short":
@@ -25,7 +25,7 @@ def misbehave(prompts, completions, *, how, **columns):
     return [1.0] * len(completions)
 
 
-def misbehave_alone(completion, *, size, how):
+def misbehave_on_sample(completion, *, size, how):
     if completion == "bb":
         if how == "raise":
             raise KeyError("no such thing")

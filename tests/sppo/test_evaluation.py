@@ -308,4 +308,4 @@ def test_a_problem_without_a_reward_is_left_out_and_said(caplog):
     assert evaluation.metrics["ungraded"] == 1
     assert evaluation.metrics["problems"] == 4
     assert evaluation.metrics["avg@2"] == 1.0
-    assert "'picky' gave no verdict; prompt: '2+2='" in caplog.text
+    assert "'picky' returned None; prompt: '2+2='" in caplog.text

@@ -1,4 +1,4 @@
-"""unit_tests: what passes, what does not, and what a solution cannot do to the machine that runs it."""
+"""Tests of the reward unit_tests: its scores, its limits, and what a solution cannot do to the machine."""
 
 import os
 import shutil
@@ -17,18 +17,18 @@ from sppo.rewards.sandbox import last_code, unit_tests
 PROBE = ["unshare", "--mount", "--ipc", "--pid", "--net", "--fork", *["--map-root-user"] * (os.getuid() != 0)]
 PROBE += ["mount", "-t", "tmpfs", "tmpfs", "/mnt"]
 HAS_NAMESPACES = bool(shutil.which("unshare")) and subprocess.run(PROBE, stderr=subprocess.DEVNULL).returncode == 0
-# Root becomes nobody, who cannot read an interpreter that is installed in root's home.
+# Root becomes an unprivileged user, who cannot read an interpreter that is installed in root's home.
 HIDDEN_PYTHON = os.getuid() == 0 and not all(p.stat().st_mode & 1 for p in Path(os.__file__).parents)
 
 in_namespaces = pytest.mark.skipif(not HAS_NAMESPACES, reason="needs root or unprivileged user namespaces")
 ISOLATIONS = [
     pytest.param("namespaces", marks=in_namespaces),
-    pytest.param("limits", marks=pytest.mark.skipif(HIDDEN_PYTHON, reason="nobody cannot read this interpreter")),
+    pytest.param("limits", marks=pytest.mark.skipif(HIDDEN_PYTHON, reason="needs an interpreter outside root's home")),
 ]
 TWICE = "\ndef twice(x):\n    return 2 * x\n"
 TEST = "assert twice(2) == 4\nassert twice('a') == 'aa'"
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is made of parts of Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox requires Linux")
 
 
 def grade(code, tests=TEST, **options):
@@ -41,7 +41,7 @@ def isolation(request):
     return request.param
 
 
-def test_right_and_wrong(isolation):
+def test_solutions_are_graded(isolation):
     assert grade(TWICE, isolation=isolation) == 1.0
     for wrong in ("def twice(x): return 4", "def twice(x) return", "twice = None", "raise ValueError", "\ud800\0"):
         assert grade(wrong, isolation=isolation) == 0.0, wrong
@@ -75,7 +75,7 @@ def test_ordinary_programs_run():
 
 
 @in_namespaces
-def test_part_marks_for_the_tests_that_pass():
+def test_partial_gives_the_fraction_of_passing_tests():
     tests = ["assert twice(1) == 2", "assert twice(1) == 3", "import sys; sys.exit(0)", "assert twice('a') == 'aa'"]
     assert grade(TWICE, tests) == 0.0
     assert grade(TWICE, tests, partial=True) == 0.5
@@ -102,14 +102,14 @@ def test_part_marks_for_the_tests_that_pass():
     ],
 )
 @in_namespaces
-def test_what_only_looks_like_success(code):
+def test_feigned_success_does_not_pass(code):
     tests = f"def check(got, right):\n    assert got == right\ncheck(twice(2), 4)\nassert all([twice(1) == 2])\n{TEST}"
     assert grade(TWICE, tests) == 1.0
     assert grade(code, tests) == 0.0
 
 
 @in_namespaces
-def test_tests_call_the_builtins_that_were_there_before():
+def test_tests_use_the_original_builtins():
     code = "import builtins\nbuiltins.all = lambda values: True\ndef twice(x): return 3"
     assert grade(code, "assert all([twice(1) == 2])") == 0.0
 
@@ -124,7 +124,7 @@ def test_time_and_memory_are_limited(isolation):
 
 
 def test_output_and_files_are_limited(isolation):
-    assert grade("print('x' * (100 << 20))" + TWICE, isolation=isolation) == 1.0, "and thrown away"
+    assert grade("print('x' * (100 << 20))" + TWICE, isolation=isolation) == 1.0, "output was not discarded"
     file = "with open('file', 'wb') as file:\n    for _ in range(65):\n        file.write(bytes(1 << 20))"
     assert grade(file + TWICE, isolation=isolation) == 0.0
     assert grade("files = [open('/dev/null') for _ in range(100)]" + TWICE, isolation=isolation) == 0.0
@@ -139,7 +139,7 @@ def test_a_fork_bomb_is_bounded_and_ends(isolation):
 
 
 def daemon(mark):
-    """A solution that leaves a process behind, with a session of its own and ``mark`` on its command line."""
+    """Return a solution that leaves a process behind in a separate session, with ``mark`` on its command line."""
     return f"""
 import os, sys
 r, w = os.pipe()
@@ -164,7 +164,7 @@ def is_running(mark):
     return False
 
 
-def test_nothing_outlives_its_sample(isolation):
+def test_no_process_outlives_its_sample(isolation):
     mark = uuid.uuid4().hex
     assert grade(daemon(mark) + TWICE, isolation=isolation) == 1.0
     assert not is_running(mark)
@@ -173,7 +173,7 @@ def test_nothing_outlives_its_sample(isolation):
 
 
 @in_namespaces
-def test_nothing_outlives_the_process_that_asked():
+def test_no_process_outlives_the_trainer():
     mark = uuid.uuid4().hex
     code = f"```python\n{daemon(mark)}\nwhile True: os.wait()\n```"
     script = f"from sppo.rewards.sandbox import unit_tests; unit_tests(['p'], [{code!r}], tests=['pass'], seconds=60)"
@@ -193,7 +193,7 @@ def wait_until(condition, seconds):
 
 
 @in_namespaces
-def test_no_network_no_files_no_other_processes_no_rights(tmp_path):
+def test_network_files_processes_and_rights_are_denied(tmp_path):
     (tmp_path / "secret").write_text("key")
     server = socket.create_server(("127.0.0.1", 0))
     code = f"""
@@ -215,14 +215,14 @@ attempt("write to root", lambda: open("/written", "w"))
 attempt("signal", lambda: os.kill({os.getpid()}, 0))
 attempt("write here", lambda: (os.makedirs({str(tmp_path)!r}), open({str(tmp_path / "written")!r}, "w")))
 mounted = libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None)
-unshared = libc.unshare(0x10000000)  # a user namespace would give it all rights again
+unshared = libc.unshare(0x10000000)  # a user namespace would give back all capabilities
 """
     denied = ["connect", "look up", "read", "read home", "write", "write to root", "signal"]
     tests = [f"assert tried[{name!r}] != 'done'" for name in denied]
     tests += ["assert mounted == unshared == -1", "assert os.getuid() != 0", "assert len(os.environ) <= 3"]
     with server:
         assert grade(code, tests, partial=True) == 1.0
-    assert not (tmp_path / "written").exists(), "unless into its own /tmp"
+    assert not (tmp_path / "written").exists(), "the solution wrote outside its own /tmp"
 
 
 @pytest.mark.parametrize(
@@ -243,12 +243,12 @@ unshared = libc.unshare(0x10000000)  # a user namespace would give it all rights
         ([{"role": "assistant", "content": "```python\na = 1\n```"}], "a = 1\n"),
     ],
 )
-def test_the_last_closed_python_block_after_the_thoughts(completion, code):
+def test_the_last_closed_python_block_is_the_solution(completion, code):
     found = last_code("question", completion)
     assert (found and found.strip()) == (code and code.strip())
 
 
-def test_a_completion_without_code_is_wrong_and_repetition_takes_no_time():
+def test_completions_without_code_are_wrong_and_fast():
     start = time.monotonic()
     for text in ("no code", "```python\n" * 8000, "```" + " " * 64000 + "x!", "`" * 64000, "```" + "a" * 64000 + "!"):
         assert unit_tests(["p"], [text], tests=["pass"]) == [0.0]
@@ -256,19 +256,19 @@ def test_a_completion_without_code_is_wrong_and_repetition_takes_no_time():
 
 
 @in_namespaces
-def test_by_name_with_columns_and_options():
+def test_errors_in_rows_and_options_are_reported():
     columns = {"tests": [[TEST], TEST, "", "assert ("], "seconds": [0] * 4}
     completions = [f"```python\n{TWICE}\n```", "```python\ntwice = abs\n```"] + ["```python\n1\n```"] * 2
     scores = score(["unit_tests?seconds=4&memory_mb=256"], ["p"] * 4, completions, columns)
     assert scores.rewards == [1.0, 0.0, None, None]
     assert "the column 'tests' is empty" in scores.failures[0]
-    assert "the column 'tests' holds what is not Python" in scores.failures[1]
+    assert "the column 'tests' is not valid Python" in scores.failures[1]
     (failure,) = score(["unit_tests?isolation=none"], ["p"], ["c"], {"tests": ["pass"]}).failures
     assert "isolation must be 'namespaces' or 'limits', got 'none'" in failure
 
 
-@pytest.mark.skipif(HAS_NAMESPACES and os.getuid() != 0, reason="only root can give up namespaces that it may have")
-def test_where_nothing_can_be_cut_off_nothing_is_run():
+@pytest.mark.skipif(HAS_NAMESPACES and os.getuid() != 0, reason="only root can give up namespaces that it has")
+def test_nothing_runs_without_isolation():
     script = (
         "import ctypes; ctypes.CDLL(None).prctl(24, 21, 0, 0, 0)\n"  # CAP_SYS_ADMIN, as in a container
         "import os; os.execv(os.sys.executable, [os.sys.executable, '-c', os.sys.argv[1]])"
@@ -276,5 +276,7 @@ def test_where_nothing_can_be_cut_off_nothing_is_run():
     code = "from sppo.rewards.sandbox import unit_tests; unit_tests(['p'], ['```python\\n1\\n```'], tests=['pass'])"
     found = subprocess.run([sys.executable, "-c", script, code], capture_output=True, text=True)
     assert found.returncode == 1
-    assert "cannot set up its sandbox here (unshare: Operation not permitted); nothing was run" in found.stderr
+    assert (
+        "cannot set up its sandbox on this machine (unshare: Operation not permitted); nothing was run" in found.stderr
+    )
     assert "unit_tests?isolation=limits" in found.stderr
