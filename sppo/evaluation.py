@@ -1,11 +1,13 @@
-"""Evaluation: several answers to each held-out problem, graded, kept as JSON lines, and what they come to.
+"""Evaluation on held-out problems: sampling answers, grading them, and metrics such as avg@k, pass@k and maj@k.
 
     evaluation = evaluate(engine, dataset, ["math"], k=4, temperature=0.6, output="math_500.jsonl")
     evaluation.metrics["avg@4"], evaluation.metrics["pass@2"], evaluation.metrics["maj@4"]
 
-The first line of the file says what was evaluated and how; each other line is a problem. Problems are answered in
-chunks that depend on ``batch_size`` and ``k`` alone, each with a seed of its own: an evaluation that was killed goes on
-after the last whole chunk, and ends with the bytes of one that was not.
+The output file is JSON Lines: a header that describes the evaluation, then one line per problem. Problems are answered
+in chunks that depend only on ``batch_size`` and ``k``, each with its own seed. An interrupted evaluation therefore
+resumes after the last complete chunk and produces the same bytes as an uninterrupted one.
+
+The trainer's evaluation during training is also here: :func:`answer_held_out` and :func:`held_out_metrics`.
 """
 
 from __future__ import annotations
@@ -37,24 +39,27 @@ from sppo.rewards.samples import score_samples
 from sppo.rollout import RolloutEngine, Sample, rollout_seed
 
 FORMAT = 1
-"""Of the JSON lines; another number is another layout."""
+"""Version of the layout of the output file."""
 
-_EVALUATION = 2**32 - 1  # where a seed has the number of a training rollout, as in the trainer's own evaluate()
-_COMPARING = {BUILTIN["numeric"], BUILTIN["math"]}  # graders that see the same answer in two texts
-_LONGEST_VOTE = 1000  # characters: what is longer is degenerate repetition, and no answer to these graders either
-_FAILURES_SHOWN = 3
+_EVALUATION_SEED = 2**32 - 1  # takes the place of a training rollout's number in a seed
+_EQUIVALENCE_GRADERS = {BUILTIN["numeric"], BUILTIN["math"]}  # can tell that two texts are the same answer
+_MAX_VOTE_CHARS = 1000  # longer answers are degenerate repetition, which these graders also ignore
+_MAX_FAILURES_SHOWN = 3
 
 logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]
-"""A problem's line: ``index``, ``prompt``, ``answer``, and of its k completions ``completions`` (text), ``rewards``
-(None where none could be had), ``tokens`` (their numbers), ``truncated``; ``majority_right``: whether the answer that
-most of them give is right."""
+"""A problem's line in the output file.
+
+``index``, ``prompt`` and ``answer`` describe the problem. ``completions`` (text), ``rewards`` (None if a reward
+failed), ``tokens`` (lengths) and ``truncated`` have one value per completion. ``majority_right`` is true if the most
+frequent final answer is correct.
+"""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` gives: the lines of its file and the metrics of :func:`summarize`."""
+    """The result of :func:`evaluate`: the lines of its file and the metrics of :func:`summarize`."""
 
     header: dict[str, Any]
     results: list[Result]
@@ -80,24 +85,25 @@ def evaluate(
     """Answer each problem ``k`` times and grade the answers.
 
     Args:
-        engine: samples the completions; with the same weights, prompts and seed it should give the same.
-        dataset: column ``prompt`` (text or chat messages); the others go to the rewards.
-        rewards: what :func:`sppo.rewards.resolve` takes. An answer is right if their weighted sum is at least 1.
-        k: completions a problem.
-        temperature: of sampling; 0 is greedy, for ``k=1`` alone.
-        seed: of the sampling.
-        batch_size: completions to work on at once; part of what decides them, for a chunk shares a seed.
-        reward_weights: one a reward; default 1.
-        timeout: seconds that grading a chunk may take a reward.
-        output: JSONL file, written as problems are graded. Where it has finished problems of this evaluation, they are
-            not answered again. None: keep nothing.
-        overwrite: start over whatever ``output`` holds.
-        identity: what else decides the completions (the weights, the longest completion), for the file's first line.
-        progress: show a line with problems done, share of right answers so far and time left.
+        engine: samples the completions; it should be deterministic for the same weights, prompts and seed.
+        dataset: column ``prompt`` (text or chat messages); rewards receive the other columns.
+        rewards: rewards, as taken by :func:`sppo.rewards.resolve`. An answer is correct if their weighted sum is at
+            least 1.
+        k: completions per problem.
+        temperature: sampling temperature; 0 is greedy and requires ``k=1``.
+        seed: seed of the sampling.
+        batch_size: completions per batch. It affects the completions, because a chunk shares a seed.
+        reward_weights: one per reward; default 1.
+        timeout: time limit of a reward per chunk, in seconds.
+        output: JSONL file, written after each chunk. Problems that it already holds are not answered again. None: write
+            no file.
+        overwrite: discard the content of ``output``.
+        identity: everything else that affects the completions (weights, maximum length), for the file's header.
+        progress: show a progress bar with the fraction of correct answers so far.
 
     Raises:
-        ValueError: ``k`` or ``batch_size`` below 1, ``k`` greedy completions, or ``output`` holds something else: the
-            message names what differs; or another process writes it now.
+        ValueError: ``k`` or ``batch_size`` is below 1, ``k`` is above 1 with greedy decoding, ``output`` holds
+            something else (the message names the differences), or another process is writing to it.
     """
     check_sampling(k, temperature)
     if batch_size < 1:
@@ -116,48 +122,55 @@ def evaluate(
         "seed": seed,
         "batch_size": batch_size,
     }
-    with nullcontext() if output is None else _sole_writer(Path(output)) as lines:
-        results = [] if lines is None else _resume(lines, header, chunk, overwrite)
+    with nullcontext() if output is None else _open_locked(Path(output)) as file:
+        results = [] if file is None else _resume(file, header, chunk, overwrite=overwrite)
         with tqdm(total=len(dataset), initial=len(results), unit="problem", disable=not progress) as bar:
             for start in range(len(results), len(dataset), chunk):
                 rows = [dataset[i] for i in range(start, min(start + chunk, len(dataset))) for _ in range(k)]
                 samples = engine.generate(
                     [row["prompt"] for row in rows],
-                    seed=rollout_seed(seed, _EVALUATION, start // chunk),
+                    seed=rollout_seed(seed, _EVALUATION_SEED, start // chunk),
                     temperature=temperature,
                     batch_size=batch_size,
                 )
                 _grade(samples, rows, graders, reward_weights, timeout)
-                made = [
+                new_results = [
                     _result(start + i // k, samples[i : i + k], rows[i].get("answer"), graders, timeout)
                     for i in range(0, len(rows), k)
                 ]
-                if lines is not None:
-                    lines.write(b"".join(map(_line, made)))
-                    lines.flush()
-                results += made
+                if file is not None:
+                    file.write(b"".join(map(_encode_line, new_results)))
+                    file.flush()
+                results += new_results
                 bar.set_postfix_str(f"avg@{k} {summarize(results).get(f'avg@{k}', math.nan):.3f}", refresh=False)
-                bar.update(len(made))
+                bar.update(len(new_results))
     return Evaluation(header, results, summarize(results))
 
 
 def check_sampling(k: int, temperature: float) -> None:
-    """ValueError where ``k`` completions cannot be had, or would all be the same."""
+    """Check the number of completions per problem.
+
+    Raises:
+        ValueError: ``k`` is below 1, or above 1 with greedy decoding.
+    """
     if k < 1:
-        raise ValueError(f"k must be at least 1 completion a problem, got {k}")
+        raise ValueError(f"k must be at least 1 completion per problem, got {k}")
     if k > 1 and temperature == 0:
-        raise ValueError(f"k={k} with temperature 0: greedy decoding gives {k} times the same; raise temperature (0.6)")
+        raise ValueError(
+            f"k={k} with temperature 0: greedy decoding gives the same completion {k} times; set a higher temperature "
+            "(such as 0.6)"
+        )
 
 
 def summarize(results: Sequence[Result]) -> dict[str, float]:
-    """The metrics of problems with k completions each. One without a reward for all k is left out and counted.
+    """Compute the metrics of problems with k completions each, excluding problems without all k rewards.
 
     Returns:
-        - ``problems``, ``ungraded``: how many the other metrics are of, and how many were left out.
-        - ``avg@k``: mean share of right answers.
-        - ``standard_error``: of ``avg@k`` over problems, from two on (Miller 2024, arXiv 2411.00640).
+        - ``problems``, ``ungraded``: the numbers of problems included and excluded.
+        - ``avg@k``: mean fraction of correct answers.
+        - ``standard_error``: of ``avg@k`` over problems, for at least two (Miller 2024, arXiv 2411.00640).
         - ``pass@j`` for j = 1, 2, 4, ... and k: see :func:`pass_at`.
-        - ``maj@k``: share of problems that a majority vote solves (Wang et al. 2022, arXiv 2203.11171).
+        - ``maj@k``: fraction of problems that a majority vote solves (Wang et al. 2022, arXiv 2203.11171).
         - ``reward``, ``tokens``, ``truncated``: means over completions.
     """
     graded = [result for result in results if None not in result["rewards"]]
@@ -165,35 +178,37 @@ def summarize(results: Sequence[Result]) -> dict[str, float]:
     if not graded:
         return metrics
     k = len(graded[0]["rewards"])
-    right = [sum(map(_is_right, result["rewards"])) for result in graded]
-    metrics[f"avg@{k}"] = fmean(right) / k
+    num_correct = [sum(map(_is_correct, result["rewards"])) for result in graded]
+    metrics[f"avg@{k}"] = fmean(num_correct) / k
     if len(graded) > 1:
-        metrics["standard_error"] = stdev(right) / k / math.sqrt(len(graded))
+        metrics["standard_error"] = stdev(num_correct) / k / math.sqrt(len(graded))
     for j in sorted({2**i for i in range(k.bit_length())} | {k}):
-        metrics[f"pass@{j}"] = fmean(pass_at(j, k, c) for c in right)
+        metrics[f"pass@{j}"] = fmean(pass_at(j, k, c) for c in num_correct)
     metrics[f"maj@{k}"] = fmean(result["majority_right"] for result in graded)
     for name, column in (("reward", "rewards"), ("tokens", "tokens"), ("truncated", "truncated")):
         metrics[name] = fmean(value for result in graded for value in result[column])
     return metrics
 
 
-def pass_at(j: int, n: int, right: int) -> float:
-    """Probability that one of ``j`` of the ``n`` completions, drawn without replacement, is among the right ones.
+def pass_at(j: int, n: int, num_correct: int) -> float:
+    """Probability that ``j`` of ``n`` completions, drawn without replacement, include a correct one.
 
-    1 - C(n - right, j) / C(n, j), the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), as their product.
+    The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), ``1 - C(n - num_correct, j) / C(n, j)``, computed as
+    a product as in their paper.
     """
-    if n - right < j:
+    if n - num_correct < j:
         return 1.0
-    return 1.0 - math.prod(1.0 - j / i for i in range(n - right + 1, n + 1))
+    return 1.0 - math.prod(1.0 - j / i for i in range(n - num_correct + 1, n + 1))
 
 
 def table(metrics: Mapping[str, Mapping[str, float]], k: int) -> str:
-    """Metrics of evaluations with the same k by dataset, as aligned text."""
-    shares = [f"avg@{k}", "standard_error", *([f"pass@{k}", f"maj@{k}"] if k > 1 else []), "truncated"]
-    rows = [["dataset", "problems", *shares, "tokens"]]
-    for name, found in metrics.items():
-        cells = [f"{found[share]:.3f}" if share in found else "-" for share in shares]
-        rows.append([name, f"{found['problems']:.0f}", *cells, f"{found['tokens']:.0f}" if "tokens" in found else "-"])
+    """Format metrics by dataset, of evaluations with the same k, as an aligned text table."""
+    columns = [f"avg@{k}", "standard_error", *([f"pass@{k}", f"maj@{k}"] if k > 1 else []), "truncated"]
+    rows = [["dataset", "problems", *columns, "tokens"]]
+    for name, values in metrics.items():
+        cells = [f"{values[column]:.3f}" if column in values else "-" for column in columns]
+        tokens = f"{values['tokens']:.0f}" if "tokens" in values else "-"
+        rows.append([name, f"{values['problems']:.0f}", *cells, tokens])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = (
         [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
@@ -203,7 +218,7 @@ def table(metrics: Mapping[str, Mapping[str, float]], k: int) -> str:
 
 
 def model_identity(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Digests of all weights and of the chat template, for ``identity``: names do not tell what a folder holds now."""
+    """Compute digests of all weights and of the chat template, for ``identity``; a folder's content can change."""
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -218,7 +233,7 @@ def _grade(
     reward_weights: Sequence[float] | None,
     timeout: float,
 ) -> None:
-    """Set each sample's reward, and say which could not be had."""
+    """Set the reward of each sample and log failures."""
     scores = score(
         graders,
         [sample.prompt for sample in samples],
@@ -229,10 +244,10 @@ def _grade(
     )
     for sample, reward in zip(samples, scores.rewards, strict=True):
         sample.reward = reward
-    for failure in scores.failures[:_FAILURES_SHOWN]:
+    for failure in scores.failures[:_MAX_FAILURES_SHOWN]:
         logger.warning(failure)
-    if len(scores.failures) > _FAILURES_SHOWN:
-        logger.warning("and %d more such failures of %d samples", len(scores.failures) - _FAILURES_SHOWN, len(samples))
+    if len(scores.failures) > _MAX_FAILURES_SHOWN:
+        logger.warning("%d more failures for %d samples", len(scores.failures) - _MAX_FAILURES_SHOWN, len(samples))
 
 
 def _result(index: int, samples: Sequence[Sample], answer: Any, graders: Sequence[Reward], timeout: float) -> Result:
@@ -244,88 +259,94 @@ def _result(index: int, samples: Sequence[Sample], answer: Any, graders: Sequenc
         "rewards": [sample.reward for sample in samples],
         "tokens": [len(sample.response_ids) for sample in samples],
         "truncated": [sample.truncated for sample in samples],
-        "majority_right": _majority_is_right(samples, graders, timeout),
+        "majority_right": _majority_is_correct(samples, graders, timeout),
     }
 
 
-def _majority_is_right(samples: Sequence[Sample], graders: Sequence[Reward], timeout: float) -> bool:
-    """Whether the final answer that most of a problem's completions give is right; of equals the earliest counts.
+def _majority_is_correct(samples: Sequence[Sample], graders: Sequence[Reward], timeout: float) -> bool:
+    """Return whether the most frequent final answer is correct; in a tie the earliest counts.
 
-    Two answers are the same if their text is, or if a built-in grader accepts the later where the earlier is the right
-    one. A completion without a final answer has no vote.
+    Two answers are the same if their texts are equal, or if a built-in grader accepts the later one with the earlier
+    one as ground truth. A completion without a final answer has no vote.
     """
-    right = [_is_right(sample.reward) for sample in samples]
-    if all(right) or not any(right):  # no vote changes that
-        return all(right)
+    is_correct = [_is_correct(sample.reward) for sample in samples]
+    if all(is_correct) or not any(is_correct):  # the vote cannot matter
+        return all(is_correct)
     by_text: dict[str, list[Sample]] = {}
     for sample in samples:
         answer = final_answer(sample.prompt, sample.completion)
-        if answer and len(answer) <= _LONGEST_VOTE:
+        if answer and len(answer) <= _MAX_VOTE_CHARS:
             by_text.setdefault(answer, []).append(sample)
-    grader = next((grader for grader in graders if grader.target in _COMPARING), None)
+    grader = next((grader for grader in graders if grader.target in _EQUIVALENCE_GRADERS), None)
     votes: dict[str, list[Sample]] = {}
     for answer, voters in by_text.items():
-        same = None if grader is None else _first_equal(list(votes), voters[0], grader, timeout)
+        same = None if grader is None else _first_equivalent(list(votes), voters[0], grader, timeout)
         votes.setdefault(same or answer, []).extend(voters)
     winner = max(votes.values(), key=len, default=None)
-    return winner is not None and _is_right(winner[0].reward)
+    return winner is not None and _is_correct(winner[0].reward)
 
 
-def _first_equal(answers: Sequence[str], sample: Sample, grader: Reward, timeout: float) -> str | None:
-    """The first answer that the grader, taking it for the right one, accepts the sample for."""
+def _first_equivalent(answers: Sequence[str], sample: Sample, grader: Reward, timeout: float) -> str | None:
+    """Return the first answer that, as ground truth, makes the grader accept the sample; None if there is none."""
     n = len(answers)
     scores = score([grader], [sample.prompt] * n, [sample.completion] * n, {"answer": answers}, timeout=timeout)
-    return next((answer for answer, reward in zip(answers, scores.rewards, strict=True) if _is_right(reward)), None)
+    return next((answer for answer, reward in zip(answers, scores.rewards, strict=True) if _is_correct(reward)), None)
 
 
-def _is_right(reward: float | None) -> bool:
+def _is_correct(reward: float | None) -> bool:
     return reward is not None and reward >= 1
 
 
 @contextmanager
-def _sole_writer(path: Path) -> Iterator[BinaryIO]:
-    """The file, to read and to append to, for one process at a time."""
+def _open_locked(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading and appending, locked for this process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        lock_file(file, f"output {str(path)!r} is being written by another process; wait for it, or name another one")
+        lock_file(file, f"output {str(path)!r} is being written by another process; wait for it, or choose another one")
         yield file
 
 
-def _resume(file: BinaryIO, header: Mapping[str, Any], chunk: int, overwrite: bool) -> list[Result]:
-    """The finished problems in the file, which is left to end with them; a new one gets its first line."""
-    first = _line(header)
+def _resume(file: BinaryIO, header: Mapping[str, Any], chunk: int, *, overwrite: bool) -> list[Result]:
+    """Return the finished problems in the file and truncate it after them; write the header of a new file.
+
+    Raises:
+        ValueError: the file is damaged or holds something else.
+    """
+    first_line = _encode_line(header)
     file.seek(0)
     content = b"" if overwrite else file.read()
-    if first.startswith(content):  # nothing, or as far as the first line
+    if first_line.startswith(content):  # empty, or cut off within the header
         file.truncate(0)
-        file.write(first)
+        file.write(first_line)
         file.flush()
         return []
-    *lines, _ = content.split(b"\n")  # what follows the last line end was cut off
+    *lines, _ = content.split(b"\n")  # what follows the last line break was cut off
     try:
         saved, *results = map(json.loads, lines)
-        whole = "format" in saved and [result["index"] for result in results] == list(range(len(results)))
+        is_valid = "format" in saved and [result["index"] for result in results] == list(range(len(results)))
     except (ValueError, TypeError, KeyError):
-        whole = False
-    if not whole:
-        raise ValueError(f"output {file.name!r} is no evaluation, or damaged; name another one, or use --overwrite")
-    here = json.loads(first)
-    differing = [
-        f"{name}: {saved.get(name)!r} there, {here.get(name)!r} here"
-        for name in {**here, **saved}
-        if saved.get(name) != here.get(name)
-    ]
-    if differing:
+        is_valid = False
+    if not is_valid:
         raise ValueError(
-            f"output {file.name!r} holds another evaluation ({'; '.join(differing)}); "
-            "evaluate as it was begun, name another one, or use --overwrite"
+            f"output {file.name!r} is not an evaluation, or is damaged; choose another file, or use --overwrite"
+        )
+    current = json.loads(first_line)
+    differences = [
+        f"{name}: {saved.get(name)!r} there, {current.get(name)!r} here"
+        for name in {**current, **saved}
+        if saved.get(name) != current.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"output {file.name!r} holds another evaluation ({'; '.join(differences)}); "
+            "use the same settings, choose another file, or use --overwrite"
         )
     finished = len(results) if len(results) == header["dataset_size"] else len(results) // chunk * chunk
     file.truncate(sum(len(line) + 1 for line in lines[: 1 + finished]))
     return results[:finished]
 
 
-def _line(value: Mapping[str, Any]) -> bytes:
+def _encode_line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, default=str).encode() + b"\n"
 
 
@@ -337,12 +358,12 @@ def _digest(rows: Iterable[Any]) -> str:
 
 
 def answer_held_out(engine: RolloutEngine, rows: Sequence[dict[str, Any]], args: SPPOConfig) -> list[Sample]:
-    """Answer this process's held-out prompts in the course of training, each time with the same seed."""
+    """Answer this process's held-out prompts during training, with the same seed each time."""
     if not rows:
         return []
     return engine.generate(
         [row["prompt"] for row in rows],
-        seed=rollout_seed(args.seed, _EVALUATION, args.process_index),
+        seed=rollout_seed(args.seed, _EVALUATION_SEED, args.process_index),
         temperature=args.eval_temperature,
         batch_size=args.per_device_eval_batch_size,
     )
@@ -358,10 +379,10 @@ def held_out_metrics(
     """Score this process's answers to held-out prompts, and return the metrics over all processes.
 
     Args:
-        samples: this process's answers; their rewards are set.
+        samples: this process's answers; their rewards are set in place.
         rows: their rows of the dataset.
         reward_funcs: resolved rewards.
-        args: settings of the run; one call of a reward gets as many samples as a rollout has, for ``reward_timeout``.
+        args: settings of the run. ``reward_timeout`` limits each call of a reward, on as many samples as a rollout has.
         gather: concatenates lists over processes.
 
     Returns:

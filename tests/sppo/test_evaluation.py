@@ -1,4 +1,4 @@
-"""Evaluation: its estimators against counting, its votes, and files that end the same however often it was stopped."""
+"""Tests of evaluation: estimators, majority votes, and output files that are the same after interruptions."""
 
 import json
 import math
@@ -20,19 +20,19 @@ def letter(prompts, completions, answer):
     return [float(a in c) for a, c in zip(answer, completions, strict=True)]
 
 
-class Script:
-    """An engine that says what it is told, one text a completion."""
+class ScriptedEngine:
+    """An engine that returns given texts, one per completion."""
 
     def __init__(self, *texts):
         self.texts = list(texts)
 
     def generate(self, prompts, *, seed, temperature, batch_size):
-        said = [self.texts.pop(0) for _ in prompts]
-        return [Sample(p, text, [2], [3] * len(text), truncated=False) for p, text in zip(prompts, said, strict=True)]
+        texts = [self.texts.pop(0) for _ in prompts]
+        return [Sample(p, text, [2], [3] * len(text), truncated=False) for p, text in zip(prompts, texts, strict=True)]
 
 
-class Counting:
-    """An engine that counts another's completions."""
+class CountingEngine:
+    """An engine that counts the completions of another engine."""
 
     def __init__(self, engine):
         self.engine, self.completions = engine, 0
@@ -43,7 +43,7 @@ class Counting:
 
 
 def tiny_engine(model=None):
-    return Counting(HFRollout(model or tiny_model(), char_tokenizer(), max_completion_length=6))
+    return CountingEngine(HFRollout(model or tiny_model(), char_tokenizer(), max_completion_length=6))
 
 
 def run(output=None, engine=None, dataset=PROBLEMS, reward=letter, **settings):
@@ -51,28 +51,28 @@ def run(output=None, engine=None, dataset=PROBLEMS, reward=letter, **settings):
     return evaluate(engine or tiny_engine(), dataset, [reward], output=output, **settings)
 
 
-def answers(texts, reward, answer="1/2", **settings):
-    """The result of one problem with these completions."""
+def result_of(texts, reward, answer="1/2", **settings):
+    """Return the result of one problem with these completions."""
     dataset = datasets.Dataset.from_list([{"prompt": "p", "answer": answer}])
-    return run(engine=Script(*texts), dataset=dataset, reward=reward, k=len(texts), **settings).results[0]
+    return run(engine=ScriptedEngine(*texts), dataset=dataset, reward=reward, k=len(texts), **settings).results[0]
 
 
 # Metrics
 
 
-@pytest.mark.parametrize(("n", "right"), [(1, 0), (1, 1), (5, 0), (5, 2), (6, 1), (6, 5), (6, 6)])
-def test_pass_at_is_the_share_of_subsets_with_a_right_one(n, right):
+@pytest.mark.parametrize(("n", "num_correct"), [(1, 0), (1, 1), (5, 0), (5, 2), (6, 1), (6, 5), (6, 6)])
+def test_pass_at_is_the_fraction_of_subsets_with_a_correct_one(n, num_correct):
     for j in range(1, n + 1):
-        share = fmean(any(i < right for i in chosen) for chosen in combinations(range(n), j))
-        assert pass_at(j, n, right) == pytest.approx(share, abs=1e-15)
+        fraction = fmean(any(i < num_correct for i in chosen) for chosen in combinations(range(n), j))
+        assert pass_at(j, n, num_correct) == pytest.approx(fraction, abs=1e-15)
 
 
-def test_pass_at_of_many_completions_does_not_overflow():
+def test_pass_at_does_not_overflow():
     exact = 1 - math.comb(9990, 1000) / math.comb(10000, 1000)
     assert pass_at(1000, 10000, 10) == pytest.approx(exact, rel=1e-12)
 
 
-def test_metrics_of_a_few_problems_by_hand():
+def test_metrics_match_hand_computed_values():
     def problem(rewards, majority_right):
         n = len(rewards)
         lengths = {"tokens": [4] * n, "truncated": [True] + [False] * (n - 1)}
@@ -82,16 +82,16 @@ def test_metrics_of_a_few_problems_by_hand():
         problem([1.0, 0.5, 0.0], False),
         problem([1.0, 1.0, 1.0], True),
         problem([0.0, 0.0, 0.0], False),
-        problem([1.0, None, 1.0], True),  # left out
+        problem([1.0, None, 1.0], True),  # excluded
     ]
-    shares = [1 / 3, 1.0, 0.0]
-    spread = sum((share - 4 / 9) ** 2 for share in shares) / 2
+    fractions = [1 / 3, 1.0, 0.0]
+    variance = sum((fraction - 4 / 9) ** 2 for fraction in fractions) / 2
     assert summarize(results) == pytest.approx(
         {
             "problems": 3,
             "ungraded": 1,
             "avg@3": 4 / 9,
-            "standard_error": math.sqrt(spread / 3),
+            "standard_error": math.sqrt(variance / 3),
             "pass@1": 4 / 9,
             "pass@2": (2 / 3 + 1) / 3,
             "pass@3": 2 / 3,
@@ -105,7 +105,7 @@ def test_metrics_of_a_few_problems_by_hand():
     assert "standard_error" not in summarize(results[:1])
 
 
-def test_a_table_is_aligned():
+def test_the_table_is_aligned():
     metrics = {"a": {"problems": 3, "avg@1": 0.5, "standard_error": 0.25, "truncated": 0, "tokens": 12}}
     lines = table(metrics | {"longer": {"problems": 0, "ungraded": 1}}, k=1).splitlines()
     assert lines == [
@@ -119,43 +119,43 @@ def test_a_table_is_aligned():
 
 
 @pytest.mark.parametrize(
-    ("texts", "reward", "right"),
+    ("texts", "reward", "is_correct"),
     [
         (["Answer: 3", "Answer: 1/2", "Answer: 1/2"], "exact", True),
         (["Answer: 3", "Answer: 1/2", "Answer: 3"], "exact", False),
-        (["Answer: 1/2", "Answer: 3"], "exact", True),  # of equals the earliest
+        (["Answer: 1/2", "Answer: 3"], "exact", True),  # in a tie the earliest counts
         (["Answer: 3", "Answer: 1/2"], "exact", False),
         (["Answer: 3", "Answer: 3", "Answer: 1/2", "so it is 1/2", "so 1/2 it is"], "exact", False),
-        # Graders know that these are one answer, right or wrong
+        # These graders see that different texts are the same answer, correct or not.
         (["Answer: 3", "Answer: 3", "Answer: 1/2", "Answer: 0.5", r"\boxed{\frac12}"], "math", True),
         (["Answer: 1/2", "Answer: 1/2", r"\boxed{\frac34}", "Answer: 0.75", "Answer: 3/4"], "math", False),
         (["Answer: 3", "Answer: 3", "Answer: 1/2", "it is 1/2", "it is 0.5"], "numeric", True),
         (["Answer: 3", "Answer: 3.001", "Answer: 1/2"], "numeric?tolerance=0.01", False),
         (["Answer: 3", "Answer: 3.001", "Answer: 1/2", "so 0.5"], "numeric", True),
-        # No vote: a thought without an end, a box without one, endless repetition
+        # No vote: thinking that is not closed, a box that is not closed, endless repetition
         (["<think> 3", "<think> 3", "Answer: 1/2"], "math", True),
         ([r"\boxed{3", r"\boxed{3", "Answer: 1/2"], "math", True),
         (["1 " * 800, "1 " * 800, "Answer: 1/2"], "math", True),
-        # An answer that cannot be read is an answer
+        # An answer that cannot be parsed has a vote.
         (["Answer: }{", "Answer: }{", "Answer: 1/2"], "math", False),
     ],
 )
-def test_majority(texts, reward, right):
-    result = answers(texts, reward)
+def test_the_majority_vote_counts_equivalent_answers(texts, reward, is_correct):
+    result = result_of(texts, reward)
     assert any(result["rewards"])
     assert not all(result["rewards"])
-    assert result["majority_right"] is right
+    assert result["majority_right"] is is_correct
 
 
-def test_all_right_needs_no_vote_and_none_right_wins_none():
-    assert answers(["x a", "y a"], letter, answer="a")["majority_right"] is True
-    assert answers(["b", "b"], letter, answer="a")["majority_right"] is False
+def test_the_vote_is_decided_if_all_or_no_answers_are_correct():
+    assert result_of(["x a", "y a"], letter, answer="a")["majority_right"] is True
+    assert result_of(["b", "b"], letter, answer="a")["majority_right"] is False
 
 
 # Files
 
 
-def test_lines_hold_what_was_said_and_graded(tmp_path):
+def test_lines_hold_completions_and_rewards(tmp_path):
     path = tmp_path / "new" / "results.jsonl"
     evaluation = run(path, identity={"model": "tiny"})
     header, *lines = map(json.loads, path.read_text().splitlines())
@@ -171,7 +171,7 @@ def test_lines_hold_what_was_said_and_graded(tmp_path):
     assert 0 < evaluation.metrics["avg@2"] < 1
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_others(tmp_path):
+def test_the_bytes_depend_only_on_the_seed(tmp_path):
     for name in "ab":
         torch.manual_seed(ord(name))
         run(tmp_path / name)
@@ -181,32 +181,32 @@ def test_the_same_seed_gives_the_same_bytes_and_another_others(tmp_path):
     assert texts[0].partition(b"\n")[2] != texts[2].partition(b"\n")[2]
 
 
-def test_answers_to_a_problem_and_chunks_differ():
+def test_completions_differ_within_problems_and_chunks():
     same = datasets.Dataset.from_list([PROBLEMS[0]] * 4)
-    said = [tuple(result["completions"]) for result in run(dataset=same, k=4).results]
-    assert len(set(said)) == 4
-    assert all(len(set(texts)) > 1 for texts in said)
+    completions = [tuple(result["completions"]) for result in run(dataset=same, k=4).results]
+    assert len(set(completions)) == 4
+    assert all(len(set(texts)) > 1 for texts in completions)
 
 
-def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path):
+def test_an_interrupted_evaluation_ends_with_the_same_bytes(tmp_path):
     path = tmp_path / "results.jsonl"
     metrics = run(path).metrics
-    whole = path.read_bytes()
-    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    complete = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(complete) if byte == ord("\n")]
     cuts = {0: 10, 30: 10, ends[0]: 10, ends[1]: 10, ends[2] - 1: 10, ends[2]: 6, ends[4] - 7: 6, ends[4] + 9: 2}
-    for cut, completions in {**cuts, len(whole): 0}.items():
-        path.write_bytes(whole[:cut])
+    for cut, completions in {**cuts, len(complete): 0}.items():
+        path.write_bytes(complete[:cut])
         engine = tiny_engine()
         assert run(path, engine).metrics == metrics
-        assert path.read_bytes() == whole
+        assert path.read_bytes() == complete
         assert engine.completions == completions, cut
 
 
-def test_each_chunk_is_on_its_way_to_the_disk_when_it_is_graded(tmp_path):
+def test_each_chunk_is_written_when_it_is_graded(tmp_path):
     path = tmp_path / "results.jsonl"
     seen = []
 
-    class Looking(Counting):
+    class Looking(CountingEngine):
         def generate(self, prompts, **settings):
             seen.append(path.read_bytes())
             return super().generate(prompts, **settings)
@@ -216,10 +216,10 @@ def test_each_chunk_is_on_its_way_to_the_disk_when_it_is_graded(tmp_path):
     assert seen == [b"".join(lines[:finished]) for finished in (1, 3, 5)]
 
 
-def test_another_evaluation_is_refused_by_what_differs_unless_overwritten(tmp_path):
+def test_the_file_of_another_evaluation_raises(tmp_path):
     path = tmp_path / "results.jsonl"
     run(path)
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     others = {
         "k: 2 there, 3 here": {"k": 3},
         "temperature: 1.0 there, 0.5 here": {"temperature": 0.5},
@@ -229,24 +229,24 @@ def test_another_evaluation_is_refused_by_what_differs_unless_overwritten(tmp_pa
         r"dataset_digest: .* dataset_size: 5 there, 4 here": {"dataset": PROBLEMS.select(range(4))},
         "weights: None there, 'x' here": {"identity": {"weights": "x"}},
     }
-    for says, settings in others.items():
-        with pytest.raises(ValueError, match=rf"another evaluation \({says}.*--overwrite"):
+    for difference, settings in others.items():
+        with pytest.raises(ValueError, match=rf"another evaluation \({difference}.*--overwrite"):
             run(path, **settings)
-        assert path.read_bytes() == whole
+        assert path.read_bytes() == complete
     run(path, seed=1, overwrite=True)
     assert json.loads(path.read_text().partition("\n")[0])["seed"] == 1
 
 
 @pytest.mark.parametrize("damage", [b"important notes\n", b"{}\n", b"no line end"])
-def test_a_file_of_something_else_is_left_alone(tmp_path, damage):
+def test_a_file_of_something_else_is_not_changed(tmp_path, damage):
     path = tmp_path / "results.jsonl"
     path.write_bytes(damage)
-    with pytest.raises(ValueError, match="is no evaluation, or damaged"):
+    with pytest.raises(ValueError, match="is not an evaluation, or is damaged"):
         run(path)
     assert path.read_bytes() == damage
 
 
-def test_a_damaged_file_is_refused(tmp_path):
+def test_a_damaged_file_raises(tmp_path):
     path = tmp_path / "results.jsonl"
     run(path)
     lines = path.read_bytes().splitlines(keepends=True)
@@ -256,10 +256,10 @@ def test_a_damaged_file_is_refused(tmp_path):
             run(path)
 
 
-def test_one_process_at_a_time_writes_a_file(tmp_path):
+def test_only_one_process_writes_a_file(tmp_path):
     path = tmp_path / "results.jsonl"
 
-    class Twice(Counting):
+    class Twice(CountingEngine):
         def generate(self, prompts, **settings):
             with pytest.raises(ValueError, match="is being written by another process"):
                 run(path)
@@ -268,7 +268,7 @@ def test_one_process_at_a_time_writes_a_file(tmp_path):
     assert run(path, Twice(tiny_engine())).metrics == run(path).metrics
 
 
-def test_models_are_known_by_their_weights_and_template():
+def test_models_are_identified_by_weights_and_template():
     tokenizer = char_tokenizer()
     identity = model_identity(tiny_model(), tokenizer)
     assert model_identity(tiny_model(), tokenizer) == identity
@@ -282,24 +282,24 @@ def test_models_are_known_by_their_weights_and_template():
     assert model_identity(tiny_model(), tokenizer)["template_digest"] != identity["template_digest"]
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
-        ({"temperature": 0}, "k=2 with temperature 0: greedy decoding gives 2 times the same"),
+        ({"temperature": 0}, "k=2 with temperature 0: greedy decoding gives the same completion 2 times"),
         ({"k": 0}, "k must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
 )
-def test_a_mistake_is_named(tmp_path, settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_settings_raise(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
         run(tmp_path / "results.jsonl", **settings)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_problem_without_a_reward_is_left_out_and_said(caplog):
+def test_problems_without_a_reward_are_excluded_and_logged(caplog):
     def picky(prompts, completions, answer):
         return [None if a == "c" else 1.0 for a in answer]
 

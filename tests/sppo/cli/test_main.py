@@ -134,7 +134,7 @@ def test_shipped_recipes_are_valid(name, tmp_path):
         (["train", "RECIPE", "stray"], "unexpected argument 'stray'"),
         (["eval"], "no model to use; give --model"),
         (["eval", "--model", "m", "--reward", "exact"], "give --dataset"),
-        (["eval", "RECIPE", "--k", "4"], "k=4 with temperature 0: greedy decoding gives 4 times the same"),
+        (["eval", "RECIPE", "--k", "4"], "k=4 with temperature 0: greedy decoding gives the same completion 4 times"),
         (["eval", "RECIPE", "--dataset", "a", "--dataset", "b", "--output", "c"], "--output names one file for 2"),
         (["eval", "RECIPE", "--k", "0"], "k must be at least 1"),
     ],
