@@ -25,6 +25,9 @@ METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 """The results of a finished run, in its ``output_dir``."""
 
+LEARNING_CURVE_FILE = "learning_curve.png"
+"""The plot of a finished run, in its ``output_dir``."""
+
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that marks a folder as a PEFT adapter."""
 

@@ -1,1 +1,1 @@
-"""What a run reports: metrics, trackers, pictures, a summary and a model card."""
+"""Reporting of runs: metrics, experiment trackers, plots, a summary and a model card."""

@@ -1,4 +1,4 @@
-"""The table of sample completions."""
+"""Console output of sample completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sppo.rollout.engine import Sample
 
 
 def print_completions(samples: Sequence[Sample], step: int) -> None:
-    """Show samples of the last rollout: a table with rich where that is installed, plain lines elsewhere."""
+    """Print samples of the last rollout, as a table if rich is installed, else as plain lines."""
     rows = [
         (
             as_text(s.prompt),
@@ -36,5 +36,5 @@ def print_completions(samples: Sequence[Sample], step: int) -> None:
 
 
 def as_text(prompt: Any) -> str:
-    """A prompt or completion as one text, also where it is chat messages."""
+    """Return a prompt or completion as text, with one line per chat message."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

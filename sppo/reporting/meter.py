@@ -1,4 +1,4 @@
-"""Metrics between two logs, and the table of sample completions."""
+"""Aggregation of metrics and phase times between two log entries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Gather = Callable[[list[Any]], list[Any]]
-"""Gives the concatenation of every process's list."""
+"""A function that concatenates the lists of all processes."""
 
 
 def gather_lists(items: list[Any]) -> list[Any]:
@@ -25,54 +25,57 @@ def gather_lists(items: list[Any]) -> list[Any]:
 
 
 class Meter:
-    """Collects weighted means, extremes, sums and seconds; tensors stay on their device until :meth:`read`."""
+    """Collects weighted means, extremes, sums and phase times; tensors stay on their device until :meth:`read`."""
 
     def __init__(self) -> None:
-        self._inside = 0.0  # seconds of the phases inside the one that is counted now
+        self._nested_seconds = 0.0  # of the phases inside the current one
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything, and count seconds from now."""
+        """Discard all values, and restart the clock."""
         self._means: dict[str, list[tuple[float | Tensor, float]]] = defaultdict(list)
         self._sums: dict[str, float] = defaultdict(float)
-        self._since = time.perf_counter()
+        self._start = time.perf_counter()
 
     def mean(self, values: Mapping[str, float | Tensor], weight: float = 1.0) -> None:
-        """Take values into the means of their names; of names ending in ``_min`` or ``_max``, into the extremes."""
+        """Add values by name to weighted means, or to extremes if the name ends in ``_min`` or ``_max``."""
         for name, value in values.items():
             self._means[name].append((value.detach() if isinstance(value, Tensor) else value, weight))
 
     def sum(self, name: str, value: float) -> None:
-        """Add to a sum."""
+        """Add a value to a sum."""
         self._sums[name] += value
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds of a block as ``seconds/<name>``, without those of phases inside it."""
-        start, before = time.perf_counter(), self._inside
-        self._inside = 0.0
+        """Add the seconds of a block to ``seconds/<name>``, excluding those of phases inside it."""
+        start, outer_seconds = time.perf_counter(), self._nested_seconds
+        self._nested_seconds = 0.0
         try:
             yield
         finally:
             seconds = time.perf_counter() - start
-            self.sum(f"seconds/{name}", seconds - self._inside)
-            self._inside = before + seconds
+            self.sum(f"seconds/{name}", seconds - self._nested_seconds)
+            self._nested_seconds = outer_seconds + seconds
 
     def read(self, gather: Gather) -> dict[str, float]:
-        """Everything since the last read, over all processes. Seconds of no phase are the update's."""
-        elapsed = time.perf_counter() - self._since
-        phases = sum(value for name, value in self._sums.items() if name.startswith("seconds/"))
-        self._sums["seconds/update"] = elapsed - phases
+        """Return all metrics since the last read, over all processes, and clear the meter.
+
+        Sums are averaged over processes. Seconds outside all phases count as ``seconds/update``.
+        """
+        elapsed = time.perf_counter() - self._start
+        in_phases = sum(value for name, value in self._sums.items() if name.startswith("seconds/"))
+        self._sums["seconds/update"] = elapsed - in_phases
         self._sums["tokens_per_second"] = self._sums["generated_tokens"] / elapsed
-        mine: list[tuple[str, float, float]] = [(name, value, 1.0) for name, value in self._sums.items()]
+        entries: list[tuple[str, float, float]] = [(name, value, 1.0) for name, value in self._sums.items()]
         for name, pairs in self._means.items():
             values = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value, _ in pairs]).tolist()
-            mine += [(name, value, weight) for value, (_, weight) in zip(values, pairs, strict=True)]
+            entries += [(name, value, weight) for value, (_, weight) in zip(values, pairs, strict=True)]
         self.clear()
-        columns: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for name, value, weight in gather(mine):
-            columns[name].append((value, weight))
-        return {name: _reduce(name, pairs) for name, pairs in columns.items()}
+        by_name: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for name, value, weight in gather(entries):
+            by_name[name].append((value, weight))
+        return {name: _reduce(name, pairs) for name, pairs in by_name.items()}
 
 
 def _reduce(name: str, pairs: list[tuple[float, float]]) -> float:

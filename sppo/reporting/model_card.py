@@ -1,4 +1,4 @@
-"""The model card of a run: what the model is, its recipe, what came of it, how to load it, whom to cite."""
+"""The model card of a run: the model, its results, how to load it, its recipe, versions and citations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import TrainerState
 
-from sppo._utils import METRICS_FILE, atomic_write, read_lines
+from sppo._utils import LEARNING_CURVE_FILE, METRICS_FILE, atomic_write, read_lines
 from sppo.algorithms import Algorithm
 from sppo.config import SPPOConfig
 from sppo.models.actor_critic import ActorCritic
@@ -47,7 +47,7 @@ _MACHINE_SETTINGS = (
     "ignore_data_skip",
 )
 _NOT_RECIPE = _OUTPUT_SETTINGS + _MACHINE_SETTINGS
-"""Prefixes of the names of settings that a recipe does not repeat: output, secrets of the hub, the machine."""
+"""Name prefixes of settings that a recipe omits: output, hub secrets, the machine."""
 
 
 class TrainedRun(Protocol):
@@ -62,7 +62,7 @@ class TrainedRun(Protocol):
 
     @property
     def actor_critic(self) -> ActorCritic:
-        """The module that was trained."""
+        """The trained module."""
 
 
 def write_model_card(
@@ -115,22 +115,22 @@ def model_card(
     license: str | None = None,
     language: str | None = None,
 ) -> ModelCard:
-    """The card of what a trainer has trained.
+    """Create the model card of a trained run.
 
     Args:
-        trainer: its settings, rewards and log, and its ``recipe`` where it was built from one.
-        model_name: the title; None: the name of ``output_dir``.
-        base_model: what the policy was before; None: where it was loaded from.
-        datasets: names on the hub; none: the recipe's, where it names any.
-        dataset_names: what to call them in the text; none: as they are named there, or in the recipe.
-        tags: besides the usual ones.
-        license, language: left out where None.
+        trainer: a trainer after training.
+        model_name: title of the card; None for the name of ``output_dir``.
+        base_model: name of the model before training; None for where it was loaded from.
+        datasets: hub names of the training data; empty for those in the recipe.
+        dataset_names: names of the training data in the card's text; empty for ``datasets``, or those in the recipe.
+        tags: additional tags.
+        license, language: left out if None.
     """
     recipe = recipe_of(trainer)
     base = base_model or recipe.get("model")
-    adapted = has_adapter(trainer.actor_critic.policy)
+    is_adapter = has_adapter(trainer.actor_critic.policy)
     data = ModelCardData(
-        library_name="peft" if adapted else "transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         base_model=base if is_hub_name(base) else None,
         datasets=list(datasets) or [name for name in _sources(recipe) if is_hub_name(name)] or None,
@@ -142,11 +142,11 @@ def model_card(
     folder = Path(trainer.args.output_dir or ".")
     sections = [
         f"# {model_name or folder.absolute().name}",
-        _what_it_is(trainer, base, dataset_names or datasets or _sources(recipe)),
+        _introduction(trainer, base, dataset_names or datasets or _sources(recipe)),
         _results(read_lines(folder / METRICS_FILE) or trainer.state.log_history),
-        "![How it learned](learning_curve.png)" if (folder / "learning_curve.png").is_file() else "",
-        (_USE_ADAPTER if adapted else _USE) + (_USE_CRITIC if trainer.algorithm.critic else ""),
-        _recipe(recipe, whole=trainer.recipe is not None),
+        f"![Learning curves]({LEARNING_CURVE_FILE})" if (folder / LEARNING_CURVE_FILE).is_file() else "",
+        (_USE_ADAPTER if is_adapter else _USE) + (_USE_CRITIC if trainer.algorithm.critic else ""),
+        _recipe(recipe, is_complete=trainer.recipe is not None),
         _versions(),
         f"## Citation\n\n```bibtex\n{_CITATION}\n```",
     ]
@@ -154,9 +154,10 @@ def model_card(
 
 
 def recipe_of(trainer: TrainedRun) -> dict[str, Any]:
-    """What ``sppo train`` would repeat the run with: the recipe's keys, and the settings that are no defaults.
+    """Return the recipe with which ``sppo train`` repeats a run.
 
-    The algorithm's own defaults are among them. Of paths on this machine only the last part stays.
+    It has the keys of the run's recipe, if it has one, and all settings that differ from the defaults of SPPOConfig,
+    including the algorithm's defaults. Absolute paths are reduced to their last part.
     """
     values = trainer.args.to_dict()
     defaults = {field.name: field.default for field in dataclasses.fields(SPPOConfig)}
@@ -165,20 +166,20 @@ def recipe_of(trainer: TrainedRun) -> dict[str, Any]:
         for name, value in values.items()
         if not name.startswith(_NOT_RECIPE)
         and value != defaults[name]
-        and (value or defaults[name])  # some of what is left None becomes False or an empty list
+        and (value or defaults[name])  # some defaults of None become False or an empty list
     }
     name = getattr(trainer.actor_critic.policy.config, "_name_or_path", "")
-    known = trainer.recipe or {"model": name or None, "reward": [reward.name for reward in trainer.reward_funcs]}
-    whole = {**known, "args": {"algorithm": values["algorithm"], **settings}}
-    return {key: _public(value) for key, value in whole.items() if value not in (None, {})}
+    recipe = trainer.recipe or {"model": name or None, "reward": [reward.name for reward in trainer.reward_funcs]}
+    recipe = {**recipe, "args": {"algorithm": values["algorithm"], **settings}}
+    return {key: _without_folders(value) for key, value in recipe.items() if value not in (None, {})}
 
 
-def _public(value: Any) -> Any:
-    """A recipe's value without the folders of this machine."""
+def _without_folders(value: Any) -> Any:
+    """Return a recipe's value with absolute paths reduced to their last part."""
     if isinstance(value, Mapping):
-        return {key: _public(each) for key, each in value.items()}
+        return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_public(each) for each in value]
+        return [_without_folders(item) for item in value]
     return Path(value).name if isinstance(value, str) and os.path.isabs(os.path.expanduser(value)) else value
 
 
@@ -189,7 +190,7 @@ def _sources(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def is_hub_name(name: str | None) -> bool:
-    """Whether a model or dataset is named as on the hub, ``owner/name``, and no file or folder is meant."""
+    """Return whether a name is that of a hub repository, ``owner/name``, rather than of a file or folder."""
     if not name or Path(name).exists() or re.search(r"\.(jsonl?|parquet|csv|txt|py)$", name):
         return False
     try:
@@ -199,15 +200,15 @@ def is_hub_name(name: str | None) -> bool:
     return name.count("/") == 1
 
 
-def _what_it_is(trainer: TrainedRun, base: str | None, datasets: Sequence[str]) -> str:
-    what = next(iter((type(trainer.algorithm).__doc__ or "").strip().splitlines()), "")
+def _introduction(trainer: TrainedRun, base: str | None, datasets: Sequence[str]) -> str:
+    description = next(iter((type(trainer.algorithm).__doc__ or "").strip().splitlines()), "")
     dataset = cast(Dataset | None, trainer.train_dataset)
     prompts = f"{len(dataset):,} prompts" if dataset is not None else "prompts"
     return (
         f"{f'`{base}`' if base else 'A causal language model'}, trained by `sppo-kernels` with reinforcement learning "
         f"from verifiable rewards, on {prompts}{' of ' + _quoted(datasets) if datasets else ''}.\n\n"
-        f"- Algorithm: `{trainer.args.algorithm}`. {what}\n"
-        f"- Rewards: {_quoted(_public(reward.name) for reward in trainer.reward_funcs)}"
+        f"- Algorithm: `{trainer.args.algorithm}`. {description}\n"
+        f"- Rewards: {_quoted(_without_folders(reward.name) for reward in trainer.reward_funcs)}"
     )
 
 
@@ -216,12 +217,12 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def _results(log: Sequence[Mapping[str, Any]]) -> str:
-    """The first and the last evaluation of each set of held-out prompts."""
+    """Tabulate the first and the last evaluation of each set of held-out prompts."""
     rows = []
     for name in sorted({name for entry in log for name in entry if re.fullmatch(r"eval_(.+_)?success_rate", name)}):
         prefix = name.removesuffix("success_rate")
-        found = [entry for entry in log if name in entry]
-        for entry in {id(entry): entry for entry in (found[0], found[-1])}.values():
+        evaluations = [entry for entry in log if name in entry]
+        for entry in {id(entry): entry for entry in (evaluations[0], evaluations[-1])}.values():
             rows.append(
                 f"| {prefix.removeprefix('eval_').strip('_') or 'held-out prompts'} | {entry['step']:,} "
                 f"| {entry[name]:.3f} | {entry[prefix + 'reward']:.3f} | {entry[prefix + 'response_length']:.0f} |"
@@ -233,18 +234,18 @@ def _results(log: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _versions() -> str:
-    found = [f"sppo-kernels {__version__}", *(f"{name} {version(name)}" for name in _LIBRARIES)]
-    return "## Versions\n\n" + ", ".join(found)
+    versions = [f"sppo-kernels {__version__}", *(f"{name} {version(name)}" for name in _LIBRARIES)]
+    return "## Versions\n\n" + ", ".join(versions)
 
 
-def _recipe(recipe: Mapping[str, Any], whole: bool) -> str:
+def _recipe(recipe: Mapping[str, Any], *, is_complete: bool) -> str:
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
-    how = (
+    instructions = (
         "Save it as `recipe.yaml` and run `sppo train recipe.yaml`."
-        if whole
-        else "The run was started from Python; what is not below was given there, or had its default."
+        if is_complete
+        else "The run was started from Python. Anything not listed was passed there or had its default."
     )
-    return f"## Recipe\n\n{how}\n\n```yaml\n{text}```"
+    return f"## Recipe\n\n{instructions}\n\n```yaml\n{text}```"
 
 
 _USE = """## Use
@@ -259,7 +260,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 _USE_ADAPTER = """## Use
 
-It is an adapter beside the model that it was trained on, whose name is in `adapter_config.json`:
+This is an adapter for the model named in `adapter_config.json`:
 
 ```python
 from peft import AutoPeftModelForCausalLM
@@ -272,8 +273,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 _USE_CRITIC = """
 
-Its critic is beside it in the folder `critic`, a sequence classifier with one label. What it predicts is the logit plus
-`config.score_bias`, which `load_critic` puts back into its head:
+The folder `critic` contains the critic, a sequence classifier with one label. Its prediction is the logit plus
+`config.score_bias`, which `load_critic` restores in the value head:
 
 ```python
 from sppo import load_critic

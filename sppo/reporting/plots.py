@@ -1,10 +1,10 @@
-"""One picture of one or more runs: reward, length, entropy, calibration of the critic, and where the time went."""
+"""Plots of one or more runs: reward, response length, entropy, critic calibration and time per phase."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +17,41 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sppo._utils import METRICS_FILE, atomic_write, read_lines
 
 Log = Sequence[Mapping[str, Any]]
-"""Entries as the trainer logs them: metrics of training, each with its ``step``, and evaluations between them."""
+"""Log entries of the trainer: training metrics and evaluations, each with its ``step``."""
 
 X_AXES = {"tokens": "generated tokens", "updates": "updates", "seconds": "seconds of training"}
 _SMOOTHING = 0.8
 _PHASES = ("rollout", "reward", "critic", "update", "evaluate", "checkpoint")
-_PHASE_COLORS = ("#3b4a6b", "#7a89a6", "#b3bed1", "#8c6d5f", "#c4a797", "#d9cfc4")  # none of a run's
+_PHASE_COLORS = ("#3b4a6b", "#7a89a6", "#b3bed1", "#8c6d5f", "#c4a797", "#d9cfc4")  # distinct from the colors of runs
 
 
 def plot(folders: Sequence[Path], output: Path, x: str = "tokens") -> None:
-    """Draw the runs in ``folders`` into the file ``output``, whose ending gives its format.
+    """Plot runs into an image file.
+
+    Args:
+        folders: the runs' ``output_dir``, or checkpoints.
+        output: the file; its suffix determines the format.
+        x: the x axis, a key of ``X_AXES``.
 
     Raises:
-        ValueError: a folder holds no run, or a run that has logged nothing yet; or the format is unknown.
+        ValueError: a folder holds no run, a run has not logged an update yet, or the format is unknown.
     """
-    figure = draw({name: read_log(folder) for name, folder in _names(folders).items()}, x)
-    known = figure.canvas.get_supported_filetypes()
-    if output.suffix.removeprefix(".") not in known:
-        raise ValueError(f"output must end in one of .{', .'.join(known)}, got {str(output)!r}")
+    figure = draw({name: read_log(folder) for name, folder in _short_names(folders).items()}, x)
+    formats = figure.canvas.get_supported_filetypes()
+    if output.suffix.removeprefix(".") not in formats:
+        raise ValueError(f"output must end in one of .{', .'.join(formats)}, got {str(output)!r}")
     with atomic_write(output) as staged:
         figure.savefig(staged, dpi=150)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """What a run has logged: its ``metrics.jsonl``, or else the state of its newest checkpoint, or of the one given.
+    """Read the log of a run from ``metrics.jsonl``, else from its newest checkpoint.
+
+    Args:
+        folder: the run's ``output_dir``, or a checkpoint.
 
     Raises:
-        ValueError: there is neither, or nothing in it yet.
+        ValueError: the folder has no log, or the log has no update yet.
     """
     states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=_checkpoint_number)
     state = [*states, *folder.glob("trainer_state.json")][-1:]
@@ -57,7 +65,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             "give the output_dir of sppo train"
         )
     if not any("loss" in entry for entry in log):
-        raise ValueError(f"the run in {str(folder)!r} has logged no update yet; try again when it has made one")
+        raise ValueError(f"the run in {str(folder)!r} has logged no update yet; try again after its first update")
     return log
 
 
@@ -66,8 +74,8 @@ def _checkpoint_number(state: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-def _names(folders: Sequence[Path]) -> dict[str, Path]:
-    """Folders by the shortest ends of their paths that tell them apart."""
+def _short_names(folders: Sequence[Path]) -> dict[str, Path]:
+    """Return folders by the shortest distinct ends of their paths."""
     paths = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
     for depth in range(1, max(len(path.parts) for path in paths)):
         names = {str(Path(*path.parts[-depth:])): path for path in paths}
@@ -77,11 +85,11 @@ def _names(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def draw(runs: Mapping[str, Log], x: str = "tokens") -> Figure:
-    """The picture of the runs, given their logs by name. Values are faint, their running means are not.
+    """Draw runs into one figure; values are faint, running means are not.
 
     Args:
-        runs: logs by the names for the legend.
-        x: what the panels share: ``"tokens"`` generated, ``"updates"`` or ``"seconds"``.
+        runs: logs by the runs' names in the legend.
+        x: the x axis, a key of ``X_AXES``.
     """
     figure = Figure(figsize=(12, 10), layout="constrained")
     panels = figure.subplot_mosaic(
@@ -90,21 +98,20 @@ def draw(runs: Mapping[str, Log], x: str = "tokens") -> Figure:
     )
     colors = {name: f"C{i % 10}" for i, name in enumerate(runs)}
     for name, log in runs.items():
-        position = _position_on(x)
-        at = [position(entry) for entry in log]
+        positions = _x_positions(log, x)
         for panel, metric in _CURVES.items():
-            _draw_curve(panels[panel], log, at, metric, colors[name])
-        _draw_curve(panels["brier"], log, at, "brier_baseline", colors[name], linestyle=":", faint=False)
-        _draw_evaluations(panels["reward"], log, at, "reward", colors[name])
-        _draw_evaluations(panels["length"], log, at, "response_length", colors[name])
-        _draw_evaluations(panels["truncated"], log, at, "truncated", colors[name])
+            _draw_curve(panels[panel], log, positions, metric, colors[name])
+        _draw_curve(panels["brier"], log, positions, "brier_baseline", colors[name], linestyle=":", show_values=False)
+        _draw_evaluations(panels["reward"], log, positions, "reward", colors[name])
+        _draw_evaluations(panels["length"], log, positions, "response_length", colors[name])
+        _draw_evaluations(panels["truncated"], log, positions, "truncated", colors[name])
     for panel, (label, limits) in _LABELS.items():
         if panel != "reward":
             panels[panel].sharex(panels["reward"])
-        _finish(panels[panel], label, limits, X_AXES[x])
+        _format_axes(panels[panel], label, limits, X_AXES[x])
     panels["reward"].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=x != "seconds"))
-    _explain(panels["reward"], {"rollouts": "-", "held-out prompts": "--"})
-    _explain(panels["brier"], {"critic": "-", "mean success rate so far": ":"})
+    _add_style_legend(panels["reward"], {"rollouts": "-", "held-out prompts": "--"})
+    _add_style_legend(panels["brier"], {"critic": "-", "mean success rate so far": ":"})
     _draw_phases(panels["phases"], runs)
     if len(runs) > 1:
         lines = [Line2D([], [], color=color, linewidth=3, label=name) for name, color in colors.items()]
@@ -127,26 +134,24 @@ _LABELS: dict[str, tuple[str, tuple[float | None, float | None]]] = {
     "brier": ("critic's Brier score\n(lower is better)", (0, None)),
     "length": ("response length [tokens]", (0, None)),
     "calibration": ("expected calibration error\nof the critic", (0, None)),
-    "truncated": ("responses cut off", (-0.02, 1.02)),
-    "entropy": ("entropy [nats a token]", (0, None)),
+    "truncated": ("truncated responses", (-0.02, 1.02)),
+    "entropy": ("entropy [nats per token]", (0, None)),
 }
 
 
-def _position_on(x: str) -> Callable[[Mapping[str, Any]], float]:
-    """Where an entry of a log lies on the x axis; the entries are to be asked for in their order."""
-    reached = 0.0
-
-    def position(entry: Mapping[str, Any]) -> float:
-        nonlocal reached
+def _x_positions(log: Log, x: str) -> list[float]:
+    """Return the position of each log entry on the x axis."""
+    position = 0.0
+    positions = []
+    for entry in log:
         if x == "updates":
-            reached = entry.get("step", reached)
+            position = entry.get("step", position)
         elif x == "tokens":
-            reached = entry.get("total_generated_tokens", reached)
+            position = entry.get("total_generated_tokens", position)
         else:
-            reached += sum(seconds for _, seconds in _phases(entry))
-        return reached
-
-    return position
+            position += sum(seconds for _, seconds in _phases(entry))
+        positions.append(position)
+    return positions
 
 
 def _phases(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -154,20 +159,27 @@ def _phases(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _draw_curve(
-    axes: Axes, log: Log, at: Sequence[float], metric: str, color: str, linestyle: str = "-", faint: bool = True
+    axes: Axes,
+    log: Log,
+    positions: Sequence[float],
+    metric: str,
+    color: str,
+    *,
+    linestyle: str = "-",
+    show_values: bool = True,
 ) -> None:
-    """The running mean of a metric, on its values; an update without a new rollout has none."""
-    points = [(x, entry[metric]) for x, entry in zip(at, log, strict=True) if metric in entry]
+    """Draw the running mean of a metric over its faint values; entries without the metric are skipped."""
+    points = [(x, entry[metric]) for x, entry in zip(positions, log, strict=True) if metric in entry]
     if not points:
         return
     xs, values = zip(*points, strict=True)
-    if faint:
+    if show_values:
         axes.plot(xs, values, color=color, alpha=0.25, linewidth=0.8)
     axes.plot(xs, smooth(values), color=color, linestyle=linestyle, marker="." if len(xs) == 1 else None)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving mean without the bias of its beginning."""
+    """Compute the exponential moving average, corrected for its start-up bias."""
     total = weight = 0.0
     means = []
     for value in values:
@@ -176,15 +188,15 @@ def smooth(values: Sequence[float]) -> list[float]:
     return means
 
 
-def _draw_evaluations(axes: Axes, log: Log, at: Sequence[float], metric: str, color: str) -> None:
-    """What held-out prompts came to; each of several sets has a line."""
+def _draw_evaluations(axes: Axes, log: Log, positions: Sequence[float], metric: str, color: str) -> None:
+    """Draw a metric of the evaluations, with one line per set of held-out prompts."""
     names = {name for entry in log for name in entry if name.startswith("eval_") and "/" not in name}
     for name in sorted(name for name in names if name.endswith(f"_{metric}")):
-        points = [(x, entry[name]) for x, entry in zip(at, log, strict=True) if name in entry]
+        points = [(x, entry[name]) for x, entry in zip(positions, log, strict=True) if name in entry]
         axes.plot(*zip(*points, strict=True), "o--", color=color, markersize=5, markeredgecolor="white", linewidth=1)
 
 
-def _finish(axes: Axes, label: str, limits: tuple[float | None, float | None], x_label: str) -> None:
+def _format_axes(axes: Axes, label: str, limits: tuple[float | None, float | None], x_label: str) -> None:
     axes.set(xlabel=x_label, ylabel=label)
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
     axes.grid(alpha=0.3)
@@ -205,8 +217,8 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _explain(axes: Axes, styles: Mapping[str, Any]) -> None:
-    """What the kinds of lines mean, in grey, for their colours are the runs'."""
+def _add_style_legend(axes: Axes, styles: Mapping[str, Any]) -> None:
+    """Add a legend of the line styles, in grey because colors stand for runs."""
     drawn = {line.get_linestyle() for line in axes.lines}
     handles = [
         Line2D([], [], color="0.4", linestyle=style, marker="o" if style == "--" else None, label=label)
@@ -218,7 +230,7 @@ def _explain(axes: Axes, styles: Mapping[str, Any]) -> None:
 
 
 def _draw_phases(axes: Axes, runs: Mapping[str, Log]) -> None:
-    """Mean seconds an update of each run, by phase, as one bar."""
+    """Draw one bar per run: mean seconds per update, by phase."""
     totals = {name: _seconds_by_phase(log) for name, log in runs.items()}
     others = sorted({phase for phases in totals.values() for phase in phases} - set(_PHASES))
     left = dict.fromkeys(runs, 0.0)
@@ -230,11 +242,11 @@ def _draw_phases(axes: Axes, runs: Mapping[str, Log]) -> None:
         color = _PHASE_COLORS[i] if i < len(_PHASE_COLORS) else f"{0.3 + 0.1 * (i % 5):.1f}"
         bars = axes.barh(list(runs), widths, left=list(left.values()), color=color, label=phase, height=0.7)
         texts = [f"{width:.3g}" if width > 0.05 * longest else "" for width in widths]
-        readable = "white" if sum(to_rgb(color)) < 1.8 else "black"
-        axes.bar_label(bars, texts, label_type="center", color=readable, fontsize=9)
+        text_color = "white" if sum(to_rgb(color)) < 1.8 else "black"
+        axes.bar_label(bars, texts, label_type="center", color=text_color, fontsize=9)
         left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
     axes.invert_yaxis()
-    axes.set(xlabel="mean seconds an update")
+    axes.set(xlabel="mean seconds per update")
     axes.grid(alpha=0.3, axis="x")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -243,7 +255,7 @@ def _draw_phases(axes: Axes, runs: Mapping[str, Log]) -> None:
 
 
 def _seconds_by_phase(log: Log) -> dict[str, float]:
-    """Mean seconds an update by phase, over the updates of the log."""
+    """Compute the mean seconds per update by phase, over the updates of the log."""
     totals: dict[str, float] = {}
     for entry in log:
         for phase, seconds in _phases(entry):

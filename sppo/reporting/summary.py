@@ -1,6 +1,6 @@
-"""What a run came to: a short table, a picture of its learning and ``summary.json``.
+"""The report of a finished run: a short table, ``learning_curve.png`` and ``summary.json``.
 
-All totals come from the trainer's state, which checkpoints carry along: those of a resumed run cover all of its parts.
+All totals come from the trainer's state, which checkpoints contain, so the totals of a resumed run cover all of it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo._utils import SUMMARY_FILE, atomic_write
+from sppo._utils import LEARNING_CURVE_FILE, SUMMARY_FILE, atomic_write
 from sppo.reporting.plots import draw
 
 if TYPE_CHECKING:
     from sppo import SPPOTrainer
-
-PICTURE = "learning_curve.png"
 
 
 def write_report(
@@ -32,34 +30,38 @@ def write_report(
     """Print the table, and write ``learning_curve.png`` and ``summary.json`` into the run's ``output_dir``.
 
     Args:
-        trainer: after ``train()``.
-        before, after: what ``trainer.evaluate()`` gave then; empty without held-out prompts.
-        recipe: what the run was started from, with its overrides, for the commands to try next.
-        evaluation: what ``sppo eval`` is to be told, for the same.
+        trainer: a trainer after ``train()``.
+        before, after: metrics of ``trainer.evaluate()`` before and after training; empty without held-out prompts.
+        recipe: arguments of ``sppo train`` that repeat the run, for the suggested commands.
+        evaluation: arguments of ``sppo eval`` that evaluate its model, for the suggested commands.
 
     Returns:
-        The path of ``summary.json``. It is written last: where it is, the run is finished.
+        The path of ``summary.json``. It is written last and thus marks a finished run.
     """
     folder = Path(str(trainer.args.output_dir))
     summary = summarize(trainer, before, after)
-    with atomic_write(folder / PICTURE) as staged:
+    with atomic_write(folder / LEARNING_CURVE_FILE) as staged:
         draw({folder.name: [{**before, "step": 0}, *trainer.state.log_history]}).savefig(staged, dpi=150)
     with atomic_write(folder / SUMMARY_FILE) as staged:
         staged.write_text(json.dumps(summary, indent=1) + "\n")
     print(_table(summary))
-    print(f"\n{folder / PICTURE} shows how it learned, {folder / SUMMARY_FILE} has these numbers.\n")
-    print(_what_next(recipe, evaluation, folder, trainer.args.seed))
+    print(f"\nLearning curves: {folder / LEARNING_CURVE_FILE}\nThese numbers: {folder / SUMMARY_FILE}\n")
+    print(_next_steps(recipe, evaluation, folder, trainer.args.seed))
     return folder / SUMMARY_FILE
 
 
 def summarize(trainer: SPPOTrainer, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
-    """The run in numbers.
+    """Summarize a run in numbers.
 
     Returns:
-        ``algorithm``; ``accuracy_before``, ``accuracy_after``: share of held-out prompts answered with full reward,
-        None without such prompts; ``reward_before``, ``reward_after``: their mean reward; ``updates``;
-        ``generated_tokens`` of all rollouts; ``seconds`` of training, and ``seconds_by_phase``, with the evaluations
-        and checkpoints in its course, up to the last update that was logged.
+        - ``algorithm``
+        - ``accuracy_before``, ``accuracy_after``: fraction of held-out prompts answered with full reward; None without
+          held-out prompts.
+        - ``reward_before``, ``reward_after``: mean reward of the held-out prompts, or None.
+        - ``updates``: optimizer steps.
+        - ``generated_tokens``: tokens of all rollouts.
+        - ``seconds``, ``seconds_by_phase``: training time up to the last logged update, including the evaluations and
+          checkpoints during training.
     """
     phases: dict[str, float] = {}
     for entry in trainer.state.log_history:
@@ -100,11 +102,11 @@ def _change(before: float | None, after: float | None) -> str:
     return " -> ".join("?" if value is None else f"{value:.3f}" for value in (before, after)) + "  (held-out prompts)"
 
 
-def _what_next(recipe: str, evaluation: str, folder: Path, seed: int) -> str:
-    sppo = "sppo" if shutil.which("sppo") else sys.argv[0]  # an environment that is not activated
+def _next_steps(recipe: str, evaluation: str, folder: Path, seed: int) -> str:
+    sppo = "sppo" if shutil.which("sppo") else sys.argv[0]  # the environment may not be activated
     return (
-        "What to try next:\n"
-        f"  {sppo} eval {evaluation} --temperature 0     each held-out answer, greedy\n"
-        f"  {sppo} train {recipe} --seed {seed + 1} --output_dir {folder}-{seed + 1}     the same with other samples\n"
-        f"  {sppo} train --help     a model and prompts of your own"
+        "Next steps:\n"
+        f"  {sppo} eval {evaluation} --temperature 0     greedy answers to the held-out prompts\n"
+        f"  {sppo} train {recipe} --seed {seed + 1} --output_dir {folder}-{seed + 1}     the same with another seed\n"
+        f"  {sppo} train --help     train your own model on your own prompts"
     )

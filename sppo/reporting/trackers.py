@@ -1,7 +1,7 @@
-"""What a run leaves to be looked at while it goes: its metrics, sample completions, and both in experiment trackers.
+"""Callbacks that write metrics and sample completions during a run, to files and to experiment trackers.
 
-Metrics reach trackers (``report_to``) by transformers' own callbacks. Here is what those lack: a file of the metrics,
-the completions as a table, and one place and one name for what is logged before, during and after ``train()``.
+transformers' own callbacks send metrics to trackers (``report_to``). This module adds a file of the metrics, a table of
+completions, and one location and one run name for everything logged before, during and after ``train()``.
 """
 
 from __future__ import annotations
@@ -25,43 +25,44 @@ COMPLETIONS = "completions.jsonl"
 
 
 class MetricsFile(TrainerCallback):
-    """Writes each entry of the log into ``metrics.jsonl`` as it comes.
+    """Writes each log entry to ``metrics.jsonl``.
 
-    Evaluations before training begin the file; those of a trainer that only evaluates are not the run's and stay out.
+    The file starts with the evaluations before training. A trainer that only evaluates writes no file.
     """
 
     def __init__(self) -> None:
-        self._before: list[dict[str, Any]] = []
+        self._before_training: list[dict[str, Any]] = []
         self._path: Path | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the file anew, with what a resumed run had logged up to its checkpoint."""
+        """Rewrite the file with the entries before training and, of a resumed run, those up to its checkpoint."""
         if state.is_world_process_zero:
             self._path = Path(args.output_dir, METRICS_FILE)
             if state.global_step > 0:
-                self._before = [entry for entry in read_lines(self._path) if entry["step"] == 0]
-            logged = [entry for entry in state.log_history if entry not in self._before]
-            write_lines(self._path, [*self._before, *logged])
-            self._before = []
+                self._before_training = [entry for entry in read_lines(self._path) if entry["step"] == 0]
+            logged = [entry for entry in state.log_history if entry not in self._before_training]
+            write_lines(self._path, [*self._before_training, *logged])
+            self._before_training = []
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the newest entry."""
+        """Append the newest entry."""
         if not state.is_world_process_zero:
             return
         if self._path is None:
-            self._before.append(state.log_history[-1])
+            self._before_training.append(state.log_history[-1])
         else:
             append_line(self._path, state.log_history[-1])
 
 
 class SampleCompletions(TrainerCallback):
-    """Shows sample completions whenever the metrics of training are logged.
+    """Shows sample completions with each log entry of training.
 
-    On the console, in ``completions.jsonl``, and as a table in Weights & Biases, trackio and TensorBoard.
+    They are printed on the console, written to ``completions.jsonl``, and sent as a table to Weights & Biases, trackio
+    and TensorBoard.
 
     Args:
-        samples: gives the last rollout's.
-        trackers: callbacks of the trainer, those of trackers among them.
+        samples: returns the samples of the last rollout.
+        trackers: callbacks of the trainer, including those of trackers.
     """
 
     def __init__(self, samples: Callable[[], Sequence[Sample]], trackers: Sequence[TrainerCallback]) -> None:
@@ -69,13 +70,13 @@ class SampleCompletions(TrainerCallback):
         self._trackers = trackers
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget completions that a resumed run makes again, or those of an earlier run."""
+        """Remove the completions after a resumed run's checkpoint, and those of an earlier run."""
         if state.is_world_process_zero:
             path = Path(args.output_dir, COMPLETIONS)
             write_lines(path, [row for row in read_lines(path) if row["step"] <= state.global_step])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show, write and track."""
+        """Print samples, and send them to the file and the trackers."""
         if "loss" not in logs or not state.is_world_process_zero:
             return
         samples = self._samples()[: args.num_completions_to_print]
@@ -98,16 +99,16 @@ class SampleCompletions(TrainerCallback):
 
 
 class EpochCallback(TrainerCallback):
-    """Counts epochs by the data, also in the epoch that a resumed run begins in the middle of."""
+    """Counts epochs by updates, which is also correct if a run resumes within an epoch."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         """Set the epoch, and log after the last step."""
         state.epoch = state.global_step / train_dataloader.dataset.updates_per_epoch
-        control.should_log |= state.global_step >= state.max_steps  # so that totals have every update
+        control.should_log |= state.global_step >= state.max_steps  # so that totals include every update
 
 
 def _track(tracker: TrainerCallback, rows: Sequence[dict[str, Any]]) -> None:
-    """Give a table of completions to a tracker of transformers."""
+    """Send a table of completions to a tracker's callback."""
     step = rows[0]["step"]
     if isinstance(tracker, TensorBoardCallback) and tracker.tb_writer is not None:
         tracker.tb_writer.add_text("completions", _markdown(rows), step)
@@ -129,24 +130,24 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value inside a markdown table, where a bar would end it and a line break its row."""
+    """Format a value for a cell of a Markdown table, escaping what would end the cell or its row."""
     text = f"{value:.3g}" if isinstance(value, float) else str(value)
-    for character, shown in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("\n", "<br>")):
-        text = text.replace(character, shown)
+    for character, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("\n", "<br>")):
+        text = text.replace(character, escaped)
     return text
 
 
 def name_run(args: SPPOConfig) -> None:
-    """Give a tracked run a name, so that trackio takes what is logged before, during and after training for one run."""
+    """Name a tracked run, so that trackio shows what is logged before, during and after training as one run."""
     if args.report_to and args.run_name is None:
         args.run_name = f"{Path(args.output_dir or '.').absolute().name}-{time.strftime('%m%d-%H%M%S')}"
 
 
 def prepare_trackers(callbacks: Sequence[TrainerCallback], args: SPPOConfig) -> None:
-    """Let TensorBoard write into ``output_dir`` from the start, not elsewhere until ``train()`` begins.
+    """Let TensorBoard write to ``output_dir`` before ``train()`` as well.
 
     Raises:
-        ValueError: Weights & Biases is to upload the model, for which it saves policy and critic as one.
+        ValueError: ``WANDB_LOG_MODEL`` is set; Weights & Biases would save policy and critic as one model.
     """
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:

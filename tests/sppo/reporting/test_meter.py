@@ -1,4 +1,4 @@
-"""Seconds by phase: what a phase inside another has is not the other's too."""
+"""Tests of the meter: nested phases and failed phases."""
 
 import time
 from contextlib import suppress
@@ -11,13 +11,13 @@ from sppo.reporting.meter import Meter
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds pass when they are added to it."""
+    """Replace the clock by one that is advanced by hand: ``clock[0] += seconds``."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
 
 
-def test_a_phase_inside_another_counts_once(clock):
+def test_nested_phases_are_counted_once(clock):
     meter = Meter()
     for _ in range(2):
         with meter.phase("outer"):
@@ -34,7 +34,7 @@ def test_a_phase_inside_another_counts_once(clock):
     assert seconds == {"outer": 2, "inner": 40, "innermost": 200, "update": 2000}
 
 
-def test_a_phase_that_fails_is_counted(clock):
+def test_a_failed_phase_is_counted(clock):
     meter = Meter()
     with suppress(KeyError), meter.phase("outer"), meter.phase("inner"):
         clock[0] += 1
@@ -45,7 +45,7 @@ def test_a_phase_that_fails_is_counted(clock):
     assert (read["seconds/inner"], read["seconds/outer"], read["seconds/update"]) == (1, 2, 0)
 
 
-def test_log_probabilities_of_a_rollout_of_several_updates_are_a_phase(tmp_path):
+def test_log_probabilities_are_a_phase_of_several_updates(tmp_path):
     trainer = make(tmp_path, steps_per_generation=2, max_steps=4)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -1,4 +1,4 @@
-"""The card says what was trained and its recipe gives the same settings; what is pushed has card and critic."""
+"""Tests of the model card, of the recipe in it, and of uploads to the hub."""
 
 import re
 from concurrent.futures import Future
@@ -22,7 +22,7 @@ def block(card, language):
     return re.search(rf"```{language}\n(.*?)```", str(card), re.S).group(1)
 
 
-def test_front_matter_and_results(tmp_path):
+def test_the_card_has_metadata_and_results(tmp_path):
     policy = tiny_model()
     policy.config._name_or_path = "acme/tiny"
     trainer = make(tmp_path / "my-run", model=policy, eval_dataset=DATASET.select(range(3)), max_steps=2)
@@ -50,7 +50,7 @@ def test_front_matter_and_results(tmp_path):
     assert "arXiv:2604.08865" in card.text
 
 
-def test_without_a_critic_evaluations_or_known_names(tmp_path):
+def test_the_card_omits_what_a_run_lacks(tmp_path):
     card = model_card(make(tmp_path, algorithm="grpo", num_generations=4))
     assert {"base_model", "datasets", "license"}.isdisjoint(card.data.to_dict())
     assert "grpo" in card.data.tags
@@ -59,7 +59,7 @@ def test_without_a_critic_evaluations_or_known_names(tmp_path):
     assert "## Results" not in card.text
 
 
-def test_settings_of_the_recipe_are_those_of_the_run(tmp_path):
+def test_the_recipe_has_the_settings_of_the_run(tmp_path):
     given = {"learning_rate": 3e-4, "dual_clip": float("inf"), "lr_scheduler_type": "linear", "reward_weights": [0.5]}
     trainer = make(tmp_path, **given, algorithm="ppo", hub_token="secret", run_name="mine")
     text = block(model_card(trainer), "yaml")
@@ -75,7 +75,7 @@ def test_settings_of_the_recipe_are_those_of_the_run(tmp_path):
     assert differing <= {"hub_token", "run_name", "save_strategy", "disable_tqdm"}
 
 
-def test_a_recipe_is_given_whole_and_without_the_folders_of_this_machine(tmp_path):
+def test_the_recipe_contains_no_local_folders(tmp_path):
     trainer = make(tmp_path)
     trainer.recipe = {
         "model": "/home/someone/models/tiny",
@@ -91,14 +91,14 @@ def test_a_recipe_is_given_whole_and_without_the_folders_of_this_machine(tmp_pat
     assert recipe["train_dataset"] == {"name": "cli_run.py:sums", "count": 20}
     assert recipe["eval_dataset"] == "acme/sums?limit=3"
     assert recipe["reward"] == ["math", "cli_run.py:letter"]
-    assert recipe["args"]["learning_rate"] == 3e-3  # what the run had, not what the file said
+    assert recipe["args"]["learning_rate"] == 3e-3  # of the run, not of the recipe
     path = tmp_path / "recipe.yaml"
     path.write_text(block(model_card(trainer), "yaml"))
     assert read_recipe(str(path))["reward"] == recipe["reward"]
 
 
 @pytest.mark.parametrize(
-    ("name", "is_one"),
+    ("name", "is_hub"),
     [
         ("acme/tiny-1.5B", True),
         ("acme/train.parquet", False),
@@ -110,10 +110,10 @@ def test_a_recipe_is_given_whole_and_without_the_folders_of_this_machine(tmp_pat
         (None, False),
     ],
 )
-def test_names_of_the_hub(name, is_one, tmp_path, monkeypatch):
+def test_hub_names_are_recognized(name, is_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder" / "here").mkdir(parents=True)
-    assert is_hub_name(name) == is_one
+    assert is_hub_name(name) == is_hub
 
 
 # The hub
@@ -121,7 +121,7 @@ def test_names_of_the_hub(name, is_one, tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Records what would be uploaded: for each call its message and the files by their path in the repository."""
+    """Record uploads instead of making them: for each its message and the files' paths in the repository."""
     uploads = []
 
     def upload_folder(self, *, repo_id, folder_path, path_in_repo="", ignore_patterns=None, **settings):
@@ -151,7 +151,7 @@ MODEL = {"config.json", "model.safetensors", "tokenizer.json", "README.md", "cri
 MODEL |= {"critic/model.safetensors", "critic/tokenizer.json"}
 
 
-def test_push_takes_card_critic_and_their_arguments(tmp_path, hub):
+def test_push_uploads_model_critic_and_card(tmp_path, hub):
     trainer = make(tmp_path / "mine", hub_model_id="acme/mine")
     trainer.train()
     trainer.push_to_hub(dataset_tags=["acme/sums"], tags=["math"], model_name="Mine", license="mit")
@@ -164,7 +164,7 @@ def test_push_takes_card_critic_and_their_arguments(tmp_path, hub):
     assert "# Mine\n" in upload["card"].text
 
 
-def test_each_checkpoint_is_pushed_with_its_critic(tmp_path, hub):
+def test_checkpoints_are_pushed_with_their_critic(tmp_path, hub):
     trainer = make(
         tmp_path / "mine",
         push_to_hub=True,
@@ -184,7 +184,7 @@ def test_each_checkpoint_is_pushed_with_its_critic(tmp_path, hub):
 
 
 @pytest.mark.slow
-def test_command_writes_the_card_with_its_recipe_and_pushes(tmp_path, monkeypatch, hub):
+def test_sppo_train_writes_the_card_and_pushes(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     recipe = {
         "model": f"{HERE}:policy",
@@ -199,7 +199,7 @@ def test_command_writes_the_card_with_its_recipe_and_pushes(tmp_path, monkeypatc
     assert main(["train", "tiny.yaml", *push]) == 0
     last = hub[-1]
     assert last["files"] >= MODEL | {"summary.json", "learning_curve.png", "metrics.jsonl"}
-    assert "![How it learned](learning_curve.png)" in last["card"].text
+    assert "![Learning curves](learning_curve.png)" in last["card"].text
     written = yaml.safe_load(block(last["card"], "yaml"))
     assert written["train_dataset"] == {"name": "cli_run.py:sums", "count": 20}
     assert written["args"]["max_completion_length"] == 5

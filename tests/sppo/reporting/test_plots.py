@@ -1,4 +1,4 @@
-"""The picture has what the logs have, of finished runs, running ones, and those that left only checkpoints."""
+"""Tests of plots: panels, axes and legends, and logs of finished, running and checkpointed runs."""
 
 import json
 import re
@@ -39,12 +39,12 @@ LOG = [
 
 
 def panel(figure, label):
-    """What a panel's lines go through, by their style."""
+    """Return the points of a panel's lines, by line style."""
     (axes,) = (axes for axes in figure.axes if axes.get_ylabel().startswith(label))
     return {line.get_linestyle(): line.get_xydata().tolist() for line in axes.lines}
 
 
-def test_each_metric_is_in_its_panel():
+def test_each_panel_has_its_metric():
     figure = draw({"run": LOG})
     reward = panel(figure, "mean reward")
     assert reward["--"] == [[0, 0.3], [100, 0.4], [200, 0.8]]
@@ -52,7 +52,7 @@ def test_each_metric_is_in_its_panel():
     assert panel(figure, "critic's Brier") == {"-": [[100, 0.2], [200, 0.2]], ":": [[100, 0.25], [200, 0.25]]}
     assert panel(figure, "response length") == {"-": [[100, 10], [200, 10]], "--": [[0, 8], [200, 9]]}
     assert panel(figure, "expected calibration")["-"] == [[100, 0.1], [200, 0.1]]
-    assert panel(figure, "responses cut off")["-"] == [[100, 0.5], [200, 0.5]]
+    assert panel(figure, "truncated responses")["-"] == [[100, 0.5], [200, 0.5]]
     assert panel(figure, "entropy")["-"] == [[100, 1], [200, 1]]
 
 
@@ -67,13 +67,13 @@ MEAN = [(0.8 / 1.8, 0.1), (1 / 1.8, 0.2)]
         ("seconds", "seconds", [0, 3, 6.5]),
     ],
 )
-def test_x_axis(x, label, places):
+def test_the_x_axis_is_tokens_updates_or_seconds(x, label, places):
     figure = draw({"run": LOG}, x)
     assert [at for at, _ in panel(figure, "mean reward")["--"]] == places
     assert label in figure.axes[0].get_xlabel()
 
 
-def test_phases_are_mean_seconds_of_an_update_and_lie_behind_each_other():
+def test_phases_are_stacked_mean_seconds_per_update():
     axes = draw({"one": LOG, "other": [step(1)]}).axes[-1]
     bars = {bars.get_label(): [(bar.get_x(), bar.get_width()) for bar in bars] for bars in axes.containers}
     assert bars == {
@@ -83,13 +83,13 @@ def test_phases_are_mean_seconds_of_an_update_and_lie_behind_each_other():
     }
 
 
-def test_runs_have_colours_and_a_legend():
+def test_runs_have_colors_and_a_legend():
     figure = draw({"one": LOG, "other": LOG})
     assert [text.get_text() for text in figure.legends[0].texts] == ["one", "other"]
     assert len({line.get_color() for line in figure.axes[0].lines}) == 2
 
 
-def test_without_a_critic_or_anything_at_all():
+def test_panels_without_data_say_not_logged():
     without = [{k: v for k, v in step(1).items() if "brier" not in k and "calibration" not in k}]
     for log in (without, []):
         figure = draw({"run": log})
@@ -97,16 +97,16 @@ def test_without_a_critic_or_anything_at_all():
         assert [text.get_text() for text in axes.texts] == ["not logged"]
 
 
-def test_updates_without_a_rollout_have_no_point():
+def test_updates_without_a_rollout_have_no_points():
     used_again = {"loss": 0.5, "total_generated_tokens": 200, "step": 2}
     assert panel(draw({"run": [step(1), used_again]}), "critic's Brier")["-"] == [[100, 0.2]]
 
 
-def test_running_mean_has_no_bias_at_its_beginning():
+def test_the_running_mean_has_no_startup_bias():
     assert smooth([1.0, 1.0, 1.0]) == pytest.approx([1, 1, 1])
 
 
-# Runs on the disk
+# Saved runs
 
 
 def save(folder, log, name="metrics.jsonl"):
@@ -116,7 +116,7 @@ def save(folder, log, name="metrics.jsonl"):
     return folder
 
 
-def test_logs_come_from_the_metrics_else_the_newest_checkpoint(tmp_path):
+def test_logs_are_read_from_metrics_or_the_last_checkpoint(tmp_path):
     for number in (9, 10):
         save(tmp_path / f"checkpoint-{number}", [step(number)], "trainer_state.json")
     assert read_log(tmp_path) == [step(10)]
@@ -127,7 +127,7 @@ def test_logs_come_from_the_metrics_else_the_newest_checkpoint(tmp_path):
     assert read_log(tmp_path) == LOG
 
 
-def test_command(tmp_path, capsys):
+def test_sppo_plot_writes_a_figure(tmp_path, capsys):
     runs = [str(save(tmp_path / kind / "run", LOG)) for kind in ("sppo", "grpo")]
     assert main(["plot", *runs, "--output", str(tmp_path / "new" / "both.png"), "--x", "seconds"]) == 0
     assert (tmp_path / "new" / "both.png").read_bytes().startswith(b"\x89PNG")
@@ -135,7 +135,7 @@ def test_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["nothing"], r"nothing' holds no run: neither metrics.jsonl nor .*; give the output_dir of sppo train"),
         (["early"], r"early' has logged no update yet; try again"),
@@ -143,18 +143,18 @@ def test_command(tmp_path, capsys):
         (["run", "--smooth", "3"], "unknown option --smooth; sppo plot --help lists them"),
     ],
 )
-def test_mistakes_are_named(arguments, said, tmp_path, monkeypatch, capsys):
+def test_invalid_arguments_raise(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "run", LOG)
     save(tmp_path / "early", [BEFORE])
     assert main(["plot", *arguments]) == 2
-    assert re.search(said, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
-    from sppo.reporting.plots import _names
+def test_runs_of_the_same_name_are_named_by_their_folders(tmp_path):
+    from sppo.reporting.plots import _short_names
 
     paths = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
-    assert list(_names(paths)) == ["a/run", "b/run"]
-    assert list(_names(paths[:1])) == ["run"]
+    assert list(_short_names(paths)) == ["a/run", "b/run"]
+    assert list(_short_names(paths[:1])) == ["run"]

@@ -1,4 +1,4 @@
-"""The report's numbers are those of the run, whole or resumed, and its picture can be drawn of any run."""
+"""Tests of the report: its numbers, also of a resumed run, its files and suggested commands."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def finished(folder, log=LOG):
     )
 
 
-def test_report(tmp_path, capsys, monkeypatch):
+def test_the_report_is_printed_and_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     path = write_report(finished(tmp_path / "runs" / "quickstart"), BEFORE, AFTER, recipe="quickstart")
     summary = json.loads(path.read_text())
@@ -61,37 +61,39 @@ def test_report(tmp_path, capsys, monkeypatch):
     }
     assert sorted(file.name for file in path.parent.iterdir()) == ["learning_curve.png", "summary.json"]
     assert (path.parent / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
-    said = capsys.readouterr().out
-    for words in ("0.250 -> 0.750", "seconds of training  6.5", "sppo train quickstart --seed 4 --output_dir"):
-        assert words in said
+    output = capsys.readouterr().out
+    for text in ("0.250 -> 0.750", "seconds of training  6.5", "sppo train quickstart --seed 4 --output_dir"):
+        assert text in output
 
 
-def test_a_folder_that_names_no_recipe_is_not_taken_for_one(tmp_path, capsys):
+def test_suggestions_without_a_recipe_have_a_placeholder(tmp_path, capsys):
     write_report(finished(tmp_path / "mine"), {}, {})
     assert " train RECIPE --seed 4" in capsys.readouterr().out
 
 
-def test_without_held_out_prompts_or_logs(tmp_path, capsys):
+def test_held_out_prompts_and_logs_are_optional(tmp_path, capsys):
     summary = json.loads(write_report(finished(tmp_path, log=[]), {}, {}).read_text())
     assert summary["accuracy_before"] is None
     assert summary["seconds"] == 0
     assert "accuracy" not in capsys.readouterr().out
 
 
-def test_totals_of_a_resumed_run_cover_all_of_it(tmp_path):
-    """Stopped after update 6 and resumed, a run reports what one that was never stopped reports."""
-    whole, parts = (make_trainer(tmp_path / name) for name in ("whole", "parts"))
-    whole.args.logging_steps = parts.args.logging_steps = 1
-    whole.train()
-    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "parts" / "checkpoint-6")
-    parts.train(resume_from_checkpoint=True)
-    expected, found = (summarize(trainer, BEFORE, AFTER) for trainer in (whole, parts))
-    logged = [entry["generated_tokens"] for entry in whole.state.log_history if "generated_tokens" in entry]
-    assert found["updates"] == expected["updates"] == len(logged) == 8
-    assert found["generated_tokens"] == expected["generated_tokens"] == sum(logged)
-    first = [entry for entry in whole.state.log_history if entry["step"] <= 6]
-    before_the_stop = sum(value for entry in first for name, value in entry.items() if name.startswith("seconds/"))
-    after_it = [entry for entry in parts.state.log_history if entry["step"] > 6]
-    later = sum(value for entry in after_it for name, value in entry.items() if name.startswith("seconds/"))
-    assert found["seconds"] == pytest.approx(before_the_stop + later, abs=0.01)
-    assert before_the_stop > 0 < later
+def test_totals_of_a_resumed_run_include_all_updates(tmp_path):
+    """A run resumed from update 6 reports the same as an uninterrupted run."""
+    uninterrupted, resumed = (make_trainer(tmp_path / name) for name in ("uninterrupted", "resumed"))
+    uninterrupted.args.logging_steps = resumed.args.logging_steps = 1
+    uninterrupted.train()
+    shutil.copytree(tmp_path / "uninterrupted" / "checkpoint-6", tmp_path / "resumed" / "checkpoint-6")
+    resumed.train(resume_from_checkpoint=True)
+    expected, summary = (summarize(trainer, BEFORE, AFTER) for trainer in (uninterrupted, resumed))
+    logged = [entry["generated_tokens"] for entry in uninterrupted.state.log_history if "generated_tokens" in entry]
+    assert summary["updates"] == expected["updates"] == len(logged) == 8
+    assert summary["generated_tokens"] == expected["generated_tokens"] == sum(logged)
+    before = seconds_of(entry for entry in uninterrupted.state.log_history if entry["step"] <= 6)
+    after = seconds_of(entry for entry in resumed.state.log_history if entry["step"] > 6)
+    assert summary["seconds"] == pytest.approx(before + after, abs=0.01)
+    assert before > 0 < after
+
+
+def seconds_of(entries):
+    return sum(value for entry in entries for name, value in entry.items() if name.startswith("seconds/"))

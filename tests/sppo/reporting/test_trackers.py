@@ -1,17 +1,16 @@
-"""Each log entry is in the file of metrics once, also after a resume; trackers get a run and its completions as one."""
+"""Tests of the metrics file, sample completions and trackers, also for resumed runs."""
 
 import json
 import os
 import shutil
 import sqlite3
 import time
-from contextlib import suppress
 
 import pytest
 from resume_run import make_trainer
 from tiny_run import DATASET, make
 
-from sppo._utils import atomic_write, read_lines, write_lines
+from sppo._utils import read_lines
 
 PROMPT = "2+3=|\n<b>"
 
@@ -23,7 +22,7 @@ def dataset_and_completions(**settings):
 # metrics.jsonl
 
 
-def test_metrics_are_those_of_the_log_and_of_evaluations_before_and_after(tmp_path):
+def test_the_metrics_file_holds_the_log_and_evaluations(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"loss": 99, "step": 1}\n{"eval_reward": 9, "step": 0}\n')
     trainer = make(tmp_path, eval_dataset=DATASET.select(range(3)), max_steps=2)
     trainer.evaluate()
@@ -35,14 +34,14 @@ def test_metrics_are_those_of_the_log_and_of_evaluations_before_and_after(tmp_pa
     assert [entry["step"] for entry in entries] == [0, 1, 2, 2, 2]
 
 
-def test_a_trainer_that_only_evaluates_leaves_the_metrics_of_a_run_alone(tmp_path):
+def test_evaluation_only_does_not_change_the_metrics_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     make(tmp_path, dataset=None, eval_dataset=DATASET.select(range(3))).evaluate()
     assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
 
 
-def test_a_resumed_run_has_no_line_twice_and_none_is_lost(tmp_path):
-    """Stopped in the middle of a line after update 8, resumed from update 6; what was before training stays."""
+def test_a_resumed_run_logs_each_line_once(tmp_path):
+    """Stop within a line after update 8, resume from update 6; entries before training are kept."""
     make_trainer(tmp_path, logging_steps=1).train()
     path = tmp_path / "metrics.jsonl"
     shutil.rmtree(tmp_path / "checkpoint-8")
@@ -54,29 +53,10 @@ def test_a_resumed_run_has_no_line_twice_and_none_is_lost(tmp_path):
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 9))
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path):
-    path = tmp_path / "folder" / "file"
-    with atomic_write(path) as staged:
-        staged.write_text("first")
-    with suppress(RuntimeError), atomic_write(path) as staged:
-        staged.write_text("second")
-        raise RuntimeError
-    assert path.read_text() == "first"
-    assert os.listdir(path.parent) == ["file"]
-
-
-def test_a_broken_line_is_named(tmp_path):
-    path = tmp_path / "log.jsonl"
-    write_lines(path, [{"step": 1}])
-    path.write_text("{nothing}\n" + path.read_text())
-    with pytest.raises(ValueError, match=r"log\.jsonl': line 1 is not JSON .*; delete that line"):
-        read_lines(path)
-
-
 # Sample completions
 
 
-def test_completions_are_written_with_what_they_earned(tmp_path, capsys):
+def test_completions_are_written_with_reward_and_advantage(tmp_path, capsys):
     trainer = make(tmp_path, **dataset_and_completions(num_completions_to_print=2))
     trainer.train()
     rows = read_lines(tmp_path / "completions.jsonl")
@@ -95,14 +75,14 @@ def test_completions_are_written_with_what_they_earned(tmp_path, capsys):
 # Trackers
 
 
-def test_a_tracked_run_has_a_name_and_an_untracked_one_none(tmp_path):
+def test_only_tracked_runs_have_a_name(tmp_path):
     pytest.importorskip("tensorboard")
     assert make(tmp_path / "mine", report_to=["tensorboard"]).args.run_name.startswith("mine-")
     assert make(tmp_path / "mine", report_to=["tensorboard"], run_name="first").args.run_name == "first"
     assert make(tmp_path / "mine", report_to=[]).args.run_name is None
 
 
-def test_tensorboard_has_all_of_the_run_in_its_folder(tmp_path, monkeypatch):
+def test_tensorboard_writes_the_complete_run_to_its_folder(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -121,7 +101,7 @@ def test_tensorboard_has_all_of_the_run_in_its_folder(tmp_path, monkeypatch):
     assert table.startswith("| step | prompt | completion | reward | advantage |\n| --- |")
 
 
-def test_cells_of_a_table_hold_what_would_end_them():
+def test_table_cells_are_escaped():
     from sppo.reporting.trackers import _markdown
 
     assert _markdown([{"step": 1, "prompt": PROMPT, "reward": 0.123456}]).splitlines() == [
@@ -133,13 +113,13 @@ def test_cells_of_a_table_hold_what_would_end_them():
 
 @pytest.fixture
 def trackio(tmp_path, monkeypatch):
-    """trackio, writing into a folder of the test unless something before has imported it."""
+    """Import trackio so that it writes to a temporary folder, unless it was imported before."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     return pytest.importorskip("trackio")
 
 
-def test_trackio_has_all_of_it_in_one_run(tmp_path, trackio):
-    """Also a setting that JSON has no number for: grpo's dual_clip is infinite."""
+def test_trackio_shows_one_run(tmp_path, trackio):
+    """The settings include a number that JSON lacks: grpo's dual_clip is infinite."""
     project = f"sppo-test-{time.time_ns()}"
     settings = dataset_and_completions(algorithm="grpo", num_generations=4, project=project)
     trainer = make(tmp_path / "run", report_to=["trackio"], **settings)
@@ -160,7 +140,7 @@ def test_trackio_has_all_of_it_in_one_run(tmp_path, trackio):
 
 
 @pytest.mark.slow
-def test_wandb_has_metrics_and_a_table(tmp_path, monkeypatch):
+def test_wandb_receives_metrics_and_a_table(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -175,7 +155,7 @@ def test_wandb_has_metrics_and_a_table(tmp_path, monkeypatch):
         wandb.finish()
 
 
-def test_wandb_is_not_asked_to_save_policy_and_critic_as_one(tmp_path, monkeypatch):
+def test_uploading_the_model_to_wandb_raises(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_LOG_MODEL", "end")
     with pytest.raises(ValueError, match="WANDB_LOG_MODEL='end' is not available"):
