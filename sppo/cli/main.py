@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+
+from sppo.settings import SPPOSettings
 
 try:
     from sppo.cli.evaluate import evaluate as run_evaluate
@@ -162,19 +164,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings_help() -> str:
-    """Describe the fields of SPPOConfig, read from its source because importing it would import torch."""
-    body = next(
-        node.body
-        for node in ast.parse(Path(__file__).parents[1].joinpath("config.py").read_text()).body
-        if isinstance(node, ast.ClassDef) and node.name == "SPPOConfig"
-    )
-    lines = []
-    for node in body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
-            keywords = {keyword.arg: keyword.value for keyword in node.value.keywords}
-            text = ast.literal_eval(keywords["metadata"])["help"]
-            lines.append(f"  --{ast.unparse(node.target):<27} {text} [{ast.unparse(keywords['default'])}]")
-    return "\n".join(lines)
+    """Describe the fields of SPPOConfig, one per line."""
+    return "\n".join(f"  --{each.name:<27} {each.metadata['help']} [{each.default!r}]" for each in fields(SPPOSettings))
 
 
 def _configure_logging() -> None:

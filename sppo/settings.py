@@ -1,0 +1,154 @@
+"""Fields of SPPOConfig, in a module without torch and transformers: the command line's help reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class SPPOSettings:
+    """Settings that :class:`sppo.SPPOConfig` adds to ``transformers.TrainingArguments``, or has other defaults for."""
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of the policy."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of both learning rates."})
+    logging_steps: float = field(default=1, metadata={"help": "Updates between two log entries."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: rewards use the columns."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace non-finite losses in the log; costs a device sync per micro-batch."}
+    )
+
+    algorithm: str = field(
+        default="sppo",
+        metadata={
+            "help": "Training algorithm: sppo, ppo, grpo, dr_grpo, rloo, gspo, remax, reinforce, or module:Class. It "
+            "gives the settings below that are None their values."
+        },
+    )
+
+    # Rollout
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Skip training prompts with more tokens than this. None: no limit."}
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "Maximum number of tokens per completion."})
+    num_generations: int | None = field(
+        default=None, metadata={"help": "Completions per prompt. None: the algorithm's."}
+    )
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={"help": "Micro-batches per rollout. None: gradient_accumulation_steps, one update per rollout."},
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout."})
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions per generation batch on each process. None: the complete rollout."}
+    )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={"help": "Maximum number of tokens per micro-batch; larger ones are split. None: no limit."},
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling and of the log-probabilities."})
+    top_p: float = field(
+        default=1.0,
+        metadata={"help": "Nucleus sampling. Below 1, samples do not follow the distribution that is trained."},
+    )
+    top_k: int = field(default=0, metadata={"help": "Sample among the k most likely tokens; 0: all. See top_p."})
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts in each epoch."})
+    rollout_engine: str = field(
+        default="hf",
+        metadata={"help": "Rollout engine: hf, continuous, vllm, or module:Class; see docs/training.md."},
+    )
+    rollout_engine_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Arguments of the rollout engine, for example {max_num_seqs: 64} for vllm."}
+    )
+    use_vllm: bool = field(default=False, metadata={"help": "The same as rollout_engine=vllm."})
+    rollout_correction: str = field(
+        default="token_truncate",
+        metadata={
+            "help": "Importance weights of the trainer's probabilities over those of an engine that reports its own: "
+            "token_truncate, sequence_truncate, sequence_mask or none."
+        },
+    )
+    rollout_cap: float = field(default=2.0, metadata={"help": "Maximum importance weight."})
+
+    # Reward
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function. None: all 1. The sum must stay in [0, 1]."}
+    )
+    reward_timeout: float = field(
+        default=30.0, metadata={"help": "Time limit of a reward function per rollout, in seconds."}
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Exclude completions without an end-of-sequence token from the update."}
+    )
+
+    # Loss
+    epsilon: float | None = field(
+        default=None, metadata={"help": "Lower clip range of the ratio. None: the algorithm's, for most 0.2."}
+    )
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Upper clip range. None: the algorithm's if epsilon is too, else epsilon."}
+    )
+    dual_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "Bound on the ratio of negative advantages (arXiv 1912.09729), inf for none. None: the algorithm's."
+        },
+    )
+    ratio_level: str | None = field(
+        default=None, metadata={"help": "token, sequence_mean or sequence_sum. None: the algorithm's."}
+    )
+    aggregation: str | None = field(
+        default=None,
+        metadata={
+            "help": "token-mean, seq-mean-token-mean or seq-mean-token-sum; for token ratios. None: the algorithm's."
+        },
+    )
+    beta: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the KL to the initial policy; above 0, a frozen copy of it stays in memory."},
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token, for ppo."})
+    lam: float = field(default=1.0, metadata={"help": "Lambda of ppo's generalized advantage estimation."})
+    baseline: float | str = field(
+        default="running_mean", metadata={"help": "Baseline of reinforce: a number, running_mean or prompt_mean."}
+    )
+
+    logprobs_backward: str = field(
+        default="cache",
+        metadata={
+            "help": "How backward gets the logits: cache, recompute or sparse, see docs/log-probabilities.md. auto is "
+            "not available: a resumed run would not have the same bits."
+        },
+    )
+    mass_tolerance: float = field(
+        default=1e-4,
+        metadata={"help": "Probability mass that logprobs_backward='sparse' may omit from a token's gradient."},
+    )
+    logits_budget_bytes: int = field(
+        default=2**30,
+        metadata={
+            "help": "Memory per micro-batch for cached logit gradients; what does not fit is computed twice. A fixed "
+            "amount, independent of free memory, so that a resumed run has the same bits."
+        },
+    )
+
+    # Critic
+    critic_learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the critic."})
+    critic_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the critic. None: weight_decay."}
+    )
+    critic_max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum gradient norm of the critic."})
+    cliprange_value: float = field(
+        default=0.2,
+        metadata={"help": "Clip range of ppo's values around those before the update; inf: no clipping."},
+    )
+    critic_adapter: bool = field(
+        default=True,
+        metadata={"help": "With peft_config, train the critic as an adapter too; False: train all its weights."},
+    )
+    critic_warmup_steps: int = field(default=0, metadata={"help": "Initial updates that train only the critic."})
+
+    # Evaluation and log
+    eval_temperature: float = field(default=0.0, metadata={"help": "Temperature of evaluate(); 0 is greedy."})
+    log_completions: bool = field(default=False, metadata={"help": "Print sample completions with each log entry."})
+    num_completions_to_print: int = field(default=3, metadata={"help": "Number of sample completions to print."})
