@@ -1,24 +1,53 @@
-"""The Python in README and docs runs as it stands; only the model's path is filled in."""
+"""The Python in README, CONTRIBUTING and docs runs as it stands; only the model's path is filled in. Links resolve."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 from tiny_models import char_tokenizer, tiny_model
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = [
-    pytest.param(code, id=f"{page.name}-{i}")
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    for i, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S))
-]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 
 
-@pytest.mark.parametrize("code", BLOCKS)
+def examples(page):
+    """Return the Python of each block. In CONTRIBUTING.md the blocks of a section are one file."""
+    parts = page.read_text().split("\n## ")
+    if page.name == "CONTRIBUTING.md":
+        return ["\n".join(blocks) for part in parts if (blocks := BLOCK.findall(part))]
+    return [block for part in parts for block in BLOCK.findall(part)]
+
+
+EXAMPLES = [pytest.param(code, id=f"{page.name}-{i}") for page in PAGES for i, code in enumerate(examples(page))]
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
 def test_example_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "path/to/model" in code:
         tiny_model("llama").save_pretrained("path/to/model")
         char_tokenizer().save_pretrained("path/to/model")
         code = code.replace("max_steps=100", "max_steps=1, max_completion_length=4, use_cpu=True, report_to=[]")
-    exec(compile(code, "<docs>", "exec"), {"__name__": "docs"})
+    Path("example.py").write_text(code)  # a file, because Triton reads the source of a kernel
+    runpy.run_path("example.py", run_name="example")
+
+
+def anchors(page):
+    """Return the anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        if ":" in path:
+            continue  # another site
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert broken == []
