@@ -1,0 +1,56 @@
+"""docs/metrics.md lists exactly the metrics that a run logs, with source files that exist."""
+
+import re
+from pathlib import Path
+
+import datasets
+from tiny_run import DATASET, make
+
+from sppo import HFRollout
+
+ROOT = Path(__file__).parent.parent
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in (ROOT / "docs/metrics.md").read_text().splitlines()
+    if line.startswith("| `")
+]
+OF_TRANSFORMERS = {"step", "total_flos", "train_loss", "train_runtime"}  # added to entries, or logged once at the end
+
+
+class Engine(HFRollout):
+    """Reports log-probabilities, as engines with their own kernels do."""
+
+    def generate(self, *args, **kwargs):
+        samples = super().generate(*args, **kwargs)
+        for sample in samples:
+            sample.logprobs = [-1.0] * len(sample.response_ids)
+        return samples
+
+
+def test_a_run_logs_what_the_page_lists(tmp_path):
+    trainer = make(
+        tmp_path,
+        max_steps=2,
+        steps_per_generation=2,
+        beta=0.1,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_dataset=datasets.Dataset.from_dict(DATASET[:4]),
+        rollout_engine=f"{__file__}:Engine",
+    )
+    trainer.train()
+    logged = {
+        name.replace("rewards/has_a", "rewards/NAME")
+        for entry in trainer.state.log_history
+        for name in entry
+        if not name.endswith("_per_second") or name == "tokens_per_second"
+    }
+    listed = {name for row in ROWS for name in re.findall(r"`([^`]+)`", row[0])}
+    assert logged - OF_TRANSFORMERS == listed
+
+
+def test_sources_exist():
+    sources = {row[3] for row in ROWS} - {"transformers"}
+    assert [source for source in sources if not (ROOT / source.strip("`")).exists()] == []
