@@ -1,4 +1,4 @@
-"""The Python in README, CONTRIBUTING and docs runs as it stands; only the model's path is filled in. Links resolve."""
+"""The Python of README, CONTRIBUTING and docs runs as it stands, but for the model's path. Links and paths exist."""
 
 import re
 import runpy
@@ -51,3 +51,10 @@ def test_links_resolve(page):
         if not file.exists() or (anchor and anchor not in anchors(file)):
             broken.append(target)
     assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_exist(page):
+    folders = "benchmarks|docs|examples|hub_kernel|sppo|sppo_kernels|tests"
+    paths = re.findall(rf"`((?:{folders})/[a-z0-9_./-]*)`", page.read_text())  # NAME is the reader's
+    assert [path for path in paths if not (ROOT / path).exists()] == []
