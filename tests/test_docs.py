@@ -58,3 +58,12 @@ def test_paths_exist(page):
     folders = "benchmarks|docs|examples|hub_kernel|sppo|sppo_kernels|tests"
     paths = re.findall(rf"`((?:{folders})/[a-z0-9_./-]*)`", page.read_text())  # NAME is the reader's
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_pages_named_in_the_code_exist():
+    files = [
+        path for folder in ("sppo", "sppo_kernels", "benchmarks", "examples") for path in (ROOT / folder).rglob("*")
+    ]
+    texts = [path.read_text() for path in files if path.suffix in (".py", ".yaml", ".sh")]
+    pages = {page for text in texts for page in re.findall(r"\bdocs/[\w/-]+\.md\b", text)}
+    assert [page for page in sorted(pages) if not (ROOT / page).exists()] == []
