@@ -116,7 +116,7 @@ class SPPOSettings:
     logprobs_backward: str = field(
         default="cache",
         metadata={
-            "help": "How backward gets the logits: cache, recompute or sparse, see docs/log-probabilities.md. auto is "
+            "help": "How backward gets the logits: cache, recompute or sparse, see docs/linear-logprobs.md. auto is "
             "not available: a resumed run would not have the same bits."
         },
     )
