@@ -8,13 +8,16 @@ TORCH ?= torch==2.13.0
 NUMPY := $(if $(filter torch==2.10% torch==2.11%,$(TORCH)),'numpy<2.4')
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-gpu test-integrations test-vllm lint format bench bench-gpu clean
+.PHONY: quickstart test test-fast test-gpu test-integrations test-vllm lint format bench bench-gpu clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/sppo train quickstart
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto --dist worksteal
+
+test-fast: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu' -n auto --dist worksteal
 
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest

@@ -216,7 +216,7 @@ def save_identity(run: dict[str, Any], folder: Path) -> None:
     (folder / _IDENTITY).write_text(json.dumps(run, indent=1))
 
 
-def find_checkpoint(output_dir: Path, resume: str | bool | None) -> str | None:
+def find_checkpoint(output_dir: Path, *, resume: str | bool | None) -> str | None:
     """Find the checkpoint to resume from.
 
     Args:

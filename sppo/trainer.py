@@ -170,10 +170,10 @@ class SPPOTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("train_dataset is None; pass one to train on")
         with run_lock(self.output_dir) if self.args.should_save else nullcontext():
-            return self._train(resume_from_checkpoint, *args, **kwargs)
+            return self._train(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
-        folder = checkpointing.find_checkpoint(self.output_dir, resume_from_checkpoint)
+    def _train(self, *args: Any, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> TrainOutput:
+        folder = checkpointing.find_checkpoint(self.output_dir, resume=resume_from_checkpoint)
         names = [reward.name for reward in self.reward_funcs]
         self.identity = checkpointing.identity(self.args, self.actor_critic, self.train_dataset, names)
         if folder is not None:

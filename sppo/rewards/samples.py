@@ -23,6 +23,7 @@ def score_samples(
     rows: Sequence[dict[str, Any]],
     reward_funcs: Sequence[Reward],
     args: SPPOConfig,
+    *,
     as_probability: bool,
 ) -> dict[str, float]:
     """Set the reward of each sample, or None if a reward function failed on it; failures are logged.

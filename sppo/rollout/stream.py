@@ -242,7 +242,7 @@ class RolloutStream(IterableDataset):
                 with self.meter.phase("advantages"):
                     policy_learns = self._compute_advantages(usable, expected_reward)
                 with self.meter.phase("packing"):
-                    return self._build_updates(usable, policy_learns)
+                    return self._build_updates(usable, policy_learns=policy_learns)
 
     def _generate(self, rollout: int) -> list[Sample]:
         """Sample completions of the rollout's prompts and score them."""
@@ -275,7 +275,9 @@ class RolloutStream(IterableDataset):
                 batch_size=self.args.rollout_batch_size or len(rows),
             )
         with self.meter.phase("reward"):
-            means = score_samples(samples, rows, self.reward_funcs, self.args, self.algorithm.critic == "prompt")
+            means = score_samples(
+                samples, rows, self.reward_funcs, self.args, as_probability=self.algorithm.critic == "prompt"
+            )
             if temperature > 0:
                 self.meter.mean(means)
         return samples
@@ -376,7 +378,7 @@ class RolloutStream(IterableDataset):
             self.meter.mean({"value": prompt_values.mean()})
             self.meter.mean(calibration(prompt_values, batch.rewards, batch.mean_reward)._asdict())
 
-    def _build_updates(self, samples: list[Sample], policy_learns: bool) -> list[Update]:
+    def _build_updates(self, samples: list[Sample], *, policy_learns: bool) -> list[Update]:
         """Distribute samples over updates in the order they were drawn, and over micro-batches by tokens."""
         args, critic, world_size = self.args, self.algorithm.critic, self.process.world_size
         assert args.steps_per_generation is not None
