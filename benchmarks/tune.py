@@ -57,7 +57,7 @@ def shapes(tiny: bool, vocabularies: Sequence[int] = VOCABULARIES) -> list[Shape
         for part, dtype in product(("forward", "backward"), (torch.bfloat16, torch.float32)):
             kernel = f"selective_logprobs.{part}"
             found.append(Shape(kernel, "selective_logprobs", "", part, point, dtype, vocab, dtype.itemsize))
-        kernel = "linear_logprobs.keep"
+        kernel = "linear_logprobs.logit_grads"
         found.append(Shape(kernel, "linear_logprobs", "cache", "forward", point, torch.bfloat16, vocab, 4))
     tokens = 256 if tiny else MILLION
     length = tokens // responses(tokens)

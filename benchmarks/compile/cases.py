@@ -140,7 +140,7 @@ def _candidate_cases() -> Iterator[Case]:
     fullest = {
         "selective_logprobs.forward": rows,
         "selective_logprobs.backward": rows,
-        "linear_logprobs.keep": lambda case: linear(case, "cache"),
+        "linear_logprobs.logit_grads": lambda case: linear(case, "cache"),
         "policy_loss": lambda case: case.operation == "policy_loss" and case.label.startswith("all "),
     }
     cases = [*_selective_logprobs_cases(), *_linear_logprobs_cases(), *_policy_loss_cases()]

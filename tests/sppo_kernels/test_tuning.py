@@ -12,10 +12,10 @@ pytest.importorskip("triton")
 
 import sppo_kernels
 from sppo_kernels import reference, tuning
-from sppo_kernels.ops import selective_logprobs as selective
+from sppo_kernels.ops._row_kernels import launch_shape
 from sppo_kernels.tuning import TUNABLES, Config, shape_class
 
-KERNELS = ["selective_logprobs.forward", "selective_logprobs.backward", "linear_logprobs.keep", "policy_loss"]
+KERNELS = ["selective_logprobs.forward", "selective_logprobs.backward", "linear_logprobs.logit_grads", "policy_loss"]
 CANDIDATES = [(name, config) for name in KERNELS for config in TUNABLES[name].candidates]
 
 
@@ -62,22 +62,22 @@ def test_every_candidate_is_right(name, config):
 def test_what_is_chosen_is_launched(name):
     rows = torch.empty(1, 2, 5003)
     tunable = TUNABLES[name]
-    assert selective.launch_shape(tunable, rows) == {"BLOCK": 2048, "num_warps": 8}
+    assert launch_shape(tunable, rows) == {"BLOCK": 2048, "num_warps": 8}
     tunable.choose(shape_class(5003, 4), Config(1024, 4))
-    assert selective.launch_shape(tunable, rows) == {"BLOCK": 1024, "num_warps": 4}
-    assert selective.launch_shape(tunable, rows.bfloat16()) == {"BLOCK": 2048, "num_warps": 8}
-    assert selective.launch_shape(tunable, rows[..., :4096]) == {"BLOCK": 2048, "num_warps": 8}
+    assert launch_shape(tunable, rows) == {"BLOCK": 1024, "num_warps": 4}
+    assert launch_shape(tunable, rows.bfloat16()) == {"BLOCK": 2048, "num_warps": 8}
+    assert launch_shape(tunable, rows[..., :4096]) == {"BLOCK": 2048, "num_warps": 8}
     other = tunable.candidates[-1]
     with tunable.using(other):
-        assert selective.launch_shape(tunable, rows)["BLOCK"] == other.block == 4096
-    assert selective.launch_shape(tunable, rows)["BLOCK"] == 1024
+        assert launch_shape(tunable, rows)["BLOCK"] == other.block == 4096
+    assert launch_shape(tunable, rows)["BLOCK"] == 1024
     tuning.reset()
-    assert selective.launch_shape(tunable, rows)["BLOCK"] == 2048
+    assert launch_shape(tunable, rows)["BLOCK"] == 2048
 
 
 def test_short_rows_get_a_block_that_holds_them():
     rows = torch.empty(1, 2, 97)
-    assert selective.launch_shape(TUNABLES["selective_logprobs.forward"], rows) == {"BLOCK": 128, "num_warps": 1}
+    assert launch_shape(TUNABLES["selective_logprobs.forward"], rows) == {"BLOCK": 128, "num_warps": 1}
 
 
 def test_a_block_size_changes_last_bits_only_where_it_is_chosen():
@@ -92,11 +92,11 @@ def test_saved_choices_are_loaded(tmp_path):
     TUNABLES["policy_loss"].choose("64 x 4 bytes", Config(256, 4))
     tuning.save(path)
     tuning.reset()
-    TUNABLES["linear_logprobs.keep"].choose("64 x 4 bytes", Config(1024, 4))
+    TUNABLES["linear_logprobs.logit_grads"].choose("64 x 4 bytes", Config(1024, 4))
     tuning.load(path)
     assert TUNABLES["policy_loss"].config(33, 4) == Config(256, 4)
     assert TUNABLES["policy_loss"].config(32, 4) == Config(512, 8)
-    assert TUNABLES["linear_logprobs.keep"].chosen == {}  # the file says nothing of it
+    assert TUNABLES["linear_logprobs.logit_grads"].chosen == {}  # the file says nothing of it
     assert [file.name for file in path.parent.iterdir()] == ["tuning.json"]
 
 
@@ -113,7 +113,7 @@ def saved(path, **changes):
         ({"format": 2}, "format 2"),
         ({"choices": {"policy_loss": {}, "no_such_kernel": {}}}, "no_such_kernel"),
         (
-            {"choices": {"policy_loss": {"64 x 4 bytes": [256, 4]}, "linear_logprobs.keep": {"64": [64, 1]}}},
+            {"choices": {"policy_loss": {"64 x 4 bytes": [256, 4]}, "linear_logprobs.logit_grads": {"64": [64, 1]}}},
             "candidates",
         ),
         ({"choices": {"policy_loss": {"64 x 4 bytes": [1, 2, 3]}}}, "tuning.json"),
