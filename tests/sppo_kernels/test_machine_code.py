@@ -98,7 +98,7 @@ def test_row_passes_load_and_store_16_bytes_at_a_time(built, kernel, vocab):
     """The alignment of rows reaches the compiler: no count of tokens, stride or mask hides it."""
     code = code_of(built, kernel, vocab)
     assert "ld.global.v4.b32" in code
-    assert "note" in kernel or kernel == "selective_logprobs_fwd_kernel" or "st.global.v4.b32" in code
+    assert "candidates" in kernel or kernel == "selective_logprobs_fwd_kernel" or "st.global.v4.b32" in code
 
 
 def test_counts_of_tokens_and_sequences_compile_nothing_anew(built):
