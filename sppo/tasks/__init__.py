@@ -1,1 +1,1 @@
-"""What the shipped recipes name: prompts with their rewards, and the models to start from."""
+"""Datasets, rewards and initial models of the shipped recipes."""

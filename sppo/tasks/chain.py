@@ -1,9 +1,9 @@
-"""Chained sums modulo 10, worked out step by step: a reasoning task of any length that a program can grade.
+"""Chained sums modulo 10, computed step by step: a synthetic reasoning task of any length.
 
     prompt      7-3*2+1=
     completion  7-3=4;4*2=8;8+1=9;#9
 
-Operators apply from left to right and only last digits are written. The outcome alone is graded: what follows ``#``.
+Operators apply from left to right, modulo 10. Only the final answer, after ``#``, is graded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-# The rewards' worker process imports this module; datasets is imported where it is needed to keep that quick.
+# The worker process of rewards imports this module; importing datasets only where it is needed keeps that fast.
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -24,36 +24,36 @@ ALPHABET = "0123456789+-*=;#"
 OPERATORS = "+-*"
 OPERANDS = "123"
 SPLITS = {"train": 7, "test": 1}
-"""How many prompts in eight belong to each."""
+"""Eighths of all prompts in each split."""
 
 _STEP = re.compile(r"([+*-])(\d)")
 _ANSWER = re.compile(r"#(\d)\Z")
 
 
 def dataset(split: str, size: int, length: int = 5, seed: int = 0) -> Dataset:
-    """Distinct random prompts with their answers.
+    """Generate distinct random prompts with their answers.
 
     Args:
-        split: ``"train"`` or ``"test"``; no prompt is in both, whatever the seeds.
+        split: ``"train"`` or ``"test"``; the splits are disjoint for all seeds.
         size: number of prompts.
-        length: steps of each.
-        seed: of the draw.
+        length: steps per prompt.
+        seed: random seed.
 
     Returns:
-        Columns ``prompt`` and ``answer``, both text.
+        A dataset with the text columns ``prompt`` and ``answer``.
 
     Raises:
-        ValueError: an unknown split, a length below 1, or more prompts than there are of that length.
+        ValueError: an unknown split, a length below 1, or a size too large for the length.
     """
     from datasets import Dataset
 
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     _check_length(length)
-    # Half of the split's prompts, so that the draw below ends, and soon.
-    most = SPLITS[split] * 10 * (len(OPERATORS) * len(OPERANDS)) ** length // 16
-    if not 1 <= size <= most:
-        raise ValueError(f"size must be in [1, {most}] for prompts of length={length}, got {size}")
+    # At most half of the split's prompts, so that rejecting duplicates below ends quickly.
+    max_size = SPLITS[split] * 10 * (len(OPERATORS) * len(OPERANDS)) ** length // 16
+    if not 1 <= size <= max_size:
+        raise ValueError(f"size must be in [1, {max_size}] for prompts of length={length}, got {size}")
     rng = random.Random(seed)
     prompts: dict[str, str] = {}
     while len(prompts) < size:
@@ -63,13 +63,13 @@ def dataset(split: str, size: int, length: int = 5, seed: int = 0) -> Dataset:
 
 
 def reward(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:
-    """1.0 where a completion ends in ``#`` and the right answer, 0.0 elsewhere; how it got there is not looked at."""
-    found = [_ANSWER.search(completion) for completion in completions]
-    return [float(match is not None and match[1] == right) for match, right in zip(found, answer, strict=True)]
+    """Return 1.0 for a completion that ends in ``#`` and the correct answer, else 0.0; the steps are not graded."""
+    matches = [_ANSWER.search(completion) for completion in completions]
+    return [float(match is not None and match[1] == truth) for match, truth in zip(matches, answer, strict=True)]
 
 
 def random_prompt(length: int, split: str, rng: random.Random) -> str:
-    """A prompt of ``length`` steps that belongs to ``split``."""
+    """Draw a prompt of ``length`` steps from a split."""
     while True:
         steps = (rng.choice(OPERATORS) + rng.choice(OPERANDS) for _ in range(length))
         prompt = f"{rng.randrange(10)}{''.join(steps)}="
@@ -78,39 +78,39 @@ def random_prompt(length: int, split: str, rng: random.Random) -> str:
 
 
 def split_of(prompt: str) -> str:
-    """The split that a prompt belongs to, by its hash: one in eight is held out."""
+    """Return the split of a prompt, ``"train"`` or ``"test"``, which depends on its hash."""
     return "test" if blake2b(prompt.encode(), digest_size=1).digest()[0] % 8 < SPLITS["test"] else "train"
 
 
 def answer(prompt: str) -> str:
-    """The right last digit."""
-    return worked(prompt).rpartition("#")[2]
+    """Return the correct last digit."""
+    return worked_example(prompt).rpartition("#")[2]
 
 
-def worked(prompt: str, slip: float = 0.0, rng: random.Random | None = None) -> str:
-    """A worked example, as a teacher writes it who may have learned subtraction the wrong way round.
+def worked_example(prompt: str, slip: float = 0.0, rng: random.Random | None = None) -> str:
+    """Write out the steps of a prompt, optionally with a teacher's mistakes in subtraction.
 
     Args:
-        prompt: of this task.
-        slip: probability that a difference ``a - b`` is worked out as ``b - a``; what follows goes on from there.
-        rng: of the slips; not needed without them.
+        prompt: a prompt of this task.
+        slip: probability that a difference ``a - b`` is computed as ``b - a``; later steps use the wrong result.
+        rng: random generator of the mistakes; None for no mistakes.
     """
-    value, lines = int(prompt[0]), []
+    value, steps = int(prompt[0]), []
     for operator, digit in _STEP.findall(prompt):
         slips = operator == "-" and rng is not None and rng.random() < slip
         result = (-1 if slips else 1) * _APPLY[operator](value, int(digit)) % 10
-        lines.append(f"{value}{operator}{digit}={result};")
+        steps.append(f"{value}{operator}{digit}={result};")
         value = result
-    return f"{''.join(lines)}#{value}"
+    return f"{''.join(steps)}#{value}"
 
 
 def prompt_tokens(length: int) -> int:
-    """Characters of a prompt."""
+    """Return the number of characters of a prompt."""
     return 2 * length + 2
 
 
 def completion_tokens(length: int) -> int:
-    """Characters of a worked example, and its end."""
+    """Return the number of tokens of a worked example: its characters and the end of sequence."""
     _check_length(length)
     return 6 * length + 3
 

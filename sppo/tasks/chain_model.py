@@ -1,8 +1,8 @@
-"""A small transformer for the task of :mod:`sppo.tasks.chain`, taught just enough for reinforcement learning to go on.
+"""A small transformer for the task of :mod:`sppo.tasks.chain`, pretrained just enough for reinforcement learning.
 
-It imitates a teacher who sets out the steps well but mostly subtracts the wrong way round. It learns both ways: about a
-third of its sampled answers are right, and no more of its likeliest ones. Which way is right it can find out only from
-the outcomes.
+It imitates a teacher whose steps are well formed but who mostly subtracts in the wrong order. The model learns both
+orders: about a third of its sampled answers are correct, and no more of its greedy ones. Only the outcomes tell which
+order is correct.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sppo.tasks import chain
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # part of the cache's key: raise it when the same settings no longer give the same weights
+_VERSION = 1  # part of the cache key; increase it when the same settings give other weights
 _WARMUP_STEPS = 30
 _CHECK_STEPS = 10
 _CHECK_PROMPTS = 256
@@ -46,22 +46,22 @@ def warm_started_model(
     slip: float = 0.7,
     seed: int = 0,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Make the model and let it imitate worked examples of training prompts; the next time it is read from a cache.
+    """Create the model and train it to imitate worked examples of training prompts, or load it from a cache.
 
     The cache is the folder ``sppo-kernels`` in ``XDG_CACHE_HOME`` (default ``~/.cache``).
 
     Args:
-        length: steps of the task.
-        hidden_size, num_hidden_layers: of the transformer.
-        accuracy: stop as soon as this share of sampled answers (at temperature 1) is right.
-        max_steps: stop at the latest; the learning rate falls to 0 until then.
-        batch_size: worked examples a step.
-        learning_rate: the highest.
-        slip: how often the teacher subtracts the wrong way round.
-        seed: of the weights and the examples. The global random state is left alone.
+        length: steps per prompt.
+        hidden_size, num_hidden_layers: size of the transformer.
+        accuracy: stop when this fraction of sampled answers (at temperature 1) is correct.
+        max_steps: maximum number of steps, at which the learning rate reaches 0.
+        batch_size: worked examples per step.
+        learning_rate: peak learning rate.
+        slip: probability that the teacher subtracts in the wrong order.
+        seed: seed of weights and examples; the global random state is not changed.
 
     Returns:
-        The model, in float32 on the CPU, and its tokenizer, one token a character.
+        The model, in float32 on the CPU, and its tokenizer with one token per character.
 
     Raises:
         ValueError: a setting out of range.
@@ -80,7 +80,7 @@ def warm_started_model(
         torch.manual_seed(seed)
         model = _new_model(length, hidden_size, num_hidden_layers)
     if file.is_file():
-        logger.info(f"warm start: read from {file}")
+        logger.info(f"warm start: loaded from {file}")
         model.load_state_dict(load_file(file))
         return model.eval(), char_tokenizer()
     _imitate(
@@ -94,18 +94,18 @@ def warm_started_model(
         rng=random.Random(seed),
     )
     try:
-        _store(model, file)
+        _save(model, file)
     except OSError as error:
-        logger.warning(f"warm start: not kept for the next run: {error}")
+        logger.warning(f"warm start: not cached for the next run: {error}")
     return model, char_tokenizer()
 
 
 def char_tokenizer(alphabet: str = chain.ALPHABET) -> PreTrainedTokenizerFast:
-    """One token a character of the alphabet, after ``<pad>`` (0) and ``<eos>`` (1)."""
+    """Create a tokenizer with one token per character of the alphabet, after ``<pad>`` (0) and ``<eos>`` (1)."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()  # without one, text has a space between any two tokens
+    tokenizer.decoder = decoders.Fuse()  # without a decoder, text has spaces between tokens
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
@@ -137,7 +137,7 @@ def _imitate(
     slip: float,
     rng: random.Random,
 ) -> None:
-    """Supervised training, each example seen once, until the accuracy is reached."""
+    """Train on worked examples, each used once, until the accuracy or the maximum number of steps is reached."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(model, device).train()
     tokenizer = char_tokenizer()
@@ -147,8 +147,8 @@ def _imitate(
     )
     reached, engine = 0.0, HFRollout(model, tokenizer, max_completion_length=chain.completion_tokens(length))
     logger.info(
-        f"warm start: imitating a teacher who subtracts the wrong way round {slip:.0%} of the time, "
-        f"until {accuracy:.0%} of the answers are right"
+        f"warm start: imitating a teacher who subtracts in the wrong order {slip:.0%} of the time, "
+        f"until {accuracy:.0%} of the answers are correct"
     )
     with tqdm(total=max_steps, desc="warm start", unit="step", mininterval=1) as progress:
         for step in range(1, max_steps + 1):
@@ -170,21 +170,21 @@ def _imitate(
 
 
 def _examples(tokenizer: PreTrainedTokenizerFast, length: int, count: int, slip: float, rng: random.Random) -> Tensor:
-    """Token ids ``[count, T]`` of training prompts with what the teacher wrote; all are of one length."""
+    """Return token ids ``[count, T]`` of training prompts with worked examples, all of the same length."""
     prompts = [chain.random_prompt(length, "train", rng) for _ in range(count)]
-    texts = [f"{prompt}{chain.worked(prompt, slip, rng)}<eos>" for prompt in prompts]
+    texts = [f"{prompt}{chain.worked_example(prompt, slip, rng)}<eos>" for prompt in prompts]
     return torch.tensor(tokenizer(texts)["input_ids"])
 
 
 def _imitation_loss(model: LlamaForCausalLM, tokens: Tensor, length: int) -> Tensor:
-    """Cross-entropy of the completions, 0-d."""
-    begin = chain.prompt_tokens(length)
-    logits = model(tokens[:, :-1]).logits[:, begin - 1 :]
-    return cross_entropy(logits.flatten(0, 1), tokens[:, begin:].flatten())
+    """Compute the mean cross-entropy of the completions, a 0-d tensor."""
+    start = chain.prompt_tokens(length)
+    logits = model(tokens[:, :-1]).logits[:, start - 1 :]
+    return cross_entropy(logits.flatten(0, 1), tokens[:, start:].flatten())
 
 
 def _accuracy(engine: HFRollout, length: int, rng: random.Random) -> float:
-    """Of sampled answers to fresh training prompts: the held-out ones decide nothing here."""
+    """Measure the accuracy of sampled answers to new training prompts; held-out prompts are not used."""
     prompts = [chain.random_prompt(length, "train", rng) for _ in range(_CHECK_PROMPTS)]
     samples = engine.generate(prompts, seed=rng.getrandbits(32), temperature=1.0, batch_size=_CHECK_PROMPTS)
     answers = [chain.answer(prompt) for prompt in prompts]
@@ -199,8 +199,8 @@ def _digest(settings: dict[str, Any]) -> str:
     return sha256(json.dumps(settings | {"version": _VERSION}, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _store(model: LlamaForCausalLM, file: Path) -> None:
-    """Write beside ``file`` and rename, so that it is whole or absent."""
+def _save(model: LlamaForCausalLM, file: Path) -> None:
+    """Write a temporary file per process and rename it, so that ``file`` is complete or absent."""
     file.parent.mkdir(parents=True, exist_ok=True)
     staged = file.with_name(f"{file.name}.{os.getpid()}")
     try:

