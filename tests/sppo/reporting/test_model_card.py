@@ -66,12 +66,12 @@ def test_the_recipe_has_the_settings_of_the_run(tmp_path):
     assert "secret" not in text
     assert str(tmp_path) not in text
     settings = yaml.safe_load(text)["args"]
-    wanted = given | {"algorithm": "ppo", "max_steps": 3}
-    assert {name: settings[name] for name in wanted} == wanted
+    expected = given | {"algorithm": "ppo", "max_steps": 3}
+    assert {name: settings[name] for name in expected} == expected
     assert settings.keys().isdisjoint({"run_name", "output_dir", "hub_token", "seed"})
     again = config_from({**settings, "output_dir": str(tmp_path)})
-    ours, theirs = (args.to_dict() for args in (trainer.args, again))
-    differing = {name for name in ours if ours[name] != theirs[name]}
+    actual, reloaded = (args.to_dict() for args in (trainer.args, again))
+    differing = {name for name in actual if actual[name] != reloaded[name]}
     assert differing <= {"hub_token", "run_name", "save_strategy", "disable_tqdm"}
 
 
