@@ -1,8 +1,8 @@
 """Memory and seconds per update over 500 updates: whether either grows.
 
-The quickstart's model is trained for 500 updates; after each one the resident memory of the process and the seconds
-that the update took are noted. The exit code is 1 when the median of the last fifth is more than 5% above that of the
-second fifth, in memory, or more than 25% in seconds: machines are shared, memory is not.
+The quickstart's model is trained for 500 updates; after each one the resident memory of the process and the seconds of
+the update are recorded. The exit code is 1 when the median of the last fifth exceeds that of the second fifth by more
+than 5% in memory, or by more than 25% in seconds, which other processes affect.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from benchmarks.harness.suite import Suite
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST = {"resident_mb": 1.05, "seconds": 1.25}
+LIMITS = {"resident_mb": 1.05, "seconds": 1.25}
 
 
 def train(updates: int, folder: Path) -> list[Row]:
-    """A line an update."""
+    """Train, and return a row per update."""
     from transformers import TrainerCallback
 
     rows: list[Row] = []
@@ -40,7 +40,7 @@ def train(updates: int, folder: Path) -> list[Row]:
             rows.append({"update": state.global_step, "resident_mb": resident_mb(), "at": time.perf_counter()})
 
     saved = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 2, "output_dir": folder}
-    # Far from the rate that learns: the lengths of responses, and so the work, are to stay what they are.
+    # Far below the rate that learns, so that the lengths of responses, and with them the work, stay constant.
     run = {"max_steps": updates, "learning_rate": 1e-6, "logging_steps": 10}
     trainer = build_quiet_trainer("quickstart", {**saved, **run})
     trainer.add_callback(Watch())
@@ -52,7 +52,7 @@ def train(updates: int, folder: Path) -> list[Row]:
 
 
 def resident_mb() -> float:
-    """Memory of this process now; where the system does not tell, the most it ever had."""
+    """Return the resident memory of this process; its maximum so far on systems without /proc."""
     gc.collect()
     about = Path("/proc/self/statm")
     if about.exists():
@@ -61,8 +61,8 @@ def resident_mb() -> float:
 
 
 def growth(rows: Sequence[Row]) -> dict[str, float]:
-    """Median of the last fifth over that of the second, once caches are full."""
-    pairs = {name: _medians(rows, name) for name in MOST}
+    """Return the median of the last fifth over that of the second, when caches are full."""
+    pairs = {name: _medians(rows, name) for name in LIMITS}
     return {name: last / second for name, (second, last) in pairs.items()}
 
 
@@ -76,23 +76,23 @@ COLUMNS: results.Columns = {
     "updates": lambda report: len(report["rows"]),
     "resident memory at the second fifth, MB": lambda report: round(_medians(report["rows"], "resident_mb")[0]),
     "at the last, MB": lambda report: round(_medians(report["rows"], "resident_mb")[1]),
-    "seconds an update at the second fifth": lambda report: _medians(report["rows"], "seconds")[0],
+    "seconds per update at the second fifth": lambda report: _medians(report["rows"], "seconds")[0],
     "at the last": lambda report: _medians(report["rows"], "seconds")[1],
 }
 
 
 def failures_of(rows: Sequence[Row]) -> list[str]:
-    """What grew."""
-    return [f"{name} grew {by:.2f} times" for name, by in growth(rows).items() if by > MOST[name]]
+    """List the quantities that exceeded their growth limit."""
+    return [f"{name} grew {by:.2f} times" for name, by in growth(rows).items() if by > LIMITS[name]]
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """Memory and seconds against updates."""
+    """Draw memory and seconds against updates."""
 
     def fill(figure: Figure) -> None:
         for axes, (name, label) in zip(
             figure.subplots(2, sharex=True),
-            (("resident_mb", "resident memory, MB"), ("seconds", "seconds an update")),
+            (("resident_mb", "resident memory, MB"), ("seconds", "seconds per update")),
             strict=True,
         ):
             axes.plot([row["update"] for row in rows], [row[name] for row in rows], linewidth=1)
@@ -105,7 +105,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="five updates")
-    parser.add_argument("--updates", type=int, default=500, help="how many (%(default)s)")
+    parser.add_argument("--updates", type=int, default=500, help="number of updates (%(default)s)")
     results.add_out(parser)
 
 

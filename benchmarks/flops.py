@@ -1,9 +1,9 @@
 """Passes over the vocabulary that linear_logprobs takes, counted on a CPU, compared with its design.
 
 A pass is one product of all tokens with the output embedding, 2 N H V operations: the forward needs one, the gradients
-of hidden and weight one each. They are counted twice over: by FlopCounterMode, which takes the operation's own word for
-it, and by the profiler, which sees the matrix products themselves. The exit code is 1 when either differs from the
-design by more than a hundredth of a pass.
+of hidden and weight one each. They are counted in two ways: with FlopCounterMode, which uses the operation's registered
+formula, and with the profiler, which records the matrix products themselves. The exit code is 1 when either differs
+from the design by more than a hundredth of a pass.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import operations, results
-from benchmarks.harness.operations import IGNORED
+from benchmarks.harness import results
+from benchmarks.harness.operations import eager
+from benchmarks.harness.problem import IGNORE_INDEX
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
 from sppo_kernels import linear_logprobs, linear_policy_loss
@@ -36,15 +37,15 @@ class Case(NamedTuple):
     name: str
     passes: float
     backward: str | None = "recompute"  # None: eager PyTorch
-    keep: float | None = None  # share of the tokens whose gradient of the logits may be kept
+    keep: float | None = None  # share of the tokens whose logit gradients fit into the budget
     ignored: float = 0.0
     clipped: float = 0.0
     frozen: str = ""
     adapter: bool = False
     entropy: bool = False
     gradients: bool = True
-    spread: float = 1.0  # of the logits: large where a few tokens have all of the probability, small where none do
-    loss: bool = False  # the policy's loss in one call
+    spread: float = 1.0  # of the logits: large for peaked distributions, small for flat ones
+    loss: bool = False  # linear_policy_loss in place of linear_logprobs
 
 
 CASES = [
@@ -73,12 +74,12 @@ CASES = [
 
 
 def step(case: Case, size: tuple[int, int, int]) -> Callable[[], object]:
-    """Forward and backward, in several blocks."""
+    """Return a call of forward and backward, in several blocks."""
     tokens, hidden_size, vocab = size
     torch.manual_seed(0)
     hidden, weight = torch.randn(tokens, hidden_size), torch.randn(vocab, hidden_size)
     labels = torch.randint(vocab, (tokens,))
-    labels[: round(case.ignored * tokens)] = IGNORED
+    labels[: round(case.ignored * tokens)] = IGNORE_INDEX
     hidden *= case.spread
     upstream = torch.randn(tokens)
     upstream[: round(case.clipped * tokens)] = 0.0
@@ -115,7 +116,7 @@ def _call(
     case: Case, size: tuple[int, int, int], labels: Tensor, hidden: Tensor, weight: Tensor, **adapter: Tensor
 ) -> Any:
     if case.backward is None:
-        return operations.eager_linear_logprobs(hidden, weight, labels).values()
+        return eager.linear_logprobs(hidden, weight, labels).values()
     return linear_logprobs(
         hidden, weight, labels, adapter=(adapter["u"], adapter["b"]) if adapter else None, **_settings(case, size)
     )
@@ -127,25 +128,25 @@ def _settings(case: Case, size: tuple[int, int, int]) -> dict[str, Any]:
         "backward": case.backward,
         "logits_budget_bytes": None if case.keep is None else round(case.keep * tokens) * vocab * 4,
         "max_entries": vocab // 8,
-        "chunk_bytes": 1,  # the least there is, so that several blocks of tokens go by
+        "chunk_bytes": 1,  # the smallest block, so that there are several
         "backend": "torch",
     }
 
 
 def count(case: Case, size: tuple[int, int, int]) -> Row:
-    """The row of a case."""
+    """Count the passes of a case and return its row."""
     tokens, hidden, vocab = size
-    one = 2 * tokens * hidden * vocab
+    one_pass = 2 * tokens * hidden * vocab
     run = step(case, size)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that what was kept was of no use: a case is just that
-        run()  # "auto" goes by the call before
+        warnings.simplefilter("ignore", UserWarning)  # that the cache was useless, which one case is about
+        run()  # "auto" chooses by the previous call
         with FlopCounterMode(display=False) as counter:
             run()
         with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
             run()
     products = sum(event.flops for event in profiler.events() if event.name in ("aten::mm", "aten::addmm"))
-    counted, seen = counter.get_total_flops() / one, products / one
+    counted, seen = counter.get_total_flops() / one_pass, products / one_pass
     return {"case": case.name, "designed": float(case.passes), "counted": counted, "products": seen}
 
 
@@ -158,7 +159,7 @@ COLUMNS: results.Columns = {
 
 
 def chart(rows: list[Row]) -> results.Chart:
-    """Passes of the cases."""
+    """Chart the passes of the cases."""
     return results.Chart("passes over the vocabulary", [(row["case"], row["counted"]) for row in rows])
 
 
@@ -186,4 +187,4 @@ def run(args: argparse.Namespace) -> int:
     return results.conclude(results.table(rows, COLUMNS), failures, args.out / "flops.json")
 
 
-SUITE = Suite(add_arguments, run, tables={"passes": results.table_of("flops", COLUMNS)}, draw=results.draw_bars(chart))
+SUITE = Suite(add_arguments, run, tables={"flops": results.table_of("flops", COLUMNS)}, draw=results.draw_bars(chart))

@@ -1,25 +1,25 @@
 """Run all GPU benchmarks in one command of at most 6 minutes, most important first.
 
-    correctness      the compiled kernels against float64: times of wrong kernels say nothing
-    headline         every operation beside its peers, at the sizes that the claims are about, without torch.compile
+    correctness      the compiled kernels against float64: times of wrong kernels mean nothing
+    headline         every operation compared with its peers at the sizes of the claims, without torch.compile
     roofline         each kernel and matrix product of a call: time, bandwidth and rate over what the device reaches
-    torch-compile    the same points by torch.compile
+    torch-compile    the same cases with torch.compile
     tune             launch configurations for a vocabulary of 151,936
-    headline-tuned   ours with the configurations that were chosen
-    other-tests      all other tests of the kernels, as far as the time goes
+    headline-tuned   this library with the chosen configurations
+    other-tests      all other tests of the kernels that are not marked slow, as far as time allows
 
-``--minutes 3`` runs the first three alone; parts that do not fit are listed as "no time left". Each part is a process
-with a limit of its own, so that one that crashes, hangs or takes the driver down with it costs only itself: it is
-reported and passed over. What is measured is written below ``--out`` as it comes, so that a killed command loses
-nothing: first in a folder of its part, and after the part in gpu.json (driver, clocks, and every part's own report),
-kernels.json and .csv (all measured rows with their part, and the claims), roofline.json and .csv, tuning.json (for
-``sppo_kernels.tuning.load``) and log.txt; in the end also kernels.png. They replace the results of an earlier run.
+``--minutes 3`` runs only the first three; parts that do not fit are listed as "no time left". Each part is a process
+with its own time limit, so that a part that crashes, hangs or breaks the driver affects only itself: it is reported and
+skipped. Results are written below ``--out`` as they come, so that a killed command loses nothing: first into a folder
+of the part, and after the part into gpu.json (driver, clocks, and every part's own report), kernels.json and .csv (all
+measured rows with their part, and the claims), roofline.json and .csv, tuning.json (for ``sppo_kernels.tuning.load``)
+and log.txt; at the end also kernels.png. They replace the results of an earlier run.
 
-Needs a GPU, torch, triton, numpy, pytest and hypothesis; matplotlib for the chart, pytest-xdist to run the tests in a
-third of the time, and of the other libraries compared with those that are installed: pip install trl==1.16
-liger-kernel cut-cross-entropy. ``--dry-run`` walks through all of it on a CPU, in Triton's interpreter, with tiny
-sizes. At most 100 lines are printed, the tables last. The exit code is 1 when a part fails, or one of the first three
-is stopped at its limit; a claim that does not hold is a result, not a failure.
+Requires a GPU, torch, triton, numpy, pytest and hypothesis. matplotlib is needed for the chart, and pytest-xdist to run
+the tests in a third of the time. Other libraries are measured if they are installed: pip install trl==1.16 liger-kernel
+cut-cross-entropy. ``--dry-run`` runs every part on a CPU in Triton's interpreter with tiny sizes. At most 100 lines are
+printed, the tables last. The exit code is 1 when a part fails, or when one of the first three is stopped at its limit.
+A claim that does not hold is a result, not a failure.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,71 +42,98 @@ import torch
 
 from benchmarks import kernels, roofline
 from benchmarks.harness import claims, results
-from benchmarks.harness.cases import POLICY
+from benchmarks.harness.cases import OURS, POLICY_LOSSES
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
 
 ROOT = Path(__file__).parents[1]
-STARTING, SAVING = 10, 5  # seconds that this process itself takes, the latter of them at the end
+STARTING, SAVING = 10, 5  # seconds that this process takes in all, and at the end
 LINES = 100
 STOPPED, NO_TIME, UNTUNED = "stopped at its limit", "no time left", "nothing was tuned"
-# What is left in the end, beside log.txt.
+# The files at the end, besides log.txt.
 MERGED = (
     "gpu.json", "kernels.json", "kernels.csv", "kernels.png", "roofline.json", "roofline.csv", "tuning.json",
 )  # fmt: skip
 PART_COLUMNS = ("part", "seconds", "outcome", "last_line")
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "numpy")
-# What decides whether the kernels are right: comparisons with float64, bits, bounds, and all that needs a GPU.
+# The tests that decide whether the kernels are right: comparisons with float64, bits, bounds, and all that need a GPU.
 ESSENTIAL = "gpu or agrees_with_float64 or as_without_and_every_run or bound_holds or many_chunks"
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Part(NamedTuple):
-    """A command, and the most seconds that it may take."""
+    """A command and its time limit.
 
-    name: str  # of its folder too
+    Attributes:
+        name: also the name of its folder.
+        command: arguments of the Python interpreter.
+        seconds: its limit.
+        may_stop: whether what it has by its limit is of use.
+        open_ended: whether it takes all the time that is left.
+    """
+
+    name: str
     command: list[str]
     seconds: int
-    may_stop: bool = False  # what it has by its limit is of use
-    open_ended: bool = False  # takes all the time that is left
+    may_stop: bool = False
+    open_ended: bool = False
+
+
+class SuiteCommands:
+    """Commands of suites that write into a folder of results, each into a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def suite(self, part: str, name: str, *options: str) -> list[str]:
+        """Return the command of a suite."""
+        return ["-m", "benchmarks", name, "--out", str(self.folder / part), *options]
+
+    def kernels(self, part: str, plan: str, *options: str, providers: Collection[str] | None = None) -> list[str]:
+        """Return the command of the suite kernels for some providers (all but torch.compile)."""
+        others = [name for name in kernels.all_providers() if providers is not None and name not in providers]
+        without = ["torch.compile"] if providers is None else others
+        return self.suite(part, "kernels", "--plan", plan, *options, "--without", *without)
 
 
 def parts(folder: Path, dry: bool) -> list[Part]:
-    """What is run, in order; each suite writes into ``folder``."""
-    suite = lambda label, name, *options: ["-m", "benchmarks", name, "--out", str(folder / label), *options]
-    measured = lambda label, plan, *options: suite(label, "kernels", "--plan", plan, *options)
-    only = lambda *ways: ("--without", *[way for way in kernels.all_ways() if way not in ways])
+    """Return what is run, in order; each suite writes into ``folder``."""
+    run = SuiteCommands(folder)
     tuned = "--tuning", str(folder / "tuning.json")
-    ours = only(kernels.OURS, "eager PyTorch")
+    baseline = (OURS, "eager PyTorch")
     if dry:
         one = "--only", "selective_logprobs"
-        asked = "--only", "linear_logprobs", "selective_logprobs", *POLICY  # whatever launches another kernel
+        kinds = "--only", "linear_logprobs", "selective_logprobs", *POLICY_LOSSES  # each launches other kernels
+        compiled = run.kernels("torch-compile", "dry", *one, providers=["torch.compile"])
+        retimed = run.kernels("headline-tuned", "dry", *one, *tuned, providers=baseline)
+        others = _pytest("tests/sppo_kernels/test_triton_launch.py")
         return [
             Part("correctness", _pytest("tests/sppo_kernels/test_whiten.py", "-k", "float64"), 120),
-            Part("headline", measured("headline", "dry", *asked, "--without", "torch.compile"), 420),
-            Part("roofline", suite("roofline", "roofline", "--quick"), 240),
-            Part("torch-compile", measured("torch-compile", "dry", *one, *only("torch.compile")), 120, may_stop=True),
-            Part("tune", suite("tune", "tune", "--quick"), 240, may_stop=True),
-            Part("headline-tuned", measured("headline-tuned", "dry", *one, *tuned, *ours), 120, may_stop=True),
-            Part(
-                "other-tests", _pytest("tests/sppo_kernels/test_triton_launch.py"), 60, may_stop=True, open_ended=True
-            ),
+            Part("headline", run.kernels("headline", "dry", *kinds), 420),
+            Part("roofline", run.suite("roofline", "roofline", "--quick"), 240),
+            Part("torch-compile", compiled, 120, may_stop=True),
+            Part("tune", run.suite("tune", "tune", "--quick"), 240, may_stop=True),
+            Part("headline-tuned", retimed, 120, may_stop=True),
+            Part("other-tests", others, 60, may_stop=True, open_ended=True),
         ]
     brief = "--seconds", "0.3"
-    compiled = measured("torch-compile", "compiled", *brief, *only("torch.compile"))
+    compiled = run.kernels("torch-compile", "compiled", *brief, providers=["torch.compile"])
+    tune = run.suite("tune", "tune", "--vocab", "151936")
+    retimed = run.kernels("headline-tuned", "headline", *brief, *tuned, providers=baseline)
+    others = _pytest("tests/sppo_kernels", "-m", "not slow", "-k", f"not ({ESSENTIAL})")
     return [
         Part("correctness", _pytest("-q", "--maxfail=10", "tests/sppo_kernels", "-k", ESSENTIAL), 45),
-        Part("headline", measured("headline", "headline", *brief, "--without", "torch.compile"), 100),
-        Part("roofline", suite("roofline", "roofline"), 25),
+        Part("headline", run.kernels("headline", "headline", *brief), 100),
+        Part("roofline", run.suite("roofline", "roofline"), 25),
         Part("torch-compile", compiled, 60, may_stop=True),
-        Part("tune", suite("tune", "tune", "--vocab", "151936"), 40, may_stop=True),
-        Part("headline-tuned", measured("headline-tuned", "headline", *brief, *tuned, *ours), 40, may_stop=True),
-        Part("other-tests", _pytest("tests/sppo_kernels", "-m", "gpu or not slow"), 20, may_stop=True, open_ended=True),
+        Part("tune", tune, 40, may_stop=True),
+        Part("headline-tuned", retimed, 40, may_stop=True),
+        Part("other-tests", others, 20, may_stop=True, open_ended=True),
     ]
 
 
 def planned(wanted: Sequence[Part], seconds: float) -> list[Part]:
-    """As many of the parts, from the first on, as have their whole limits within some seconds."""
+    """Return the longest prefix of the parts whose limits fit into some seconds."""
     fitting = []
     for part in wanted:
         seconds -= part.seconds
@@ -117,13 +144,13 @@ def planned(wanted: Sequence[Part], seconds: float) -> list[Part]:
 
 
 def _pytest(*selected: str) -> list[str]:
-    """Compiling kernels is most of the tests' time, hence the processes."""
+    """Return a pytest command, with several processes because compiling kernels takes most of the time."""
     several = ["-n", "12"] if importlib.util.find_spec("xdist") and torch.cuda.is_available() else []
     return ["-m", "pytest", "--tb=short", "-p", "no:cacheprovider", *several, *selected]
 
 
 class Session:
-    """Runs one part after another and keeps all results written."""
+    """Runs one part after another and saves all results after each."""
 
     def __init__(self, out: Path, dry: bool, seconds: float) -> None:
         self.out, self.dry, self.seconds = out, dry, seconds
@@ -158,7 +185,7 @@ class Session:
                 results.draw(self.out / "kernels.png", chart)
 
     def say(self, text: str) -> None:
-        """Print progress, as long as half of the lines are left for the tables; the log has everything."""
+        """Print progress, up to a third of the lines; the log has everything."""
         for line in text.splitlines():
             self.lines += 1
             if self.lines <= LINES // 3:
@@ -169,7 +196,7 @@ class Session:
         limit = left if part.open_ended else min(part.seconds, left)
         _remove_results(folder)  # of an earlier run
         start = time.monotonic()
-        outcome = "interrupted"  # by whoever runs this: what there is by then is saved all the same
+        outcome = "interrupted"  # what there is by then is saved all the same
         try:
             outcome = self._outcome(part, limit)
         finally:
@@ -193,7 +220,7 @@ class Session:
     def _outcome(self, part: Part, limit: float) -> str:
         if limit <= 5:
             return NO_TIME
-        # Tuning that was stopped before its first choice; if it failed, that is reported of it.
+        # Tuning was stopped before its first choice, or failed and was reported.
         if "--tuning" in part.command and not (self.out / "tuning.json").exists():
             return UNTUNED
         return self._process(part, limit)
@@ -211,11 +238,11 @@ class Session:
                 path.replace(self.out / path.name)
 
     def claims(self) -> list[Row]:
-        """Judged by all rows but those of tuned kernels: the peers of one part beside ours of another."""
+        """Judge the claims by the rows of all parts but the tuned one."""
         return [] if self.dry else claims.judge(row for row in self.rows if row["part"] != kernels.TUNED)
 
     def _process(self, part: Part, limit: float) -> str:
-        """Its outcome in a word or two; what it prints goes to the log, the end of it to the terminal if it fails."""
+        """Run a part and return its outcome; it prints to the log, and its last lines to the terminal if it fails."""
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         if self.dry:
@@ -224,7 +251,7 @@ class Session:
             log.write(f"\n=== {part.name}: {' '.join(part.command)}\n")
             log.flush()
             begin = log.tell()
-            # Its own session, so that the processes that it started end with it.
+            # A session of its own, so that the processes that it starts end with it.
             process = subprocess.Popen(
                 [sys.executable, *part.command],
                 cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -241,7 +268,7 @@ class Session:
         return {0: "passed", None: STOPPED}.get(code, f"failed, exit code {code}")
 
     def _logged(self, begin: int = 0) -> list[str]:
-        """Lines of the log, whatever bytes a crashing process left in it."""
+        """Read the lines of the log, in which a crashing process may have left any bytes."""
         return self.log.read_bytes()[begin:].decode(errors="replace").splitlines()
 
     def _save(self) -> None:
@@ -251,7 +278,7 @@ class Session:
         results.write(self.out / "kernels.json", "kernels", **about, claims=self.claims(), rows=self.rows)
 
     def table(self) -> str:
-        """Where our kernels stand in a call; ours against the best of the others; the claims; the parts."""
+        """Return the tables: roofline, fastest providers, claims, parts."""
         shown = [dict(row, last_line=row["last_line"][:70]) for row in self.done]
         ran = results.table(shown, {key: lambda row, key=key: row[key] for key in PART_COLUMNS})
         held = results.table(self.claims(), claims.COLUMNS) if self.claims() else ""
@@ -262,7 +289,7 @@ class Session:
 
 
 def _remove_results(folder: Path) -> None:
-    """Remove what suites write, and the folder if nothing else is in it, which may have been there before."""
+    """Remove the files that suites write, and the folder if it is then empty."""
     for pattern in ("*.json", "*.csv", "*.png", ".*.tmp"):
         for path in folder.glob(pattern):
             path.unlink()
@@ -271,13 +298,13 @@ def _remove_results(folder: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """A part whose command was killed would go on using the GPU: on Linux it is killed as well."""
+    """Let this process die with its parent on Linux, or it would keep using the GPU."""
     if _LIBC:
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
-    """With all that it started; on a system without process groups, it alone."""
+    """Kill a process and all that it started; on a system without process groups, only itself."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (AttributeError, ProcessLookupError, PermissionError):
@@ -286,7 +313,7 @@ def _end(process: subprocess.Popen[Any]) -> None:
 
 
 def packages() -> dict[str, str]:
-    """Versions of what is installed of those that matter to the results."""
+    """Return the versions of the installed packages that matter to the results."""
     installed = {distribution.metadata["Name"].lower().replace("_", "-"): distribution.version
                  for distribution in importlib.metadata.distributions() if distribution.metadata["Name"]}  # fmt: skip
     return {name: installed.get(name, "not installed") for name in PACKAGES}
@@ -294,9 +321,9 @@ def packages() -> dict[str, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--minutes", type=float, default=6.0, help="for all of it (%(default)s); 3: the first three parts"
+        "--minutes", type=float, default=6.0, help="limit in total (%(default)s); 3: the first three parts"
     )
-    parser.add_argument("--dry-run", "--quick", action="store_true", help="on a CPU, interpreted, with tiny sizes")
+    parser.add_argument("--dry-run", "--quick", action="store_true", help="run on a CPU, interpreted, with tiny sizes")
     results.add_out(parser)
 
 
@@ -304,7 +331,7 @@ def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
     if not args.dry_run and not torch.cuda.is_available():
         why = "" if torch.version.cuda or torch.version.hip else ", which is built without CUDA"
-        remedy = "--dry-run walks through all parts on a CPU"
+        remedy = "--dry-run runs all parts on a CPU"
         print(f"there is no GPU for torch {torch.__version__}{why}; {remedy}", file=sys.stderr)
         return 2
     minutes = 5 * args.minutes if args.dry_run else args.minutes
@@ -320,7 +347,9 @@ def run(args: argparse.Namespace) -> int:
     session = Session(args.out.resolve(), args.dry_run, 60 * minutes - STARTING)
     # From a cold disk torch may take longer to import than planned.
     session.deadline = min(session.deadline, args.started + 60 * minutes - SAVING)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the running part would outlive this
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # otherwise the running part would outlive this process
     try:
         session.run()
     finally:

@@ -1,19 +1,19 @@
 """Time, memory and error of every operation compared with PyTorch, TRL, Liger and cut-cross-entropy.
 
-First each way is checked: its outputs and gradients may stray from float64 four times as far as eager PyTorch in the
-same dtype does; in float32, gradients of which a few entries were kept ("sparse") up to a thousandth. One that strays
-further, ours or another's, gets no time. Errors are the largest, over the largest magnitude.
+All providers run in one process on the same tensors. First each is checked: its outputs and gradients may differ from
+float64 by at most four times the error of eager PyTorch in the same dtype; in float32, sparse gradients by at most a
+thousandth. A provider with a larger error gets no time. Errors are the largest one over the largest magnitude.
 
-Times are in ms, medians with their interquartile range: "forward" without gradients, as when scoring; "both" a training
-step's forward and backward, "backward" the second part of it. On a GPU they are the device's time, and the host's where
-a call waits for the device or takes longer to queue than to run: host_ms and host_bound in the JSON. Peak is the most
-memory during a step beyond its inputs, the returned gradients included, in GiB. Rate is the least work that forward and
-backward need, whatever was done, per second: TFLOP/s or GB/s; "of ceiling" is that over what this device reached in the
-same run, in a large matrix product or a copy. "bare products" are the matrix products that nothing can do without,
-alone: they are not checked, and not a way.
+Times are in ms, medians with their interquartile range: "forward" without gradients, as when scoring; "both" is the
+forward and backward of a training step, "backward" its second part. On a GPU they are the device's time, and the host's
+where a call waits for the device or takes longer to queue than to run: host_ms and host_bound in the JSON. Peak is the
+most memory during a step beyond its inputs, the returned gradients included, in GiB. Rate is the minimal work of
+forward and backward per second, whatever was done: TFLOP/s or GB/s; "of ceiling" divides it by what this device reached
+in the same run in a large matrix product or a copy. "matmuls only" is a lower bound: the matrix products that every
+provider needs. It is not checked.
 
-On a GPU some rows decide claims, which are listed last. The exit code is 1 when one of ours is wrong or raises; a claim
-that is not held is only listed. Results are saved after each row.
+On a GPU some rows decide claims, which are listed last. The exit code is 1 when an implementation of this library is
+wrong or raises; a claim that does not hold is only listed. Results are saved after each row.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import checking, claims, results, timing
-from benchmarks.harness.cases import BARE, PLANS, Item, describe, head_of, item_of
-from benchmarks.harness.operations import IGNORED, OPERATIONS, Function, Operation, Problem, Work
-from benchmarks.harness.peers import PEERS, Maker, Unavailable
+from benchmarks.harness import checking, claims, library_seams, results, timing
+from benchmarks.harness.cases import GEMM_ONLY, OURS, PLANS, BenchmarkCase, is_ours, provider_name
+from benchmarks.harness.operations import OPERATIONS
+from benchmarks.harness.peers import PEERS, PeerFactory, explain
+from benchmarks.harness.problem import IGNORE_INDEX, Implementation, MinimalCost, Outputs, Problem
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
-from sppo_kernels import _backend, tuning
+from sppo_kernels import tuning
 
-OURS = "ours"
 TUNED = "headline-tuned"  # the part of the suite gpu that launches what the suite tune chose
 
-# One way at one point
+# One provider in one case
 
 
-def clock(problem: Problem, function: Function, device: torch.device, seconds: float) -> Row:
-    """Times, and on a GPU the peak, of a way that was checked; as many repetitions as fit into some seconds."""
+def clock(problem: Problem, implementation: Implementation, device: torch.device, seconds: float) -> Row:
+    """Measure times, and on a GPU the peak, with as many repetitions as fit into some seconds."""
 
     def score() -> None:
         with torch.no_grad():
-            problem.forward(function)
+            problem.forward(implementation)
 
-    step = problem.step(function)
+    step = problem.step(implementation)
 
     def both() -> None:
         for part in step.values():
@@ -79,60 +79,72 @@ def clock(problem: Problem, function: Function, device: torch.device, seconds: f
     return row
 
 
-def bare_products(problem: Problem) -> dict[str, Callable[[], object]]:
-    """The matrix products of forward and backward, with float32 results.
+def matrix_products(problem: Problem) -> dict[str, Callable[[], object]]:
+    """Return the matrix products of forward and backward, with float32 results.
 
-    Where float32 cannot come of half-precision factors they are float32, as in the operation.
+    Where half-precision factors cannot give float32 results, the factors are float32, as in the operation.
     """
     hidden, weight = (problem.tensors[name].detach() for name in ("hidden", "weight"))
-    hidden = hidden[problem.tensors["labels"] != IGNORED]
+    hidden = hidden[problem.tensors["labels"] != IGNORE_INDEX]
     mixed = hidden.dtype != torch.float32 and hidden.is_cuda and torch.version.hip is None
     multiply = partial(torch.mm, out_dtype=torch.float32) if mixed else torch.mm
     if not mixed:
         hidden, weight = hidden.float(), weight.float()
-    e = torch.randn(len(hidden), len(weight), device=hidden.device, dtype=hidden.dtype)
+    logit_grad = torch.randn(len(hidden), len(weight), device=hidden.device, dtype=hidden.dtype)
 
     def backward() -> None:
-        multiply(e, weight)
-        multiply(e.t(), hidden)
+        multiply(logit_grad, weight)
+        multiply(logit_grad.t(), hidden)
 
     return {"forward": lambda: multiply(hidden, weight.t()), "backward": backward}
+
+
+def rate(cost: MinimalCost, row: Row) -> Row:
+    """Return the minimal work per second: TFLOP/s if there are matrix products, otherwise GB/s."""
+    flops, size = cost.forward_flops + cost.backward_flops, cost.forward_bytes + cost.backward_bytes
+    amount, unit = (flops / 1e9, "TFLOP/s") if flops else (size / 1e6, "GB/s")
+    return {
+        "rate": amount / row["both_ms"],
+        "unit": unit,
+        "forward_gb_s": cost.forward_bytes / row["forward_ms"] / 1e6 or None,
+    }
 
 
 # The suite
 
 
 class KernelComparison:
-    """Measures one item after another, and saves after each."""
+    """Measures one case after another, and saves after each row."""
 
     def __init__(
-        self, plan: list[Item], device: torch.device, seconds: float, without: Collection[str], path: Path
+        self, plan: list[BenchmarkCase], device: torch.device, seconds: float, without: Collection[str], path: Path
     ) -> None:
         self.plan, self.device, self.seconds, self.without, self.path = plan, device, seconds, without, path
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        # In Triton's interpreter a CPU runs the kernels; without, what the library runs on a CPU.
-        self.backend = "triton" if _backend.INTERPRETED else None
+        # In Triton's interpreter a CPU runs the kernels; otherwise what the library runs on a CPU.
+        self.backend = "triton" if library_seams.is_interpreted() else None
         self.ceilings: dict[str, float] = {}
         self.rows: list[Row] = []
         self.failures: list[str] = []
         self.claims: list[Row] = []
-        self.gpu = [results.gpu_facts()]  # clocks change: one at the start, one after each item
+        self.gpu = [results.gpu_facts()]  # clocks change: one entry at the start, one after each case
 
     def run(self) -> None:
-        for i, item in enumerate(self.plan):
-            print(f"[{i + 1}/{len(self.plan)}] {describe(item)}", file=sys.stderr, flush=True)
+        for i, case in enumerate(self.plan):
+            print(f"[{i + 1}/{len(self.plan)}] {case.title}", file=sys.stderr, flush=True)
             try:
-                self._measure(item)
-            except Exception as error:  # the inputs or the float64 results did not fit, say: the next point may
-                self._fail(f"{describe(item)}: {explain(error)}")
-            self._free()
-            self._relate()
+                self._measure(case)
+            except Exception as error:  # such as inputs that do not fit into memory: the next case may fit
+                self._fail(f"{case.title}: {explain(error)}")
+            self._release_memory()
+            self._relate_to_ceilings()
             self.claims = claims.judge(self.rows) if self.device.type != "cpu" else []
             self.gpu.append(results.gpu_facts())
             self.save()
         self.save(chart(self.rows))
 
     def save(self, drawn: results.Chart | None = None) -> None:
+        """Write all results; with a chart when they are complete."""
         results.write(
             self.path,
             "kernels",
@@ -148,67 +160,92 @@ class KernelComparison:
             rows=self.rows,
         )
 
-    def _measure(self, item: Item) -> None:
-        """All ways at one point: first all checks, and with them the float64 results, go by; then times are taken."""
-        operation = OPERATIONS[item.operation]
+    def _measure(self, case: BenchmarkCase) -> None:
+        """Check all providers, which needs the float64 results in memory; then release those and take times."""
+        operation = OPERATIONS[case.operation]
         torch.manual_seed(0)
-        problem = operation.make(item.point, self.device, self.dtype)
-        ours = {f"ours, {mode}" if mode else "ours": _made(f) for mode, f in operation.ours(self.backend).items()}
-        ways: dict[str, Maker] = {
-            **(ours if OURS not in self.without else {}),
-            **{name: make for name, make in PEERS[item.operation].items() if name not in self.without},
-        }
+        problem = operation.inputs(case.size, self.device, self.dtype)
+        cost = operation.minimal_cost(case.size, problem.dtype)
+        providers = self._providers(case)
         start = len(self.rows)
-        right = self._check_all(item, operation, problem, ways)
-        if OURS not in self.without and operation.work(item.point, problem.dtype).forward_flops:
-            self._guarded({**head_of(item), "way": BARE}, partial(self._bare, problem, item, operation))
-        for function, row in right.values():
-            self._guarded(row, partial(self._time, problem, function, operation.work(item.point, problem.dtype)))
-        order = [BARE, *ways]
-        self.rows[start:] = sorted(self.rows[start:], key=lambda row: order.index(row["way"]))
+        right = self._check_all(case, problem, providers)
+        if OURS not in self.without and cost.forward_flops:
+            unclipped = operation.minimal_cost(case.size._replace(clipped=0.0), problem.dtype)
+            self._record(case, GEMM_ONLY, partial(self._time_products, problem, unclipped))
+        for name, (implementation, row) in right.items():
+            self._record(case, name, partial(self._time, problem, implementation, cost, row))
+        order = [GEMM_ONLY, *providers]
+        self.rows[start:] = sorted(self.rows[start:], key=lambda row: order.index(row["provider"]))
+
+    def _providers(self, case: BenchmarkCase) -> dict[str, PeerFactory]:
+        found: dict[str, PeerFactory] = {}
+        if OURS not in self.without:
+            for mode, implementation in OPERATIONS[case.operation].implementations(self.backend).items():
+                found[provider_name(mode)] = partial(_constant, implementation)
+        return found | {name: build for name, build in PEERS[case.operation].items() if name not in self.without}
 
     def _check_all(
-        self, item: Item, operation: Operation, problem: Problem, ways: dict[str, Maker]
-    ) -> dict[str, tuple[Function, Row]]:
-        """Those that are right. The others get their row at once, without a time."""
-        truth, allowed = checking.truth_and_tolerance(operation, problem)
-        right: dict[str, tuple[Function, Row]] = {}
-        for name, make in ways.items():
-            bounds = checking.allowed_of(name, problem.dtype, allowed)
-            row: Row = {**head_of(item), "way": name, "allowed": bounds}
-
-            def checked(
-                row: Row, name: str = name, make: Maker = make, bounds: dict[str, float] = bounds
-            ) -> Row | None:
-                function = make(self.device)
-                if name.endswith("auto"):  # which goes by the call before, and is to be checked as it will be timed
-                    problem.results(function)
-                row |= checking.check(problem, function, truth, row["allowed"])
-                if row["passed"]:
-                    right[name] = function, row
-                    return None
-                if name.startswith("ours"):
-                    self._fail(f"{describe(item)}: {name} is wrong: errors {row['errors']}, allowed {row['allowed']}")
-                return row | {"note": "wrong, so no time"}
-
-            self._guarded(row, checked)
+        self, case: BenchmarkCase, problem: Problem, providers: dict[str, PeerFactory]
+    ) -> dict[str, tuple[Implementation, Row]]:
+        """Return the providers whose results are right; the others get their row at once, without a time."""
+        truth, tolerances = checking.truth_and_tolerance(OPERATIONS[case.operation], problem)
+        right: dict[str, tuple[Implementation, Row]] = {}
+        for name, build in providers.items():
+            allowed = checking.allowed_of(name, problem.dtype, tolerances)
+            self._record(
+                case,
+                name,
+                partial(
+                    self._check,
+                    case,
+                    name,
+                    build=build,
+                    problem=problem,
+                    truth=truth,
+                    allowed=allowed,
+                    right=right,
+                ),
+            )
         return right
 
-    def _guarded(self, row: Row, work: Callable[[Row], Row | None]) -> None:
-        """Adds the row that ``work`` makes; where it cannot, the row says why."""
-        try:
-            row = work(row)  # type: ignore[assignment]
-        except Exception as error:  # of another library, whatever it is; of ours, a failure
-            row["note"] = explain(error)
-            if row["way"].startswith("ours"):
-                self._fail(f"{describe(item_of(row))}: {row['way']}: {row['note']}")
-        if row:
-            self.rows.append(row)
-            self.save()
-        self._free()
+    def _check(
+        self,
+        case: BenchmarkCase,
+        name: str,
+        *,
+        build: PeerFactory,
+        problem: Problem,
+        truth: Outputs,
+        allowed: dict[str, float],
+        right: dict[str, tuple[Implementation, Row]],
+    ) -> Row | None:
+        """Return the row of a wrong provider; add a right one to ``right`` and return None."""
+        implementation = build(self.device)
+        if name.endswith("auto"):  # its choice depends on the call before; check the one that is timed
+            problem.results(implementation)
+        row = {"allowed": allowed, **checking.check(problem, implementation, truth, allowed)}
+        if row["passed"]:
+            right[name] = implementation, row
+            return None
+        if is_ours(name):
+            self._fail(f"{case.title}: {name} is wrong: errors {row['errors']}, allowed {allowed}")
+        return row | {"note": "wrong, so no time"}
 
-    def _free(self) -> None:
-        """What one way had is there for the next."""
+    def _record(self, case: BenchmarkCase, provider: str, measure: Callable[[], Row | None]) -> None:
+        """Add the row that ``measure`` returns, or one that says why it raised."""
+        row: Row | None
+        try:
+            row = measure()
+        except Exception as error:  # whatever another library raises; of this library it is a failure
+            row = {"note": explain(error)}
+            if is_ours(provider):
+                self._fail(f"{case.title}: {provider}: {row['note']}")
+        if row is not None:
+            self.rows.append({**case.row_key(), "provider": provider, **row})
+            self.save()
+        self._release_memory()
+
+    def _release_memory(self) -> None:
         gc.collect()
         if self.device.type != "cpu":
             torch.cuda.empty_cache()
@@ -217,29 +254,20 @@ class KernelComparison:
         self.failures.append(why)
         print(f"FAILED {why}", file=sys.stderr)
 
-    def _time(self, problem: Problem, function: Function, work: Work, row: Row) -> Row:
-        row |= clock(problem, function, self.device, self.seconds)
-        return row | self._rate(work, row)
+    def _time(self, problem: Problem, implementation: Implementation, cost: MinimalCost, checked: Row) -> Row:
+        row = checked | clock(problem, implementation, self.device, self.seconds)
+        return row | rate(cost, row)
 
-    def _bare(self, problem: Problem, item: Item, operation: Operation, row: Row) -> Row:
+    def _time_products(self, problem: Problem, cost: MinimalCost) -> Row:
         repeats = 10
-        step = timing.measure_parts(bare_products(problem), self.device, repeats, warmup=2)
-        row["repeats"] = repeats
+        step = timing.measure_parts(matrix_products(problem), self.device, repeats, warmup=2)
+        row: Row = {"repeats": repeats}
         for name, key in (("forward", "forward"), ("backward", "backward"), ("both", "all")):
             row |= {f"{name}_ms": step[key]["ms"], f"{name}_iqr_ms": step[key]["iqr_ms"]}
-        return row | self._rate(operation.work(item.point._replace(clipped=0.0), problem.dtype), row)
+        return row | rate(cost, row)
 
-    def _rate(self, work: Work, row: Row) -> Row:
-        flops, size = work.forward_flops + work.backward_flops, work.forward_bytes + work.backward_bytes
-        rate, unit = (flops / 1e9, "TFLOP/s") if flops else (size / 1e6, "GB/s")
-        return {
-            "rate": rate / row["both_ms"],
-            "unit": unit,
-            "forward_gb_s": work.forward_bytes / row["forward_ms"] / 1e6 or None,
-        }
-
-    def _relate(self) -> None:
-        """Rates to ceilings, which are the best that the device has shown by now: something else may have slowed it."""
+    def _relate_to_ceilings(self) -> None:
+        """Divide rates by ceilings, which are the best so far: another process may have slowed the device."""
         for name, reached in timing.ceilings(self.device, self.dtype).items():
             self.ceilings[name] = max(reached, self.ceilings.get(name, 0.0))
         copy, product = self.ceilings["copy_gb_s"], self.ceilings["matmul_tflops"]
@@ -249,20 +277,30 @@ class KernelComparison:
                 row["forward_of_copy"] = row["forward_gb_s"] and row["forward_gb_s"] / copy
 
     def about(self) -> str:
-        """Device, dtype and ceilings, in a line."""
+        """Return device, dtype and ceilings in one line."""
         copy, product = self.ceilings["copy_gb_s"], self.ceilings["matmul_tflops"]
         name = results.device_name(self.device)
         return f"{name}, {self.dtype}; ceilings: copy {copy:.0f} GB/s, product {product:.2f} TFLOP/s"
 
     def table(self) -> str:
-        """A block of lines an item."""
-        texts = [f"{title}\n{results.table(rows, COLUMNS)}" for title, rows in by_item(self.rows).items()]
-        held = [results.table(self.claims, claims.COLUMNS)] if self.claims else []
-        return "\n\n".join([*texts, *held])
+        """Return a text table per case, and the judged claims."""
+        texts = [f"{title}\n{results.table(rows, COLUMNS)}" for title, rows in by_case(self.rows).items()]
+        judged = [results.table(self.claims, claims.COLUMNS)] if self.claims else []
+        return "\n\n".join([*texts, *judged])
+
+
+def _constant(implementation: Implementation, device: torch.device) -> Implementation:
+    """Build an implementation that is the same on every device."""
+    return implementation
+
+
+def _worst_error(row: Row) -> float | None:
+    errors = [*row.get("errors", {}).values(), *row.get("scored_errors", {}).values()]
+    return checking.worst(errors) if errors else None
 
 
 COLUMNS: results.Columns = {
-    "": lambda row: row["way"],
+    "": lambda row: row["provider"],
     "forward": lambda row: row.get("forward_ms"),
     "backward": lambda row: row.get("backward_ms"),
     "both": lambda row: row.get("both_ms"),
@@ -270,93 +308,84 @@ COLUMNS: results.Columns = {
     "peak": lambda row: row["peak_bytes"] / 2**30 if row.get("peak_bytes") else None,
     "rate": lambda row: row.get("rate"),
     "of ceiling": lambda row: row.get("of_ceiling"),
-    "error": lambda row: _worst_of(row),
+    "error": _worst_error,
     "note": lambda row: row.get("note"),
 }
 
 
-def _worst_of(row: Row) -> float | None:
-    errors = [*row.get("errors", {}).values(), *row.get("scored_errors", {}).values()]
-    return checking.worst(errors) if errors else None
-
-
-def explain(error: Exception) -> str:
-    """Why something was not measured, in one line."""
-    if isinstance(error, Unavailable):
-        return str(error)
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed"
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _made(function: Function) -> Maker:
-    return lambda device: function
-
-
 def chart(rows: list[Row]) -> results.Chart:
-    """How much of what the device can do each way makes use of, at the first point of each operation."""
-    first = {row["operation"]: item_of(row) for row in reversed(rows)}
-    shown = [row for row in rows if row.get("of_ceiling") and first[row["operation"]] == item_of(row)]
-    bars = [(f"{row['operation']}: {row['way']}", row["of_ceiling"]) for row in shown]
-    return results.Chart("least work per second, over what the device reached in a large product or copy", bars)
+    """Chart the share of the ceiling that each provider reaches in the first case of each operation."""
+    first = {row["operation"]: BenchmarkCase.of_row(row) for row in reversed(rows)}
+    shown = [row for row in rows if row.get("of_ceiling") and first[row["operation"]] == BenchmarkCase.of_row(row)]
+    bars = [(f"{row['operation']}: {row['provider']}", row["of_ceiling"]) for row in shown]
+    return results.Chart("minimal work per second, over what the device reached in a large product or copy", bars)
 
 
-def by_item(rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows of each operation at each point; those of the tuned part of the suite gpu apart."""
+def by_case(rows: list[Row]) -> dict[str, list[Row]]:
+    """Group rows by case; those of the tuned part of the suite gpu are a group of their own."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        title = describe(item_of(row))
+        title = BenchmarkCase.of_row(row).title
         found.setdefault(f"{title} ({TUNED})" if row.get("part") == TUNED else title, []).append(row)
     return found
 
 
 def summary(rows: list[Row]) -> str:
-    """A line a point: our fastest way beside the fastest of the others."""
+    """Return a text table with a line per case: the fastest mode of this library and the fastest peer."""
     return results.table(summaries(rows), SUMMARY)
 
 
 def summaries(rows: list[Row]) -> list[Row]:
-    return [{"at": title, **_summary_of(group)} for title, group in by_item(rows).items()]
+    """Return the lines of :func:`summary`."""
+    return [{"case": title, **_summary(group)} for title, group in by_case(rows).items()]
 
 
-def _summary_of(rows: list[Row]) -> Row:
-    ms = {row["way"]: row["both_ms"] for row in rows if "both_ms" in row}
-    ours = min((way for way in ms if way.startswith("ours")), key=ms.__getitem__, default=None)
-    other = min((way for way in ms if not way.startswith("ours") and way != BARE), key=ms.__getitem__, default=None)
-    of = {"our_ms": ours, "other_ms": other, "bare_ms": BARE, "eager_ms": "eager PyTorch"}
-    return {"ours": ours, "other": other, **{name: ms.get(way) for name, way in of.items()}}
+def _summary(rows: list[Row]) -> Row:
+    ms = {row["provider"]: row["both_ms"] for row in rows if "both_ms" in row}
+    ours = min(filter(is_ours, ms), key=ms.__getitem__, default=None)
+    peers = [name for name in ms if not is_ours(name) and name != GEMM_ONLY]
+    peer = min(peers, key=ms.__getitem__, default=None)
+    columns = {"our_ms": ours, "peer_ms": peer, "gemm_ms": GEMM_ONLY, "eager_ms": "eager PyTorch"}
+    return {"ours": ours, "peer": peer, **{name: ms.get(provider) for name, provider in columns.items()}}
 
 
 SUMMARY: results.Columns = {
-    "forward and backward, ms": lambda row: row["at"],
+    "forward and backward, ms": lambda row: row["case"],
     "our fastest": lambda row: row["ours"],
     "ms": lambda row: row["our_ms"],
-    "fastest other": lambda row: row["other"],
-    "its ms": lambda row: row["other_ms"],
+    "fastest peer": lambda row: row["peer"],
+    "its ms": lambda row: row["peer_ms"],
     "eager": lambda row: row["eager_ms"],
-    "bare products": lambda row: row["bare_ms"],
+    GEMM_ONLY: lambda row: row["gemm_ms"],
 }
 
 
-def all_ways() -> list[str]:
-    """Ours, in all its modes, and those of the others."""
-    return [OURS, *sorted({way for peers in PEERS.values() for way in peers})]
+def all_providers() -> list[str]:
+    """List this library, with all its modes, and the peers."""
+    return [OURS, *sorted({name for peers in PEERS.values() for name in peers})]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plan", choices=PLANS, help="which operations at which points (full; on a CPU cpu)")
+    parser.add_argument("--plan", choices=PLANS, help="operations and sizes (full; on a CPU cpu)")
     parser.add_argument("--quick", action="store_true", help="the plan quick: tiny sizes")
     parser.add_argument(
-        "--only", nargs="+", choices=OPERATIONS, metavar="OPERATION", help=f"of {', '.join(OPERATIONS)}"
+        "--only",
+        nargs="+",
+        choices=OPERATIONS,
+        metavar="OPERATION",
+        help=f"some of {', '.join(OPERATIONS)}",
     )
-    ways = all_ways()
-    parser.add_argument("--without", nargs="+", default=[], choices=ways, metavar="WAY", help=f"of {', '.join(ways)}")
+    providers = all_providers()
     parser.add_argument(
-        "--tuning", type=Path, metavar="FILE", help="launch configurations that the suite tune measured"
+        "--without",
+        nargs="+",
+        default=[],
+        choices=providers,
+        metavar="PROVIDER",
+        help=f"leave out some of {', '.join(providers)}",
     )
-    parser.add_argument("--seconds", type=float, default=1.0, help="about how long to repeat each way (%(default)s)")
+    parser.add_argument("--tuning", type=Path, metavar="FILE", help="launch configurations from the suite tune")
+    parser.add_argument("--seconds", type=float, default=1.0, help="how long to repeat each provider (%(default)s)")
     results.add_out(parser)
 
 
@@ -369,20 +398,20 @@ def run(args: argparse.Namespace) -> int:
     for noisy in ("torch._dynamo", "torch._inductor"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=UserWarning)
-    items = [item for item in PLANS[plan] if not args.only or item.operation in args.only]
+    cases = [case for case in PLANS[plan] if not args.only or case.operation in args.only]
     seconds = 0.05 if plan in ("quick", "dry") else args.seconds
-    suite = KernelComparison(items, device, seconds, args.without, args.out / f"kernels-{plan}.json")
-    suite.run()
-    print(f"{suite.table()}\n\n{suite.about()}")
-    print(f"{len(suite.failures)} failures; written to {suite.path}")
-    return 1 if suite.failures else 0
+    comparison = KernelComparison(cases, device, seconds, args.without, args.out / f"kernels-{plan}.json")
+    comparison.run()
+    print(f"{comparison.table()}\n\n{comparison.about()}")
+    print(f"{len(comparison.failures)} failures; written to {comparison.path}")
+    return 1 if comparison.failures else 0
 
 
 def published_table(folder: Path) -> str:
-    """Return a table for each operation at each size, and the judged claims."""
+    """Return a table per case, and the judged claims."""
     texts = []
     for report in results.load_all(folder, "kernels"):
-        for title, rows in by_item(report["rows"]).items():
+        for title, rows in by_case(report["rows"]).items():
             texts.append(f"**{title}**\n\n{results.markdown(rows, COLUMNS)}")
         if report["claims"]:
             texts.append(results.markdown(report["claims"], claims.COLUMNS))
@@ -390,7 +419,7 @@ def published_table(folder: Path) -> str:
 
 
 def published_summary(folder: Path) -> str:
-    """Return one line per size: ours compared with the others, forward and backward together."""
+    """Return one line per case: the fastest mode of this library and the fastest peer."""
     rows = [row for report in results.load_all(folder, "kernels") for row in report["rows"]]
     return results.markdown(summaries(rows), SUMMARY)
 
@@ -398,7 +427,7 @@ def published_summary(folder: Path) -> str:
 SUITE = Suite(
     add_arguments,
     run,
-    tables={"kernels": published_table, "ways": published_summary},
+    tables={"kernels": published_table, "kernels-summary": published_summary},
     draw=results.draw_bars(chart),
     needs="a GPU for the sizes that matter",
 )

@@ -1,12 +1,12 @@
 """Bytes that every Triton kernel loads and stores, counted in Triton's interpreter, over the minimum.
 
-The least is each input that the result depends on read once and each result written once. What one instruction asks for
-twice counts once, as it does on a GPU; what another program or another instruction asks for again counts again, though
-a cache may well have it. Where a kernel is designed to move more than the least, the column "designed" says how much
-more, and the comment beside its case why. Matrix products and elementwise steps that PyTorch does are not counted.
+The minimum is each input that the result depends on read once and each result written once. An address that one
+instruction accesses twice counts once, as on a GPU; an access by another program or instruction counts again, though a
+cache may hold the data. If a kernel is designed to move more than the minimum, the column "designed" has the ratio, and
+a comment at its case the reason. Matrix products and elementwise steps of PyTorch are not counted.
 
 The exit code is 1 when a kernel moves over 5 percent more than it is designed to, or so much less that the count must
-be wrong, or is launched by no case.
+be wrong, or when no case launches a kernel.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 import sppo_kernels
-from benchmarks.harness import results
+from benchmarks.harness import library_seams, results
 from benchmarks.harness.interpreter import run_interpreted
-from benchmarks.harness.operations import IGNORED, OPERATIONS, Point, Problem
+from benchmarks.harness.operations import OPERATIONS
+from benchmarks.harness.problem import IGNORE_INDEX, Problem, ProblemSize
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
-from sppo_kernels import _backend
 
 SLACK = 1.05
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 
 class Traffic(NamedTuple):
-    """Bytes by kernel."""
+    """Bytes by name of the kernel."""
 
     loaded: Counter[str]
     stored: Counter[str]
@@ -50,7 +50,7 @@ class Traffic(NamedTuple):
 
 @contextmanager
 def counted() -> Iterator[Traffic]:
-    """Counts what kernels load and store while this lasts; an atomic operation does both."""
+    """Count what kernels load and store inside this context; an atomic operation does both."""
     traffic = Traffic(Counter(), Counter())
     running = [""]
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -58,7 +58,7 @@ def counted() -> Iterator[Traffic]:
     update, swap = builder.create_atomic_rmw, builder.create_atomic_cas
 
     def note_launch(self: Any, *args: Any, **kwargs: Any) -> None:
-        running[0] = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
+        running[0] = self.fn.__name__
         launch(self, *args, **kwargs)
 
     def note_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -90,7 +90,7 @@ def counted() -> Iterator[Traffic]:
 
 
 def _bytes(pointers: Any, mask: np.ndarray) -> int:
-    """Of the distinct addresses that are not masked off."""
+    """Count the bytes of the distinct addresses that are not masked off."""
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
     return size * len(np.unique(pointers.data[np.broadcast_to(mask, pointers.data.shape)]))
 
@@ -99,7 +99,7 @@ def _bytes(pointers: Any, mask: np.ndarray) -> int:
 
 
 class Kernel(NamedTuple):
-    """Bytes that one kernel cannot do without, and those that it is designed to move where these are more."""
+    """A kernel, the bytes that it has to move at least, and those that it is designed to move if these are more."""
 
     name: str
     least: float
@@ -116,7 +116,7 @@ class Case(NamedTuple):
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Every kernel, on rows and responses of real lengths."""
+    """Yield calls of every kernel, on rows and responses of real lengths."""
     vocab = 30_011 if quick else 151_936
     yield from _row_cases(vocab)
     yield from _linear_cases(vocab)
@@ -126,45 +126,48 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def _row_cases(vocab: int) -> Iterator[Case]:
-    """Four rows: one without loss, which nothing reads, and one without a gradient, which backward does not."""
+    """Use four rows: one ignored, which no kernel reads, and one without a gradient, which backward does not read."""
     rows = 4
     for dtype in (torch.bfloat16, torch.float32):
-        problem = OPERATIONS["selective_logprobs"].make(Point(rows, 0, vocab), CPU, dtype)
-        problem.tensors["labels"][0] = IGNORED
+        problem = OPERATIONS["selective_logprobs"].inputs(ProblemSize(rows, 0, vocab), CPU, dtype)
+        problem.tensors["labels"][0] = IGNORE_INDEX
         problem.upstream["logprobs"][1] = 0.0
-        work = lambda clipped, dtype=dtype: OPERATIONS["selective_logprobs"].work(
-            Point(rows, 0, vocab, ignored=1 / rows, clipped=clipped), dtype
+        work = lambda clipped, dtype=dtype: OPERATIONS["selective_logprobs"].minimal_cost(
+            ProblemSize(rows, 0, vocab, ignored=1 / rows, clipped=clipped), dtype
         )
         yield Case(
             "selective_logprobs",
             f"{_name(dtype)}, 1 of 4 rows ignored, 1 without gradient",
-            _step(problem, OPERATIONS["selective_logprobs"].ours("triton")[""]),
+            _step(problem, OPERATIONS["selective_logprobs"].implementations("triton")[""]),
             (
-                Kernel("selective_logprobs._forward_kernel", work(0.0).forward_bytes),
-                Kernel("selective_logprobs._backward_kernel", work(1 / 3).backward_bytes),
+                Kernel("selective_logprobs_fwd_kernel", work(0.0).forward_bytes),
+                Kernel("selective_logprobs_bwd_kernel", work(1 / 3).backward_bytes),
             ),
         )
 
 
 def _linear_cases(vocab: int) -> Iterator[Case]:
-    """The row passes over a chunk of logits, which are float32; E and the gradient have the inputs' dtype."""
+    """Run the row passes over a chunk of float32 logits; logit gradients have the dtype of the inputs."""
     tokens, dtype = 3, torch.bfloat16
     logits, gradient = tokens * vocab * 4, tokens * vocab * dtype.itemsize
     passes = {
-        "recompute": Kernel("selective_logprobs._backward_kernel", logits + gradient),
-        "cache": Kernel("_head._keep_kernel", logits + gradient),
+        "recompute": Kernel("selective_logprobs_bwd_kernel", logits + gradient),
+        "cache": Kernel("linear_logprobs_logit_grads_kernel", logits + gradient),
     }
     for mode, kernel in passes.items():
-        problem = OPERATIONS["linear_logprobs"].make(Point(tokens, 8, vocab), CPU, dtype)
-        forward = Kernel("selective_logprobs._forward_kernel", logits)
-        call = _step(problem, OPERATIONS["linear_logprobs"].ours("triton")[mode])
+        problem = OPERATIONS["linear_logprobs"].inputs(ProblemSize(tokens, 8, vocab), CPU, dtype)
+        forward = Kernel("selective_logprobs_fwd_kernel", logits)
+        call = _step(problem, OPERATIONS["linear_logprobs"].implementations("triton")[mode])
         yield Case("linear_logprobs", f"{mode}, {_name(dtype)}", call, (forward, kernel))
     yield _sparse_case(tokens, vocab, dtype)
 
 
 def _sparse_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
-    """Selection reads the logits once, as the pass without it does. Each entry gathers a row of the weight, which no
-    other has, and one of the hidden states, which lies in cache; a gradient's row is added to in place."""
+    """Select entries, which reads the logits once, and gather weighted rows.
+
+    Each entry gathers a row of the weight, which no other entry has, and one of the hidden states, which is in the
+    cache; a gradient's row is added to in place.
+    """
     hidden_size, entries = 64, 2 * tokens
     labels, others = torch.arange(tokens), torch.arange(tokens, 2 * tokens)
     weight = torch.zeros(vocab, hidden_size, dtype=dtype)
@@ -185,64 +188,67 @@ def _sparse_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
         f"sparse, {_name(dtype)}",
         call,
         (
-            Kernel("selective_logprobs._forward_kernel", tokens * (vocab * 4 + 28)),
-            Kernel("_sparse._note_kernel", tokens * (vocab * 4 + 28) + 4 * entries),
-            Kernel("_sparse._fill_kernel", tokens * 36 + (4 + 4 + 8) * entries),
-            Kernel("_sparse._weighted_rows_kernel", lists + gathered + sums + 24 * (tokens + entries)),
+            Kernel("selective_logprobs_fwd_kernel", tokens * (vocab * 4 + 28)),
+            Kernel("linear_logprobs_candidates_kernel", tokens * (vocab * 4 + 28) + 4 * entries),
+            Kernel("linear_logprobs_select_kernel", tokens * 36 + (4 + 4 + 8) * entries),
+            Kernel("linear_logprobs_weighted_rows_kernel", lists + gathered + sums + 24 * (tokens + entries)),
         ),
     )
 
 
 def _policy_cases(tokens: int) -> Iterator[Case]:
-    """Forward and gradient in one launch; a ratio of the whole sequence has to be known before its first token's loss,
-    so the two inputs go by twice."""
-    point = Point(tokens, 0, 0)
+    """Compute loss and gradient in one launch.
+
+    The ratio of a sequence has to be known before the loss of its first token, so the two inputs are read twice.
+    """
+    size = ProblemSize(tokens, 0, 0)
     for level, rereads in (("token", 0), ("sequence_mean", 1)):
         name = f"policy_loss, {level}"
-        problem, work = OPERATIONS[name].make(point, CPU, torch.float32), OPERATIONS[name].work(point, torch.float32)
+        problem = OPERATIONS[name].inputs(size, CPU, torch.float32)
+        work = OPERATIONS[name].minimal_cost(size, torch.float32)
         least = work.forward_bytes + work.backward_bytes
-        kernel = Kernel("policy_loss._kernel", least, least + rereads * work.forward_bytes)
-        yield Case("policy_loss", level, _step(problem, OPERATIONS[name].ours("triton")[""]), (kernel,))
+        kernel = Kernel("policy_loss_fwd_bwd_kernel", least, least + rereads * work.forward_bytes)
+        yield Case("policy_loss", level, _step(problem, OPERATIONS[name].implementations("triton")[""]), (kernel,))
 
 
 def _prompt_value_cases() -> Iterator[Case]:
-    """Of 1,024 tokens the last of each prompt. Every program reads the weight, or the gradients and indices of all
-    prompts, again: kilobytes, which the cache has."""
+    """Read the last token of each prompt among 1,024 tokens.
+
+    Every program reads the weight, or the gradients and indices of all prompts: kilobytes, which the cache holds.
+    """
     tokens, hidden, dtype = 1024, 1536, torch.bfloat16
     prompts = tokens // 256
     rows, weight = prompts * hidden * dtype.itemsize, hidden * dtype.itemsize
-    problem = OPERATIONS["prompt_value_loss"].make(Point(tokens, hidden, 0), CPU, dtype)
-    programs = prompts * -(-hidden // 1024)  # of the gradient of hidden; 24 of that of the weight
+    problem = OPERATIONS["prompt_value_loss"].inputs(ProblemSize(tokens, hidden, 0), CPU, dtype)
+    programs = prompts * -(-hidden // 1024)  # of the gradient of hidden; 24 of the gradient of the weight
     yield Case(
         "prompt_value_loss",
         _name(dtype),
-        _step(problem, OPERATIONS["prompt_value_loss"].ours("triton")[""]),
+        _step(problem, OPERATIONS["prompt_value_loss"].implementations("triton")[""]),
         (
-            Kernel("prompt_value._forward_kernel", rows + weight, rows + prompts * weight),
-            Kernel(
-                "prompt_value._grad_hidden_kernel", rows + weight, rows + prompts * weight + programs * prompts * 12
-            ),
-            Kernel("prompt_value._grad_weight_kernel", rows + weight, rows + weight + hidden // 64 * prompts * 12),
+            Kernel("prompt_value_fwd_kernel", rows + weight, rows + prompts * weight),
+            Kernel("prompt_value_bwd_hidden_kernel", rows + weight, rows + prompts * weight + programs * prompts * 12),
+            Kernel("prompt_value_bwd_weight_kernel", rows + weight, rows + weight + hidden // 64 * prompts * 12),
         ),
     )
 
 
 def _advantage_cases(length: int) -> Iterator[Case]:
-    """Padded responses: what the mask leaves out has a result, but need not be read."""
-    point, tokens = Point(2 * length, 0, 0), 2 * length
-    gae, whiten = (OPERATIONS[name].make(point, CPU, torch.float32) for name in ("gae", "whiten"))
+    """Use padded responses: masked places have a result, but need not be read."""
+    size, tokens = ProblemSize(2 * length, 0, 0), 2 * length
+    gae, whiten = (OPERATIONS[name].inputs(size, CPU, torch.float32) for name in ("gae", "whiten"))
     kept = {name: int(problem.tensors["mask"].sum()) for name, problem in (("gae", gae), ("whiten", whiten))}
-    # Reward and value are read whatever the mask says, and value and mask of the next token besides: the same lines of
-    # memory again, one element on.
-    kernel = Kernel("gae._kernel", tokens + 8 * kept["gae"] + 8 * tokens, (1 + 8 + 8 + 5) * tokens)
-    yield Case("gae", "", _step(gae, OPERATIONS["gae"].ours("triton")[""]), (kernel,))
+    # Reward and value are read for masked places too, and value and mask of the next token in addition: the same lines
+    # of memory again, shifted by one element.
+    kernel = Kernel("gae_fwd_kernel", tokens + 8 * kept["gae"] + 8 * tokens, (1 + 8 + 8 + 5) * tokens)
+    yield Case("gae", "", _step(gae, OPERATIONS["gae"].implementations("triton")[""]), (kernel,))
     moments = tokens + 4 * kept["whiten"]
-    kernels = Kernel("whiten._moments_kernel", moments), Kernel("whiten._normalize_kernel", moments + 4 * tokens)
-    yield Case("whiten", "", _step(whiten, OPERATIONS["whiten"].ours("triton")[""]), kernels)
+    kernels = Kernel("whiten_moments_kernel", moments), Kernel("whiten_normalize_kernel", moments + 4 * tokens)
+    yield Case("whiten", "", _step(whiten, OPERATIONS["whiten"].implementations("triton")[""]), kernels)
     # Each program of 32 responses reads all of them twice, to find those of its groups: kilobytes again.
     rewards, groups = torch.rand(512), torch.arange(512) // 8
     call = lambda: sppo_kernels.group_advantages(rewards, groups, backend="triton")
-    kernel = Kernel("group_advantages._kernel", 512 * (4 + 8 + 4), 512 * (4 + 8 + 4) + 512 // 32 * 2 * 512 * (4 + 8))
+    kernel = Kernel("group_advantages_fwd_kernel", 512 * (4 + 8 + 4), 512 * (4 + 8 + 4) + 512 // 32 * 2 * 512 * (4 + 8))
     yield Case("group_advantages", "512 responses", call, (kernel,))
 
 
@@ -258,7 +264,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def measure(case: Case) -> list[Row]:
-    """A row for each kernel that the case launches, in the order in which it is expected."""
+    """Return a row for each kernel that the case launches, in the expected order."""
     with counted() as traffic:
         case.call()
     expected = {kernel.name: kernel for kernel in case.kernels}
@@ -281,18 +287,18 @@ def _row(case: Case, kernel: Kernel, traffic: Traffic) -> Row:
         "least": kernel.least,
         "ratio": ratio,
         "designed": designed,
-        "passed": 0.9 * designed < ratio <= SLACK * designed,  # much less would be a wrong count
+        "passed": 0.9 * designed < ratio <= SLACK * designed,  # much less would be a miscount
     }
 
 
 def launched_by_none(rows: list[Row]) -> list[str]:
-    """Kernels of the package that no case launches."""
+    """List the kernels of the package that no case launches."""
     modules = [
         importlib.import_module(m.name)
         for m in pkgutil.walk_packages(sppo_kernels.__path__, f"{sppo_kernels.__name__}.")
     ]
     kernels = {
-        f"{module.__name__.rpartition('.')[2]}.{name}"
+        name
         for module in modules
         for name, value in vars(module).items()
         if isinstance(value, interpreter.InterpretedFunction) and name.endswith("kernel")
@@ -309,15 +315,15 @@ COLUMNS: results.Columns = {
     "kernel": lambda row: row["kernel"],
     "loaded": lambda row: row["loaded"],
     "stored": lambda row: row["stored"],
-    "over the least": lambda row: f"{row['ratio']:.3f}",
+    "over the minimum": lambda row: f"{row['ratio']:.3f}",
     "designed": lambda row: f"{row['designed']:.3f}",
 }
 
 
 def chart(rows: list[Row]) -> results.Chart:
-    """Ratios of the kernels."""
+    """Chart the ratios of the kernels."""
     bars = [(f"{_title(row)}: {row['kernel']}", row["ratio"]) for row in rows]
-    return results.Chart("bytes loaded and stored, over the least possible", bars, limit=SLACK)
+    return results.Chart("bytes loaded and stored, over the minimum", bars, limit=SLACK)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -327,16 +333,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
-    if not _backend.INTERPRETED:
+    if not library_seams.is_interpreted():
         return run_interpreted(args)
-    np.seterr(all="ignore")  # of what masked lanes hold
+    np.seterr(all="ignore")  # from the contents of masked lanes
     rows: list[Row] = []
     torch.manual_seed(0)
     for case in cases(args.quick):
         print(f"{case.operation} {case.label}", file=sys.stderr, flush=True)
         rows += measure(case)
     failures = [
-        f"{_title(row)}, {row['kernel']}: {row['ratio']:.3f} times the least, not {row['designed']:.3f}"
+        f"{_title(row)}, {row['kernel']}: {row['ratio']:.3f} times the minimum, not {row['designed']:.3f}"
         for row in rows
         if not row["passed"]
     ]

@@ -1,9 +1,9 @@
 """Seconds and peak memory of an update of TRL's GRPOTrainer with and without the patch.
 
-The same trainer, model and responses, made beforehand in place of generation; the head has 151,936 rows. The ways take
-turns, round by round, so that a machine shared with others slows all. Peak memory is the most that an update held
-beyond what there was before it (weights and the optimizer's state): resident memory of the process on a CPU (Linux),
-allocated memory on a GPU. Before that one update by SGD is made in each way; the exit code is 1 when gradients differ.
+Trainer, model and prepared responses are the same; the vocabulary has 151,936 tokens. Variants take turns, round by
+round, so that a machine shared with others slows all. Peak memory is the most that an update held beyond what existed
+before it (weights and the optimizer's state): resident memory of the process on a CPU (Linux), allocated memory on a
+GPU. First one update by SGD is made with each variant; the exit code is 1 when gradients differ.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
 from benchmarks.step.models import make_policy
 from benchmarks.step.prepared import KINDS, Prepared, lengths_of
-from benchmarks.step.trainers import Probe, Way, make_trainer, settings_of
+from benchmarks.step.trainers import Probe, TrainerVariant, make_trainer, settings_of
 from sppo_kernels.integrations import trl as fused
 
 
-def only_bearing_loss() -> AbstractContextManager[Any]:
-    """TRL's own function as it is used on a GPU; on a CPU TRL projects prompts and padding too."""
+def only_tokens_with_a_loss() -> AbstractContextManager[Any]:
+    """Use TRL's own function as on a GPU; on a CPU TRL projects prompts and padding too."""
     from trl.trainer import utils
 
     return mock.patch.object(utils, "_use_triton", return_value=True)
 
 
-WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+VARIANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "TRL": nullcontext,
-    "TRL, only tokens that bear loss": only_bearing_loss,
+    "TRL, only tokens with a loss": only_tokens_with_a_loss,
     "patched": fused.patch,
     'patched, backward="recompute"': lambda: fused.patch(backward="recompute"),
 }
@@ -52,15 +52,15 @@ SIZES = {
     "cuda": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4, "vocab_size": VOCAB},
 }
 MEANS = {"cpu": 24, "cuda": 512}
-HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8192}
-TOLERANCES = {"cpu": 1e-4, "cuda": 2e-2}  # of the gradient; on a GPU it is bfloat16's
+ATTENTION_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8192}
+TOLERANCES = {"cpu": 1e-4, "cuda": 2e-2}  # of the gradient, which is bfloat16 on a GPU
 PROMPTS, RESPONSES = 4, 32
-PROMPT = 32  # tokens, about
+PROMPT = 32  # mean tokens
 MIB = 1 << 20
 
 
 class Peak(TrainerCallback):
-    """The most memory that each update held beyond what there was before it, in bytes."""
+    """Records the most memory that each update held beyond what existed before it, in bytes."""
 
     def __init__(self) -> None:
         self.peaks: list[int] = []
@@ -71,8 +71,8 @@ class Peak(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is not resident
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what is resident now
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory is then not resident
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
             self._before = _resident("VmRSS")
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -85,11 +85,13 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
-def train(way: str, size: dict[str, int], prepared: Prepared, **settings: Any) -> tuple[Tensor, list[float], list[int]]:
-    """Train -> what it moved the weights by, the seconds and the peak of each update but the first."""
-    policy, peak, probe, grpo = make_policy(size, results.this_device()), Peak(), Probe(), Way("TRL", "grpo")
+def train(
+    variant: str, size: dict[str, int], prepared: Prepared, **settings: Any
+) -> tuple[Tensor, list[float], list[int]]:
+    """Return the change of the weights, and seconds and peak of each update but the first."""
+    policy, peak, probe, grpo = make_policy(size, results.this_device()), Peak(), Probe(), TrainerVariant("TRL", "grpo")
     before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
-    with tempfile.TemporaryDirectory() as folder, WAYS[way]():
+    with tempfile.TemporaryDirectory() as folder, VARIANTS[variant]():
         settings = settings_of(grpo, prepared, folder, gradient_checkpointing=False, **settings)
         make_trainer(grpo, policy, prepared, settings, probe, callbacks=[peak]).train()
     moved = torch.cat([p.detach().flatten().cpu() for p in policy.parameters()]) - before.cpu()
@@ -97,35 +99,37 @@ def train(way: str, size: dict[str, int], prepared: Prepared, **settings: Any) -
 
 
 def measure(kind: str, size: dict[str, int], lengths: Sequence[int], rounds: int) -> list[Row]:
-    """A row for each way, of two updates a round by turns."""
+    """Return a row for each variant, measured in turns of two updates."""
     prepared = Prepared(size["vocab_size"], PROMPTS, PROMPT, lengths)
-    moved = {way: train(way, size, prepared, max_steps=1, optim="sgd", learning_rate=1.0)[0] for way in WAYS}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    peaks: dict[str, list[int]] = {way: [] for way in WAYS}
+    moved = {
+        variant: train(variant, size, prepared, max_steps=1, optim="sgd", learning_rate=1.0)[0] for variant in VARIANTS
+    }
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    peaks: dict[str, list[int]] = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
-        for way in WAYS:
-            _, times, most = train(way, size, prepared, max_steps=3)
-            seconds[way] += times
-            peaks[way] += most
+        for variant in VARIANTS:
+            _, times, most = train(variant, size, prepared, max_steps=3)
+            seconds[variant] += times
+            peaks[variant] += most
     return [
         {
-            "way": way,
+            "variant": variant,
             "responses": kind,
             "tokens": sum(lengths),
             "longest": max(lengths),
             **size,
-            "gradient_error": ((moved[way] - moved["TRL"]).norm() / moved["TRL"].norm()).item(),
-            "update_s": statistics.median(seconds[way]),
-            "updates_s": [round(each, 4) for each in seconds[way]],
-            "peak_bytes": max(peaks[way]),
-            "speedup": statistics.median(seconds["TRL"]) / statistics.median(seconds[way]),
+            "gradient_error": ((moved[variant] - moved["TRL"]).norm() / moved["TRL"].norm()).item(),
+            "update_s": statistics.median(seconds[variant]),
+            "updates_s": [round(each, 4) for each in seconds[variant]],
+            "peak_bytes": max(peaks[variant]),
+            "speedup": statistics.median(seconds["TRL"]) / statistics.median(seconds[variant]),
         }
-        for way in WAYS
+        for variant in VARIANTS
     ]
 
 
 COLUMNS: results.Columns = {
-    "GRPOTrainer": lambda row: row["way"],
+    "GRPOTrainer": lambda row: row["variant"],
     "responses": lambda row: row["responses"],
     "tokens": lambda row: row["tokens"],
     "update, s": lambda row: row["update_s"],
@@ -136,30 +140,30 @@ COLUMNS: results.Columns = {
 
 
 def failures_of(rows: Sequence[Row], tolerance: float) -> list[str]:
-    """Gradients that are not TRL's."""
+    """List the variants whose gradients differ from TRL's."""
     return [
-        f"{row['way']}, {row['responses']}: gradients differ by {row['gradient_error']:.1e}"
+        f"{row['variant']}, {row['responses']}: gradients differ by {row['gradient_error']:.1e}"
         for row in rows
         if not row["gradient_error"] <= tolerance
     ]
 
 
 def chart(rows: Sequence[Row]) -> results.Chart:
-    """Peak memory."""
-    bars = [(f"{row['way']}, {row['responses']}", row["peak_bytes"] / MIB) for row in rows]
+    """Chart the peak memory."""
+    bars = [(f"{row['variant']}, {row['responses']}", row["peak_bytes"] / MIB) for row in rows]
     return results.Chart("peak memory of an update, MiB", bars)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a smaller model, one round")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each way (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant (%(default)s)")
     results.add_out(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
     device = results.this_device()
-    size = (QUICK if args.quick else SIZES[device.type]) | HEADS
+    size = (QUICK if args.quick else SIZES[device.type]) | ATTENTION_HEADS
     path = args.out / "trl.json"
     rows: list[Row] = []
     for kind in KINDS:
@@ -176,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
             failures=(failures := failures_of(rows, TOLERANCES[device.type])),
             rows=rows,
         )
-        print(f"{kind} is measured", flush=True)
+        print(f"measured {kind} lengths", flush=True)
     return results.conclude(results.table(rows, COLUMNS), failures, path)
 
 

@@ -1,9 +1,9 @@
 """Measure which launch configuration of each kernel is fastest on this device, by class of shapes.
 
-A kernel runs through its operation, forward or backward, with each of its candidates. One whose results stray from
-float64 further than the kernels suite allows has no time. The fastest is chosen where it saves at least 2 percent over
-the default. The choices are written to tuning.json, for ``sppo_kernels.tuning.load``, after each shape, so that a
-killed run leaves what it had; all times are in tune.json.
+A kernel runs through its operation, forward or backward, with each of its candidates. A candidate whose results differ
+from float64 by more than the suite kernels allows gets no time. The fastest is chosen if it saves at least 2 percent
+compared with the default. The choices are written to tuning.json, for ``sppo_kernels.tuning.load``, after each shape,
+so that a killed run leaves what it has; all times are in tune.json.
 
 Requires a GPU. Without one ``--quick`` tries the suite in Triton's interpreter with tiny sizes, where nothing is chosen
 because an interpreter's times mean nothing. The exit code is 1 when a candidate is wrong.
@@ -20,26 +20,39 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness import checking, results, timing
+from benchmarks.harness import checking, library_seams, results, timing
 from benchmarks.harness.cases import MILLION
 from benchmarks.harness.interpreter import run_interpreted
-from benchmarks.harness.operations import OPERATIONS, Outputs, Point, Problem, responses
+from benchmarks.harness.operations import OPERATIONS
+from benchmarks.harness.operations.losses import PolicyLoss
+from benchmarks.harness.problem import Outputs, Problem, ProblemSize
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
-from sppo_kernels import _backend, tuning
+from sppo_kernels import tuning
 from sppo_kernels.tuning import TUNABLES, Config, Tunable
 
-GAIN = 0.02  # a configuration that saves less is as good as noise
+GAIN = 0.02  # smaller savings are noise
 
 
 class Shape(NamedTuple):
-    """A kernel where it is tuned: the mode of its operation, the part of it that is timed, the length of its rows."""
+    """A kernel and the shape for which it is tuned.
+
+    Attributes:
+        kernel: name of the tunable.
+        operation: the operation that launches it.
+        mode: of the operation.
+        part: what is timed, "forward" or "backward".
+        size: of the inputs.
+        dtype: of the inputs.
+        length: of a row.
+        itemsize: bytes of a row's element.
+    """
 
     kernel: str
     operation: str
     mode: str
-    part: str  # "forward" or "backward"
-    point: Point
+    part: str
+    size: ProblemSize
     dtype: torch.dtype
     length: int
     itemsize: int
@@ -49,20 +62,20 @@ VOCABULARIES = (151_936, 128_256, 49_152)
 
 
 def shapes(tiny: bool, vocabularies: Sequence[int] = VOCABULARIES) -> list[Shape]:
-    """Rows of logits of some vocabularies: half-precision ones that are given, float32 ones that are made."""
+    """Return rows of logits of some vocabularies, given in half precision or computed in float32, and responses."""
     found = []
     for vocab in (97,) if tiny else vocabularies:
-        # Of a small hidden size, so that linear_logprobs' products beside the row pass are short.
-        point = Point(8 if tiny else 4096, 8 if tiny else 64, vocab)
+        # A small hidden size, so that the matrix products next to the row pass are short.
+        size = ProblemSize(8 if tiny else 4096, 8 if tiny else 64, vocab)
         for part, dtype in product(("forward", "backward"), (torch.bfloat16, torch.float32)):
             kernel = f"selective_logprobs.{part}"
-            found.append(Shape(kernel, "selective_logprobs", "", part, point, dtype, vocab, dtype.itemsize))
+            found.append(Shape(kernel, "selective_logprobs", "", part, size, dtype, vocab, dtype.itemsize))
         kernel = "linear_logprobs.logit_grads"
-        found.append(Shape(kernel, "linear_logprobs", "cache", "forward", point, torch.bfloat16, vocab, 4))
+        found.append(Shape(kernel, "linear_logprobs", "cache", "forward", size, torch.bfloat16, vocab, 4))
     tokens = 256 if tiny else MILLION
-    length = tokens // responses(tokens)
-    point = Point(tokens, 0, 0)
-    found.append(Shape("policy_loss", "policy_loss, token", "", "forward", point, torch.float32, length, 4))
+    length = tokens // PolicyLoss.num_responses(tokens)
+    size = ProblemSize(tokens, 0, 0)
+    found.append(Shape("policy_loss", "policy_loss, token", "", "forward", size, torch.float32, length, 4))
     return found
 
 
@@ -71,7 +84,7 @@ class Tuner:
 
     def __init__(self, device: torch.device, out: Path) -> None:
         self.device, self.out = device, out
-        self.judged = device.type != "cpu"
+        self.timed = device.type != "cpu"
         self.rows: list[Row] = []
         self.failures: list[str] = []
 
@@ -88,8 +101,8 @@ class Tuner:
         tunable = TUNABLES[shape.kernel]
         operation = OPERATIONS[shape.operation]
         torch.manual_seed(0)
-        problem = operation.make(shape.point, self.device, shape.dtype)
-        function = operation.ours("triton")[shape.mode]
+        problem = operation.inputs(shape.size, self.device, shape.dtype)
+        function = operation.implementations("triton")[shape.mode]
         truth, allowed = checking.truth_and_tolerance(operation, problem)
         rows: list[Row] = [{"kernel": shape.kernel, "shapes": where, **c._asdict()} for c in tunable.candidates]
         for config, row in zip(tunable.candidates, rows, strict=True):
@@ -106,15 +119,15 @@ class Tuner:
         self.rows += rows
 
     def _time(self, problem: Problem, function: Callable[..., Outputs], part: str) -> dict[str, float]:
-        repeats = 30 if self.judged else 2
+        repeats = 30 if self.timed else 2
         if part == "forward":
             return timing.measure(lambda: problem.forward(function), self.device, repeats)
         return timing.measure_parts(problem.step(function), self.device, repeats, warmup=2)["backward"]
 
     def _choose(self, tunable: Tunable, where: str, rows: list[Row]) -> None:
-        """The first candidate is the default."""
+        """Choose the fastest candidate; the first one is the default."""
         timed = [row for row in rows if "ms" in row]
-        if not self.judged or not timed:
+        if not self.timed or not timed:
             return
         best = min(timed, key=lambda row: row["ms"])
         default = rows[0].get("ms", float("inf"))
@@ -152,7 +165,7 @@ COLUMNS: results.Columns = {
 
 
 def chart(rows: list[Row]) -> results.Chart:
-    """Times of the candidates."""
+    """Chart the times of the candidates."""
     name = lambda row: f"{row['kernel']}, {row['shapes']}: {row['block']}/{row['num_warps']}"
     return results.Chart("ms", [(name(row), row["ms"]) for row in rows if "ms" in row])
 
@@ -167,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
-    if not torch.cuda.is_available() and not _backend.INTERPRETED:
+    if not torch.cuda.is_available() and not library_seams.is_interpreted():
         if args.quick:
             return run_interpreted(args)
         print("there is no GPU here; --quick tries the suite in Triton's interpreter", file=sys.stderr)
@@ -176,8 +189,8 @@ def run(args: argparse.Namespace) -> int:
     tuner = Tuner(device, args.out)
     tuner.run(shapes(tiny=args.quick or device.type == "cpu", vocabularies=args.vocab))
     print(results.table(tuner.rows, COLUMNS))
-    judged = "" if tuner.judged else " (interpreted: times say nothing and nothing is chosen)"
-    print(f"\n{results.device_name(device)}{judged}; {len(tuner.failures)} failures; written to {args.out}/tuning.json")
+    note = "" if tuner.timed else " (interpreted: times mean nothing and nothing is chosen)"
+    print(f"\n{results.device_name(device)}{note}; {len(tuner.failures)} failures; written to {args.out}/tuning.json")
     return 1 if tuner.failures else 0
 
 

@@ -89,7 +89,7 @@ def chart(rows: list[dict[str, Any]]) -> results.Chart:
     """The most registers that a kernel takes on any target, against those that a thread of NVIDIA's may have."""
     most: dict[str, float] = {}
     for row in rows:
-        name = f"{row['module'].rpartition('.')[2]}.{row['kernel']}: {row['target']}"
+        name = f"{row['kernel']}: {row['target']}"
         most[name] = max(most.get(name, 0), row["registers"])
     return results.Chart("registers a thread", sorted(most.items()), limit=255)
 
@@ -113,7 +113,7 @@ def published_table(folder: Path) -> str:
     found: dict[tuple[str, str], list[Row]] = {}
     for report in sorted(results.load_all(folder, "compile"), key=lambda report: report["versions"]["triton"]):
         for row in report["rows"]:
-            kernel = f"`{row['module'].rpartition('.')[2]}.{row['kernel']}`"
+            kernel = f"`{row['kernel']}`"
             found.setdefault((kernel, report["versions"]["triton"]), []).append(row)
     targets = list(dict.fromkeys(row["target"] for rows in found.values() for row in rows))
     lines = [

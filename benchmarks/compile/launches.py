@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
-from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from sppo_kernels import _backend
+from benchmarks.harness import library_seams
 
 
 class Target(NamedTuple):
@@ -122,8 +121,7 @@ def _launches_of(case: Case, target: str) -> list[Launch]:
         )
         return True  # "already done": neither compiled nor launched
 
-    # The tensors are on the CPU, where the library otherwise insists on Triton's interpreter.
-    with triton.knobs.runtime.scope(), mock.patch.object(_backend, "INTERPRETED", True):
+    with triton.knobs.runtime.scope(), library_seams.accept_cpu_tensors():
         triton.knobs.runtime.jit_cache_hook = note
         case.call()
     return noted

@@ -1,13 +1,12 @@
-"""What PyTorch allocates, noted on tensors without data: the bodies of our operations run, their kernels do not."""
+"""Tracking of PyTorch's allocations, on fake tensors too, where the library's operations run without their kernels."""
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate, count
-from typing import Any
 from unittest import mock
 
 import torch
@@ -16,28 +15,19 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sppo_kernels import _head as head
-from sppo_kernels.ops import linear_logprobs as linear
-from sppo_kernels.ops import linear_policy_loss as linear_policy
-from sppo_kernels.ops import policy_loss as policy
-from sppo_kernels.ops import prompt_value
-from sppo_kernels.ops import selective_logprobs as selective
+from benchmarks.harness.library_seams import OPERATION_BODIES
 
 GIB = 1 << 30
-# Registered operations are opaque to a dispatch mode, and on fake tensors show what they return alone.
-_BODIES = {
-    op._opoverload: op._init_fn
-    for module in (linear, policy, prompt_value)
-    for op in vars(module).values()
-    if isinstance(op, torch.library.CustomOpDef)
-}
 
 
 class Allocations(TorchDispatchMode):
-    """Notes each storage that comes into being under this mode, and each of those that goes.
+    """Records each storage that is allocated under this mode, and when it is freed.
+
+    Args:
+        inputs: tensors whose storages do not count.
 
     Attributes:
-        kind: of the storages that come into being from now on.
+        kind: the kind of storages that are allocated from now on.
     """
 
     def __init__(self, inputs: Iterable[Tensor] = ()) -> None:
@@ -48,26 +38,26 @@ class Allocations(TorchDispatchMode):
         self._alive = {storage._cdata: next(self._serial) for storage in self._inputs}
         self._sizes: dict[int, int] = {}
         self._kinds: dict[int, Hashable] = {}
-        self._events: list[tuple[int, int]] = []  # which storage; its bytes, negative when it goes
+        self._events: list[tuple[int, int]] = []  # storage and its bytes, negative when it is freed
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if DTensor in types:
-            return NotImplemented  # it comes again with the local tensors
-        if func is torch.ops.aten.addmm.dtype_out:  # it exists for CUDA alone, and writes in place
+            return NotImplemented  # the same call follows with the local tensors
+        if func is torch.ops.aten.addmm.dtype_out:  # exists only for CUDA, and writes in place
             return kwargs["out"]
-        if func in _BODIES:
+        if func in OPERATION_BODIES:
             with self:
-                return _BODIES[func](*args, **kwargs)
+                return OPERATION_BODIES[func](*args, **kwargs)
         out = func(*args, **kwargs)
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
-                self._note(x.untyped_storage())
+                self._record(x.untyped_storage())
         return out
 
     @contextmanager
     def making(self, kind: Hashable) -> Iterator[None]:
-        """What comes into being inside is of this kind."""
+        """Give what is allocated inside this kind."""
         before, self.kind = self.kind, kind
         try:
             yield
@@ -75,52 +65,52 @@ class Allocations(TorchDispatchMode):
             self.kind = before
 
     def name(self, kind: Hashable, tensors: Iterable[Tensor]) -> None:
-        """Say afterwards of what kind some tensors that are alive were from their beginning."""
+        """Set the kind of tensors that are alive, as of their allocation."""
         for x in tensors:
             local = x._local_tensor if isinstance(x, DTensor) else x
             self._kinds[self._alive[local.untyped_storage()._cdata]] = kind
 
     def kind_of(self, x: Tensor) -> Hashable:
-        """Of its storage; None if that was not seen to come into being."""
+        """Return the kind of a tensor's storage; None if its allocation was not recorded."""
         return self._kinds.get(self._alive.get(x.untyped_storage()._cdata, -1))
 
     @contextmanager
     def resizes(self) -> Iterator[None]:
-        """Note too where a storage is freed, or made again, in place, as FSDP2 does."""
+        """Record storages that are freed or allocated again in place too, as FSDP2 does."""
         resize = torch.UntypedStorage.resize_
 
-        def noted(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        def recorded(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
             resize(storage, size)
             if (serial := self._alive.get(storage._cdata)) in self._sizes:
                 self._events.append((serial, size - self._sizes[serial]))
                 self._sizes[serial] = size
             return storage
 
-        with mock.patch.object(torch.UntypedStorage, "resize_", noted):
+        with mock.patch.object(torch.UntypedStorage, "resize_", recorded):
             yield
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _record(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata not in self._alive:
             serial = self._alive[storage._cdata] = next(self._serial)
             self._sizes[serial], self._kinds[serial] = storage.nbytes(), self.kind
             self._events.append((serial, storage.nbytes()))
-            weakref.finalize(storage, self._note_end, storage._cdata)
+            weakref.finalize(storage, self._record_end, storage._cdata)
 
-    def _note_end(self, cdata: int) -> None:
+    def _record_end(self, cdata: int) -> None:
         serial = self._alive.pop(cdata)
         self._events.append((serial, -self._sizes.pop(serial)))
 
     def moment(self) -> int:
-        """Now, as :meth:`peak_by_kind` takes it."""
+        """Return the current moment for :meth:`peak_by_kind`."""
         return len(self._events)
 
     def peak(self, apart_from: Iterable[Tensor] = ()) -> int:
-        """Most bytes at one time, the storages of some tensors not among them."""
+        """Return the most bytes allocated at one time, without the storages of some tensors."""
         left_out = {self._alive[x.untyped_storage()._cdata] for x in apart_from}
         return max(accumulate(size for serial, size in self._events if serial not in left_out), default=0)
 
     def peak_by_kind(self, since: int = 0, until: int | None = None) -> dict[Hashable, int]:
-        """What the most bytes at one time between two moments were."""
+        """Return the bytes by kind at the peak between two moments."""
         now: Counter[Hashable] = Counter()
         total, most, found = 0, -1, now.copy()
         for i, (serial, size) in enumerate(self._events[:until], 1):
@@ -129,45 +119,3 @@ class Allocations(TorchDispatchMode):
             if i >= since and total > most:
                 most, found = total, now.copy()
         return dict(found)
-
-
-class _NoKernel:
-    """Stands for a Triton kernel: it takes a launch and does nothing."""
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
-
-
-class _ProjectionOnCUDA(head.Projection):
-    """As on a CUDA device. Fake tensors say they are on the CPU: PyTorch built without CUDA refuses to index others."""
-
-    def __init__(self, weights, bias) -> None:
-        self.mixed, self.weights, self.bias = True, weights, bias
-
-
-@contextmanager
-def without_values(spans: Iterable[tuple[int, int]]) -> Iterator[None]:
-    """As on a CUDA device, without kernels.
-
-    What has to look at values is told which tokens they would single out, one question after the other.
-    """
-    answers = iter(spans)
-    where = lambda mask: torch.arange(*next(answers))
-    triton: Callable[..., Any] = lambda backend, tensor: backend or "triton"
-    modules = (head, linear, linear_policy, policy, prompt_value, selective)
-    patches: list[Any] = [
-        mock.patch.object(head, "Projection", _ProjectionOnCUDA),
-        mock.patch.object(linear, "_CHUNK_BYTES_CPU", linear._CHUNK_BYTES_ACCELERATOR),
-    ]
-    patches += [mock.patch.object(module, "where", where) for module in (head, linear, linear_policy)]
-    patches += [mock.patch.object(module, "pick_backend", triton) for module in (linear, policy, prompt_value)]
-    patches += [
-        mock.patch.object(module, name, _NoKernel())
-        for module in modules
-        for name in vars(module)
-        if name.endswith("_kernel")
-    ]
-    with ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
-        yield

@@ -1,4 +1,4 @@
-"""Which operations are measured where: the plans of the suite kernels."""
+"""Which operations are measured at which sizes: the plans of the suite kernels."""
 
 from __future__ import annotations
 
@@ -6,105 +6,119 @@ from collections.abc import Iterable
 from itertools import product
 from typing import Any, NamedTuple
 
-from benchmarks.harness.operations import OPERATIONS, Point
+from benchmarks.harness.operations import OPERATIONS
+from benchmarks.harness.problem import ProblemSize
 from benchmarks.harness.results import Row
 
-HEADS = {"0.5B": (896, 151_936), "1.5B": (1536, 151_936), "7B": (3584, 152_064), "8B": (4096, 151_936)}  # Qwen
-BASE = Point(8192, *HEADS["8B"])
+# Hidden size and vocabulary of Qwen's language models.
+LM_SHAPES = {"0.5B": (896, 151_936), "1.5B": (1536, 151_936), "7B": (3584, 152_064), "8B": (4096, 151_936)}
+BASE = ProblemSize(8192, *LM_SHAPES["8B"])
 MILLION = 1 << 20
 SHARP = BASE._replace(logits="sharp")
-BARE = "bare products"  # a reference, not an implementation: see the suite kernels
+OURS = "sppo_kernels"
+GEMM_ONLY = "matmuls only"
+"""A lower bound rather than an implementation: the matrix products that every implementation needs."""
 
 
-class Item(NamedTuple):
-    """An operation at a point."""
+class BenchmarkCase(NamedTuple):
+    """An operation at a size."""
 
     operation: str
-    point: Point
+    size: ProblemSize
+
+    @property
+    def title(self) -> str:
+        """A short description, which omits default settings."""
+        size = self.size
+        shape = f"{size.tokens} tokens" + (f", H {size.hidden}, V {size.vocab}" if size.vocab else "")
+        changed = [f"{name} {getattr(size, name)}" for name in ("ignored", "clipped") if getattr(size, name)]
+        kind = [size.logits] if size.logits != "peaked" else []
+        return ", ".join([f"{self.operation}: {shape}", *changed, *kind])
+
+    def row_key(self) -> Row:
+        """Return the columns that identify the case in a row of results."""
+        return {"operation": self.operation, **self.size._asdict()}
+
+    @classmethod
+    def of_row(cls, row: Row) -> BenchmarkCase:
+        """Return the case that a row of results is about."""
+        return cls(row["operation"], ProblemSize(*(row[name] for name in ProblemSize._fields)))
 
 
-def describe(item: Item) -> str:
-    """In a few words; what is as usual is left out."""
-    point = item.point
-    size = f"{point.tokens} tokens" + (f", H {point.hidden}, V {point.vocab}" if point.vocab else "")
-    changed = [f"{name} {getattr(point, name)}" for name in ("ignored", "clipped") if getattr(point, name)]
-    return ", ".join([f"{item.operation}: {size}", *changed, *([point.logits] if point.logits != "peaked" else [])])
+def provider_name(mode: str) -> str:
+    """Return how rows of results call a mode of this library."""
+    return f"{OURS}, {mode}" if mode else OURS
 
 
-def head_of(item: Item) -> Row:
-    """The columns that say what a row is of."""
-    return {"operation": item.operation, **item.point._asdict()}
+def is_ours(provider: str) -> bool:
+    """Tell whether a provider is a mode of this library."""
+    return provider.startswith(OURS)
 
 
-def item_of(row: Row) -> Item:
-    """What a row is of."""
-    return Item(row["operation"], Point(*(row[name] for name in Point._fields)))
+POLICY_LOSSES = ("policy_loss, token", "policy_loss, sequence_mean")
+OTHER_OPERATIONS = ("prompt_value_loss", "gae", "whiten", "group_advantages")
 
 
-def _linear(*points: Point) -> list[Item]:
-    return [Item("linear_logprobs", point) for point in points]
+def _linear(*sizes: ProblemSize) -> list[BenchmarkCase]:
+    return [BenchmarkCase("linear_logprobs", size) for size in sizes]
 
 
-POLICY = ("policy_loss, token", "policy_loss, sequence_mean")
-REST = ("prompt_value_loss", "gae", "whiten", "group_advantages")
+def _without_vocabulary(names: Iterable[str], *tokens: int) -> list[BenchmarkCase]:
+    return [BenchmarkCase(name, ProblemSize(n, LM_SHAPES["1.5B"][0], 0)) for n, name in product(tokens, names)]
 
 
-def _small(names: Iterable[str], *tokens: int) -> list[Item]:
-    """Operations that have nothing to do with a vocabulary."""
-    return [Item(name, Point(n, HEADS["1.5B"][0], 0)) for n, name in product(tokens, names)]
-
-
-def _swept(base: Point) -> list[Point]:
-    """One thing at a time: noise for distributions, tokens without loss, tokens without gradient."""
+def _sweep(base: ProblemSize) -> list[ProblemSize]:
+    """Change one property at a time: kind of logits, share of ignored tokens, share of clipped tokens."""
     changes: list[dict[str, Any]] = [
         {"logits": "uniform"}, {"ignored": 0.5}, {"ignored": 0.9}, {"clipped": 0.3}, {"clipped": 0.9},
     ]  # fmt: skip
     return [base._replace(**change) for change in changes]
 
 
-_TINY = Point(512, 64, 1024)
-_CPU = Point(512, 576, 49_152)  # SmolLM2-135M's head
+_TINY = ProblemSize(512, 64, 1024)
+_DRY = ProblemSize(8, 16, 97, ignored=0.25, clipped=0.25)
+_CPU = ProblemSize(512, 576, 49_152)  # the output embedding of SmolLM2-135M
 
-PLANS: dict[str, list[Item]] = {
-    # What the claims are about, and the heads of small models, where row passes weigh most.
+PLANS: dict[str, list[BenchmarkCase]] = {
+    # The cases of the claims, and small models, where row passes weigh most.
     "headline": [
-        *_linear(BASE, SHARP, Point(16_384, *HEADS["1.5B"]), Point(4096, *HEADS["0.5B"])),
-        Item("selective_logprobs", BASE),
-        *_small(POLICY, MILLION),
-        Item("linear_logprobs, mean NLL", BASE),
+        *_linear(BASE, SHARP, ProblemSize(16_384, *LM_SHAPES["1.5B"]), ProblemSize(4096, *LM_SHAPES["0.5B"])),
+        BenchmarkCase("selective_logprobs", BASE),
+        *_without_vocabulary(POLICY_LOSSES, MILLION),
+        BenchmarkCase("linear_logprobs, mean NLL", BASE),
     ],
-    "compiled": [*_linear(BASE, SHARP), Item("selective_logprobs", BASE)],
+    "compiled": [*_linear(BASE, SHARP), BenchmarkCase("selective_logprobs", BASE)],
     "shapes": _linear(
         BASE._replace(tokens=4096),
-        *(Point(8192, *HEADS[name]) for name in ("0.5B", "1.5B", "7B")),
+        *(ProblemSize(8192, *LM_SHAPES[name]) for name in ("0.5B", "1.5B", "7B")),
         BASE._replace(tokens=32_768),
     ),
     "others": [
-        *(Item("linear_logprobs + policy_loss", point) for point in (BASE, SHARP)),
-        *_small(REST, MILLION),
+        *(BenchmarkCase("linear_logprobs + policy_loss", size) for size in (BASE, SHARP)),
+        *_without_vocabulary(OTHER_OPERATIONS, MILLION),
     ],
     "sweep": [
-        *_linear(*(BASE._replace(tokens=n) for n in (1024, 2048, 16_384, 65_536)), *_swept(BASE)),
-        *(Item("selective_logprobs", point) for point in (BASE._replace(tokens=1024), *_swept(BASE))),
-        *_small((*POLICY, *REST), 8192, 65_536),
+        *_linear(*(BASE._replace(tokens=n) for n in (1024, 2048, 16_384, 65_536)), *_sweep(BASE)),
+        *(BenchmarkCase("selective_logprobs", size) for size in (BASE._replace(tokens=1024), *_sweep(BASE))),
+        *_without_vocabulary((*POLICY_LOSSES, *OTHER_OPERATIONS), 8192, 65_536),
     ],
     "quick": [
         *_linear(_TINY, _TINY._replace(ignored=0.5, clipped=0.5), _TINY._replace(logits="sharp")),
-        *(Item(name, _TINY) for name in ("linear_logprobs, mean NLL", "linear_logprobs + policy_loss")),
-        Item("selective_logprobs", _TINY),
-        *_small((*POLICY, *REST), 4096),
+        *(BenchmarkCase(name, _TINY) for name in ("linear_logprobs, mean NLL", "linear_logprobs + policy_loss")),
+        BenchmarkCase("selective_logprobs", _TINY),
+        *_without_vocabulary((*POLICY_LOSSES, *OTHER_OPERATIONS), 4096),
     ],
     "dry": [
-        *(Item(name, Point(8, 16, 97, ignored=0.25, clipped=0.25)) for name in OPERATIONS if "logprobs" in name),
-        *_small((*POLICY, *REST), 64),
+        *(BenchmarkCase(name, _DRY) for name in OPERATIONS if "logprobs" in name),
+        *_without_vocabulary((*POLICY_LOSSES, *OTHER_OPERATIONS), 64),
     ],
     "cpu": [
         *_linear(
             _CPU, *(_CPU._replace(**change) for change in ({"ignored": 0.9}, {"clipped": 0.9}, {"logits": "sharp"}))
         ),
-        *(Item(name, _CPU) for name in ("linear_logprobs, mean NLL", "linear_logprobs + policy_loss")),
-        Item("selective_logprobs", _CPU),
-        *_small((*POLICY, *REST), 65_536),
+        *(BenchmarkCase(name, _CPU) for name in ("linear_logprobs, mean NLL", "linear_logprobs + policy_loss")),
+        BenchmarkCase("selective_logprobs", _CPU),
+        *_without_vocabulary((*POLICY_LOSSES, *OTHER_OPERATIONS), 65_536),
     ],
 }
 PLANS["full"] = [*PLANS["headline"], *PLANS["shapes"], *PLANS["others"], *PLANS["sweep"]]

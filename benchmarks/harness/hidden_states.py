@@ -1,6 +1,6 @@
-"""Hidden states of a real model: SmolLM2-135M-Instruct's, before each token of its own answers to reasoning prompts.
+"""Hidden states of SmolLM2-135M-Instruct before each token of its own answers to reasoning prompts.
 
-Sampling takes minutes on a CPU, so they are kept in a folder and read from there the next time.
+Sampling takes minutes on a CPU, so the states are saved to a folder and read from there the next time.
 """
 
 from __future__ import annotations
@@ -13,22 +13,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-THOUGHT = "Think step by step, then give the answer."  # the system prompt, where a set of prompts has none
+SYSTEM_PROMPT = "Think step by step, then give the answer."  # for sets of prompts without one
 
 
-class States(NamedTuple):
-    """``hidden`` ``[N, H]`` float32 of the positions that predict the sampled tokens ``labels`` ``[N]``."""
+class HiddenStates(NamedTuple):
+    """Hidden states and the tokens that were sampled from them.
+
+    Attributes:
+        hidden: ``[N, H]`` float32.
+        weight: ``[V, H]`` float32, the output embedding.
+        labels: ``[N]``, the sampled tokens.
+    """
 
     hidden: Tensor
-    weight: Tensor  # [V, H] float32, the output embedding
+    weight: Tensor
     labels: Tensor
 
 
-def states(folder: Path, source: str, temperature: float, prompts: int, tokens: int) -> States:
-    """Of answers of at most ``tokens`` tokens to the first ``prompts`` prompts of ``source`` (see load_prompts).
+def sampled_states(folder: Path, source: str, temperature: float, prompts: int, tokens: int) -> HiddenStates:
+    """Sample answers of at most ``tokens`` tokens to the first ``prompts`` prompts of ``source`` (see load_prompts).
 
     Raises:
-        ImportError: the packages that hold the model, or the trainer that samples, are not installed.
+        ImportError: the packages of the model, or the trainer that samples, are not installed.
     """
     from safetensors.torch import load_file, save_file
 
@@ -41,11 +47,11 @@ def states(folder: Path, source: str, temperature: float, prompts: int, tokens: 
         unfinished = path.with_suffix(".tmp")
         save_file(found._asdict(), unfinished)
         unfinished.replace(path)
-    return States(**load_file(path))
+    return HiddenStates(**load_file(path))
 
 
 @torch.no_grad()
-def _sample(source: str, temperature: float, prompts: int, tokens: int) -> States:
+def _sample(source: str, temperature: float, prompts: int, tokens: int) -> HiddenStates:
     from sppo.data import load_prompts
     from sppo.models.packed_attention import PACKED_ATTENTION, Packed, packed_hidden, use_attention
     from sppo.rollout import HFRollout
@@ -53,8 +59,8 @@ def _sample(source: str, temperature: float, prompts: int, tokens: int) -> State
     from sppo.tasks import smollm2
 
     policy, tokenizer = smollm2.policy()
-    made_here = {"size": prompts, "system_prompt": THOUGHT} if source.startswith("reasoning_gym:") else {}
-    rows = load_prompts(source, seed=0, limit=prompts, **made_here)
+    own_settings = {"size": prompts, "system_prompt": SYSTEM_PROMPT} if source.startswith("reasoning_gym:") else {}
+    rows = load_prompts(source, seed=0, limit=prompts, **own_settings)
     engine = HFRollout(policy, tokenizer, max_completion_length=tokens)
     samples = engine.generate([row["prompt"] for row in rows], seed=0, temperature=temperature, batch_size=32)
     hidden, labels = [], []
@@ -66,4 +72,4 @@ def _sample(source: str, temperature: float, prompts: int, tokens: int) -> State
             hidden.append(packed_hidden(policy, packed, packed.input_ids.numel())[batch["response_index"]])
             labels.append(batch["response_ids"])
     weight = policy.get_output_embeddings().weight.detach().clone()
-    return States(torch.cat(hidden).contiguous(), weight, torch.cat(labels))
+    return HiddenStates(torch.cat(hidden).contiguous(), weight, torch.cat(labels))

@@ -2,20 +2,20 @@
 
 A step is a rollout and the optimizer steps on it, one by default, in the trainers' own loops: the same model of random
 weights, the same prompts and responses, AdamW, activation checkpointing, micro-batches of 8 sequences; on a GPU
-autocast to bfloat16 over float32 weights. Responses were made beforehand, of equal length or of mixed lengths, and are
-handed over in place of generation, which then takes no time; with ``--live`` each trainer generates, by transformers'
-generate(). The ways take turns, round by round, so that a machine shared with others slows all.
+autocast to bfloat16 over float32 weights. Responses are made beforehand, of equal or of mixed lengths, and take the
+place of generation, which then takes no time. With ``--live`` each trainer generates, by transformers' generate().
+Trainers take turns, round by round, so that a machine shared with others slows all.
 
-Phases are those that the trainer logs, and TRL's methods timed alike: "critic" has its values, the advantages and the
-packing, of which algorithms without a critic have the last two; "log-probabilities" are those without gradients, which
-a rollout of several updates needs, and TRL's RLOO always takes; "update" is all the rest, the critic's own too. Those
-of the step of median length are told. Peak memory is the most that PyTorch had allocated in a phase, weights and
-optimizer states included; it is not measured on a CPU. A way that runs out of memory says so in its row.
+Phases are those that the trainer logs, and TRL's methods timed in the same way. "critic" is the critic's values, the
+advantages and the packing, of which algorithms without a critic have the last two. "log-probabilities" are those
+without gradients, which a rollout of several updates needs, and which TRL's RLOO always computes. "update" is the rest,
+the critic's update included. The table shows the phases of the step of median length. Peak memory is the most that
+PyTorch had allocated in a phase, weights and optimizer states included; it is not measured on a CPU. The row of a
+trainer that runs out of memory says so.
 
-Before that an update by SGD is made with each of TRL's trainers and with this one, and the gradients must be the same,
-or neither has a time. The exit code is 1 when they are not, when a way fails, or when a step of one update with
-responses made beforehand is slower than TRL's where they are of equal length, or less than 1.5 times as fast where
-they are mixed.
+First an update by SGD is made with each of TRL's trainers and with this one. If the gradients differ, neither gets a
+time. The exit code is 1 when they differ, when a trainer fails, or when a step of one update with responses made
+beforehand is slower than TRL's for responses of equal length, or less than 1.5 times as fast for mixed lengths.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from benchmarks.harness.suite import Suite
 from benchmarks.step.cases import DIFFERS, MEASURED, Case, Limits, measure
 from benchmarks.step.models import MODELS
 from benchmarks.step.prepared import KINDS
-from benchmarks.step.trainers import ways
+from benchmarks.step.trainers import available_variants
 
 LEAST_SPEEDUP = {"equal": 1.0, "mixed": 1.5}
 GIB = 1 << 30
 
-# The most telling first: what there is no time for is left out.
+# The most informative first: cases for which no time is left are omitted.
 PLANS = {
     "gpu": [
         Case("qwen2.5-0.5b", "mixed", 1024),
@@ -52,7 +52,7 @@ PLANS = {
         Case("qwen2.5-0.5b", "mixed", 1024, equal="prompts"),
     ]
 }
-PLAN_SECONDS = 450  # no turn is begun later; loading libraries and the last turn take more
+PLAN_SECONDS = 450  # no turn begins later; loading libraries and the last turn add to it
 
 
 def _seconds(*phases: str) -> results.Columns:
@@ -67,7 +67,7 @@ def _peaks(row: Row) -> str | None:
 COLUMNS: results.Columns = {
     "model": lambda row: row["model"],
     "lengths": lambda row: row["lengths"],
-    "algorithm": lambda row: row["way"],
+    "algorithm": lambda row: row["variant"],
     "prompts": lambda row: row["prompts"],
     "responses": lambda row: row["responses"],
     "updates": lambda row: row["updates"],
@@ -78,7 +78,7 @@ COLUMNS: results.Columns = {
     "tokens/s": lambda row: row.get("tokens_per_s"),
     "peak, GiB": _peaks,
 }
-BESIDE_TRL: results.Columns = {
+TRL_COLUMNS: results.Columns = {
     "model": lambda line: line["model"],
     "lengths": lambda line: line["lengths"],
     "algorithm": lambda line: line["algorithm"],
@@ -94,10 +94,10 @@ BESIDE_TRL: results.Columns = {
 }
 
 
-def beside_trl(rows: Sequence[Row]) -> list[Row]:
-    """A line for each of TRL's steps on the same responses that both have a time of."""
+def compared_with_trl(rows: Sequence[Row]) -> list[Row]:
+    """Return a line for each of TRL's steps on the same responses for which both have a time."""
     key = lambda row: tuple(row[name] for name in ("model", "lengths", "equal", "updates", "algorithm"))
-    ours = {key(row): row for row in rows if row["way"] == row["algorithm"] and row["outcome"] == MEASURED}
+    ours = {key(row): row for row in rows if row["variant"] == row["algorithm"] and row["outcome"] == MEASURED}
     return [
         {**row, "ours_s": mine["step_s"], "speedup": row["step_s"] / mine["step_s"]}
         for row in rows
@@ -107,7 +107,7 @@ def beside_trl(rows: Sequence[Row]) -> list[Row]:
 
 
 def failures_of(rows: Sequence[Row], timed: bool = True) -> list[str]:
-    """Gradients that differ, ways that failed, and steps that are not fast enough where that is what was asked."""
+    """List gradients that differ, trainers that failed and, if ``timed``, steps that are not fast enough."""
     found = [
         f"{_name(row)}: gradients differ by {row['gradient_error']:.1e}"
         for row in rows
@@ -115,45 +115,43 @@ def failures_of(rows: Sequence[Row], timed: bool = True) -> list[str]:
     ]
     found += [f"{_name(row)}: {row['outcome']}" for row in rows if row["outcome"].startswith("failed")]
     return found + [
-        f"{_name(line)}: {line['speedup']:.2f} times as fast as TRL, wanted {LEAST_SPEEDUP[line['lengths']]}"
-        for line in beside_trl(rows)
+        f"{_name(line)}: {line['speedup']:.2f} times as fast as TRL, required {LEAST_SPEEDUP[line['lengths']]}"
+        for line in compared_with_trl(rows)
         if timed and line["updates"] == 1 and line["speedup"] < LEAST_SPEEDUP[line["lengths"]]
     ]
 
 
 def chart(rows: Sequence[Row]) -> results.Chart:
-    """Seconds of a step."""
+    """Chart the seconds of a step."""
     bars = [(_name(row), row["step_s"]) for row in rows if "step_s" in row]
     return results.Chart("seconds of a step", bars)
 
 
 def _name(row: Row) -> str:
-    return f"{row['way']}, {row['model']}, {row['lengths']}, {row['responses']} responses"
+    return f"{row['variant']}, {row['model']}, {row['lengths']}, {row['responses']} responses"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=MODELS, default="tiny", help="(%(default)s)")
-    parser.add_argument("--mean", type=int, metavar="N", help="about how many tokens a response has (the model's)")
+    parser.add_argument("--mean", type=int, metavar="N", help="mean length of a response in tokens (the model's)")
     parser.add_argument(
         "--equal",
         choices=("responses", "prompts"),
         default="responses",
-        help="what all have as many of in a step; with prompts, GRPO has 8 times SPPO's responses (%(default)s)",
+        help="what is equal in a step of all; with prompts, GRPO has 8 times SPPO's responses (%(default)s)",
     )
+    parser.add_argument("--updates", type=int, choices=(1, 2), default=1, help="updates per rollout (%(default)s)")
+    parser.add_argument("--live", action="store_true", help="generate, at most --mean tokens per response")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each trainer (%(default)s)")
     parser.add_argument(
-        "--updates", type=int, choices=(1, 2), default=1, help="of each rollout, in a step (%(default)s)"
+        "--plan", choices=PLANS, help="in place of the options above: cases for a GPU of 80 GB, in under 9 minutes"
     )
-    parser.add_argument("--live", action="store_true", help="generate, at most --mean tokens a response")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each way (%(default)s)")
-    parser.add_argument(
-        "--plan", choices=PLANS, help="instead of all options above: cases for a GPU of 80 GB, in under 9 minutes"
-    )
-    parser.add_argument("--quick", action="store_true", help="the tiny model, 16 short responses, a step of each way")
+    parser.add_argument("--quick", action="store_true", help="the tiny model, 16 short responses, one step")
     results.add_out(parser)
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
-    """What the command line asks for."""
+    """Return the cases of the command line."""
     if args.plan:
         cases = PLANS[args.plan]
     else:
@@ -164,7 +162,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
 
 
 def limits_of(args: argparse.Namespace) -> Limits:
-    """How much of it."""
+    """Return the limits of the command line."""
     if args.quick:
         return Limits(rounds=1, steps=1)
     if args.plan:
@@ -173,7 +171,7 @@ def limits_of(args: argparse.Namespace) -> Limits:
 
 
 def name_of(args: argparse.Namespace) -> str:
-    """Of the results: what differs from the default."""
+    """Name the results file by the options that differ from the default."""
     differs = {
         args.plan: args.plan,
         args.model: args.model != "tiny",
@@ -187,11 +185,11 @@ def name_of(args: argparse.Namespace) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
-    for name, least in (("rounds", 1), ("mean", 2)):  # a response has a word and its end
+    for name, least in (("rounds", 1), ("mean", 2)):  # a response has at least a word and its end
         if (value := getattr(args, name)) is not None and value < least:
             raise SystemExit(f"--{name} must be at least {least}, got {value}")
     if args.quick and args.model != "tiny":
-        raise SystemExit(f"--quick is a look at the tiny model, got --model {args.model}; leave one of them out")
+        raise SystemExit(f"--quick uses the tiny model, got --model {args.model}; omit one of them")
     path = args.out / f"{name_of(args)}.json"
     about = {
         "device": results.device_name(results.this_device()),
@@ -202,14 +200,14 @@ def run(args: argparse.Namespace) -> int:
     rows: list[Row] = []
     limits = limits_of(args)
     for case in cases_of(args):
-        print(f"{case.model}, {'live' if case.live else case.lengths}, as many {case.equal}", flush=True)
+        print(f"{case.model}, {'live' if case.live else case.lengths}, equal {case.equal}", flush=True)
         before = list(rows)
-        for found in measure(case, ways(), limits):
+        for found in measure(case, available_variants(), limits):
             rows = before + found
             failures = failures_of(rows, timed=not args.quick)
             results.write(path, "step", **about, failures=failures, rows=rows)
     results.write(path, "step", chart(rows), **about, failures=failures, rows=rows)
-    text = "\n\n".join([results.table(rows, COLUMNS), results.table(beside_trl(rows), BESIDE_TRL)])
+    text = "\n\n".join([results.table(rows, COLUMNS), results.table(compared_with_trl(rows), TRL_COLUMNS)])
     return results.conclude(text, failures, path)
 
 
@@ -223,7 +221,7 @@ SUITE = Suite(
     run,
     tables={
         "step": lambda folder: results.markdown(_published(folder), COLUMNS),
-        "step-trl": lambda folder: results.markdown(beside_trl(_published(folder)), BESIDE_TRL),
+        "step-trl": lambda folder: results.markdown(compared_with_trl(_published(folder)), TRL_COLUMNS),
     },
     draw=results.draw_bars(chart),
     needs="the trainer; trl for the comparison; a GPU for memory and the sizes that matter",

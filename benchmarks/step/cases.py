@@ -1,4 +1,4 @@
-"""Cases, and the rows that are measured of them: seconds and peak memory of a step by phase, way by way, in turns."""
+"""Cases of a training step, and their rows: seconds and peak memory by phase, measured in turns."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,24 +18,25 @@ from benchmarks.harness import results
 from benchmarks.harness.results import Row
 from benchmarks.step.models import MODELS, entropy_of, make_policy
 from benchmarks.step.prepared import Prepared, lengths_of
-from benchmarks.step.trainers import OURS, Probe, Step, Way, make_trainer, settings_of
+from benchmarks.step.trainers import SPPO, Probe, Step, TrainerVariant, make_trainer, settings_of
 
-MOST_GENERATIONS = max(way.generations for way in OURS)
-TOLERANCES = {"cpu": 1e-3, "cuda": 5e-2}  # of gradients. TRL adds 1e-4 to a group's deviation, we 1e-6; bf16 on a GPU
+MOST_GENERATIONS = max(variant.generations for variant in SPPO)
+# Of gradients. TRL adds 1e-4 to the standard deviation of a group, this library 1e-6; on a GPU they are bfloat16.
+TOLERANCES = {"cpu": 1e-3, "cuda": 5e-2}
 MEASURED, OUT_OF_MEMORY, NO_TIME, DIFFERS = "measured", "out of memory", "no time left", "gradients differ"
 
 
 class Case(NamedTuple):
-    """What steps are of.
+    """Model, responses and updates of a step.
 
     Attributes:
         model: one of ``MODELS``.
         lengths: of responses, "equal" or "mixed".
-        mean: about how many tokens a response has, or at most where they are generated.
-        equal: what all ways have as many of in a step, "responses" or "prompts".
+        mean: mean tokens per response; the maximum if trainers generate.
+        equal: what is equal in the steps of all variants, "responses" or "prompts".
         live: whether the trainers generate.
-        responses: of the way that has most of them, where they are not equal.
-        updates: into how many optimizer steps a rollout is divided, which count as one step.
+        responses: per step, of the variant with the most.
+        updates: optimizer steps per rollout, which count as one step.
     """
 
     model: str
@@ -45,24 +47,26 @@ class Case(NamedTuple):
     responses: int = 32
     updates: int = 1
 
-    def prepared(self, way: Way) -> Prepared:
-        """Prompts and responses for a step; of fewer responses the first of the same ones."""
-        count = self.responses if self.equal == "responses" else self.responses // MOST_GENERATIONS * way.generations
+    def prepared(self, variant: TrainerVariant) -> Prepared:
+        """Make prompts and responses for a step; fewer responses are the first of the same ones."""
+        count = (
+            self.responses if self.equal == "responses" else self.responses // MOST_GENERATIONS * variant.generations
+        )
         lengths = lengths_of(self.lengths, self.responses, self.mean)[:count]
         model = MODELS[self.model]
-        return Prepared(model.size["vocab_size"], count // way.generations, model.prompt, lengths)
+        return Prepared(model.size["vocab_size"], count // variant.generations, model.prompt, lengths)
 
-    def new_row(self, way: Way) -> Row:
-        """Before anything is measured."""
-        prepared = self.prepared(way)
+    def new_row(self, variant: TrainerVariant) -> Row:
+        """Return the row of a variant before it is measured."""
+        prepared = self.prepared(variant)
         return {
             "model": self.model,
             "lengths": "live" if self.live else self.lengths,
             "equal": self.equal,
             "updates": self.updates,
-            "way": way.name,
-            "trainer": way.trainer,
-            "algorithm": way.algorithm,
+            "variant": variant.name,
+            "trainer": variant.trainer,
+            "algorithm": variant.algorithm,
             "prompts": len(prepared.dataset),
             "responses": len(prepared.responses),
             "longest": max(map(len, prepared.responses)),
@@ -71,33 +75,33 @@ class Case(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """How often ways take turns, how many steps a turn has, and when no more is begun (of ``time.monotonic``)."""
+    """Turns of each variant, steps per turn, and the time (of ``time.monotonic``) after which no turn begins."""
 
     rounds: int
     steps: int
     end: float = float("inf")
 
 
-def measure(case: Case, ways: Sequence[Way], limits: Limits) -> Iterator[list[Row]]:
-    """The rows of a case, as far as they are, after each turn of a way."""
-    rows = {way: case.new_row(way) for way in ways}
-    steps: dict[Way, list[Step]] = {way: [] for way in ways}
+def measure(case: Case, variants: Sequence[TrainerVariant], limits: Limits) -> Iterator[list[Row]]:
+    """Yield the rows of a case after each turn of a variant."""
+    rows = {variant: case.new_row(variant) for variant in variants}
+    steps: dict[TrainerVariant, list[Step]] = {variant: [] for variant in variants}
     for theirs, row in rows.items():
         if theirs.trainer == "TRL":
-            ours = Way("ours", theirs.algorithm)
-            _try(row, limits.end, lambda row=row, pair=(ours, theirs): _check_gradients(case, *pair, row))
+            ours = TrainerVariant("sppo", theirs.algorithm)
+            _try(row, limits.end, partial(_check_gradients, case, ours, theirs, row))
             if row["outcome"] == DIFFERS:
                 rows[ours]["outcome"] = DIFFERS
             yield list(rows.values())
     for _ in range(limits.rounds):
-        for way, row in rows.items():
+        for variant, row in rows.items():
             if row["outcome"] in (MEASURED, NO_TIME):
-                _try(row, limits.end, lambda way=way, row=row: _take_turn(case, way, limits.steps, steps[way], row))
+                _try(row, limits.end, partial(_take_turn, case, variant, limits.steps, steps[variant], row))
                 yield list(rows.values())
 
 
 def _try(row: Row, end: float, call: Callable[[], None]) -> None:
-    """Call, unless there is no time left; where it fails, the row says so and the rest go on."""
+    """Call ``call`` unless no time is left; if it raises, record that in the row."""
     if time.monotonic() > end:
         return
     try:
@@ -112,25 +116,25 @@ def _try(row: Row, end: float, call: Callable[[], None]) -> None:
         torch.cuda.empty_cache()
 
 
-def _take_turn(case: Case, way: Way, count: int, steps: list[Step], row: Row) -> None:
-    """Some steps after one that warms up."""
+def _take_turn(case: Case, variant: TrainerVariant, count: int, steps: list[Step], row: Row) -> None:
+    """Run some steps after one that warms up, and record them."""
     policy = make_policy(MODELS[case.model].size, results.this_device())
     row["entropy"] = entropy_of(policy)
     probe = Probe(peaks=torch.cuda.is_available())
-    _train(case, way, policy, probe, steps=count + 1)
+    _train(case, variant, policy, probe, steps=count + 1)
     steps += whole_steps(probe.steps, case.updates)[1:]
     row |= summary(steps, row["responses"])
 
 
-def _train(case: Case, way: Way, policy: Any, probe: Probe, steps: int, **changes: Any) -> None:
-    prepared = case.prepared(way)
+def _train(case: Case, variant: TrainerVariant, policy: Any, probe: Probe, steps: int, **changes: Any) -> None:
+    prepared = case.prepared(variant)
     with tempfile.TemporaryDirectory() as folder:
-        settings = settings_of(way, prepared, folder, case.updates, max_steps=steps * case.updates, **changes)
-        make_trainer(way, policy, prepared, settings, probe, live=case.live).train()
+        settings = settings_of(variant, prepared, folder, case.updates, max_steps=steps * case.updates, **changes)
+        make_trainer(variant, policy, prepared, settings, probe, live=case.live).train()
 
 
 def whole_steps(parts: Sequence[Step], count: int) -> list[Step]:
-    """Each so many optimizer steps as one, beginning with the one that the rollout is counted to."""
+    """Join each ``count`` optimizer steps into one, beginning with the step that includes the rollout."""
     whole = []
     for start in range(0, len(parts), count):
         part = parts[start : start + count]
@@ -145,7 +149,7 @@ def _joined(by_phase: Sequence[dict[str, Any]], join: Callable[[list[Any]], Any]
 
 
 def summary(steps: Sequence[Step], responses: int) -> Row:
-    """The step of median length with its phases, how far lengths are spread, and the highest peak of each phase."""
+    """Return the step of median length with its phases, the spread of lengths, and the highest peak of each phase."""
     totals = [sum(step.seconds.values()) for step in steps]
     median = steps[totals.index(statistics.median_low(totals))]
     low, _, high = statistics.quantiles(totals, n=4, method="inclusive") if len(totals) > 1 else totals * 3
@@ -163,20 +167,20 @@ def summary(steps: Sequence[Step], responses: int) -> Row:
     }
 
 
-def _check_gradients(case: Case, ours: Way, theirs: Way, row: Row) -> None:
-    """Note how far the gradients of the two are from each other, and whether that is too far."""
-    one_update = case._replace(live=False, updates=1)  # TRL divides a rollout otherwise
-    moves = [_moved(one_update, way) for way in (ours, theirs)]
+def _check_gradients(case: Case, ours: TrainerVariant, theirs: TrainerVariant, row: Row) -> None:
+    """Record the relative difference of the gradients of two variants, and whether it is too large."""
+    one_update = case._replace(live=False, updates=1)  # TRL divides a rollout differently
+    moves = [_moved(one_update, variant) for variant in (ours, theirs)]
     row["gradient_error"] = (_norm([a - b for a, b in zip(*moves, strict=True)]) / _norm(moves[1])).item()
     if not row["gradient_error"] <= TOLERANCES[results.this_device().type]:
         row["outcome"] = DIFFERS
 
 
-def _moved(case: Case, way: Way) -> list[Tensor]:
-    """What one update by SGD moved the weights by: the gradient."""
+def _moved(case: Case, variant: TrainerVariant) -> list[Tensor]:
+    """Return the change of the weights by one update of SGD: the gradient."""
     policy = make_policy(MODELS[case.model].size, results.this_device())
     before = [p.detach().clone() for p in policy.parameters()]
-    _train(case, way, policy, Probe(), steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=1e9)
+    _train(case, variant, policy, Probe(), steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=1e9)
     return [p.detach() - b for p, b in zip(policy.parameters(), before, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Responses made beforehand, in place of generation, and a reward of them that costs nothing."""
+"""Prepared responses in place of generation, and a cheap reward of them."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ KINDS = ("equal", "mixed")
 
 
 class Prepared:
-    """Prompts, and a response for each place in a rollout: whoever asks, the n-th one is the same.
+    """Prompts, and a response for each place in a rollout, the same for every trainer.
 
     Args:
-        vocab: tokens of the model.
-        prompts: how many.
-        prompt: about how many tokens each has.
+        vocab: vocabulary size of the model.
+        prompts: number of prompts.
+        prompt: mean tokens per prompt.
         lengths: tokens of each response.
     """
 
     def __init__(self, vocab: int, prompts: int, prompt: int, lengths: Sequence[int]) -> None:
-        of_prompts, of_responses = random.Random(0), random.Random(1)  # fewer of either are the first of the same ones
+        of_prompts, of_responses = random.Random(0), random.Random(1)  # fewer are the first of the same ones
         draw = lambda rng, n: [rng.randrange(2, vocab) for _ in range(n)]
         around = lambda n: of_prompts.randint(n * 3 // 4, n * 5 // 4)
         self.tokenizer = make_tokenizer(vocab)
         texts = self.tokenizer.batch_decode([draw(of_prompts, around(prompt)) for _ in range(prompts)])
         self.dataset = datasets.Dataset.from_dict({"prompt": texts})
-        # By turns wrong and right, so that groups have both, and no advantage is 0, which would save work.
+        # Alternately wrong and right, so that groups have both and no advantage is 0, which would save work.
         ends = [[2 + i % 2, self.tokenizer.eos_token_id] for i in range(len(lengths))]
         self.responses = [draw(of_responses, n - 2) + end for n, end in zip(lengths, ends, strict=True)]
 
     def answer(self, count: int, greedy: bool = False) -> list[list[int]]:
-        """The first so many responses; in the other order where greedy ones are asked for, to have other rewards."""
+        """Return the first ``count`` responses; reversed for greedy ones, so that rewards differ."""
         return self.responses[:count][:: -1 if greedy else 1]
 
     def generate(self, prompts: Sequence[str], *, temperature: float, **_: Any) -> list[Sample]:
-        """As :class:`sppo.RolloutEngine`."""
+        """Generate as :class:`sppo.RolloutEngine` does."""
         encoded = self.tokenizer(list(prompts))["input_ids"]
         responses = self.answer(len(prompts), greedy=temperature == 0)
         return make_samples(prompts, encoded, responses, self.tokenizer, {self.tokenizer.eos_token_id})
 
 
 def odd_end(completions: Sequence[str], **_: Any) -> list[float]:
-    """Whether the last word is an odd number."""
+    """Reward completions whose last word is an odd number."""
     return [float(int(words[-1]) % 2) if (words := text.split()) else 0.0 for text in completions]
 
 
 def lengths_of(kind: str, count: int, mean: int) -> list[int]:
-    """Response lengths: all equal; or mixed as chains of thought are, most short and a few long (log-normal)."""
+    """Return response lengths: all equal, or log-normal as in chains of thought, most short and a few long."""
     rng = random.Random(1)
     if kind == "equal":
         return [mean] * count

@@ -1,4 +1,4 @@
-"""The ways to make a step: this project's trainer with each algorithm, and TRL's trainers, with the same settings."""
+"""Trainers of a step with the same settings: this project's with each algorithm, and TRL's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sppo.reporting.meter import Gather, Meter
 MICRO_BATCH = 8  # sequences
 
 
-class Way(NamedTuple):
+class TrainerVariant(NamedTuple):
     """A trainer with an algorithm."""
 
     trainer: str
@@ -28,31 +28,31 @@ class Way(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As it stands in tables."""
+        """Name in tables."""
         own = f"{self.algorithm}, small critic" if self.small_critic else self.algorithm
-        return own if self.trainer == "ours" else f"{own}, TRL"
+        return own if self.trainer == "sppo" else f"{own}, TRL"
 
     @property
     def generations(self) -> int:
-        """Responses to each prompt, as many as the algorithm's default is here."""
+        """Responses per prompt, the algorithm's default in this project."""
         return algorithm_class(self.algorithm).defaults["num_generations"]
 
 
-OURS = [
-    Way("ours", "sppo"),
-    Way("ours", "sppo", small_critic=True),
-    *(Way("ours", name) for name in ("ppo", "grpo", "rloo", "remax", "reinforce")),
+SPPO = [
+    TrainerVariant("sppo", "sppo"),
+    TrainerVariant("sppo", "sppo", small_critic=True),
+    *(TrainerVariant("sppo", name) for name in ("ppo", "grpo", "rloo", "remax", "reinforce")),
 ]
-TRL = [Way("TRL", "grpo"), Way("TRL", "rloo")]
+TRL = [TrainerVariant("TRL", "grpo"), TrainerVariant("TRL", "rloo")]
 
 
-def ways() -> list[Way]:
-    """All that can run here."""
-    return OURS + (TRL if find_spec("trl") else [])
+def available_variants() -> list[TrainerVariant]:
+    """Return the variants whose packages are installed."""
+    return SPPO + (TRL if find_spec("trl") else [])
 
 
 class Step(NamedTuple):
-    """An optimizer step and the rollout before it, if one was made; ``peak_bytes`` is empty where not measured."""
+    """An optimizer step, with its rollout if it has one; ``peak_bytes`` is empty if not measured."""
 
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
@@ -60,7 +60,7 @@ class Step(NamedTuple):
 
 
 class Probe(Meter):
-    """A meter that keeps each step, and can tell the most memory that was allocated on the GPU in each phase."""
+    """A meter that keeps each step and, with ``peaks``, the peak memory on the GPU in each phase."""
 
     def __init__(self, peaks: bool = False) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Probe(Meter):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """See :class:`Meter`; the device is through with all work at both ends."""
+        """Measure a phase as :class:`Meter` does; the device finishes its work at both ends."""
         outer = self._turn_to(name)
         with super().phase(name):
             try:
@@ -80,7 +80,7 @@ class Probe(Meter):
                 self._turn_to(outer)
 
     def read(self, gather: Gather) -> dict[str, float]:
-        """See :class:`Meter`; called by the trainers after each step."""
+        """Read the step as :class:`Meter` does; the trainers call this after each step."""
         self._turn_to("update")
         entry = super().read(gather)
         seconds = {name.removeprefix("seconds/"): value for name, value in entry.items() if name.startswith("seconds/")}
@@ -89,7 +89,7 @@ class Probe(Meter):
         return entry
 
     def _turn_to(self, phase: str) -> str:
-        """What is allocated from now on is of this phase; gives the one before."""
+        """Count allocations from now on for a phase, and return the previous one."""
         before, self._phase = self._phase, phase
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -99,8 +99,10 @@ class Probe(Meter):
         return before
 
 
-def settings_of(way: Way, prepared: Prepared, folder: str, updates: int = 1, **changes: Any) -> dict[str, Any]:
-    """What a trainer is told; the same for both. A rollout is divided into so many updates."""
+def settings_of(
+    variant: TrainerVariant, prepared: Prepared, folder: str, updates: int = 1, **changes: Any
+) -> dict[str, Any]:
+    """Return the settings of a trainer, the same for both kinds. A rollout is divided into ``updates`` updates."""
     count = len(prepared.responses) // updates
     batch = min(MICRO_BATCH, count)
     on_gpu = torch.cuda.is_available()
@@ -109,7 +111,7 @@ def settings_of(way: Way, prepared: Prepared, folder: str, updates: int = 1, **c
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": count // batch,
         "steps_per_generation": count // batch * updates,
-        "num_generations": way.generations,
+        "num_generations": variant.generations,
         "max_completion_length": max(map(len, prepared.responses)),
         "learning_rate": 1e-6,
         "lr_scheduler_type": "constant",
@@ -117,7 +119,7 @@ def settings_of(way: Way, prepared: Prepared, folder: str, updates: int = 1, **c
         "beta": 0.0,
         "shuffle_dataset": False,
         "gradient_checkpointing": True,
-        "bf16": on_gpu,  # of computing: weights and AdamW's moments are float32
+        "bf16": on_gpu,  # autocast: weights and AdamW's moments are float32
         "use_cpu": not on_gpu,
         "save_strategy": "no",
         "report_to": "none",
@@ -128,7 +130,7 @@ def settings_of(way: Way, prepared: Prepared, folder: str, updates: int = 1, **c
 
 
 def make_trainer(
-    way: Way,
+    variant: TrainerVariant,
     policy: PreTrainedModel,
     prepared: Prepared,
     settings: dict[str, Any],
@@ -137,24 +139,24 @@ def make_trainer(
     live: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Any:
-    """A trainer of either kind; with ``live`` it generates, else it is handed the responses."""
+    """Make a trainer of either kind; with ``live`` it generates, otherwise it gets the prepared responses."""
     given = {
         "train_dataset": prepared.dataset,
         "processing_class": prepared.tokenizer,
         "callbacks": list(callbacks),
     }
     trainer: Any
-    if way.trainer == "ours":
-        args = SPPOConfig(**settings, algorithm=way.algorithm)
-        # Made on the device, which the trainer's own copy of the policy is not: initialising 1.5B takes its time.
-        critic = make_critic(policy, way.small_critic) if algorithm_class(way.algorithm).critic else None
+    if variant.trainer == "sppo":
+        args = SPPOConfig(**settings, algorithm=variant.algorithm)
+        # Made on the device, unlike the trainer's own copy of the policy: initializing 1.5B on a CPU is slow.
+        critic = make_critic(policy, variant.small_critic) if algorithm_class(variant.algorithm).critic else None
         engine = None if live else prepared
         trainer = SPPOTrainer(policy, odd_end, args=args, critic=critic, rollout_engine=engine, **given)
         trainer.rollouts.meter = meter
     else:
         from benchmarks.step import trl_trainers
 
-        kind, config = trl_trainers.KINDS[way.algorithm]
+        kind, config = trl_trainers.KINDS[variant.algorithm]
         trainer = kind(policy, odd_end, args=config(**settings), **given)
         trainer.prepared = None if live else prepared
     trainer.meter = meter

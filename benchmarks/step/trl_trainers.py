@@ -1,6 +1,6 @@
-"""TRL's trainers, with responses made beforehand and a :class:`sppo.reporting.meter.Meter` of the phases that ours has.
+"""TRL's trainers with prepared responses, and a :class:`sppo.reporting.meter.Meter` of the phases of this project's trainer.
 
-The methods that are wrapped are private ones of TRL 1.16. What TRL computes is left as it is.
+The wrapped methods are private ones of TRL 1.16. What TRL computes is unchanged.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from benchmarks.step.prepared import Prepared
 from sppo.reporting.meter import Meter
 
 
-class Watched:
-    """What both trainers have in common; ``prepared`` None lets them generate."""
+class Metered:
+    """Phases of both trainers; they generate if ``prepared`` is None."""
 
     meter: Meter
     prepared: Prepared | None
@@ -34,7 +34,7 @@ class Watched:
             return super()._calculate_rewards(*args, **settings)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **settings: Any) -> Any:
-        """With gradients it is a part of the update."""
+        """Compute log-probabilities, which with gradients are a part of the update."""
         with self._scoring():
             return super()._get_per_token_logps_and_entropies(*args, **settings)
 
@@ -47,8 +47,8 @@ class Watched:
         super().log(logs, *args, **settings)
 
 
-class GRPO(Watched, trl.GRPOTrainer):
-    """Its engine gives log-probabilities too, where it has some."""
+class GRPO(Metered, trl.GRPOTrainer):
+    """TRL's GRPO, whose engine returns responses and log-probabilities, if there are any."""
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **settings: Any) -> Any:
         if self.prepared is None:
@@ -56,8 +56,8 @@ class GRPO(Watched, trl.GRPOTrainer):
         return self.prepared.answer(len(prompt_ids)), None
 
 
-class RLOO(Watched, trl.RLOOTrainer):
-    """Its engine gives responses alone."""
+class RLOO(Metered, trl.RLOOTrainer):
+    """TRL's RLOO, whose engine returns only responses."""
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **settings: Any) -> Any:
         if self.prepared is None:

@@ -39,7 +39,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen2Config
 
 from benchmarks.harness import results
-from benchmarks.harness.allocations import without_values
+from benchmarks.harness.library_seams import on_cuda_without_kernels
 from benchmarks.harness.suite import Suite
 from benchmarks.train_memory.cases import CASES, MODELS, QUICK, QUICK_SETTINGS, Case, samples_of, settings
 from benchmarks.train_memory.step import KINDS, OWNERS, Step, StepAllocations, build
@@ -73,6 +73,8 @@ def measure(case: Case, args: SPPOConfig, models: dict[str, Qwen2Config]) -> lis
     (batch,) = make_micro_batches(samples[:1], 1, kind)
     tokens = args.max_completion_length
     kept = min(tokens, args.logits_budget_bytes // (2 * models[case.policy].vocab_size))
+    # Tokens selected by their values: those with a label; in backward the same, those kept, those left.
+    spans = [(0, tokens), (0, tokens), *([(0, kept)] if kept else []), (kept, tokens)]
     rows = []
     with (
         processes(case.devices) as mesh,
@@ -90,12 +92,11 @@ def measure(case: Case, args: SPPOConfig, models: dict[str, Qwen2Config]) -> lis
         for operations, logprobs in ((True, linear_logprobs), (False, eager_logprobs)):
             with watched(allocations, pair, logprobs):
                 first = allocations.moment()
-                # Which tokens bear loss; in backward the same, of which E is of use, which are left.
-                with without_values([(0, tokens), (0, tokens), *([(0, kept)] if kept else []), (kept, tokens)]):
+                with on_cuda_without_kernels(spans):
                     step.update()
                 peak = allocations.peak_by_kind(first)
                 first = allocations.moment()
-                with without_values([(0, tokens)]), before_an_update(pair):
+                with on_cuda_without_kernels([(0, tokens)]), before_an_update(pair):
                     if pair.critic is not None:
                         step.values()
                     step.old_logprobs()

@@ -85,10 +85,13 @@ def read_report(folder: Path) -> dict:
     return json.loads(file.read_text())
 
 
+COMPILED = ("sm_90", "gfx942")  # one per vendor; `make bench` compiles for all
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     out = tmp_path_factory.mktemp("library")
-    done = run_compiled("-m", "benchmarks", "compile", "--quick", "--out", str(out))
+    done = run_compiled("-m", "benchmarks", "compile", "--quick", "--arch", *COMPILED, "--out", str(out))
     assert "written to" in done.stdout, done.stderr
     return done, read_report(out)
 
@@ -114,12 +117,12 @@ def test_no_kernel_spills(library):
 
 
 @pytest.mark.slow
-def test_every_kernel_is_covered_on_every_target(library):
+def test_every_kernel_is_covered_on_each_target(library):
     _, report = library
     assert [failure for failure in report["failures"] if "no case launches it" in failure] == []
     kernels = Counter((row["module"], row["kernel"]) for row in report["rows"])
     assert len(kernels) > 5
-    assert set(kernels.values()) == {len(TARGETS)}
+    assert set(kernels.values()) == {len(COMPILED)}
     assert all(row["registers"] > 0 for row in report["rows"])
 
 

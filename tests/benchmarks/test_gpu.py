@@ -19,7 +19,9 @@ pytest.importorskip("triton")
 from benchmarks import gpu
 from benchmarks.__main__ import main
 from benchmarks.gpu import Part, Session, parts, planned
-from benchmarks.harness.cases import BASE, POLICY
+from benchmarks.harness.cases import BASE, POLICY_LOSSES
+from sppo_kernels import tuning
+from sppo_kernels.tuning import TUNABLES
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ SAVE = f"""
 import json, pathlib
 folder = pathlib.Path(FOLDER) / "saving"
 folder.mkdir()
-row = {{**{ROW}, "way": "ours", "both_ms": 2.0, "of_ceiling": 0.5}}
+row = {{**{ROW}, "provider": "sppo_kernels", "both_ms": 2.0, "of_ceiling": 0.5}}
 report = {{"suite": "kernels", "rows": [row]}}
 (folder / "kernels-x.json").write_text(json.dumps(report))
 (folder / "tuning.json").write_text("{{}}")
@@ -171,7 +173,7 @@ def test_results_of_an_earlier_run_are_replaced_and_nothing_else_is_removed(run_
 
 def test_rows_of_a_part_that_was_stopped_can_be_judged(tmp_path, monkeypatch):
     """They are saved before they are related to the copy bandwidth; the parts after it run all the same."""
-    row = {"operation": "selective_logprobs", **BASE._asdict(), "way": "ours", "both_ms": 1.0}
+    row = {"operation": "selective_logprobs", **BASE._asdict(), "provider": "sppo_kernels", "both_ms": 1.0}
     save = f"""
 import json, pathlib, time
 folder = pathlib.Path({str(tmp_path)!r}) / "saving"
@@ -191,13 +193,13 @@ def test_claims_are_judged_across_parts_but_not_by_tuned_rows(tmp_path):
     """torch.compile is measured in a part of its own, and may be the fastest other."""
     session = Session(tmp_path, dry=False, seconds=300)
     sharp = {"operation": "linear_logprobs", **BASE._replace(logits="sharp")._asdict()}
-    for part, way, ms in (
-        ("headline", "ours, sparse", 30.0),
+    for part, provider, ms in (
+        ("headline", "sppo_kernels, sparse", 30.0),
         ("headline", "eager PyTorch", 90.0),
         ("torch-compile", "torch.compile", 40.0),
         ("headline-tuned", "eager PyTorch", 10.0),
     ):
-        session.rows.append({**sharp, "part": part, "way": way, "both_ms": ms})
+        session.rows.append({**sharp, "part": part, "provider": provider, "both_ms": ms})
     assert [(claim["measured"], claim["held"]) for claim in session.claims()] == [(0.75, True)]
 
 
@@ -298,6 +300,7 @@ def test_essential_tests_are_those_against_float64_and_those_that_need_a_gpu():
     found = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, env={**os.environ}).stdout
     for name in ("test_agrees_with_float64", "test_the_bound_holds", "test_more_tokens_than_a_grid_axis_holds"):
         assert name in found
+    assert f"not ({gpu.ESSENTIAL})" in parts(gpu.ROOT, dry=False)[-1].command  # the other tests repeat none of them
 
 
 def test_the_clocks_of_the_gpu_are_recorded(tmp_path, monkeypatch):
@@ -337,14 +340,21 @@ def test_dry_run(tmp_path):
     assert {part["outcome"] for part in report["parts"]} == {"passed"}
     assert " passed" in next(part["last_line"] for part in report["parts"] if part["part"] == "correctness")
     rows = json.loads((out / "kernels.json").read_text())["rows"]
-    ours = [row for row in rows if row["way"].startswith("ours")]
-    assert {row["operation"] for row in ours} == {"linear_logprobs", "selective_logprobs", *POLICY}
+    ours = [row for row in rows if row["provider"].startswith("sppo_kernels")]
+    assert {row["operation"] for row in ours} == {"linear_logprobs", "selective_logprobs", *POLICY_LOSSES}
     assert {row["part"] for row in ours} == {"headline", "headline-tuned"}
-    assert any(row["way"] == "torch.compile" for row in rows)
-    notes = {row["note"] for row in rows if row["way"].startswith("TRL")}
+    assert any(row["provider"] == "torch.compile" for row in rows)
+    notes = {row["note"] for row in rows if row["provider"].startswith("TRL")}
     assert notes == {"trl.kernels is not installed", "needs a GPU"}
     assert len({row["case"] for row in json.loads((out / "roofline.json").read_text())["rows"]}) > 3
     assert {path.name for path in out.iterdir()} == {*gpu.MERGED, "log.txt"} - {"kernels.png"}
     assert len((done.stdout + done.stderr).splitlines()) <= gpu.LINES
     assert all(row["passed"] and row["both_ms"] > 0 for row in ours)
+    (tuned,) = (part["reports"][0] for part in report["parts"] if part["part"] == "tune")
+    for name, tunable in TUNABLES.items():
+        measured = {(row["block"], row["num_warps"]) for row in tuned["rows"] if row["kernel"] == name}
+        assert measured == {tuple(config) for config in tunable.candidates}
+    assert all(row["passed"] and row["ms"] > 0 and "chosen" not in row for row in tuned["rows"])
+    tuning.load(out / "tuning.json")
+    assert all(tunable.chosen == {} for tunable in TUNABLES.values())  # an interpreter's times choose nothing
     assert "headline" in done.stdout

@@ -71,9 +71,9 @@ def test_charts_are_drawn_of_every_report_that_has_one(copy):
 def test_the_table_of_a_gpu_run_compares_across_parts_and_has_claims(tmp_path):
     row = {"operation": "gae", "tokens": 8, "hidden": 1, "vocab": 0, "ignored": 0, "clipped": 0, "logits": "peaked"}
     rows = [
-        {**row, "part": part, "way": way, "both_ms": ms}
-        for part, way, ms in (
-            ("headline", "ours", 2.0),
+        {**row, "part": part, "provider": provider, "both_ms": ms}
+        for part, provider, ms in (
+            ("headline", "sppo_kernels", 2.0),
             ("headline", "eager PyTorch", 9.0),
             ("torch-compile", "torch.compile", 3.0),
         )
@@ -81,11 +81,13 @@ def test_the_table_of_a_gpu_run_compares_across_parts_and_has_claims(tmp_path):
     claims = [{"part": "headline", "claim": "fast", "measured": 4.5, "held": True}]
     (tmp_path / "h100").mkdir()
     (tmp_path / "h100/kernels.json").write_text(json.dumps({"suite": "kernels", "rows": rows, "claims": claims}))
-    page = render("<!-- table: kernels h100 -->\n<!-- end -->\n<!-- table: ways h100 -->\nold\n<!-- end -->", tmp_path)
+    page = render(
+        "<!-- table: kernels h100 -->\n<!-- end -->\n<!-- table: kernels-summary h100 -->\nold\n<!-- end -->", tmp_path
+    )
     assert "**gae: 8 tokens**" in page
-    assert "| ours |  |  | 2.00 |" in page
+    assert "| sppo_kernels |  |  | 2.00 |" in page
     assert "| fast (headline) |  | 4.50 | held |" in page
-    assert "| gae: 8 tokens | ours | 2.00 | torch.compile | 3.00 | 9.00 |  |" in page
+    assert "| gae: 8 tokens | sppo_kernels | 2.00 | torch.compile | 3.00 | 9.00 |  |" in page
     assert "old" not in page
 
 

@@ -15,8 +15,10 @@ pytest.importorskip("triton")
 from benchmarks import roofline
 from benchmarks.harness import timing
 from benchmarks.harness.cases import BASE
-from benchmarks.harness.operations import IGNORED
-from benchmarks.roofline import CALL, IDLE, Event, Product, Profile, Sizes, rows_of, short_name
+from benchmarks.harness.problem import IGNORE_INDEX
+from benchmarks.roofline.profiling import LINEAR_POLICY_LOSS, Event, Product, Profile, Sizes, events_of, products_of
+from benchmarks.roofline.rows import BYTES, CALL, IDLE, is_ours, is_product, relate, rows_of, short_name
+from benchmarks.roofline.table import folded
 
 CPU = torch.device("cpu")
 GEMM = "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT"
@@ -27,7 +29,7 @@ COPY = (
 )
 FILL = "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul> >(int)"
 CEILINGS = {"copy_gb_s": 3000.0, "matmul_tflops": 800.0}
-SIZES = Sizes(BASE.tokens, BASE.hidden, BASE.vocab, itemsize=2, kept=BASE.tokens)
+SIZES = Sizes(BASE.tokens, BASE.hidden, BASE.vocab, itemsize=2, cached=BASE.tokens)
 ONE = 2 * 8192 * 4096 * 151_936  # operations of a product of all tokens with the output embedding
 
 
@@ -39,7 +41,7 @@ def cache_profile(calls=2):
     """Of cache at BASE: logits in eight chunks, the other two products in one piece each."""
     products = [product(1024, 4096, 151_936, 1775.0) for _ in range(8)]
     products += [product(8192, 151_936, 4096, 14_000.0), product(151_936, 8192, 4096, 14_400.0, name=XMMA)]
-    passes = [Event("_forward_kernel", 250.0), Event("_keep_kernel", 350.0)] * 8
+    passes = [Event("selective_logprobs_fwd_kernel", 250.0), Event("linear_logprobs_logit_grads_kernel", 350.0)] * 8
     rest = [
         Event(COPY, 1300.0),
         Event(FILL, 10.0),
@@ -55,17 +57,19 @@ def by_kernel(rows):
 
 
 def test_the_rates_of_cache_are_those_by_hand():
-    rows, problems = rows_of("cache", cache_profile(), SIZES, ("_forward_kernel", "_keep_kernel"))
+    rows, problems = rows_of(
+        "cache", cache_profile(), SIZES, ("selective_logprobs_fwd_kernel", "linear_logprobs_logit_grads_kernel")
+    )
     assert problems == []
-    roofline.relate(rows, CEILINGS)
+    relate(rows, CEILINGS)
     found = by_kernel(rows)
     # 8,192 x 151,936 logits of 4 bytes: 4.979 GB in 2.0 ms
-    forward = found["_forward_kernel"]
+    forward = found["selective_logprobs_fwd_kernel"]
     assert (forward["launches"], forward["ms"], forward["bytes"]) == (8, pytest.approx(2.0), 4_978_638_848)
     assert forward["gb_s"] == pytest.approx(2489.3, rel=1e-4)
     assert forward["of_copy"] == pytest.approx(0.82977, rel=1e-4)
     # 6 bytes of each: 7.468 GB in 2.8 ms
-    assert found["_keep_kernel"]["gb_s"] == pytest.approx(2667.1, rel=1e-4)
+    assert found["linear_logprobs_logit_grads_kernel"]["gb_s"] == pytest.approx(2667.1, rel=1e-4)
     # 10.196 TFLOP in 14.2 ms, in 14.0 and in 14.4
     logits, weight = found[f"logits: {GEMM}"], found[f"d weight: {XMMA[:60]}"]
     assert (logits["launches"], logits["flops"]) == (8, ONE)
@@ -107,7 +111,7 @@ def test_what_a_product_launches_besides_is_listed_with_it():
     assert found["d hidden: splitKreduce_kernel"]["ms"] == pytest.approx(0.1)
     assert (found["d hidden: Memset"]["launches"], found["Memset"]["launches"]) == (1, 1)
     assert found["Memset"]["ms"] == pytest.approx(0.005)
-    line = next(row for row in roofline.folded(rows, []) if row["kernel"].startswith("products"))
+    line = next(row for row in folded(rows, []) if row["kernel"].startswith("products"))
     assert line["ms"] == pytest.approx(14.103)
 
 
@@ -131,43 +135,49 @@ def test_a_count_that_cannot_be_trusted_is_a_failure():
         return rows_of("cache", seen._replace(**changes), SIZES)[1]
 
     assert why(flops=4.0 * ONE) == ["products of 3.059e+13 operations by their shapes, 4.079e+13 by FlopCounterMode"]
-    assert why(events=[*seen.events, Event("_new_kernel", 3.0)]) == ["nothing says how many bytes _new_kernel moves"]
+    assert why(events=[*seen.events, Event("gae_new_kernel", 3.0)]) == [
+        "nothing says how many bytes gae_new_kernel moves"
+    ]
     some = [seen.products[0]._replace(kernels=()), *seen.products[1:]]
     assert why(products=some) == ["only some of its matrix products have kernels"]
-    passes = [event for event in seen.events if event.name.startswith("_")]
+    passes = [event for event in seen.events if is_ours(event.name)]
     assert why(products=[], events=passes) == ["no kernel of its matrix products was found"]
     assert "the profiler saw nothing" in why(products=[], events=[])
-    assert rows_of("cache", seen, SIZES, ("_keep_kernel", "_fill_kernel"))[1] == ["_fill_kernel was not launched"]
+    assert rows_of("cache", seen, SIZES, ("linear_logprobs_logit_grads_kernel", "linear_logprobs_select_kernel"))[
+        1
+    ] == ["linear_logprobs_select_kernel was not launched"]
 
 
 def test_names_are_shortened():
     sort = "void cub::CUB_200802_SM_900::DeviceRadixSortOnesweepKernel<cub::Policy<long>, false, long>(long*)"
     scatter = "void at::native::(anonymous namespace)::indexSelectLargeIndex<float, long, unsigned int>(int)"
-    assert short_name("_weighted_rows_kernel") == "_weighted_rows_kernel"
-    assert short_name("_kernel") == "_kernel"
-    assert short_name("_forward_kernel_0d1d2d") == "_forward_kernel"
+    assert short_name("linear_logprobs_weighted_rows_kernel") == "linear_logprobs_weighted_rows_kernel"
+    assert short_name("policy_loss_fwd_bwd_kernel") == "policy_loss_fwd_bwd_kernel"
+    assert short_name("selective_logprobs_fwd_kernel_0d1d2d") == "selective_logprobs_fwd_kernel"
     assert short_name(sort) == "DeviceRadixSortOnesweepKernel"
     assert short_name(scatter) == "indexSelectLargeIndex"
     assert short_name("Memcpy DtoH (Device -> Pageable)") == "Memcpy DtoH"
     assert short_name("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu>(int)").startswith(
         "Kernel2 cutlass"
     )
-    assert not roofline.is_ours(short_name(COPY))
-    assert all(map(roofline.is_product, (GEMM, XMMA, "void cutlass::Kernel2<cutlass_80_x>(int)", "aten::addmm")))
-    assert not any(map(roofline.is_product, (COPY, FILL, sort, "_forward_kernel", "Memset (Device)", "aten::mm_like")))
+    assert not is_ours(short_name(COPY))
+    assert all(map(is_product, (GEMM, XMMA, "void cutlass::Kernel2<cutlass_80_x>(int)", "aten::addmm")))
+    assert not any(
+        map(is_product, (COPY, FILL, sort, "selective_logprobs_fwd_kernel", "Memset (Device)", "aten::mm_like"))
+    )
 
 
 def test_every_expected_kernel_has_a_formula():
-    assert {name for names in roofline.KERNELS.values() for name in names} <= set(roofline.BYTES)
-    sizes = Sizes(10, 64, 1000, itemsize=2, kept=2, again=3, entries=50, columns=40)
-    assert {name: formula(sizes, 2.0) for name, formula in roofline.BYTES.items()} == {
-        "_forward_kernel": 40_000,
-        "_keep_kernel": 12_000,
-        "_backward_kernel": 18_000,
-        "_note_kernel": 10 * 4028 + 200,
-        "_fill_kernel": 360 + 800,
-        "_weighted_rows_kernel": 1200 + 12_800 + 45 * 536,
-        "_kernel": 260,
+    assert {name for names in roofline.KERNELS.values() for name in names} <= set(BYTES)
+    sizes = Sizes(10, 64, 1000, itemsize=2, cached=2, recomputed=3, entries=50, columns=40)
+    assert {name: formula(sizes, 2.0) for name, formula in BYTES.items()} == {
+        "selective_logprobs_fwd_kernel": 40_000,
+        "linear_logprobs_logit_grads_kernel": 12_000,
+        "selective_logprobs_bwd_kernel": 18_000,
+        "linear_logprobs_candidates_kernel": 10 * 4028 + 200,
+        "linear_logprobs_select_kernel": 360 + 800,
+        "linear_logprobs_weighted_rows_kernel": 1200 + 12_800 + 45 * 536,
+        "policy_loss_fwd_bwd_kernel": 260,
     }
 
 
@@ -186,10 +196,10 @@ def test_the_profilers_events_are_read():
         event(GEMM, 9.0),
         event("a range", 99.0, annotation=True),
     ]
-    assert roofline.events_of(seen, on_gpu=True) == [Event(GEMM, 9.0)]
+    assert events_of(seen, on_gpu=True) == [Event(GEMM, 9.0)]
     gpu = (Event(GEMM, 9.0),)
-    assert roofline.products_of(seen, on_gpu=True) == [Product(2, 3, 5, gpu), Product(2, 7, 5, gpu)]
-    on_cpu = roofline.products_of(seen, on_gpu=False)
+    assert products_of(seen, on_gpu=True) == [Product(2, 3, 5, gpu), Product(2, 7, 5, gpu)]
+    on_cpu = products_of(seen, on_gpu=False)
     assert [one.kernels for one in on_cpu] == [(Event("aten::mm", 4.0),), (Event("aten::addmm", 4.0),)]
 
 
@@ -200,19 +210,19 @@ def rows_of_a_run(*names, extra=0):
         small = [Event(f"void at::native::kernel_{k}<int>(int)", 20.0 + k + i) for k in range(extra)]
         seen = cache_profile(calls=1)
         rows += rows_of(name, seen._replace(events=[*seen.events, *small]), SIZES)[0]
-    roofline.relate(rows, CEILINGS)
+    relate(rows, CEILINGS)
     return rows
 
 
 def test_the_table_folds_what_is_small():
     rows = rows_of_a_run("one", "two", extra=12)
     large = [row for row in rows if row["of_call"] >= 0.01]
-    first = [row for row in roofline.folded(rows, large) if row["case"] == "one"]
+    first = [row for row in folded(rows, large) if row["case"] == "one"]
     assert [row["kernel"] for row in first] == [
         f"{CALL}, 0.974 ms idle",
         "products: logits 718, d hidden 728, d weight 708",
-        "_keep_kernel",
-        "_forward_kernel",
+        "linear_logprobs_logit_grads_kernel",
+        "selective_logprobs_fwd_kernel",
         "elementwise_kernel direct_copy_kernel_cuda",
         "other: kernel_11 0.031, kernel_10 0.030, 13 more",
     ]
@@ -227,11 +237,18 @@ def test_the_table_of_all_cases_is_short_and_has_our_kernels_where_they_fit():
     rows = rows_of_a_run(*[case.name for case in roofline.cases(quick=False)], extra=12)
     lines = roofline.table(rows).splitlines()
     assert len(lines) <= 40
-    assert sum("_keep_kernel  " in line for line in lines) == 8
-    assert sum("_forward_kernel  " in line for line in lines) == 7  # the last is the largest of the others
-    assert sum("other: _forward_kernel 2.00, direct_copy_kernel_cuda 1.30, 15 more" in line for line in lines) == 1
+    assert sum("linear_logprobs_logit_grads_kernel  " in line for line in lines) == 8
+    assert (
+        sum("selective_logprobs_fwd_kernel  " in line for line in lines) == 7
+    )  # the last is folded
+    assert (
+        sum(
+            "other: selective_logprobs_fwd_kernel 2.00, direct_copy_kernel_cuda 1.30, 15 more" in line for line in lines
+        )
+        == 1
+    )
     assert not any("elementwise_kernel" in line for line in lines)
-    assert max(map(len, lines)) <= 180
+    assert max(map(len, lines)) <= 190
 
 
 @pytest.fixture
@@ -258,7 +275,7 @@ def test_the_suite_walks_through_every_case(suite, capsys):
     assert 1 <= passes[2] < 4
     assert passes[3] <= 3  # some of its tokens are clipped
     sizes = list(report["sizes"].values())
-    assert [(size["kept"], size["again"]) for size in sizes[:2]] == [(tiny.tokens, 0), (0, tiny.tokens)]
+    assert [(size["cached"], size["recomputed"]) for size in sizes[:2]] == [(tiny.tokens, 0), (0, tiny.tokens)]
     assert sizes[2]["entries"] >= sizes[2]["columns"] > 0
     assert {row["case"] for row in report["rows"]} == set(report["sizes"])
     assert report["ceilings"] == CEILINGS
@@ -271,7 +288,7 @@ def test_a_case_that_fails_is_reported_and_the_next_runs(suite, monkeypatch):
     count = roofline.count
 
     def failing(run, problem):
-        if (problem.tensors["labels"] != IGNORED).all() and "old_logprobs" not in problem.tensors:
+        if (problem.tensors["labels"] != IGNORE_INDEX).all() and "old_logprobs" not in problem.tensors:
             raise torch.OutOfMemoryError("no room")
         return count(run, problem)
 
@@ -279,7 +296,7 @@ def test_a_case_that_fails_is_reported_and_the_next_runs(suite, monkeypatch):
     code, report = suite()
     assert code == 1
     assert [failure.partition(": ")[2] for failure in report["failures"]] == ["OutOfMemoryError: no room"] * 3
-    assert {row["case"].partition(",")[0] for row in report["rows"]} == {roofline.POLICY}
+    assert {row["case"].partition(",")[0] for row in report["rows"]} == {LINEAR_POLICY_LOSS}
 
 
 def test_the_points_are_those_of_the_headline_and_of_a_small_model():
@@ -287,4 +304,4 @@ def test_the_points_are_those_of_the_headline_and_of_a_small_model():
     assert len(names) == len(set(names)) == 8
     assert "cache, 8192 x 4096 x 151936" in names
     assert "linear_policy_loss, 16384 x 1536 x 151936" in names
-    assert {case.way for case in roofline.cases(quick=False) if case.point.logits == "sharp"} == {"sparse"}
+    assert {case.mode for case in roofline.cases(quick=False) if case.size.logits == "sharp"} == {"sparse"}

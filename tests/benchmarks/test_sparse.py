@@ -34,7 +34,7 @@ def test_each_part_has_its_rows_and_its_table(report):
 
 def test_coverage_is_what_the_operation_keeps(report):
     """Counted by sorting, in float64; the operation selects in one read, in float32."""
-    hidden, weight, labels = sparse._made_up(256)
+    hidden, weight, labels = sparse._random_states(256)
     for row in sparse.of("coverage", report["rows"]):
         if row["tolerance"] < 1e-4:  # next to what float32 sums are off by
             continue
@@ -46,7 +46,7 @@ def test_coverage_is_what_the_operation_keeps(report):
 
 
 def test_ways_that_are_timed_say_how_many_passes_they_take(report):
-    rows = {(row["logits"], row["way"]): row for row in sparse.of("times", report["rows"])}
+    rows = {(row["logits"], row["provider"]): row for row in sparse.of("times", report["rows"])}
     assert rows["states", "cache"]["passes"] == pytest.approx(3, abs=0.01)
     assert rows["states", "sparse"]["passes"] < rows["noise", "sparse"]["passes"]
     assert rows["noise", "sparse"]["passes"] == pytest.approx(4, abs=0.01)
@@ -57,14 +57,14 @@ def test_ways_take_turns(monkeypatch):
     called = []
     ours = sparse._ours
 
-    def noting(way):
-        function = ours(way)
-        return lambda **given: called.append(way) or function(**given)
+    def noting(provider):
+        function = ours(provider)
+        return lambda **given: called.append(provider) or function(**given)
 
     monkeypatch.setattr(sparse, "_ours", noting)
-    rows = list(sparse.times(*sparse._made_up(64), rounds=3, peers=False))
+    rows = list(sparse.times(*sparse._random_states(64), rounds=3, peers=False))
     assert called[-12:] == [*sparse.OURS] * 3
-    assert [row["way"] for row in rows] == [*sparse.OURS]
+    assert [row["provider"] for row in rows] == [*sparse.OURS]
     assert all(row["both_ms"] >= max(row["forward_ms"], row["backward_ms"]) for row in rows)
 
 
@@ -79,7 +79,9 @@ def test_ways_take_turns(monkeypatch):
 )
 def test_a_broken_promise_is_a_failure(report, part, change, says):
     rows = [dict(row) for row in report["rows"]]
-    spoilt = next(row for row in sparse.of(part, rows) if part == "bound" or row["way"] == "sparse, tolerance 0.0001")
+    spoilt = next(
+        row for row in sparse.of(part, rows) if part == "bound" or row["provider"] == "sparse, tolerance 0.0001"
+    )
     spoilt |= change
     (failure,) = sparse.failures_of(rows)
     assert says in failure
@@ -87,10 +89,10 @@ def test_a_broken_promise_is_a_failure(report, part, change, says):
 
 def test_sampled_states_are_kept(tmp_path, monkeypatch):
     """The model is asked once; what lies in the folder is read the next time."""
-    made = sparse._made_up(8)
+    made = sparse._random_states(8)
     asked = []
     monkeypatch.setattr(hidden_states, "_sample", lambda *given: asked.append(given) or made)
     for _ in range(2):
-        read = hidden_states.states(tmp_path, "some/prompts.parquet", 0.6, 4, 2)
+        read = hidden_states.sampled_states(tmp_path, "some/prompts.parquet", 0.6, 4, 2)
         assert all(torch.equal(x, y) for x, y in zip(read, made, strict=True))
     assert asked == [("some/prompts.parquet", 0.6, 4, 2)]

@@ -12,17 +12,17 @@ from benchmarks.step import cases
 from benchmarks.step.cases import DIFFERS, MEASURED, NO_TIME, OUT_OF_MEMORY, Case, Limits
 from benchmarks.step.models import ENTROPY, MODELS, entropy_of, make_critic, make_policy
 from benchmarks.step.prepared import odd_end
-from benchmarks.step.trainers import OURS, TRL, Probe, Step, Way
+from benchmarks.step.trainers import SPPO, TRL, Probe, Step, TrainerVariant
 
 QUICK = Case("tiny", "mixed", 8, responses=16)
 ONCE = Limits(rounds=1, steps=1)
 CPU = torch.device("cpu")
 
 
-def last(case, ways, limits=ONCE):
-    """The rows at the end of a case, by the names of their ways."""
-    *_, rows = cases.measure(case, ways, limits)
-    return {row["way"]: row for row in rows}
+def last(case, variants, limits=ONCE):
+    """The rows at the end of a case, by the names of their variants."""
+    *_, rows = cases.measure(case, variants, limits)
+    return {row["variant"]: row for row in rows}
 
 
 @pytest.mark.slow
@@ -30,8 +30,8 @@ def test_every_algorithm_and_trl(tmp_path):
     pytest.importorskip("trl")
     assert main(["step", "--quick", "--updates", "2", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "step-2-updates.json").read_text())
-    rows = {row["way"]: row for row in report["rows"]}
-    assert list(rows) == [way.name for way in OURS + TRL]
+    rows = {row["variant"]: row for row in report["rows"]}
+    assert list(rows) == [variant.name for variant in SPPO + TRL]
     for row in rows.values():
         assert row["outcome"] == MEASURED
         assert sum(row["seconds"].values()) == pytest.approx(row["step_s"])
@@ -41,10 +41,10 @@ def test_every_algorithm_and_trl(tmp_path):
         assert row["peak_bytes"] == {}  # a CPU
         assert row["entropy"] == pytest.approx(ENTROPY, rel=0.01)
     assert len({row["tokens"] for row in rows.values()}) == 1
-    assert all(rows[way.name]["gradient_error"] <= 1e-3 for way in TRL)
-    for line in step.beside_trl(report["rows"]):
+    assert all(rows[variant.name]["gradient_error"] <= 1e-3 for variant in TRL)
+    for line in step.compared_with_trl(report["rows"]):
         assert line["speedup"] == line["step_s"] / rows[line["algorithm"]]["step_s"]
-    assert len(step.beside_trl(report["rows"])) == len(TRL)
+    assert len(step.compared_with_trl(report["rows"])) == len(TRL)
     assert (tmp_path / "step-2-updates.png").stat().st_size > 1000
 
 
@@ -65,7 +65,8 @@ def test_wrong_options_are_named(tmp_path, options, says):
 def test_live():
     pytest.importorskip("trl")
     rows = last(
-        QUICK._replace(lengths="equal", live=True, equal="prompts"), [Way("ours", "remax"), Way("ours", "grpo"), TRL[0]]
+        QUICK._replace(lengths="equal", live=True, equal="prompts"),
+        [TrainerVariant("sppo", "remax"), TrainerVariant("sppo", "grpo"), TRL[0]],
     )
     assert {name: row["outcome"] for name, row in rows.items()} == dict.fromkeys(rows, MEASURED)
     assert all(row["seconds"]["rollout"] > 0.1 * row["step_s"] for row in rows.values())
@@ -80,7 +81,7 @@ def test_gradients_that_differ_have_no_time(monkeypatch):
 
     right = GRPO.advantages
     monkeypatch.setattr(GRPO, "advantages", lambda self, outcomes: right(self, outcomes) * 1.01)
-    rows = last(QUICK, [Way("ours", "sppo"), Way("ours", "grpo"), TRL[0]])
+    rows = last(QUICK, [TrainerVariant("sppo", "sppo"), TrainerVariant("sppo", "grpo"), TRL[0]])
     assert {name: row["outcome"] for name, row in rows.items()} == {
         "sppo": MEASURED,
         "grpo": DIFFERS,
@@ -95,18 +96,20 @@ def test_gradients_that_differ_have_no_time(monkeypatch):
 @pytest.mark.parametrize(("equal", "prompts"), [("responses", [32, 32, 4, 8]), ("prompts", [4, 4, 4, 4])])
 def test_as_many_responses_or_as_many_prompts(equal, prompts):
     case = Case("tiny", "mixed", 8, equal=equal)
-    ways = [Way("ours", name) for name in ("sppo", "remax", "grpo", "rloo")]
-    rows = [case.new_row(way) for way in ways]
+    variants = [TrainerVariant("sppo", name) for name in ("sppo", "remax", "grpo", "rloo")]
+    rows = [case.new_row(variant) for variant in variants]
     assert [row["prompts"] for row in rows] == prompts
-    assert [row["responses"] for row in rows] == [n * way.generations for n, way in zip(prompts, ways, strict=True)]
-    made = [case.prepared(way) for way in ways]
+    assert [row["responses"] for row in rows] == [
+        n * variant.generations for n, variant in zip(prompts, variants, strict=True)
+    ]
+    made = [case.prepared(variant) for variant in variants]
     assert all(each.responses == made[2].responses[: len(each.responses)] for each in made)
     texts = [list(each.dataset["prompt"]) for each in made]
     assert all(each == texts[0][: len(each)] for each in texts)
 
 
 def test_prepared_responses_are_right_and_wrong_by_turns():
-    prepared = QUICK.prepared(Way("ours", "sppo"))
+    prepared = QUICK.prepared(TrainerVariant("sppo", "sppo"))
     sampled, greedy = (prepared.generate(prepared.dataset["prompt"], temperature=each) for each in (1.0, 0.0))
     assert [sample.response_ids for sample in sampled] == prepared.responses
     assert all(24 <= len(sample.prompt_ids) <= 40 and not sample.truncated for sample in sampled)
@@ -118,8 +121,8 @@ def test_prepared_responses_are_right_and_wrong_by_turns():
 def faulty(monkeypatch, error):
     """Steps take no time, but PPO's fail."""
 
-    def train(case, way, policy, probe, steps):
-        if way.algorithm == "ppo":
+    def train(case, variant, policy, probe, steps):
+        if variant.algorithm == "ppo":
             raise error
         probe.steps += [Step({"rollout": 1.0, "update": float(i)}, {}, 5.0) for i in range(steps)]
 
@@ -128,7 +131,7 @@ def faulty(monkeypatch, error):
 
 def test_out_of_memory_is_a_row_and_the_rest_go_on(monkeypatch):
     faulty(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
-    rows = last(QUICK, OURS, Limits(rounds=2, steps=3))
+    rows = last(QUICK, SPPO, Limits(rounds=2, steps=3))
     assert rows["ppo"]["outcome"] == OUT_OF_MEMORY
     assert {row["outcome"] for name, row in rows.items() if name != "ppo"} == {MEASURED}
     assert (rows["grpo"]["step_s"], rows["grpo"]["steps_s"]) == (3, [2, 3, 4, 2, 3, 4])
@@ -139,7 +142,7 @@ def test_out_of_memory_is_a_row_and_the_rest_go_on(monkeypatch):
 
 def test_another_error_is_a_failure_and_the_rest_go_on(monkeypatch):
     faulty(monkeypatch, ValueError("no such attention"))
-    rows = last(QUICK, OURS)
+    rows = last(QUICK, SPPO)
     assert step.failures_of(list(rows.values())) == [
         "ppo, tiny, mixed, 16 responses: failed: ValueError: no such attention"
     ]
@@ -147,7 +150,7 @@ def test_another_error_is_a_failure_and_the_rest_go_on(monkeypatch):
 
 
 def test_nothing_is_begun_when_the_time_is_up():
-    rows = last(QUICK, OURS + TRL, Limits(1, 1, end=time.monotonic() - 1))
+    rows = last(QUICK, SPPO + TRL, Limits(1, 1, end=time.monotonic() - 1))
     assert {row["outcome"] for row in rows.values()} == {NO_TIME}
     assert step.failures_of(list(rows.values())) == []
 
@@ -161,14 +164,14 @@ def test_what_is_too_slow_is_a_failure():
         "algorithm": "grpo",
         "responses": 16,
     }
-    ours = {**row, "way": "grpo", "trainer": "ours", "outcome": MEASURED, "step_s": 2.0}
-    theirs = {**ours, "way": "grpo, TRL", "trainer": "TRL"}
+    ours = {**row, "variant": "grpo", "trainer": "sppo", "outcome": MEASURED, "step_s": 2.0}
+    theirs = {**ours, "variant": "grpo, TRL", "trainer": "TRL"}
     assert step.failures_of([ours, theirs | {"step_s": 3.0}]) == []
     slow = [ours, theirs | {"step_s": 2.8}]
-    assert step.failures_of(slow) == ["grpo, TRL, tiny, mixed, 16 responses: 1.40 times as fast as TRL, wanted 1.5"]
+    assert step.failures_of(slow) == ["grpo, TRL, tiny, mixed, 16 responses: 1.40 times as fast as TRL, required 1.5"]
     assert step.failures_of(slow, timed=False) == []
-    assert step.beside_trl([ours, theirs | {"algorithm": "rloo"}]) == []
-    assert step.beside_trl([each | {"lengths": "live"} for each in (ours, theirs)]) == []
+    assert step.compared_with_trl([ours, theirs | {"algorithm": "rloo"}]) == []
+    assert step.compared_with_trl([each | {"lengths": "live"} for each in (ours, theirs)]) == []
     assert step.failures_of([theirs | {"outcome": DIFFERS, "gradient_error": float("nan")}]) == [
         "grpo, TRL, tiny, mixed, 16 responses: gradients differ by nan"
     ]

@@ -17,7 +17,8 @@ from transformers import Qwen2Config
 
 from benchmarks import train_memory
 from benchmarks.__main__ import main
-from benchmarks.harness.allocations import GIB, without_values
+from benchmarks.harness.allocations import GIB
+from benchmarks.harness.library_seams import on_cuda_without_kernels
 from benchmarks.report import RESULTS
 from benchmarks.train_memory import failures_of, measure, surroundings
 from benchmarks.train_memory.cases import (
@@ -82,7 +83,7 @@ def test_real_tensors_take_the_same(algorithm, devices, monkeypatch):
     _, fake = measure(case, args, TINY)
 
     samples = samples_of(args, kind := "token" if algorithm == "ppo" else "prompt")
-    with processes(devices) as mesh, on_cuda(), without_values([]), StepAllocations() as allocations:
+    with processes(devices) as mesh, on_cuda(), on_cuda_without_kernels([]), StepAllocations() as allocations:
         pair = build(case, TINY, args.cliprange_value)
         if mesh is not None:
             shard(pair, mesh)

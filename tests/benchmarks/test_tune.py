@@ -1,8 +1,9 @@
-"""The tuning suite: every candidate is checked and timed, the fastest chosen, and a killed run leaves what it had."""
+"""The tuning suite: candidates are checked and timed, the fastest is chosen, and a killed run leaves what it has.
+
+The dry run of the suite gpu measures every candidate of every kernel.
+"""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
@@ -11,14 +12,16 @@ pytest.importorskip("triton")
 
 from benchmarks import tune
 from benchmarks.__main__ import main
-from benchmarks.harness import timing
+from benchmarks.harness import library_seams, timing
 from benchmarks.tune import Tuner, shapes
-from sppo_kernels import _backend, tuning
+from sppo_kernels import tuning
 from sppo_kernels.tuning import TUNABLES, Config
 
 CPU = torch.device("cpu")
 POLICY = [shape for shape in shapes(tiny=True) if shape.kernel == "policy_loss"]
-needs_interpreter = pytest.mark.skipif(not _backend.INTERPRETED, reason="tries the suite in Triton's interpreter")
+needs_interpreter = pytest.mark.skipif(
+    not library_seams.is_interpreted(), reason="tries the suite in Triton's interpreter"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,23 +41,10 @@ def timed(monkeypatch):
     return set_times
 
 
-@needs_interpreter
-def test_every_candidate_of_every_kernel_is_measured(tmp_path, capsys):
-    assert main(["tune", "--quick", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "tune.json").read_text())["rows"]
-    for name, tunable in TUNABLES.items():
-        measured = {(row["block"], row["num_warps"]) for row in rows if row["kernel"] == name}
-        assert measured == {tuple(config) for config in tunable.candidates}
-    assert all(row["passed"] and row["ms"] > 0 and "chosen" not in row for row in rows)
-    tuning.load(tmp_path / "tuning.json")
-    assert all(tunable.chosen == {} for tunable in TUNABLES.values())
-    assert "interpreted" in capsys.readouterr().out
-
-
 def test_real_shapes_are_the_usual_vocabularies():
     planned = shapes(tiny=False)
     assert {shape.kernel for shape in planned} == set(TUNABLES)
-    assert {shape.point.vocab for shape in planned if shape.point.vocab} == {151_936, 128_256, 49_152}
+    assert {shape.size.vocab for shape in planned if shape.size.vocab} == {151_936, 128_256, 49_152}
 
 
 @needs_interpreter
@@ -62,7 +52,7 @@ def test_real_shapes_are_the_usual_vocabularies():
 def test_the_fastest_is_chosen_where_it_gains(tmp_path, timed, ms, chosen):
     timed(*ms)
     tuner = Tuner(CPU, tmp_path)
-    tuner.judged = True
+    tuner.timed = True
     tuner.run(POLICY)
     tuning.reset()
     tuning.load(tmp_path / "tuning.json")
@@ -82,7 +72,7 @@ def test_a_wrong_candidate_is_withheld(tmp_path, timed, monkeypatch, capsys):
 
     monkeypatch.setattr(tune.checking, "check", check)
     tuner = Tuner(CPU, tmp_path)
-    tuner.judged = True
+    tuner.timed = True
     tuner.run(POLICY)
     (withheld,) = (row for row in tuner.rows if not row["passed"])
     assert (withheld["block"], withheld["num_warps"]) == wrong
@@ -96,7 +86,7 @@ def test_a_wrong_candidate_is_withheld(tmp_path, timed, monkeypatch, capsys):
 def test_a_killed_run_leaves_what_it_had(tmp_path, timed):
     timed(2.0, 1.0, 1.5)  # and no more: the second shape raises
     tuner = Tuner(CPU, tmp_path)
-    tuner.judged = True
+    tuner.timed = True
     with pytest.raises(StopIteration):
         tuner.run(POLICY * 2)
     tuning.load(tmp_path / "tuning.json")
@@ -105,6 +95,6 @@ def test_a_killed_run_leaves_what_it_had(tmp_path, timed):
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(_backend, "INTERPRETED", False)
+    monkeypatch.setattr(library_seams, "is_interpreted", lambda: False)
     assert main(["tune", "--out", str(tmp_path)]) == 2
-    assert "TRITON_INTERPRET=1" in capsys.readouterr().err
+    assert "--quick" in capsys.readouterr().err
