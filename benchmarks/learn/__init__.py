@@ -1,13 +1,13 @@
 """Reward of SPPO, PPO, GRPO and related algorithms against tokens, updates and seconds.
 
-Chains of thought of 16, 64 and 256 steps with verified outcomes, and a task with prompts of very different difficulty;
-benchmarks/learn/walks.py has the task, variants.py what is compared. All runs on a task begin with one policy. For each
-algorithm and task the learning rates, the critic's too, are the best of a few by runs with a seed of their own; then
-come the runs that count, and those of variants that take SPPO apart, task after task.
+The tasks are chains of thought of 16, 64 and 256 steps with verified outcomes, and one with prompts of very different
+difficulty. benchmarks/learn/digit_walk.py has the task, variants.py the compared variants. All runs on a task begin
+with the same policy. For each algorithm and task the learning rates, the critic's included, are the best of a few in
+runs with a seed of their own. The counted runs and those of SPPO's variants follow, task after task.
 
-Runs are processes of one thread, as many at a time as there are workers; each is written down when it is done, and the
-same command goes on where it was stopped. On 2 cores all of it takes about three hours; ``--quick`` walks through
-it. The exit code is 1 when a run breaks, not when one does not learn.
+Runs are processes of one thread, as many at a time as there are workers. Each is saved when it is done, and the same
+command resumes where it was stopped. On 2 cores all of it takes about three hours; ``--quick`` is a short run of every
+step. The exit code is 1 when a run raises, not when a run does not learn.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from benchmarks.harness import results
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
 from benchmarks.learn import figures
-from benchmarks.learn.plan import SEEDS, Plan, plans
 from benchmarks.learn.policy import greedy_accuracy, lessons, make_policy
+from benchmarks.learn.run_plan import SEEDS, Plan, plans
 from benchmarks.learn.runs import Run, train
 from benchmarks.learn.table import COLUMNS, SPEEDUP, compared
 from benchmarks.learn.variants import ALGORITHMS, QUICK, TASKS, Task
@@ -39,7 +39,7 @@ from sppo._utils import run_lock
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="four steps, three algorithms, ten rollouts, one seed")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="of the runs that count (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="seeds of the counted runs (%(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (%(default)s)")
     results.add_out(parser)
 
@@ -49,14 +49,14 @@ def run(args: argparse.Namespace) -> int:
     for name in ("seeds", "workers"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name} must be at least 1, got {getattr(args, name)}")
-    with run_lock(args.out):  # two would overwrite each other's rows
+    with run_lock(args.out):  # two runs would overwrite each other's rows
         return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:
     path = args.out / ("learn-quick.json" if args.quick else "learn.json")
     rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
-    torch.set_num_threads(1)  # or the policies would have other bits on other machines
+    torch.set_num_threads(1)  # otherwise the bits of the policies would depend on the machine
     tasks = [QUICK] if args.quick else TASKS
     files = {task.name: _policy(args.out / "policies", task, args.quick) for task in tasks}
     hashes = {name: sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
             rows.append(row)
             results.write(path, "learn", **about, failures=failures, rows=rows)
     except KeyboardInterrupt:
-        failures.append("interrupted; the same command goes on from here")
+        failures.append("interrupted; the same command resumes from here")
     figures.draw(path.with_suffix(".png"), planned)
     return results.conclude(results.table(compared(planned), COLUMNS), failures, path)
 
@@ -85,7 +85,7 @@ def _policy(folder: Path, task: Task, quick: bool) -> Path:
 
 
 def _rows(planned: list[Plan], files: dict[str, Path], workers: int, failures: list[str]) -> Iterator[tuple[Plan, Row]]:
-    """Of all runs that are left, as they come."""
+    """Yield the rows of all remaining runs as they finish."""
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
     try:
         for plan in planned:
@@ -93,15 +93,15 @@ def _rows(planned: list[Plan], files: dict[str, Path], workers: int, failures: l
                 for row in _finished(pool, plan.left(runs()), files[plan.task.name], failures):
                     yield plan, row
                 if failures:
-                    return  # there may be no rates to choose
+                    return  # without all tuning runs no rates can be chosen
     finally:
         for worker in multiprocessing.active_children():
-            worker.terminate()  # at the end they are idle; where it was interrupted nobody waits for their runs
+            worker.terminate()  # idle at the end; after an interruption their runs are not needed
         pool.shutdown(cancel_futures=True)
 
 
 def _finished(pool: ProcessPoolExecutor, runs: list[Run], policy: Path, failures: list[str]) -> Iterator[Row]:
-    """Rows as they come; a run that breaks is noted, and the others go on."""
+    """Yield rows as runs finish; a run that raises is a failure, and the others continue."""
     if not runs:
         return
     pending = {pool.submit(train, run, policy): run for run in runs}
@@ -120,20 +120,24 @@ def _finished(pool: ProcessPoolExecutor, runs: list[Run], policy: Path, failures
 
 
 def _end_with_parent() -> None:
-    """In a worker: where the command is killed its runs end too, instead of keeping the cores busy for nobody."""
+    """End this worker when the command is killed, which would otherwise leave its runs on the cores."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait = lambda: (parent.join(), os._exit(1))
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
     threading.Thread(target=wait, daemon=True).start()
 
 
 def draw(path: Path, report: Row) -> None:
-    """The curves of a report."""
+    """Draw the curves of a report."""
     figures.draw(path, reported(report))
 
 
 def reported(report: Row) -> list[Plan]:
-    """The plans that a report's rows belong to."""
+    """Return the plans that the rows of a report belong to."""
     return plans(report["rows"], TASKS, report["policies"])
 
 

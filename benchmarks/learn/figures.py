@@ -1,4 +1,4 @@
-"""The curves: reward against tokens, updates and seconds, a row of panels a task."""
+"""Learning curves: reward against tokens, updates and seconds, one row of panels per task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.harness.results import save_figure
 from benchmarks.learn.intervals import COSTS
-from benchmarks.learn.plan import Plan
+from benchmarks.learn.run_plan import Plan
 from benchmarks.learn.variants import ALGORITHMS
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ TITLES = {"tokens": "generated tokens", "updates": "updates", "seconds": "second
 
 
 def draw(path: Path, plans: Iterable[Plan]) -> None:
-    """Means over the seeds of each algorithm; the dotted line is the task's threshold."""
+    """Draw the mean over the seeds of each algorithm; the dotted line is the threshold of the task."""
     shown = [(plan.task, variants) for plan in plans if (variants := plan.counted())]
     if not shown:
         return

@@ -1,4 +1,4 @@
-"""What curves of several seeds say: costs until a threshold, means and their intervals."""
+"""Statistics of learning curves over seeds: costs until a threshold, means and their intervals."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from benchmarks.harness.results import Row
 
 COSTS = ("tokens", "updates", "seconds")
 
-# Two-sided 95% quantiles of Student's distribution, by degrees of freedom from 1 on; beyond, the last one is cautious.
+# Two-sided 95% quantiles of Student's t by degrees of freedom from 1 on; beyond the last one it is conservative.
 _T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 class Cost(NamedTuple):
-    """A value with its 95% interval; of too few values, or of one that is only a bound, there is none."""
+    """A value with its 95% interval, which a bound and a mean of one value do not have."""
 
     value: float
     low: float | None = None
@@ -30,16 +30,16 @@ class Cost(NamedTuple):
         return f"{sign}{self.value:.3g}{interval}"
 
     def times(self, factor: float) -> Cost:
-        """In another unit."""
+        """Return the cost in another unit."""
         scaled = [None if x is None else x * factor for x in (self.low, self.high)]
         return Cost(self.value * factor, *scaled, self.is_bound)
 
 
 def reached(row: Row, threshold: float, cost: str) -> float | None:
-    """Cost until the mean of two successive evaluations is at the threshold; None: never.
+    """Return the cost until the mean of two successive evaluations is at the threshold; None if it never is.
 
-    A mean belongs to the second of its evaluations; between two means the line between them counts, or costs would be
-    multiples of what is spent from one evaluation to the next, and alike by that alone.
+    A mean belongs to the second of its evaluations. Between two means costs are interpolated linearly; otherwise they
+    would be multiples of the cost between evaluations, and equal for that reason only.
     """
     points = list(zip(row[cost][1:], _pairs(row), strict=True))
     if points[0][1] >= threshold:
@@ -51,23 +51,23 @@ def reached(row: Row, threshold: float, cost: str) -> float | None:
 
 
 def own_best(row: Row, cost: str) -> float:
-    """Cost until the mean of two successive evaluations was as high as it ever was in the run."""
+    """Return the cost until the mean of two successive evaluations reached its maximum in the run."""
     pairs = _pairs(row)
     return row[cost][1 + pairs.index(max(pairs))]
 
 
 def _pairs(row: Row) -> list[float]:
-    """Means of two successive evaluations each: one alone is high by chance."""
+    """Return means of two successive evaluations each, since a single one is high by chance."""
     return [statistics.fmean(pair) for pair in pairwise(row["reward"])]
 
 
 def mean_reward(row: Row) -> float:
-    """Of all evaluations: the area under the curve, by which learning rates are chosen."""
+    """Return the mean over all evaluations, the area under the curve, by which learning rates are chosen."""
     return statistics.fmean(row["reward"])
 
 
 def mean(values: Sequence[float]) -> Cost:
-    """Arithmetic mean with Student's interval."""
+    """Return the arithmetic mean with Student's interval."""
     center = statistics.fmean(values)
     if len(values) < 2:
         return Cost(center)
@@ -76,10 +76,10 @@ def mean(values: Sequence[float]) -> Cost:
 
 
 def geometric_mean(values: Sequence[float]) -> Cost:
-    """Of costs and their ratios, which vary by factors; with the interval of the logarithms."""
+    """Return the geometric mean of costs or their ratios, with the interval of the logarithms."""
     return Cost(*(None if x is None else math.exp(x) for x in mean([math.log(value) for value in values])[:3]))
 
 
 def at_least(values: Sequence[float]) -> Cost:
-    """The same of values some of which are higher than is known."""
+    """Return the geometric mean of values some of which are lower bounds."""
     return Cost(geometric_mean(values).value, is_bound=True)

@@ -1,4 +1,4 @@
-"""The policies that runs begin with: small transformers that have learned the rules, and a teacher's slips in them."""
+"""The initial policies: small transformers that have learned the rules, and a rate of random steps."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.learn import walks
+from benchmarks.learn import digit_walk
 from sppo._utils import atomic_write
 from sppo.tasks.chain_model import char_tokenizer
 
 SUCCESS = {"even": (0.3, 0.3), "mixed": (0.9, 0.1)}
-"""Share of right answers with the first half of the rules and with the second, when the policy has learned to slip."""
+"""Share of right answers with the first and the second half of the rules when the policy has learned the slips."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    return char_tokenizer(walks.ALPHABET)
+    return char_tokenizer(digit_walk.ALPHABET)
 
 
 def slips(difficulty: str, horizon: int) -> dict[str, float]:
-    """For each rule how often a step is drawn at random, so that its answers are right as often as is wanted."""
-    halves = (walks.RULES[: len(walks.RULES) // 2], walks.RULES[len(walks.RULES) // 2 :])
-    # A step drawn at random is right by chance in one of ten.
+    """Return for each rule the rate of random steps that gives the required share of right answers."""
+    halves = (digit_walk.RULES[: len(digit_walk.RULES) // 2], digit_walk.RULES[len(digit_walk.RULES) // 2 :])
+    # One of ten random steps is right by chance.
     return {
         name: (1 - success ** (1 / horizon)) / 0.9
         for names, success in zip(halves, SUCCESS[difficulty], strict=True)
@@ -41,7 +41,7 @@ def slips(difficulty: str, horizon: int) -> dict[str, float]:
 
 def new_config(hidden_size: int = 64, layers: int = 2) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=len(walks.ALPHABET) + 2,
+        vocab_size=len(digit_walk.ALPHABET) + 2,
         hidden_size=hidden_size,
         intermediate_size=3 * hidden_size,
         num_hidden_layers=layers,
@@ -58,12 +58,12 @@ class Lesson(NamedTuple):
     """Demonstrations to imitate.
 
     Attributes:
-        horizon: steps of each.
-        slip: how often a step of each rule is drawn at random.
-        with_slips: whether steps that were drawn are imitated too.
-        demonstrations: how many at a time.
-        steps: of the optimizer.
-        learning_rate: the highest.
+        horizon: steps per demonstration.
+        slip: rate of random steps for each rule.
+        with_slips: whether random steps are imitated too.
+        demonstrations: batch size.
+        steps: optimizer steps.
+        learning_rate: peak learning rate.
     """
 
     horizon: int
@@ -75,11 +75,11 @@ class Lesson(NamedTuple):
 
 
 def lessons(difficulty: str, horizon: int) -> list[Lesson]:
-    """Short walks teach the rules, long ones to go on by them, and those of the task to slip.
+    """Return lessons: short walks for the rules, long ones for their repeated use, and the task's with random steps.
 
-    Without jumps that are not imitated, a long walk would come round and be copied from its past.
+    Random steps that are not imitated keep a long walk from entering a cycle, which could be copied from the context.
     """
-    jumps = dict.fromkeys(walks.RULES, 0.2)
+    jumps = dict.fromkeys(digit_walk.RULES, 0.2)
     return [
         Lesson(16, jumps, False, demonstrations=128, steps=800, learning_rate=4e-3),
         Lesson(256, jumps, False, demonstrations=16, steps=400, learning_rate=2e-3),
@@ -90,8 +90,8 @@ def lessons(difficulty: str, horizon: int) -> list[Lesson]:
 
 
 def imitate(model: LlamaForCausalLM, lesson: Lesson) -> None:
-    """Supervised training on demonstrations, each seen once."""
-    rng, encode, every = random.Random(0), tokenizer(), walks.prompts("train")
+    """Train the model on demonstrations, each seen once."""
+    rng, encode, every = random.Random(0), tokenizer(), digit_walk.prompts("train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lesson.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 30) * (1 - step / lesson.steps)
@@ -101,10 +101,10 @@ def imitate(model: LlamaForCausalLM, lesson: Lesson) -> None:
     for _ in progress:
         chosen = rng.choices(every, k=lesson.demonstrations)
         made, drawn = zip(
-            *(walks.demonstration(p, lesson.horizon, lesson.slip[p[0]], rng) for p in chosen), strict=True
+            *(digit_walk.demonstration(p, lesson.horizon, lesson.slip[p[0]], rng) for p in chosen), strict=True
         )
         tokens = torch.tensor(encode([prompt + walk for prompt, walk in zip(chosen, made, strict=True)])["input_ids"])
-        labels = tokens[:, 3:]  # the prompt's three tokens are given
+        labels = tokens[:, 3:]  # three tokens of the prompt are given
         if not lesson.with_slips:
             labels = labels.masked_fill(torch.tensor(drawn), -100)
         loss = cross_entropy(model(tokens[:, :-1]).logits[:, 2:].flatten(0, 1), labels.flatten())
@@ -117,10 +117,10 @@ def imitate(model: LlamaForCausalLM, lesson: Lesson) -> None:
 
 
 def make_policy(folder: Path, course: Sequence[Lesson]) -> Path:
-    """Give a new model some lessons, one after the other, and keep what it is after each in the folder.
+    """Train a new model on successive lessons, and save it after each.
 
     Returns:
-        The file of the last one. Its name tells what it was taught: a course with other lessons has another.
+        The file of the last one. Its name is a hash of the lessons so far.
     """
     torch.manual_seed(0)
     model = LlamaForCausalLM(new_config())
@@ -138,16 +138,16 @@ def make_policy(folder: Path, course: Sequence[Lesson]) -> Path:
 
 
 def load_policy(file: Path) -> LlamaForCausalLM:
-    """What :func:`make_policy` has made."""
+    """Load a policy of :func:`make_policy`."""
     model = LlamaForCausalLM(new_config())
     model.load_state_dict(load_file(file))
     return model.eval()
 
 
 def greedy_accuracy(file: Path, horizon: int) -> float:
-    """Share of the held-out prompts that a policy's likeliest walk is right for."""
-    model, encode, rows = load_policy(file), tokenizer(), walks.dataset("test", horizon)
+    """Return the share of held-out prompts for which greedy decoding is right."""
+    model, encode, rows = load_policy(file), tokenizer(), digit_walk.dataset("test", horizon)
     asked = encode(list(rows["prompt"]), return_tensors="pt")["input_ids"]
     answered = model.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=horizon, do_sample=False)
     written = encode.batch_decode(answered[:, 3:], skip_special_tokens=True)
-    return statistics.fmean(walks.reward(rows["prompt"], written, rows["answer"], rows["steps"]))
+    return statistics.fmean(digit_walk.reward(rows["prompt"], written, rows["answer"], rows["steps"]))

@@ -14,18 +14,18 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from benchmarks.harness.recipe_trainer import QUIET
 from benchmarks.harness.results import Row
-from benchmarks.learn import walks
+from benchmarks.learn import digit_walk
 from benchmarks.learn.policy import load_policy, new_config, tokenizer
 from benchmarks.learn.variants import OWN, Task
 from sppo import SPPOConfig, SPPOTrainer
 
-RESPONSES = 64  # a rollout, whatever the algorithm
-EVALUATE_EVERY = 5  # such rollouts; one that is larger is evaluated each time
-HELD_OUT_COPIES = 2  # answers to each of the held-out prompts
+RESPONSES = 64  # per rollout, for every algorithm
+EVALUATE_EVERY = 5  # such rollouts; larger ones are evaluated each time
+HELD_OUT_COPIES = 2  # answers per held-out prompt
 
 
 class Run(NamedTuple):
-    """What a run is; ``settings`` as in :mod:`benchmarks.learn.variants`, ``policy`` the hash of its first weights."""
+    """Definition of a run; ``settings`` as in :mod:`benchmarks.learn.variants`, ``policy`` is a hash of the weights."""
 
     task: Task
     variant: str
@@ -37,16 +37,16 @@ class Run(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Of all that decides what comes of it."""
+        """Hash of everything that determines the result."""
         of_task = self.task.difficulty, self.task.horizon, HELD_OUT_COPIES, self.policy
         decides = json.dumps([of_task, self.settings.get("critic"), config_of(self)], sort_keys=True)
         return sha256(decides.encode()).hexdigest()[:16]
 
 
 class Curve(TrainerCallback):
-    """At each evaluation: updates, generated tokens, processor seconds of training, share of held-out answers right.
+    """Records updates, generated tokens, CPU seconds of training and the share of right held-out answers.
 
-    Seconds are those of the one thread that a run has, so that a run beside others counts as one that is alone.
+    Seconds are CPU time of the run's only thread, so that other processes do not count.
     """
 
     def __init__(self) -> None:
@@ -72,18 +72,18 @@ class Curve(TrainerCallback):
 
 
 def train(run: Run, policy: Path) -> Row:
-    """The run, and its curve."""
+    """Train, and return the row of the run with its learning curve."""
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     curve = Curve()
     with tempfile.TemporaryDirectory() as folder:
         curve.trainer = trainer = SPPOTrainer(
             load_policy(policy),
-            walks.reward,
+            digit_walk.reward,
             args=SPPOConfig(folder, **config_of(run)),
             critic=_small_critic() if "critic" in run.settings else None,
-            train_dataset=walks.dataset("train", run.task.horizon),
-            eval_dataset=walks.dataset("test", run.task.horizon, copies=HELD_OUT_COPIES),
+            train_dataset=digit_walk.dataset("train", run.task.horizon),
+            eval_dataset=digit_walk.dataset("test", run.task.horizon, copies=HELD_OUT_COPIES),
             processing_class=tokenizer(),
             callbacks=[curve],
         )
@@ -102,7 +102,7 @@ def train(run: Run, policy: Path) -> Row:
 
 
 def config_of(run: Run) -> dict[str, Any]:
-    """Settings of SPPOConfig."""
+    """Return the settings of SPPOConfig."""
     settings: dict[str, Any] = {
         **QUIET,
         "report_to": "none",
@@ -126,7 +126,7 @@ def config_of(run: Run) -> dict[str, Any]:
 
 
 def _small_critic() -> PreTrainedModel:
-    """One layer of a quarter of the policy's width, from random weights."""
+    """Make a critic of one layer and a quarter of the policy's width, with random weights."""
     config: LlamaConfig = new_config(hidden_size=16, layers=1)
     config.num_labels = 1
     return LlamaForSequenceClassification(config)

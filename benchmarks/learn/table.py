@@ -1,4 +1,4 @@
-"""What the runs come to: costs until a task's threshold, and rewards, each beside SPPO's."""
+"""Comparison of variants: costs until a task's threshold, and rewards, each relative to SPPO's."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 from benchmarks.harness.results import Columns, Row
 from benchmarks.learn.intervals import COSTS, Cost, at_least, geometric_mean, mean, mean_reward, own_best, reached
-from benchmarks.learn.plan import Plan
+from benchmarks.learn.run_plan import Plan
 
 
 def compared(plans: Iterable[Plan]) -> list[Row]:
-    """A line a task and variant."""
+    """Return one line per task and variant."""
     lines = []
     for plan in plans:
         variants = plan.counted()
@@ -41,7 +41,7 @@ def compared(plans: Iterable[Plan]) -> list[Row]:
 
 
 def _cost(runs: list[Row], threshold: float, cost: str) -> Cost | None:
-    """Until the threshold; where a run does not reach it, no less than with all that it cost."""
+    """Return the mean cost until the threshold; a lower bound if a run does not reach it."""
     spent = [reached(run, threshold, cost) for run in runs]
     if None in spent:
         return at_least([run[cost][-1] if x is None else x for run, x in zip(runs, spent, strict=True)])
@@ -49,7 +49,7 @@ def _cost(runs: list[Row], threshold: float, cost: str) -> Cost | None:
 
 
 def _ratio(pairs: list[tuple[Row, Row]], threshold: float, cost: str) -> Cost | None:
-    """To SPPO's, seed by seed: runs of a seed are graded on the same draws. None where SPPO's is not known."""
+    """Return the cost relative to SPPO's, seed by seed; None if SPPO does not reach the threshold."""
     spent = [(reached(run, threshold, cost), run[cost][-1], reached(other, threshold, cost)) for run, other in pairs]
     if not spent or any(other is None for *_, other in spent):
         return None
@@ -58,12 +58,12 @@ def _ratio(pairs: list[tuple[Row, Row]], threshold: float, cost: str) -> Cost | 
 
 
 def _difference(pairs: list[tuple[Row, Row]]) -> Cost | None:
-    """Of mean rewards, seed by seed."""
+    """Return the difference of mean rewards, seed by seed."""
     return mean([mean_reward(run) - mean_reward(other) for run, other in pairs]) if pairs else None
 
 
 def _ratio_of_bests(pairs: list[tuple[Row, Row]]) -> Cost | None:
-    """Seconds to a run's own best reward, over those of SPPO's run to its own, whichever of the two is higher."""
+    """Return seconds to a run's own best reward over those of SPPO's run to its own."""
     ratios = [own_best(run, "seconds") / own_best(other, "seconds") for run, other in pairs]
     return geometric_mean(ratios) if ratios else None
 
@@ -89,7 +89,7 @@ SPEEDUP: Columns = {
     "seconds to it": lambda line: line["seconds_to_sppo"],
     "seconds to each one's own best": lambda line: line["own_best_to_sppo"],
 }
-"""One speed-up, counted in several ways: all over SPPO's, seed by seed."""
+"""One speed-up in several measures, each relative to SPPO's, seed by seed."""
 
 
 def _rates(line: Row) -> str:

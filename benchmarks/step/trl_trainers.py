@@ -1,4 +1,4 @@
-"""TRL's trainers with prepared responses, and a :class:`sppo.reporting.meter.Meter` of the phases of this project's trainer.
+"""TRL's trainers with prepared responses, and a meter of the phases that this project's trainer has.
 
 The wrapped methods are private ones of TRL 1.16. What TRL computes is unchanged.
 """

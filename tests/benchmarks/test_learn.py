@@ -16,8 +16,8 @@ import torch
 
 from benchmarks import learn
 from benchmarks.__main__ import main
-from benchmarks.learn import intervals, policy, walks
-from benchmarks.learn.plan import Plan
+from benchmarks.learn import digit_walk, intervals, policy
+from benchmarks.learn.run_plan import Plan
 from benchmarks.learn.runs import Run, config_of
 from benchmarks.learn.table import compared
 from benchmarks.learn.variants import ALGORITHMS, MIDDLE, MIXED, VARIANTS, Centred, OtherPrompts, RuleMean
@@ -31,25 +31,25 @@ from sppo.rollout.prompts import prompt_hash
 
 
 def test_a_walk_follows_its_rule():
-    steps = walks.rule("C")
-    digits = [3, 7, *map(int, walks.walk("C37", 50))]
+    steps = digit_walk.rule("C")
+    digits = [3, 7, *map(int, digit_walk.walk("C37", 50))]
     assert all(digits[t + 1] == (digits[t - 1] + steps[digits[t]]) % 10 for t in range(1, 51))
 
 
 def test_a_slip_is_never_made_good():
-    right = walks.walk("C37", 64)
+    right = digit_walk.walk("C37", 64)
     for wrong in range(10):
         state = f"C{right[9]}{wrong}"  # step 11, after ten right ones
-        ends_alike = walks.walk(state, 53)[-2:] == right[-2:]
+        ends_alike = digit_walk.walk(state, 53)[-2:] == right[-2:]
         assert ends_alike == (str(wrong) == right[10])
 
 
 def test_no_prompt_is_in_both_splits():
-    train, test = walks.prompts("train"), walks.prompts("test")
+    train, test = digit_walk.prompts("train"), digit_walk.prompts("test")
     assert len(train) + len(test) == len({*train, *test}) == 800
     assert (len(train), len(test)) == (708, 92)
     with pytest.raises(ValueError, match="'eval'"):
-        walks.prompts("eval")
+        digit_walk.prompts("eval")
 
 
 @pytest.mark.parametrize(
@@ -66,25 +66,25 @@ def test_no_prompt_is_in_both_splits():
     ],
 )
 def test_reward_is_for_length_and_end(completion, reward):
-    assert walks.reward(["A00"], [completion], answer=["23"], steps=[4]) == [reward]
+    assert digit_walk.reward(["A00"], [completion], answer=["23"], steps=[4]) == [reward]
 
 
 def test_right_walks_are_rewarded_however_they_are_written():
-    rows = walks.dataset("test", 16, copies=2)
-    assert len(rows) == 2 * len(walks.prompts("test"))
+    rows = digit_walk.dataset("test", 16, copies=2)
+    assert len(rows) == 2 * len(digit_walk.prompts("test"))
     rng = random.Random(0)
-    written = [walks.demonstration(prompt, 16, 0.0, rng)[0] for prompt in rows["prompt"]]
-    assert walks.reward(rows["prompt"], written, rows["answer"], rows["steps"]) == [1.0] * len(rows)
-    assert any(character in walks.OTHERWISE for character in written[0])
+    written = [digit_walk.demonstration(prompt, 16, 0.0, rng)[0] for prompt in rows["prompt"]]
+    assert digit_walk.reward(rows["prompt"], written, rows["answer"], rows["steps"]) == [1.0] * len(rows)
+    assert any(character in digit_walk.OTHERWISE for character in written[0])
 
 
 @pytest.mark.parametrize(("difficulty", "horizon"), [("even", 16), ("even", 256), ("mixed", 64)])
 def test_teachers_slip_as_often_as_the_task_wants(difficulty, horizon):
     slip, rng = policy.slips(difficulty, horizon), random.Random(0)
     for name, success in (("A", policy.SUCCESS[difficulty][0]), ("H", policy.SUCCESS[difficulty][1])):
-        answer = walks.walk(f"{name}12", horizon)[-2:]
-        written = [walks.demonstration(f"{name}12", horizon, slip[name], rng)[0] for _ in range(400)]
-        right = statistics.fmean(walks.reward([""] * 400, written, [answer] * 400, [horizon] * 400))
+        answer = digit_walk.walk(f"{name}12", horizon)[-2:]
+        written = [digit_walk.demonstration(f"{name}12", horizon, slip[name], rng)[0] for _ in range(400)]
+        right = statistics.fmean(digit_walk.reward([""] * 400, written, [answer] * 400, [horizon] * 400))
         # A drawn digit is right in a tenth of the cases, and several can cancel in a hundredth.
         assert right == pytest.approx(success, abs=0.08)
 
@@ -94,7 +94,7 @@ def test_a_policy_is_what_it_was_taught_and_made_once(tmp_path, monkeypatch):
     file = policy.make_policy(tmp_path, course)
     made = policy.load_policy(file)
     probabilities = made(torch.tensor([policy.tokenizer()("C37")["input_ids"]])).logits[0, -1].softmax(-1)
-    digits = policy.tokenizer()(walks.DIGITS + walks.OTHERWISE)["input_ids"]
+    digits = policy.tokenizer()(digit_walk.DIGITS + digit_walk.OTHERWISE)["input_ids"]
     assert probabilities[digits].sum() > 0.8  # of 20 of 30 tokens: it has learned that steps are digits
 
     taught = []
@@ -113,13 +113,13 @@ def test_greedy_accuracy_is_of_the_held_out_prompts(tmp_path, monkeypatch):
         def generate(self, asked, *, max_new_tokens, do_sample, **_):
             assert not do_sample
             read = encode.batch_decode(asked)
-            walked = [walks.walk(prompt, max_new_tokens) for prompt in read]
+            walked = [digit_walk.walk(prompt, max_new_tokens) for prompt in read]
             written = [right if i < 20 else "0" * len(right) for i, right in enumerate(walked)]
-            assert read == walks.prompts("test")
+            assert read == digit_walk.prompts("test")
             return torch.cat([asked, torch.tensor(encode(written)["input_ids"])], 1)
 
     monkeypatch.setattr(policy, "load_policy", lambda file: KnowsTheFirst20())
-    by_chance = sum(walks.walk(prompt, 16).endswith("00") for prompt in walks.prompts("test")[20:])
+    by_chance = sum(digit_walk.walk(prompt, 16).endswith("00") for prompt in digit_walk.prompts("test")[20:])
     assert policy.greedy_accuracy(tmp_path, 16) == pytest.approx((20 + by_chance) / 92)
 
 
@@ -216,7 +216,7 @@ def test_a_run_is_done_only_if_it_was_the_same():
 
 def test_variants_have_the_rates_of_what_they_vary():
     tuning = {run.variant for run in Plan([], MIDDLE, "a").tuning()}
-    assert "sppo, 4 updates a rollout" in tuning
+    assert "sppo, 4 updates per rollout" in tuning
     assert "sppo, 4 updates, clip 0.8" not in tuning
     for task, variants in VARIANTS.items():
         for settings in variants.values():

@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from sppo_kernels._head import row_stride
 
 from benchmarks import memory
 from benchmarks.__main__ import main

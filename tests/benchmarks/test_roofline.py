@@ -238,9 +238,7 @@ def test_the_table_of_all_cases_is_short_and_has_our_kernels_where_they_fit():
     lines = roofline.table(rows).splitlines()
     assert len(lines) <= 40
     assert sum("linear_logprobs_logit_grads_kernel  " in line for line in lines) == 8
-    assert (
-        sum("selective_logprobs_fwd_kernel  " in line for line in lines) == 7
-    )  # the last is folded
+    assert sum("selective_logprobs_fwd_kernel  " in line for line in lines) == 7  # the last is folded
     assert (
         sum(
             "other: selective_logprobs_fwd_kernel 2.00, direct_copy_kernel_cuda 1.30, 15 more" in line for line in lines

@@ -1,12 +1,12 @@
-"""Walks: a chain of thought of a set length in which each token is one step, and whose end alone is graded.
+"""The digit-walk task: a chain of thought of fixed length, one step per token, of which only the end is graded.
 
     prompt      C37          rule C, and the first two digits
-    completion  1e59ab...    as many steps as the horizon says; a to j are another way to write 0 to 9
+    completion  1e59ab...    ``horizon`` steps; a to j are another way to write 0 to 9
 
-Each digit follows from the two before it, ``x[t+1] = x[t-1] + rule(x[t]) mod 10``. That map can be undone, so what a
-slip changes stays changed. The outcome is 1 where the last two digits are right and the length is; by chance that is
-one in a hundred. How a digit is written makes no difference to the outcome: it is what a choice of words is to a proof,
-randomness of each token that the policy gradient has to average away, the more of it the longer the chain.
+Each digit follows from the two before it, ``x[t+1] = x[t-1] + rule(x[t]) mod 10``. The map is invertible, so a wrong
+step changes all later states. The outcome is 1 if the last two digits and the length are right; by chance that is one
+in a hundred. How a digit is written does not affect the outcome: like the choice of words in a proof, it is randomness
+per token that the policy gradient has to average out, and there is more of it in a longer chain.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from functools import cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-# The rewards' worker process may import this module; datasets is imported where it is needed to keep that quick.
+# The worker process of rewards may import this module, so datasets is imported only where it is needed.
 if TYPE_CHECKING:
     from datasets import Dataset
 
 RULES = "ABCDEFGH"
-DIGITS, OTHERWISE = "0123456789", "abcdefghij"
-ALPHABET = RULES + DIGITS + OTHERWISE
+DIGITS, LETTERS = "0123456789", "abcdefghij"
+ALPHABET = RULES + DIGITS + LETTERS
 """All characters of prompts and completions."""
 
-_VALUE = {character: value for forms in (DIGITS, OTHERWISE) for value, character in enumerate(forms)}
+_VALUE = {character: value for forms in (DIGITS, LETTERS) for value, character in enumerate(forms)}
 
 
 @cache
 def rule(name: str) -> tuple[int, ...]:
-    """What a rule makes of each digit: ten digits, the same in every run."""
+    """Return the image of each digit under a rule, the same in every run."""
     rng = random.Random(f"rule {name}")
     return tuple(rng.randrange(10) for _ in DIGITS)
 
 
 def prompts(split: str) -> list[str]:
-    """All of ``"train"`` or ``"test"``, one in eight; no prompt is in both."""
+    """List the prompts of "train" or "test", one in eight; the two are disjoint."""
     if split not in ("train", "test"):
         raise ValueError(f"split must be train or test, got {split!r}")
     every = [f"{name}{a}{b}" for name in RULES for a in DIGITS for b in DIGITS]
@@ -46,7 +46,7 @@ def prompts(split: str) -> list[str]:
 
 
 def dataset(split: str, horizon: int, copies: int = 1) -> Dataset:
-    """Columns ``prompt``, ``answer``, the end of the right walk, and ``steps``; each prompt ``copies`` times."""
+    """Make a dataset of ``prompt``, ``answer`` (the end of the right walk) and ``steps``, each ``copies`` times."""
     from datasets import Dataset
 
     chosen = prompts(split) * copies
@@ -55,7 +55,7 @@ def dataset(split: str, horizon: int, copies: int = 1) -> Dataset:
 
 
 def walk(prompt: str, horizon: int) -> str:
-    """The right walk, written plainly."""
+    """Return the right walk, written in digits."""
     name, *start = prompt
     step, (before, now) = rule(name), map(int, start)
     steps = []
@@ -66,30 +66,30 @@ def walk(prompt: str, horizon: int) -> str:
 
 
 def demonstration(prompt: str, horizon: int, slip: float, rng: random.Random) -> tuple[str, list[bool]]:
-    """A walk in which some steps are drawn from all ten digits, and what follows goes on from there.
+    """Return a walk in which some steps are drawn from all ten digits, and later steps continue from there.
 
     Args:
-        prompt: of this task.
+        prompt: a prompt of this task.
         horizon: number of steps.
         slip: probability that a step is drawn.
-        rng: of the draws and of how each digit is written.
+        rng: random numbers for the draws and for how each digit is written.
 
     Returns:
-        The walk, and of each step whether it was drawn.
+        The walk, and for each step whether it was drawn.
     """
     text, drawn, state = "", [], prompt
     while len(text) < horizon:
         drawn.append(rng.random() < slip)
         digit = rng.randrange(10) if drawn[-1] else int(walk(state, 1))
         state = f"{state[0]}{state[2]}{digit}"
-        text += (DIGITS if rng.random() < 0.5 else OTHERWISE)[digit]
+        text += (DIGITS if rng.random() < 0.5 else LETTERS)[digit]
     return text, drawn
 
 
 def reward(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], steps: Sequence[int], **columns: Any
 ) -> list[float]:
-    """1.0 where a completion has all its steps and ends in the right two digits, however written; else 0.0."""
+    """Return 1.0 for completions with all steps and the right last two digits, however written, otherwise 0.0."""
     return [
         float(len(completion) == count and [_VALUE.get(c) for c in completion[-2:]] == [int(c) for c in end])
         for completion, end, count in zip(completions, answer, steps, strict=True)

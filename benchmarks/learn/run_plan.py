@@ -1,4 +1,4 @@
-"""Which runs there are, and which can begin: before rates are chosen, the runs that choose them must be done."""
+"""The runs of the study and their order: the tuning runs that choose learning rates come first."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Plan:
     """The runs of a task.
 
     Args:
-        rows: of runs that are done, those of this task among them; others are not looked at.
-        task: what is to be learned.
-        policy: hash of the weights that runs begin with.
-        seeds: of the runs that count.
-        quick: few algorithms, and no variants.
+        rows: rows of finished runs, those of other tasks included.
+        task: the task.
+        policy: hash of the initial weights.
+        seeds: number of seeds of the counted runs.
+        quick: whether to use few algorithms and no variants.
     """
 
     def __init__(
@@ -33,14 +33,14 @@ class Plan:
         self.task, self.policy, self.seeds = task, policy, seeds
         self.done = {row["run"]: row for row in rows}
         every = {**ALGORITHMS, **VARIANTS.get(task, {})}
-        self.variants = {name: every[name] for name in ("sppo", "grpo", "reinforce, one mean")} if quick else every
+        self.variants = {name: every[name] for name in ("sppo", "grpo", "reinforce, running mean")} if quick else every
 
     def tuning(self) -> list[Run]:
-        """Runs that choose the learning rates, with a seed that does not count."""
+        """Return the runs that choose the learning rates, with a seed that does not count."""
         return [run for name, settings in self.variants.items() if "rates_of" not in settings for run in self._of(name)]
 
     def _of(self, name: str) -> list[Run]:
-        """A variant's run with each learning rate, and each of its critic where it has one."""
+        """Return a variant's runs with each learning rate, and each critic learning rate if it has a critic."""
         settings = self.variants[name]
         of_critic = CRITIC_RATES if algorithm_class(settings["algorithm"]).critic else CRITIC_RATES[:1]
         return [self._run(name, *rates, TUNING_SEED) for rates in itertools.product(self.task.rates, of_critic)]
@@ -49,21 +49,21 @@ class Plan:
         return Run(self.task, name, self.variants[name], rate, critic_rate, seed, self.policy)
 
     def counting(self) -> list[Run]:
-        """Runs at the best rates; seed by seed, so that what there is when it is stopped is of use."""
+        """Return the runs at the best rates, seed by seed, so that an interrupted study is of use."""
         best = {name: self._best(settings.get("rates_of", name)) for name, settings in self.variants.items()}
         return [self._run(name, *best[name], seed) for seed in range(self.seeds) for name in self.variants]
 
     def _best(self, name: str) -> tuple[float, float]:
-        """By the mean reward of the tuning runs, which must be done."""
+        """Return the rates with the best mean reward; the tuning runs must be done."""
         run = max(self._of(name), key=lambda run: mean_reward(self.done[run.key]))
         return run.learning_rate, run.critic_learning_rate
 
     def left(self, runs: Iterable[Run]) -> list[Run]:
-        """Of the runs, those that are not done."""
+        """Return the runs that are not done."""
         return [run for run in runs if run.key not in self.done]
 
     def counted(self) -> dict[str, list[Row]]:
-        """Rows of the runs that count and are done, variant by variant; empty as long as rates are chosen."""
+        """Return the rows of finished counted runs by variant; nothing until all tuning runs are done."""
         if self.left(self.tuning()):
             return {}
         found: dict[str, list[Row]] = {name: [] for name in self.variants}
@@ -74,6 +74,6 @@ class Plan:
 
 
 def plans(rows: Iterable[Row], tasks: Iterable[Task], policies: Mapping[str, str], **settings: Any) -> list[Plan]:
-    """A plan a task, given the policies' hashes by the tasks' names."""
+    """Return one plan per task, given the hashes of the policies by the names of the tasks."""
     rows = list(rows)
     return [Plan(rows, task, policies[task.name], **settings) for task in tasks if task.name in policies]
