@@ -1,4 +1,4 @@
-"""The outcome of a response, from the rewards that other trainers give its tokens."""
+"""Outcomes of responses, from the per-token rewards of other trainers."""
 
 import torch
 from torch import Tensor
@@ -7,22 +7,22 @@ from .._validation import reject
 
 
 def outcomes(rewards: Tensor, mask: Tensor, remedy: str) -> Tensor:
-    """The sum of each row's rewards where the mask is, in [0, 1]: what SPPO's critic predicts (arXiv 2604.08865).
+    """Sum each row's unmasked rewards: the outcome in [0, 1] that SPPO's critic predicts (arXiv 2604.08865).
 
     Args:
-        rewards: ``[B, T]``, floating; what their dtype rounds by may pass the bounds.
-        mask: ``[B, T]``, nonzero where a token is the response's.
-        remedy: what the user of the trainer can do about others.
+        rewards: ``[B, T]``, floating-point. A sum may exceed the bounds by one eps of this dtype and is clamped.
+        mask: ``[B, T]``, nonzero where a token belongs to the response.
+        remedy: how the user of the trainer can bring outcomes into [0, 1], for the error message.
 
     Returns:
         ``[B]``, float32.
 
     Raises:
-        ValueError: a sum outside [0, 1], or NaN.
+        ValueError: a sum is outside [0, 1] or NaN.
     """
     sums = torch.where(mask != 0, rewards.double(), 0.0).sum(-1)
-    rounding = torch.finfo(rewards.dtype).eps
-    wrong = ~((sums >= -rounding) & (sums <= 1 + rounding))
-    if wrong.any():
-        reject("rewards", f"{sums[wrong][0].item():.9g}", f"in [0, 1] when summed over a response: {remedy}")
+    eps = torch.finfo(rewards.dtype).eps
+    invalid = ~((sums >= -eps) & (sums <= 1 + eps))
+    if invalid.any():
+        reject("rewards", f"{sums[invalid][0].item():.9g}", f"in [0, 1] when summed over a response: {remedy}")
     return sums.clamp(0, 1).float()
