@@ -1,1 +1,1 @@
-"""Under other people's trainers. To import one changes nothing: each has a ``patch()`` and an ``unpatch()``."""
+"""Integrations with other trainers. Importing one changes nothing: each has a ``patch()`` and an ``unpatch()``."""

@@ -1,4 +1,4 @@
-"""Each file needs its trainer, which not every environment has: the Makefile makes those that the files are run in."""
+"""Skip the tests of trainers that this environment lacks; the Makefile builds the environments that have them."""
 
 from importlib.util import find_spec
 
