@@ -1,4 +1,4 @@
-"""What verl imports of its own accord (entry-point group ``verl.plugins``); not for importing by hand."""
+"""Module that verl imports itself (entry-point group ``verl.plugins``); do not import it directly."""
 
 import warnings
 
@@ -7,4 +7,4 @@ from .verl import patch_when_imported
 try:
     patch_when_imported()
 except ImportError as error:  # verl would swallow it
-    warnings.warn(f"sppo_seq is not there: {error}", stacklevel=1)
+    warnings.warn(f"sppo_seq is not available in verl: {error}", stacklevel=1)

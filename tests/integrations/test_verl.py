@@ -395,7 +395,7 @@ def test_a_version_it_does_not_know(monkeypatch):
     """verl drops the errors of its plugins: a warning says why sppo_seq is missing."""
     ours.unpatch()
     monkeypatch.setattr(metadata, "version", lambda _: "0.10.0")
-    with pytest.warns(UserWarning, match=r"sppo_seq is not there: verl must be 0\.9\.x .*, got 0\.10\.0"):
+    with pytest.warns(UserWarning, match=r"sppo_seq is not available in verl: verl must be 0\.9\.x .*, got 0\.10\.0"):
         importlib.reload(verl_plugin)
     assert "sppo_seq" not in core_algos.POLICY_LOSS_REGISTRY
 
