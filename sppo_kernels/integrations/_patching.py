@@ -1,4 +1,4 @@
-"""Names in another package's modules, replaced and put back; at once, or when the package imports them itself."""
+"""Replacement of names in another package's modules, at once or after the package imports them, and its undoing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Name = tuple[ModuleType | type, str]
 
 
 class Patch:
-    """What has been replaced in one package, and what stood there before anything was.
+    """Replacements in one package, and the original objects.
 
-    With ``package`` a name is replaced, and put back, in every loaded module of that package which holds the same
-    object under it: ``from a import name`` binds it once more.
+    With ``package``, a name is replaced and restored in every loaded module of that package that binds the same object
+    under it, as ``from a import name`` does.
     """
 
     def __init__(self, package: str | None = None) -> None:
@@ -27,8 +27,10 @@ class Patch:
         self._layers: list[Mapping[Name, Any]] = []
 
     def apply(self, replacements: Mapping[Name, Any]) -> ExitStack:
-        """Put each replacement under its name, over earlier ones. As a context manager, what this returns takes them
-        away again on exit, in whatever order that comes.
+        """Install replacements on top of earlier ones.
+
+        Returns:
+            A context manager that removes these replacements on exit. Several may exit in any order.
         """
         found = {(owner, name): getattr(owner, name) for owner, name in replacements}
         self._originals = found | self._originals
@@ -39,7 +41,7 @@ class Patch:
         return undo
 
     def restore(self) -> None:
-        """Put back what stood there before the first of all that was applied; nothing where nothing was."""
+        """Remove all replacements and restore the originals, if anything was replaced."""
         self._layers.clear()
         self._install()
 
@@ -49,12 +51,12 @@ class Patch:
 
     def _install(self) -> None:
         for (owner, name), original in self._originals.items():
-            over = [layer[owner, name] for layer in self._layers if (owner, name) in layer]
-            self._put(owner, name, over[-1] if over else original)
+            replacements = [layer[owner, name] for layer in self._layers if (owner, name) in layer]
+            self._bind(owner, name, replacements[-1] if replacements else original)
         if not self._layers:
             self._originals.clear()
 
-    def _put(self, owner: ModuleType | type, name: str, new: Any) -> None:
+    def _bind(self, owner: ModuleType | type, name: str, new: Any) -> None:
         old = getattr(owner, name)
         setattr(owner, name, new)
         for path, module in list(sys.modules.items()):
@@ -63,7 +65,10 @@ class Patch:
 
 
 class AfterImport(MetaPathFinder):
-    """Calls ``action`` once, as soon as one of the modules ``names`` has been imported; now, if one has been."""
+    """Import hook that calls ``action`` once, after the first import of one of the modules ``names``.
+
+    If one of them has already been imported, ``action`` is called immediately.
+    """
 
     def __init__(self, names: Sequence[str], action: Callable[[], object]) -> None:
         self.names = names
@@ -74,7 +79,7 @@ class AfterImport(MetaPathFinder):
             action()
 
     def withdraw(self) -> bool:
-        """Not to call it any more. Whether it would have."""
+        """Remove the hook. Return whether it was still waiting."""
         waiting = self in sys.meta_path
         if waiting:
             sys.meta_path.remove(self)
@@ -85,15 +90,15 @@ class AfterImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname not in self.names:
             return None
-        others = (finder for finder in sys.meta_path[sys.meta_path.index(self) + 1 :] if hasattr(finder, "find_spec"))
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        finders = (finder for finder in sys.meta_path[sys.meta_path.index(self) + 1 :] if hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in finders)), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            if module.__name__ == fullname and self.withdraw():  # first, for the action may import another of them
+            if module.__name__ == fullname and self.withdraw():  # before the action, which may import another of them
                 try:
                     self._action()
                 except BaseException:
@@ -105,10 +110,12 @@ class AfterImport(MetaPathFinder):
 
 
 def check_version(package: str, tested: str) -> None:
-    """``package`` is installed in the version that was tested, or in another release of the same minor version.
+    """Check that the installed version of ``package`` has the same minor version as the tested one.
+
+    In other versions the same names may refer to other things.
 
     Raises:
-        ImportError: it is not installed, or another version is; other versions keep other things under these names.
+        ImportError: the package is missing, or its version is not supported.
     """
     remedy = f"pip install '{package}~={tested}'"
     try:
@@ -118,6 +125,6 @@ def check_version(package: str, tested: str) -> None:
     minor = ".".join(tested.split(".")[:2])
     if ".".join(found.split(".")[:2]) != minor:
         raise ImportError(
-            f"{package} must be {minor}.x ({tested} is what this was tested with), got {found}: {remedy}, or call the "
+            f"{package} must be {minor}.x (tested with {tested}), got {found}: {remedy}, or call the "
             "operations of sppo_kernels directly"
         )

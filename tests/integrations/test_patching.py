@@ -1,4 +1,4 @@
-"""Names replaced and put back, and hooks on imports, in a package made for it."""
+"""Replaced names and import hooks, in a package written for the test."""
 
 import importlib
 import sys
@@ -9,45 +9,45 @@ from sppo_kernels.integrations._patching import AfterImport, Patch
 
 
 @pytest.fixture
-def victim(tmp_path, monkeypatch):
-    """A package whose modules a and b define ``name``; c has taken it from a."""
-    folder = tmp_path / "victim_of_patches"
+def import_module(tmp_path, monkeypatch):
+    """Import function for a package whose modules a and b define ``name``; c imports it from a."""
+    folder = tmp_path / "patched_package"
     folder.mkdir()
     (folder / "__init__.py").write_text("")
     (folder / "a.py").write_text("def name(): return 'a'\n")
     (folder / "b.py").write_text("def name(): return 'b'\n")
-    (folder / "c.py").write_text("from victim_of_patches.a import name\n")
+    (folder / "c.py").write_text("from patched_package.a import name\n")
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     finders = list(sys.meta_path)
-    yield lambda module: importlib.import_module(f"victim_of_patches.{module}")
+    yield lambda module: importlib.import_module(f"patched_package.{module}")
     sys.meta_path[:] = finders
-    for path in [path for path in sys.modules if path.startswith("victim_of_patches")]:
+    for path in [path for path in sys.modules if path.startswith("patched_package")]:
         del sys.modules[path]
 
 
-def test_everywhere_in_the_package_and_back(victim, monkeypatch):
-    a, b, c = map(victim, "abc")
-    monkeypatch.setitem(sys.modules, "victim_of_patches.none", None)
-    monkeypatch.setitem(sys.modules, "victim_of_patches.number", 3)
+def test_a_name_is_replaced_in_every_module_of_the_package(import_module, monkeypatch):
+    a, b, c = map(import_module, "abc")
+    monkeypatch.setitem(sys.modules, "patched_package.none", None)
+    monkeypatch.setitem(sys.modules, "patched_package.number", 3)
     original, other = a.name, b.name
-    patch = Patch("victim_of_patches")
+    patch = Patch("patched_package")
     patch.apply({(a, "name"): len})
     assert (a.name, b.name, c.name) == (len, other, len)
     patch.restore()
     assert (a.name, b.name, c.name) == (original, other, original)
 
 
-def test_in_one_module_without_a_package(victim):
-    a, c = victim("a"), victim("c")
+def test_a_name_is_replaced_in_one_module_without_a_package(import_module):
+    a, c = import_module("a"), import_module("c")
     original = a.name
     with Patch().apply({(a, "name"): len}):
         assert (a.name, c.name) == (len, original)
     assert a.name is original
 
 
-def test_left_in_any_order(victim):
-    a = victim("a")
+def test_replacements_are_removed_in_any_order(import_module):
+    a = import_module("a")
     original, patch = a.name, Patch()
     first, second = patch.apply({(a, "name"): len}), patch.apply({(a, "name"): max})
     assert a.name is max
@@ -63,8 +63,8 @@ def test_left_in_any_order(victim):
     assert a.name is original
 
 
-def test_all_names_or_none(victim):
-    a = victim("a")
+def test_a_missing_name_leaves_all_names_unchanged(import_module):
+    a = import_module("a")
     original, patch = a.name, Patch()
     with pytest.raises(AttributeError, match="missing"):
         patch.apply({(a, "name"): len, (a, "missing"): len})
@@ -73,26 +73,26 @@ def test_all_names_or_none(victim):
     assert a.name is original
 
 
-def test_hooks_run_once_each_after_the_first_of_their_modules(victim):
+def test_each_hook_runs_once_after_the_first_import(import_module):
     ran = []
-    AfterImport(["victim_of_patches.b", "victim_of_patches.a"], lambda: ran.append(("either", victim("b").name())))
-    AfterImport(["victim_of_patches.a"], lambda: ran.append(("a", sys.modules["victim_of_patches.a"].name())))
-    AfterImport(["victim_of_patches.z"], lambda: ran.append("z")).withdraw()
-    assert victim("c").name() == "a"
+    AfterImport(["patched_package.b", "patched_package.a"], lambda: ran.append(("either", import_module("b").name())))
+    AfterImport(["patched_package.a"], lambda: ran.append(("a", sys.modules["patched_package.a"].name())))
+    AfterImport(["patched_package.z"], lambda: ran.append("z")).withdraw()
+    assert import_module("c").name() == "a"
     assert sorted(ran) == [("a", "a"), ("either", "b")]
-    importlib.reload(victim("a"))
+    importlib.reload(import_module("a"))
     assert len(ran) == 2
     assert not [finder for finder in sys.meta_path if isinstance(finder, AfterImport)]
 
 
-def test_a_hook_runs_now_if_its_module_has_been_imported(victim):
-    victim("a")
+def test_a_hook_runs_at_once_for_an_imported_module(import_module):
+    import_module("a")
     ran = []
-    AfterImport(["victim_of_patches.a"], lambda: ran.append(1))
+    AfterImport(["patched_package.a"], lambda: ran.append(1))
     assert ran == [1]
 
 
-def test_a_hook_that_fails_waits_for_the_next_import(victim):
+def test_a_failed_hook_waits_for_the_next_import(import_module):
     tries = []
 
     def fail_once():
@@ -100,8 +100,8 @@ def test_a_hook_that_fails_waits_for_the_next_import(victim):
         if len(tries) == 1:
             raise RuntimeError("not yet")
 
-    AfterImport(["victim_of_patches.a"], fail_once)
+    AfterImport(["patched_package.a"], fail_once)
     with pytest.raises(RuntimeError, match="not yet"):
-        victim("a")
-    assert victim("a").name() == "a"
+        import_module("a")
+    assert import_module("a").name() == "a"
     assert len(tries) == 2
