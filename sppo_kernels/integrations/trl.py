@@ -1,22 +1,28 @@
-"""TRL's trainers on these operations: ``patch()`` before they train, ``unpatch()`` after, or ``with patch(): ...``.
+"""Integration with TRL's trainers: call ``patch()`` before training and ``unpatch()`` after, or ``with patch(): ...``.
 
     from sppo_kernels.integrations import trl as fused
 
     with fused.patch():
         GRPOTrainer(...).train()
 
-TRL 1.16 takes log-probabilities in two ways, both in ``trl.trainer.utils``, which looks these names up on each call:
+TRL 1.16 computes log-probabilities in two ways. Both are in ``trl.trainer.utils``, which looks these names up on each
+call:
 
-- ``_ChunkedLogProbFunction``, from hidden states, below ``add_fused_lm_head``: GRPO, RLOO, asynchronous GRPO. It makes
-  every chunk of logits again in backward, four products with the head; ``linear_logprobs`` needs three, or little more
-  than one where distributions are peaked, within the memory that you allow.
-- ``_fused_logprob_entropy``, from logits that somebody made: ``selective_log_softmax`` and its kin, which trainers in
-  ``trl.experimental`` call. TRL's kernel for it serves GPUs; elsewhere it loops, in the logits' own precision.
+- ``_ChunkedLogProbFunction`` computes them from hidden states, below ``add_fused_lm_head``: GRPO, RLOO, asynchronous
+  GRPO. It recomputes every chunk of logits in backward, which takes four products with the LM head.
+  ``linear_logprobs`` takes three, or little more than one where distributions are peaked, within a memory budget.
+- ``_fused_logprob_entropy`` computes them from given logits: ``selective_log_softmax`` and related functions, which
+  trainers in ``trl.experimental`` call. TRL's kernel for it supports only GPUs. Elsewhere TRL loops, in the precision
+  of the logits.
 
-Only tokens that bear loss are projected, on a CPU too (``_use_triton`` decides that). A head of another dtype than the
-hidden states, or than autocast's, is cast as a whole, where TRL casts it by chunks. What stays with TRL's own function:
-what needs more than log-probabilities and entropies (SFT, KTO, DPO except for its reference: top-1 accuracy, mean
-logits), float64, and a head that DeepSpeed's ZeRO-3 has split, whose weight has to be gathered again for backward.
+Only unmasked tokens are projected, on a CPU too (``_use_triton`` decides that). An LM head whose dtype is not that of
+the hidden states, or of autocast, is cast as a whole; TRL casts it chunk by chunk. These cases stay with TRL's own
+function:
+
+- outputs other than log-probabilities and entropies, such as top-1 accuracy and mean logits (SFT, KTO, and DPO except
+  for its reference);
+- float64;
+- an LM head sharded by DeepSpeed's ZeRO-3, whose weight has to be gathered again for backward.
 """
 
 from __future__ import annotations
@@ -37,7 +43,7 @@ from ..ops.selective_logprobs import selective_logprobs
 from ._patching import Name, Patch, check_version
 
 VERSION = "1.16.0"
-_IGNORED = -(2**63)  # no token; with -100 a wrong index would pass for an ignored one
+_IGNORED = -(2**63)  # never a token; -100 would hide an invalid index
 _log = logging.getLogger(__name__)
 _patch = Patch()
 
@@ -51,17 +57,17 @@ def patch(
     max_entries: int = 512,
     backend: str | None = None,
 ) -> ExitStack:
-    """Put ``linear_logprobs`` and ``selective_logprobs`` under TRL's trainers; call it again to change a setting.
+    """Make TRL's trainers use ``linear_logprobs`` and ``selective_logprobs``. Call it again to change a setting.
 
-    All arguments are those of :func:`sppo_kernels.linear_logprobs`. ``backward="recompute"`` keeps nothing for
-    backward, as TRL does; name it too where the entropy bears loss.
+    All arguments are those of :func:`sppo_kernels.linear_logprobs`. ``backward="recompute"`` caches nothing for
+    backward, as TRL does. Choose it also where the loss depends on the entropy.
 
     Returns:
-        A context manager that puts back on exit what it found.
+        A context manager that restores the previous state on exit.
 
     Raises:
-        ImportError: TRL is missing, or of a version that this was not tested with.
-        ValueError, TypeError: a setting that linear_logprobs refuses.
+        ImportError: TRL is missing, or its version is not supported.
+        ValueError, TypeError: linear_logprobs rejects a setting.
     """
     check_version("trl", VERSION)
     from trl.trainer import utils
@@ -77,20 +83,20 @@ def patch(
         max_entries=max_entries,
     )
     one = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
-    project(one, one, torch.zeros(1, dtype=torch.long, device="cpu"))  # a wrong setting is refused now
+    project(one, one, torch.zeros(1, dtype=torch.long, device="cpu"))  # rejects an invalid setting now
     project = partial(project, backend=backend)
     replacements: dict[Name, Any] = {
         (utils, "_ChunkedLogProbFunction"): SimpleNamespace(apply=partial(_chunked_logprobs, project)),
         (utils, "_use_triton"): lambda device: device.type in ("cpu", "cuda", "xpu"),
     }
-    if hasattr(utils, "_fused_logprob_entropy"):  # not without Triton: macOS, Windows
+    if hasattr(utils, "_fused_logprob_entropy"):  # absent without Triton (macOS, Windows)
         replacements[utils, "_fused_logprob_entropy"] = partial(_logprobs_and_entropy, backend)
         replacements[utils, "_supports_trl_loss_kernel"] = _is_supported
     return _patch.apply(replacements)
 
 
 def unpatch() -> None:
-    """Give TRL its own functions back; nothing where they are in place."""
+    """Restore TRL's own functions, if they were replaced."""
     _patch.restore()
 
 
@@ -106,14 +112,16 @@ def _chunked_logprobs(
     logit_scale: float = 1.0,
     outputs: tuple[str, ...] = ("log_probs",),
 ) -> tuple[Tensor | None, ...]:
-    """``trl.kernels.ChunkedLogProbFunction.apply``: hidden [N, H], weight [V, H], bias [V], targets [N] -> log_probs,
-    entropy, log_sum_sq_probs, mean_logits, is_top1, each [N], or None if not among ``outputs``.
+    """Replace ``trl.kernels.ChunkedLogProbFunction.apply``.
+
+    hidden [N, H], weight [V, H], bias [V], targets [N] -> log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1,
+    each [N], or None if not among ``outputs``.
     """
-    is_more = not {"log_probs", "entropy"}.issuperset(outputs)
-    if is_more or logit_scale <= 0 or hasattr(weight, "ds_id") or hidden.dtype == torch.float64:
+    needs_other_outputs = not {"log_probs", "entropy"}.issuperset(outputs)
+    if needs_other_outputs or logit_scale <= 0 or hasattr(weight, "ds_id") or hidden.dtype == torch.float64:
         from trl.kernels import ChunkedLogProbFunction
 
-        _log.debug("TRL's own function for %s, logit scale %s", outputs, logit_scale)
+        _log.debug("using TRL's own function for outputs %s, logit scale %s", outputs, logit_scale)
         return ChunkedLogProbFunction.apply(
             hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
         )
@@ -128,13 +136,16 @@ def _chunked_logprobs(
 def _logprobs_and_entropy(
     backend: str | None, logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``trl.kernels.selective_log_softmax_and_entropy``: logits [..., V], index and row_mask [...] -> both [...]."""
+    """Replace ``trl.kernels.selective_log_softmax_and_entropy``.
+
+    logits [..., V], index and row_mask [...] -> log-probabilities and entropies, both [...].
+    """
     labels = index if row_mask is None else index.long().masked_fill(row_mask == 0, _IGNORED)
     return selective_logprobs(logits, labels, temperature=temperature, ignore_index=_IGNORED, backend=backend)
 
 
 def _is_supported(logits: Tensor, index: Tensor | None = None, row_mask: Tensor | None = None) -> bool:
-    """Whether selective_logprobs takes these: one index a row, and a mask like it. Else TRL goes its own way."""
+    """Return whether selective_logprobs supports these arguments: one index per row, and a mask of the same shape."""
     return (
         logits.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and logits.shape[-1] > 0

@@ -1,4 +1,4 @@
-"""Against the real TRL: the same training with and without the patch, and proof of which function ran."""
+"""Integration with the real TRL: training and gradients with and without the patch, and which operation ran."""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -22,14 +22,14 @@ ORIGINALS = {name: getattr(utils, name) for name in NAMES}
 
 
 @pytest.fixture(autouse=True)
-def originals_after_each_test():
+def _unpatch_after_each_test():
     yield
     fused.unpatch()
     assert {name: getattr(utils, name) for name in NAMES} == ORIGINALS
 
 
 class Operations(TorchDispatchMode):
-    """Counts the registered operations of this package that run within."""
+    """Count the registered operations of this package that run inside the context."""
 
     def __init__(self):
         super().__init__()
@@ -41,13 +41,13 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def digits(completions, **_):
+def digit_share(completions, **_):
     return [sum(c.isdigit() for c in completion) / 10 for completion in completions]
 
 
 def train(trainer_class, config_class, family, folder, **settings):
-    """Three updates by SGD -> losses, entropies, weights, and how often each operation ran."""
-    tiny_model(family).save_pretrained(folder / "model")  # TRL makes the reference model from a folder
+    """Make three SGD updates -> logs [3, 3] (loss, entropy, gradient norm), weights, calls of each operation."""
+    tiny_model(family).save_pretrained(folder / "model")  # TRL loads the reference model from a folder
     model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
     args = config_class(
         output_dir=str(folder), per_device_train_batch_size=4, num_generations=4, max_completion_length=6,
@@ -56,25 +56,25 @@ def train(trainer_class, config_class, family, folder, **settings):
     )  # fmt: skip
     dataset = Dataset.from_dict({"prompt": [ALPHABET[i : i + 2 + i % 3] for i in range(8)]})
     with Operations() as operations:
-        trainer = trainer_class(model, digits, args=args, train_dataset=dataset, processing_class=char_tokenizer())
+        trainer = trainer_class(model, digit_share, args=args, train_dataset=dataset, processing_class=char_tokenizer())
         trainer.train()
     steps = [step for step in trainer.state.log_history if "loss" in step]
     logs = torch.tensor([[step[name] for name in ("loss", "entropy", "grad_norm")] for step in steps])
     return logs, model.state_dict(), operations.count
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("trainer_class", "config_class", "settings"),
+    ("family", "trainer_class", "config_class", "settings"),
     [
-        (GRPOTrainer, GRPOConfig, {"beta": 0.1, "temperature": 0.7, "num_iterations": 2}),
-        (GRPOTrainer, GRPOConfig, {"beta": 0.1, "entropy_coef": 0.1, "top_entropy_quantile": 0.8}),
-        (RLOOTrainer, RLOOConfig, {"beta": 0.1, "temperature": 0.7}),
+        ("qwen2", GRPOTrainer, GRPOConfig, {"beta": 0.1, "temperature": 0.7, "num_iterations": 2}),
+        ("gemma2", GRPOTrainer, GRPOConfig, {"beta": 0.1, "entropy_coef": 0.1, "top_entropy_quantile": 0.8}),
+        ("qwen2", RLOOTrainer, RLOOConfig, {"beta": 0.1, "temperature": 0.7}),
     ],
-    ids=["grpo", "grpo-entropy", "rloo"],
+    ids=["grpo-qwen2", "grpo-entropy-gemma2", "rloo-qwen2"],
 )
-def test_same_training(tmp_path, capsys, trainer_class, config_class, settings, family):
-    """Losses, entropies, gradient norms, weights after three updates; policy and reference through the operation."""
+def test_training_is_unchanged(tmp_path, family, trainer_class, config_class, settings):
+    """Losses, entropies, gradient norms and weights agree; policy and reference both run the operation."""
     logs, weights, count = train(trainer_class, config_class, family, tmp_path, **settings)
     assert not count
     with fused.patch():
@@ -83,12 +83,12 @@ def test_same_training(tmp_path, capsys, trainer_class, config_class, settings, 
     torch.testing.assert_close(fused_logs, logs, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(fused_weights, weights, rtol=1e-4, atol=2e-5)
     start = tiny_model(family).state_dict()
-    moved = max((weights[name] - start[name]).abs().max() for name in weights)
-    assert moved > 1e-2  # the comparison above would be empty else
+    change = max((weights[name] - start[name]).abs().max() for name in weights)
+    assert change > 1e-2  # otherwise the comparison above would be vacuous
 
 
-def test_a_trainer_of_given_logits(tmp_path):
-    """CPO takes its log-probabilities from the model's logits."""
+def test_cpo_training_is_unchanged(tmp_path):
+    """CPO computes log-probabilities from the model's logits."""
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     rows = {"prompt": ["12", "3+4"], "chosen": ["12", "7"], "rejected": ["3-1", "123"]}
@@ -118,10 +118,10 @@ def arguments(n=7, hidden=5, vocab=11, dtype=torch.float32, bias=True):
     return [x if x is None else x.requires_grad_() for x in tensors], torch.randint(vocab, (n,))
 
 
-def head(
+def chunked_logprobs(
     tensors, targets, *, entropy_coef=0.0, temperature=0.7, softcap=None, scale=1.0, outputs=("log_probs", "entropy")
 ):
-    """TRL's function as it stands now -> all that it returns, and the gradients of a weighted sum."""
+    """Call TRL's function as currently installed -> all its results, and the gradients of a weighted sum."""
     results = utils._ChunkedLogProbFunction.apply(*tensors, targets, temperature, 4, softcap, scale, outputs)
     loss = (results[0] * torch.linspace(-1, 1, len(targets))).sum()
     if entropy_coef:
@@ -134,32 +134,32 @@ def head(
 @pytest.mark.parametrize("scale", [1.0, 0.0625, 3.0])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
-def test_head(bias, scale, softcap, entropy_coef):
-    """Bias, logit scale (Cohere, Granite), softcap (Gemma), gradient of the entropy: as TRL's own."""
+def test_chunked_logprobs_agree_with_trl(bias, scale, softcap, entropy_coef):
+    """Agrees with bias, logit scale (Cohere, Granite), softcap (Gemma) and a gradient of the entropy."""
     tensors, targets = arguments(bias=bias)
     settings = {"softcap": softcap, "scale": scale, "entropy_coef": entropy_coef}
-    expected, expected_gradients = head(tensors, targets, **settings)
+    expected, expected_gradients = chunked_logprobs(tensors, targets, **settings)
     with fused.patch(backward="recompute"), Operations() as operations:
-        results, gradients = head(tensors, targets, **settings)
+        results, gradients = chunked_logprobs(tensors, targets, **settings)
     assert operations.count == {"linear_logprobs": 1, "linear_logprobs_backward": 1}
     assert results[2:] == expected[2:] == (None, None, None)
     torch.testing.assert_close(results[:2], expected[:2])
     torch.testing.assert_close(gradients, expected_gradients)
 
 
-def test_entropy_only_where_it_is_asked_for():
+def test_entropy_is_returned_only_on_request():
     with fused.patch():
-        results, _ = head(*arguments(), outputs=("log_probs",))
+        results, _ = chunked_logprobs(*arguments(), outputs=("log_probs",))
     assert results[1:] == (None,) * 4
 
 
-def test_mixed_dtypes_as_trl_casts_them():
-    """A float32 head below bfloat16 hidden states: products of bfloat16, as TRL's."""
+def test_a_float32_lm_head_is_cast_as_trl_casts_it():
+    """Products with bfloat16 hidden states are bfloat16, as TRL's."""
     tensors, targets = arguments(dtype=torch.bfloat16)
     tensors[1] = tensors[1].detach().float().requires_grad_()
-    expected, expected_gradients = head(tensors, targets)
+    expected, expected_gradients = chunked_logprobs(tensors, targets)
     with fused.patch():
-        results, gradients = head(tensors, targets)
+        results, gradients = chunked_logprobs(tensors, targets)
     torch.testing.assert_close(results[:2], expected[:2], rtol=2e-2, atol=2e-2)  # TRL's logits are bfloat16
     torch.testing.assert_close(gradients, expected_gradients, rtol=5e-2, atol=5e-2)
     assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32, torch.bfloat16]
@@ -168,40 +168,40 @@ def test_mixed_dtypes_as_trl_casts_them():
 @pytest.mark.parametrize(
     "case", ["is_top1", "mean_logits", "log_sum_sq_probs", "scale 0", "scale < 0", "ZeRO-3", "float64"]
 )
-def test_what_stays_with_trl(case):
-    """More outputs, scales that the operation cannot fold, a head split by DeepSpeed: TRL's function, TRL's results."""
+def test_unsupported_cases_run_trls_function(case):
+    """Other outputs, scales that the operation cannot fold, an LM head sharded by DeepSpeed: exactly TRL's results."""
     tensors, targets = arguments(dtype=torch.float64 if case == "float64" else torch.float32)
     settings = {"scale": {"scale 0": 0.0, "scale < 0": -2.0}.get(case, 1.0)}
     if case in ("is_top1", "mean_logits", "log_sum_sq_probs"):
         settings["outputs"] = ("log_probs", "entropy", case)
     if case == "ZeRO-3":
         tensors[1].ds_id = 0
-    expected, expected_gradients = head(tensors, targets, **settings)
+    expected, expected_gradients = chunked_logprobs(tensors, targets, **settings)
     with fused.patch(), Operations() as operations:
-        results, gradients = head(tensors, targets, **settings)
+        results, gradients = chunked_logprobs(tensors, targets, **settings)
     assert not operations.count
     for a, b in zip((*results, *gradients), (*expected, *expected_gradients), strict=True):
         assert a is b is None or torch.equal(a, b)
 
 
 def test_settings_reach_the_operation():
-    """With everything kept backward makes two products; with nothing kept, three. Called again, the new ones hold."""
+    """Backward takes two products with cached gradients, three without. A second call replaces the settings."""
     tensors, targets = arguments(bias=False)
-    operations = {}
+    flops = {}
     with fused.patch(backward="recompute"):
         for backward in ("recompute", "cache"):
             fused.patch(backward=backward)
             with FlopCounterMode(display=False) as counter:
-                head(tensors, targets)
-            operations[backward] = counter.get_total_flops()
-    assert operations["recompute"] / operations["cache"] == pytest.approx(4 / 3)
+                chunked_logprobs(tensors, targets)
+            flops[backward] = counter.get_total_flops()
+    assert flops["recompute"] / flops["cache"] == pytest.approx(4 / 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 4), (5,), ()])
 @pytest.mark.parametrize("masked", [False, True])
-def test_given_logits(dtype, shape, masked):
-    """The three functions of trl.trainer.utils, through names that trainers have imported already."""
+def test_functions_of_logits_agree_with_float64(dtype, shape, masked):
+    """The three functions of trl.trainer.utils, called through names that trainers have already imported."""
     from trl.experimental.cpo import cpo_trainer
     from trl.experimental.tpo import tpo_trainer
 
@@ -211,16 +211,16 @@ def test_given_logits(dtype, shape, masked):
     mask_or_none = mask if masked else None
     exact = logits.detach().double().requires_grad_()
     z = (exact / 0.7).log_softmax(-1)
-    want = z.gather(-1, index.unsqueeze(-1)).squeeze(-1), -(z.exp() * z).sum(-1)
-    want = [x * mask for x in want] if masked else want
-    (expected_gradient,) = torch.autograd.grad(want[0].sum() + 0.3 * want[1].sum(), exact)
+    expected = z.gather(-1, index.unsqueeze(-1)).squeeze(-1), -(z.exp() * z).sum(-1)
+    expected = [x * mask for x in expected] if masked else expected
+    (expected_gradient,) = torch.autograd.grad(expected[0].sum() + 0.3 * expected[1].sum(), exact)
     with fused.patch(), Operations() as operations:
         logprobs = cpo_trainer.selective_log_softmax(logits, index, temperature=0.7, row_mask=mask_or_none)
         both = tpo_trainer.selective_log_softmax_and_entropy(logits, index, temperature=0.7, row_mask=mask_or_none)
         (gradient,) = torch.autograd.grad(both[0].sum() + 0.3 * both[1].sum(), logits)
         entropy = utils.entropy_from_logits(logits)
     assert operations.count == {"selective_logprobs": 3, "selective_logprobs_backward": 1}
-    torch.testing.assert_close(both, tuple(x.float() for x in want), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both, tuple(x.float() for x in expected), rtol=1e-5, atol=1e-5)
     assert torch.equal(both[0], logprobs)
     plain = exact.log_softmax(-1)
     torch.testing.assert_close(entropy, -(plain.exp() * plain).sum(-1).float(), rtol=1e-5, atol=1e-5)
@@ -229,8 +229,8 @@ def test_given_logits(dtype, shape, masked):
     )
 
 
-def test_given_logits_that_stay_with_trl():
-    """Several indices a row, and float64: TRL's function, TRL's results."""
+def test_unsupported_logits_run_trls_function():
+    """Several indices per row and float64 logits are left to TRL."""
     logits = torch.randn(2, 3, 5)
     with fused.patch(), Operations() as operations:
         several = utils.selective_log_softmax(logits, torch.randint(5, (2, 3, 4)))
@@ -240,13 +240,13 @@ def test_given_logits_that_stay_with_trl():
     assert double.dtype == torch.float64
 
 
-def test_a_wrong_index_is_no_ignored_one():
+def test_an_invalid_index_is_not_ignored():
     with fused.patch(), pytest.raises(ValueError, match="labels"):
         utils.selective_log_softmax(torch.randn(2, 3, 5), torch.full((2, 3), -100))
 
 
-def test_without_triton(monkeypatch):
-    """macOS, Windows: TRL has no function of given logits to replace."""
+def test_only_the_chunked_function_is_replaced_without_triton(monkeypatch):
+    """TRL defines no fused function of logits on macOS and Windows."""
     for name in NAMES[2:]:
         monkeypatch.delattr(utils, name)
     with fused.patch():
@@ -255,7 +255,7 @@ def test_without_triton(monkeypatch):
     monkeypatch.undo()
 
 
-def test_patches_nest_and_unpatch_undoes_all():
+def test_patches_nest_and_unpatch_removes_all():
     with fused.patch():
         outer = utils._ChunkedLogProbFunction
         with fused.patch(backward="cache"):
@@ -274,7 +274,7 @@ def test_patches_nest_and_unpatch_undoes_all():
 
 
 @pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "2.0.0"])
-def test_versions_it_does_not_know(monkeypatch, version):
+def test_unsupported_versions_are_rejected(monkeypatch, version):
     monkeypatch.setattr(metadata, "version", lambda _: version)
     with pytest.raises(ImportError, match=rf"trl must be 1\.16\.x .*, got {version}: pip install 'trl~=1.16.0'"):
         fused.patch()
@@ -290,13 +290,13 @@ def test_versions_it_does_not_know(monkeypatch, version):
         ({"backend": "cuda"}, "backend"),
     ],
 )
-def test_wrong_settings_are_refused_at_once(settings, argument):
+def test_invalid_settings_are_rejected_at_once(settings, argument):
     with pytest.raises((ValueError, TypeError), match=argument):
         fused.patch(**settings)
     assert utils._use_triton is ORIGINALS["_use_triton"]
 
 
-def test_without_trl(monkeypatch):
+def test_missing_trl_is_reported(monkeypatch):
     def missing(package):
         raise metadata.PackageNotFoundError(package)
 
