@@ -1,21 +1,22 @@
-"""OpenRLHF's PPO on these operations: ``patch()`` before it trains, ``unpatch()`` after, or ``with patch(): ...``.
+"""Integration with OpenRLHF's PPO: call ``patch()`` before training, ``unpatch()`` after, or ``with patch(): ...``.
 
-What OpenRLHF 0.11 looks up, and what stands there once patched:
+What is replaced in OpenRLHF 0.11:
 
-- ``PolicyLoss``: ``SPPOPolicyLoss``, from ``policy_loss_class()``; the loss and its gradient in one launch.
-- ``ValueLoss``: ``SPPOValueLoss``, binary cross-entropy of the value at the prompt's last token.
-- ``RemoteExperienceMaker.get_advantages_and_returns`` (what ``--algo.advantage.estimator gae`` runs): SPPO's
-  advantage, ``A = R - V(prompt)``, one number a response, arXiv 2604.08865. Only this estimator has a critic, and
-  OpenRLHF whitens what it returns, which SPPO must not: ``compute_advantages_and_returns`` is told not to.
-- ``log_probs_from_logits``, below ``openrlhf.models.Actor``: ``selective_logprobs``.
+- ``PolicyLoss`` by ``SPPOPolicyLoss`` of ``policy_loss_class()``: the loss and its gradient in one launch.
+- ``ValueLoss`` by ``SPPOValueLoss``: binary cross-entropy of the value at the prompt's last token.
+- ``RemoteExperienceMaker.get_advantages_and_returns``, which ``--algo.advantage.estimator gae`` runs, by SPPO's
+  advantage ``A = R - V(prompt)``, one per response (arXiv 2604.08865). OpenRLHF has a critic only with this estimator.
+- ``RemoteExperienceMaker.compute_advantages_and_returns`` by a version that does not whiten. OpenRLHF whitens the
+  advantages of this estimator, and SPPO must not.
+- ``log_probs_from_logits``, below ``openrlhf.models.Actor``, by ``selective_logprobs``.
 
-The trainers are Ray actors in processes of their own, where a patch of the driver's process does not reach;
-``patch_when_imported`` is the hook that Ray runs in each worker. ``ray job submit`` takes its name::
+The trainers are Ray actors in separate processes, which a patch in the driver's process does not reach.
+``patch_when_imported`` is a hook that Ray runs in each worker; ``ray job submit`` takes its name::
 
     --runtime-env-json='{"worker_process_setup_hook": "sppo_kernels.integrations.openrlhf.patch_when_imported"}'
 
-Tested against OpenRLHF 0.11.2 on a CPU: every replacement beside the original on the same tensors, and the hook in a
-local Ray. A training run (Ray, DeepSpeed, vLLM and flash-attn on GPUs) has not been tested.
+Tested against OpenRLHF 0.11.2 on a CPU: every replacement is compared with the original on the same tensors, and the
+hook runs in a local Ray. A training run (Ray, DeepSpeed, vLLM and flash-attn on GPUs) has not been tested.
 """
 
 from __future__ import annotations
@@ -43,22 +44,22 @@ _TRAINERS = (
     "openrlhf.trainer.ppo_utils.experience_maker",
 )
 _waiting: list[AfterImport] = []
-_patch = Patch("openrlhf")  # its trainers bind the losses once more, some of them after the patch
+_patch = Patch("openrlhf")  # its trainer modules import the losses by name, some after the patch
 
 
 def patch(*, policy_loss_type: str | None = None) -> ExitStack:
-    """Put SPPO's losses and advantage and ``selective_logprobs`` under OpenRLHF's trainers, in this process.
+    """Make OpenRLHF's trainers in this process use SPPO's losses and advantage and ``selective_logprobs``.
 
     Args:
-        policy_loss_type: in place of ``--actor.policy_loss_type``, which lets only ``"ppo"`` and ``"gspo"`` through:
-            ``"sppo_seq"``. None: as the command line says.
+        policy_loss_type: overrides ``--actor.policy_loss_type``, which accepts only ``"ppo"`` and ``"gspo"``, not
+            ``"sppo_seq"``. None: use the type of the command line.
 
     Returns:
-        A context manager that puts back on exit what it found.
+        A context manager that restores the previous state on exit.
 
     Raises:
-        ImportError: OpenRLHF is missing, or of a version that this was not tested with.
-        ValueError: an unknown ``policy_loss_type``.
+        ImportError: OpenRLHF is missing, or its version is not supported.
+        ValueError: ``policy_loss_type`` is unknown.
     """
     check_version("openrlhf", VERSION)
     if policy_loss_type is not None:
@@ -82,7 +83,7 @@ def patch(*, policy_loss_type: str | None = None) -> ExitStack:
 
 
 def unpatch() -> None:
-    """Give OpenRLHF its own back, and wait for no import any more; nothing where nothing was done."""
+    """Restore OpenRLHF's own functions and remove pending import hooks, if there are any."""
     _withdraw()
     _patch.restore()
 
@@ -93,13 +94,17 @@ def _withdraw() -> None:
 
 
 def patch_when_imported(*, policy_loss_type: str | None = None) -> None:
-    """``patch()`` as soon as this process has imported one of OpenRLHF's PPO trainers: a hook for Ray's workers.
+    """Call ``patch()`` once this process has imported one of OpenRLHF's PPO trainers: a hook for Ray's workers.
 
-    Workers of the reference and the reward model import none and keep what they have.
+    Workers of the reference and the reward model import no trainer and are not patched.
 
-    Not at once, because Ray runs the hook before it says which GPUs the worker has, and ``patch()`` imports OpenRLHF
-    and with it DeepSpeed, which asks CUDA for its GPUs: the worker would see all of them from then on. And not in
-    vLLM's workers, which OpenRLHF keeps free of DeepSpeed.
+    Patching has to wait because Ray runs the hook before it sets the worker's GPUs. ``patch()`` imports OpenRLHF and
+    with it DeepSpeed, which queries CUDA's devices, and the worker would see all GPUs from then on. Waiting also keeps
+    DeepSpeed out of vLLM's workers, where OpenRLHF does not import it.
+
+    Raises:
+        ImportError: OpenRLHF is missing, or its version is not supported.
+        ValueError: ``policy_loss_type`` is unknown.
     """
     check_version("openrlhf", VERSION)
     if policy_loss_type is not None:
@@ -108,27 +113,30 @@ def patch_when_imported(*, policy_loss_type: str | None = None) -> None:
     _waiting.append(AfterImport(_TRAINERS, partial(patch, policy_loss_type=policy_loss_type)))
 
 
-# The losses
+# Losses
 
 
 @cache
 def policy_loss_class() -> type:
-    """``SPPOPolicyLoss``, made when it is asked for because it subclasses OpenRLHF's."""
+    """Return ``SPPOPolicyLoss``, which is defined on the first call because it subclasses OpenRLHF's class."""
     from openrlhf.models.loss import PolicyLoss
 
     class SPPOPolicyLoss(PolicyLoss):
         """OpenRLHF 0.11's ``PolicyLoss``, same arguments and results, through :func:`sppo_kernels.policy_loss`.
 
-        ``policy_loss_type``: ``"ppo"`` (the ratio of each token) and ``"gspo"`` (``exp(mean log-ratio)``, arXiv
-        2507.18071) agree with OpenRLHF's in value and gradient, up to three differences: a log-ratio beyond +-20 keeps
-        its gradient where OpenRLHF clamps it (bound the loss with ``dual_clip``), a batch without tokens gives 0 where
-        OpenRLHF gives NaN, and what masked tokens hold never matters. ``"sppo_seq"`` is the exact ratio of the
-        sequence, ``exp(sum of log-ratios)``, averaged over the sequences that have tokens; its ``clip_ratio`` is a
-        fraction of sequences.
+        With ``policy_loss_type`` ``"ppo"`` (the ratio of each token) and ``"gspo"`` (``exp(mean log-ratio)``, arXiv
+        2507.18071) it agrees with OpenRLHF's in value and gradient, up to three differences:
+
+        - A log-ratio beyond +-20 keeps its gradient, where OpenRLHF clamps it. Bound the loss with ``dual_clip``.
+        - A batch without tokens gives 0, where OpenRLHF gives NaN.
+        - The values of masked tokens never matter.
+
+        ``"sppo_seq"`` is the exact ratio of the sequence, ``exp(sum of log-ratios)``. Its loss is averaged over the
+        sequences that have tokens, and its ``clip_ratio`` is a fraction of sequences.
 
         Of the corrections for the rollout engine's log-probabilities, ``"ppo"`` with level token, mode clip and gating
-        ratio without a lower bound is ``rollout_correction="token_truncate"``. All others run OpenRLHF's own forward;
-        ``"sppo_seq"`` knows none.
+        ratio without a lower bound runs ``rollout_correction="token_truncate"``. All others run OpenRLHF's own forward.
+        ``"sppo_seq"`` supports none.
         """
 
         def __init__(
@@ -172,8 +180,10 @@ def policy_loss_class() -> type:
             batch_num_tokens: float | None = None,
             global_batch_size: float | None = None,
         ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-            """log_probs, old_log_probs, advantages, action_mask, rollout_log_probs [B, T] -> loss, clip_ratio, ppo_kl,
-            vllm_kl, is_filter_ratio, all 0-d, the last two None without a correction.
+            """Return the loss, clip_ratio, ppo_kl, vllm_kl and is_filter_ratio, all 0-d.
+
+            log_probs, old_log_probs, advantages, action_mask and rollout_log_probs are [B, T]. Without a correction
+            the last two results are None.
             """
             if self._corrected and not (self._truncated and self.policy_loss_type == "ppo"):
                 return super().forward(
@@ -187,8 +197,8 @@ def policy_loss_class() -> type:
                     global_batch_size,
                 )
             if self.policy_loss_type == "gspo":
-                # Where advantages differ inside a sequence, OpenRLHF pushes its tokens alike, by their mean, and
-                # ratio_level="sequence_mean" each by its own: so the mean is taken here, with its gradient.
+                # Where advantages differ inside a sequence, OpenRLHF gives all its tokens the gradient of the mean, and
+                # ratio_level="sequence_mean" gives each its own. So the mean is computed here, with its gradient.
                 log_probs = _mean_in_sequence(log_probs - old_log_probs, action_mask)
                 old_log_probs = torch.zeros_like(log_probs)
             correction: dict[str, Any] = {}
@@ -229,16 +239,16 @@ def _check_type(policy_loss_type: str) -> None:
 
 
 def _with_type(imposed: str, /, **settings: Any) -> nn.Module:
-    """An SPPOPolicyLoss of this type, whatever type the trainer names among its keywords."""
+    """Create an SPPOPolicyLoss of the imposed type, whatever ``policy_loss_type`` the trainer passes."""
     return policy_loss_class()(**{**settings, "policy_loss_type": imposed})
 
 
 def _mean_in_sequence(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over each row's tokens, at each of them: [B, T] -> [B, T]; 0 in a row without tokens."""
+    """Average over each row's tokens and expand: [B, T] -> [B, T]; 0 in a row without tokens."""
     if mask is None:
         return x.mean(1, keepdim=True).expand_as(x)
-    kept = torch.where(mask != 0, x, 0.0)
-    return (kept.sum(1, keepdim=True) / (mask != 0).sum(1, keepdim=True).clamp(min=1)).expand_as(x)
+    unmasked = torch.where(mask != 0, x, 0.0)
+    return (unmasked.sum(1, keepdim=True) / (mask != 0).sum(1, keepdim=True).clamp(min=1)).expand_as(x)
 
 
 def _masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -246,11 +256,11 @@ def _masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class SPPOValueLoss(nn.Module):
-    """OpenRLHF 0.11's ``ValueLoss``, same arguments: binary cross-entropy of the prompt's value with the outcome.
+    """Binary cross-entropy of the prompt's value with the outcome, in place of OpenRLHF 0.11's ``ValueLoss``.
 
-    The critic's value at the first response token is its head on the last prompt token, which has seen no more than
-    the prompt: ``get_llm_for_sequence_regression`` drops the last position and masks the others. That value is a logit
-    here, all others bear no loss. ``clip_eps`` and ``token_level_loss`` are accepted and mean nothing.
+    The critic's value at the first response token is its value head on the last prompt token, which depends only on
+    the prompt: ``get_llm_for_sequence_regression`` drops the last position and masks the others. That value is treated
+    as a logit. All other values have no loss. ``clip_eps`` and ``token_level_loss`` are accepted and ignored.
     """
 
     def __init__(self, clip_eps: float | None = None, token_level_loss: bool = True) -> None:
@@ -266,54 +276,56 @@ class SPPOValueLoss(nn.Module):
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> Tensor:
-        """values, returns, action_mask [B, T], the outcome in ``returns`` -> 0-d, the mean over the sequences that
-        have tokens, of which all updates and ranks together have ``global_batch_size``.
+        """Average the loss over the sequences that have tokens: values, returns and action_mask [B, T] -> 0-d.
+
+        ``returns`` holds the outcome. ``global_batch_size`` counts the sequences of all updates and ranks.
         """
-        first, some = _first_token(values, action_mask)
+        first, has_tokens = _first_token(values, action_mask)
         logit, outcome = values.gather(1, first).squeeze(1), returns.gather(1, first).squeeze(1)
-        loss = F.binary_cross_entropy_with_logits(logit.float(), outcome.float(), some.float(), reduction="sum")
-        return loss / (some.sum().clamp(min=1) if global_batch_size is None else global_batch_size / dp_size)
+        loss = F.binary_cross_entropy_with_logits(logit.float(), outcome.float(), has_tokens.float(), reduction="sum")
+        return loss / (has_tokens.sum().clamp(min=1) if global_batch_size is None else global_batch_size / dp_size)
 
 
 def _first_token(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of [B, T]: the index of each row's first token [B, 1], and whether it has one [B]. OpenRLHF's masks span the
-    prompt too, so that the first token is seldom at index 0.
+    """Return the index of each row's first token [B, 1], and whether the row has one [B].
+
+    OpenRLHF's masks span the prompt too, so that the first token is seldom at index 0.
     """
-    keep = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
-    return keep.long().argmax(1, keepdim=True), keep.any(1)
+    is_token = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    return is_token.long().argmax(1, keepdim=True), is_token.any(1)
 
 
-# The advantage
+# Advantages
 
 
 @torch.no_grad()
 def get_advantages_and_returns(
     self: Any, values: Tensor, rewards: Tensor, action_mask: Tensor, gamma: float, lambd: float
 ) -> tuple[Tensor, Tensor]:
-    """OpenRLHF 0.11's ``RemoteExperienceMaker.get_advantages_and_returns``: values, rewards, action_mask [B, T] ->
-    advantages, returns [B, T], 0 where the mask is.
+    """Compute SPPO's advantages, in place of OpenRLHF 0.11's ``RemoteExperienceMaker.get_advantages_and_returns``.
 
-    ``advantages = R - sigmoid(values at the first token)``, ``returns = R``, R the sum of the row's rewards. There is
-    no discount: ``gamma`` and ``lambd`` mean nothing.
+    values, rewards, action_mask [B, T] -> advantages, returns [B, T], 0 where masked, with
+    ``advantages = R - sigmoid(values at the first token)`` and ``returns = R``, where R is the sum of the row's
+    rewards. There is no discount: ``gamma`` and ``lambd`` are ignored.
 
     Raises:
-        ValueError: an outcome outside [0, 1], which no critic of SPPO's can predict.
+        ValueError: an outcome is outside [0, 1], so that SPPO's critic cannot predict it.
     """
-    remedy = "scale them, no KL penalty in them (--algo.kl.init_coef 0 or --algo.kl.use_loss), no length penalty"
+    remedy = "scale them, and add no KL penalty (--algo.kl.init_coef 0 or --algo.kl.use_loss) and no length penalty"
     outcome = outcomes(rewards, action_mask, remedy)[:, None]
     mask = (action_mask != 0).float()
     first, _ = _first_token(values, action_mask)
     return (outcome - values.gather(1, first).float().sigmoid()) * mask, outcome * mask
 
 
-@cache  # of the first call, before anything was replaced
+@cache  # the first call, before anything is replaced, finds the original
 def _unwhitened(maker: type) -> Callable[[Any, list[Any]], list[Any]]:
-    """``maker.compute_advantages_and_returns`` without the whitening that follows upon the estimator "gae"."""
+    """Return ``maker.compute_advantages_and_returns`` without the whitening after the estimator "gae"."""
     original = maker.compute_advantages_and_returns  # type: ignore[attr-defined]
 
     def compute_advantages_and_returns(self: Any, experiences: list[Any]) -> list[Any]:
-        # OpenRLHF chooses baseline and whitening by the name in the settings, the critic's branch by the name that the
-        # maker was made with: for as long as this runs, the settings hold one that has neither baseline nor whitening.
+        # OpenRLHF chooses baseline and whitening by the name in the settings, and the critic's branch by the name that
+        # the maker was constructed with. During the call, the settings hold a name without baseline and whitening.
         advantage = self.strategy.args.algo.advantage
         name = advantage.estimator
         if self.advantage_estimator == "gae":
@@ -326,12 +338,13 @@ def _unwhitened(maker: type) -> Callable[[Any, list[Any]], list[Any]]:
     return compute_advantages_and_returns
 
 
-# The log-probabilities
+# Log-probabilities
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """OpenRLHF 0.11's function of this name: logits [..., V], labels [...] -> log-probabilities [...], float32. It
-    leaves the logits as they are, where OpenRLHF's divides them by the temperature.
+    """Replace OpenRLHF 0.11's function of this name: logits [..., V], labels [...] -> log-probabilities [...], float32.
+
+    It does not modify the logits; OpenRLHF's function divides them by the temperature.
     """
-    no_token = -(2**63)  # with -100 a wrong label would pass for an ignored one
+    no_token = -(2**63)  # -100 would hide an invalid label
     return selective_logprobs(logits, labels, temperature=temperature, ignore_index=no_token).logprobs

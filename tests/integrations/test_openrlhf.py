@@ -1,4 +1,4 @@
-"""Against the real OpenRLHF: its losses, experience maker and log-probabilities beside ours on the same tensors."""
+"""Integration with the real OpenRLHF: losses, experience maker and log-probabilities against its own."""
 
 import inspect
 import os
@@ -40,14 +40,14 @@ def in_place():
 
 
 @pytest.fixture(autouse=True)
-def _originals_after_each_test():
+def _unpatch_after_each_test():
     yield
     fused.unpatch()
     assert all(in_place())
 
 
 def batch(spread=1.0, empty=False, per_token=True):
-    """Log-probabilities new, old and of the rollout engine, advantages, mask [5, 12]: a prompt, a response, padding."""
+    """Make new and old log-probabilities, advantages, mask and rollout log-probabilities, [5, 12]."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     old = -draw(5, 12).abs()
@@ -67,13 +67,14 @@ def outputs_and_gradient(loss_fn, new, old, advantages, mask, rollout=None, **co
 
 
 def assert_like_openrlhf(settings, tensors, **counts):
-    ours, gradient = outputs_and_gradient(fused.policy_loss_class()(**settings), *tensors, **counts)
-    theirs, expected = outputs_and_gradient(loss.PolicyLoss(**settings), *tensors, **counts)
-    assert [x is None for x in ours] == [x is None for x in theirs]
-    for name, a, b in zip(("loss", "clip_ratio", "ppo_kl", "vllm_kl", "is_filter_ratio"), ours, theirs, strict=True):
+    outputs, gradient = outputs_and_gradient(fused.policy_loss_class()(**settings), *tensors, **counts)
+    expected, expected_gradient = outputs_and_gradient(loss.PolicyLoss(**settings), *tensors, **counts)
+    assert [x is None for x in outputs] == [x is None for x in expected]
+    names = ("loss", "clip_ratio", "ppo_kl", "vllm_kl", "is_filter_ratio")
+    for name, a, b in zip(names, outputs, expected, strict=True):
         if b is not None:
             torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
 
 
 COUNTS = [{}, {"dp_size": 3, "batch_num_tokens": torch.tensor(71.0), "global_batch_size": torch.tensor(13.0)}]
@@ -84,7 +85,7 @@ COUNTS = [{}, {"dp_size": 3, "batch_num_tokens": torch.tensor(71.0), "global_bat
 @pytest.mark.parametrize("dual_clip", [None, 1.5])
 @pytest.mark.parametrize("token_level_loss", [True, False], ids=["token", "sequence"])
 @pytest.mark.parametrize("policy_loss_type", ["ppo", "gspo"])
-def test_policy_loss(policy_loss_type, token_level_loss, dual_clip, counts, empty):
+def test_policy_loss_agrees_with_openrlhf(policy_loss_type, token_level_loss, dual_clip, counts, empty):
     settings = {
         "policy_loss_type": policy_loss_type,
         "token_level_loss": token_level_loss,
@@ -98,7 +99,7 @@ def test_policy_loss(policy_loss_type, token_level_loss, dual_clip, counts, empt
 
 
 CORRECTIONS = [
-    ("token", "clip", "ratio", [0.0, 1.2]),  # this one through the operation
+    ("token", "clip", "ratio", [0.0, 1.2]),  # the only one that runs the operation
     ("token", "clip", "ratio", [0.5, 1.2]),
     ("token", "mask", "ratio", [0.5, 1.2]),
     ("seq", "mask", "ratio", [0.9, 1.2]),
@@ -110,7 +111,7 @@ CORRECTIONS = [
 @pytest.mark.parametrize("counts", COUNTS, ids=["local", "global"])
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: "-".join(map(str, c)))
 @pytest.mark.parametrize("policy_loss_type", ["ppo", "gspo"])
-def test_policy_loss_with_correction(monkeypatch, policy_loss_type, correction, counts):
+def test_corrected_policy_loss_agrees_with_openrlhf(monkeypatch, policy_loss_type, correction, counts):
     names = ("is_correction_level", "is_correction_mode", "is_correction_gating", "is_correction_threshold")
     settings = {"policy_loss_type": policy_loss_type, **dict(zip(names, correction, strict=True))}
     calls = []
@@ -119,20 +120,20 @@ def test_policy_loss_with_correction(monkeypatch, policy_loss_type, correction, 
     assert len(calls) == (policy_loss_type == "ppo" and correction == CORRECTIONS[0])
 
 
-def test_where_the_log_ratio_is_far_off():
-    """Beyond 20 OpenRLHF takes the gradient away; ours stays, and dual_clip bounds it."""
+def test_a_large_log_ratio_keeps_its_gradient():
+    """Beyond 20 OpenRLHF's gradient is 0; here it stays, and dual_clip bounds it."""
     new, old, advantages, mask = torch.tensor([[25.0]]), torch.zeros(1, 1), torch.tensor([[-1.0]]), torch.ones(1, 1)
-    _, theirs = outputs_and_gradient(loss.PolicyLoss(), new, old, advantages, mask)
-    (value, *_), ours = outputs_and_gradient(fused.policy_loss_class()(), new, old, advantages, mask)
-    assert theirs.item() == 0
-    torch.testing.assert_close(ours, new.exp())
+    _, openrlhf_gradient = outputs_and_gradient(loss.PolicyLoss(), new, old, advantages, mask)
+    (value, *_), gradient = outputs_and_gradient(fused.policy_loss_class()(), new, old, advantages, mask)
+    assert openrlhf_gradient.item() == 0
+    torch.testing.assert_close(gradient, new.exp())
     torch.testing.assert_close(value, new.exp().squeeze())
-    (value, *_), ours = outputs_and_gradient(fused.policy_loss_class()(dual_clip=3.0), new, old, advantages, mask)
-    assert (value.item(), ours.item()) == (3.0, 0.0)
+    (value, *_), gradient = outputs_and_gradient(fused.policy_loss_class()(dual_clip=3.0), new, old, advantages, mask)
+    assert (value.item(), gradient.item()) == (3.0, 0.0)
 
 
 @pytest.mark.parametrize("policy_loss_type", fused.POLICY_LOSS_TYPES)
-def test_without_tokens_and_with_garbage_under_the_mask(policy_loss_type):
+def test_masked_values_never_matter(policy_loss_type):
     loss_fn = fused.policy_loss_class()(policy_loss_type=policy_loss_type)
     new, old, advantages, mask, _ = batch()
     (value, *metrics), gradient = outputs_and_gradient(loss_fn, new, old, advantages, torch.zeros_like(mask))
@@ -146,8 +147,8 @@ def test_without_tokens_and_with_garbage_under_the_mask(policy_loss_type):
 
 @pytest.mark.parametrize("counts", COUNTS, ids=["local", "global"])
 @pytest.mark.parametrize(("sign", "number_clipped"), [(1, 0), (-1, 2)], ids=["dual-clipped", "clipped"])
-def test_sppo_seq(sign, number_clipped, counts):
-    """The ratio of the whole sequence, in plain PyTorch."""
+def test_sppo_seq_clips_the_ratio_of_sequences(sign, number_clipped, counts):
+    """Value, gradient and metrics agree with the definition in plain PyTorch."""
     new, old, advantages, mask, _ = batch(0.2, empty=True, per_token=False)
     advantages = sign * advantages
     settings = {"clip_eps_low": 0.1, "clip_eps_high": 0.3, "dual_clip": 1.5}
@@ -155,8 +156,8 @@ def test_sppo_seq(sign, number_clipped, counts):
     (value, clip_ratio, ppo_kl, *rest), gradient = outputs_and_gradient(loss_fn, new, old, advantages, mask, **counts)
 
     new.requires_grad_()
-    some = mask.any(1)
-    ratio, a = ((new - old) * mask).sum(1).exp()[some], advantages[some, 0]
+    has_tokens = mask.any(1)
+    ratio, a = ((new - old) * mask).sum(1).exp()[has_tokens], advantages[has_tokens, 0]
     surrogate = torch.maximum(-a * ratio, -a * ratio.clamp(0.9, 1.3))
     surrogate = torch.where(a < 0, torch.minimum(surrogate, -a * 1.5), surrogate)
     expected = surrogate.sum() / (13 / 3 if counts else 4)
@@ -178,14 +179,14 @@ def test_sppo_seq(sign, number_clipped, counts):
         ({"is_correction_mode": "drop"}, "is_correction_mode"),
     ],
 )
-def test_wrong_settings(settings, argument):
+def test_invalid_settings_are_rejected(settings, argument):
     with pytest.raises(ValueError, match=argument):
         fused.policy_loss_class()(**settings)
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=["local", "global"])
-def test_value_loss(counts):
-    """Binary cross-entropy at the first token of each row that has one, and no gradient elsewhere."""
+def test_value_loss_is_the_cross_entropy_at_the_first_token(counts):
+    """No other value has a gradient, and neither has a row without tokens."""
     values, _, _, mask, _ = batch(empty=True)
     values.requires_grad_()
     outcomes = torch.tensor([1.0, 0.0, 0.25, 1.0, 1.0])
@@ -206,7 +207,7 @@ def test_value_loss(counts):
 
 
 def experiences():
-    """Two batches as make_experience leaves them; the critic's values are 0 where the mask is."""
+    """Make two batches as ``make_experience`` returns them, with values of 0 where masked."""
     made = []
     for seed, index in ((1, [2, 0]), (2, [3, 1])):
         torch.manual_seed(seed)
@@ -229,7 +230,7 @@ def experiences():
 
 
 def maker(estimator="gae", n_samples_per_prompt=1, kl_coef=0.0):
-    """A maker without the Ray actors that only make_experience needs."""
+    """Construct an experience maker without the Ray actors, which only ``make_experience`` needs."""
     advantage = SimpleNamespace(estimator=estimator, gamma=0.9, lambd=0.8, no_std_norm=False)
     args = SimpleNamespace(
         algo=SimpleNamespace(advantage=advantage),
@@ -240,8 +241,8 @@ def maker(estimator="gae", n_samples_per_prompt=1, kl_coef=0.0):
     return RemoteExperienceMaker(None, None, None, None, controller, SimpleNamespace(args=args), None)
 
 
-def test_advantages():
-    """R - V(prompt) at each token, not whitened, whatever gamma and lambda are; the settings are as before."""
+def test_advantages_are_outcome_minus_prompt_value():
+    """They are the same at each token, neither whitened nor discounted, and the settings stay unchanged."""
     with fused.patch():
         sppo = maker()
         made = sppo.compute_advantages_and_returns(experiences())
@@ -256,16 +257,17 @@ def test_advantages():
 
 
 @pytest.mark.parametrize("estimator", ["reinforce", "rloo", "dr_grpo", "group_norm", "flash_reinforce"])
-def test_other_estimators_are_as_they_were(estimator):
+def test_other_estimators_are_unchanged(estimator):
     expected = maker(estimator, 2).compute_advantages_and_returns(experiences())
     with fused.patch():
         made = maker(estimator, 2).compute_advantages_and_returns(experiences())
-    for ours, theirs in zip(made, expected, strict=True):
-        torch.testing.assert_close((ours.advantages, ours.returns), (theirs.advantages, theirs.returns), rtol=0, atol=0)
+    for patched, original in zip(made, expected, strict=True):
+        results, expected_results = [(x.advantages, x.returns) for x in (patched, original)]
+        torch.testing.assert_close(results, expected_results, rtol=0, atol=0)
 
 
-def test_rewards_that_are_no_probability():
-    """With a KL penalty in them, or of another scale; and the settings are as before."""
+def test_outcomes_outside_the_unit_interval_are_rejected():
+    """A KL penalty makes an outcome negative; the settings stay unchanged."""
     made = experiences()
     made[1].kl += 0.1
     with fused.patch():
@@ -288,8 +290,8 @@ def critic(tmp_path):
     ).float()
 
 
-def test_the_value_at_the_first_token_is_the_prompts(critic):
-    """Two responses to one prompt: the critic's values there agree, and nowhere else; and both start after padding."""
+def test_the_value_at_the_first_token_depends_only_on_the_prompt(critic):
+    """The values of two left-padded responses to one prompt agree there and nowhere else."""
     sequences = torch.tensor([[0, 0, 5, 6, 7, 8, 9], [0, 0, 5, 6, 11, 12, 0]])
     attention_mask = (sequences != 0).long()
     action_mask = torch.zeros(2, 6, dtype=torch.long)  # of the positions 1 to 6
@@ -312,14 +314,14 @@ def test_the_value_at_the_first_token_is_the_prompts(critic):
 
 @pytest.fixture
 def _no_triton_in_openrlhf(monkeypatch):
-    """On a CPU OpenRLHF needs its own way: flash-attn's cross-entropy is for GPUs, and its entropy compiles C++."""
+    """Run OpenRLHF on a CPU: flash-attn's cross-entropy requires a GPU, and OpenRLHF's entropy compiles C++."""
     monkeypatch.setitem(sys.modules, "flash_attn.ops.triton.cross_entropy", None)
     monkeypatch.setattr(actor, "compute_entropy", model_utils.compute_entropy._torchdynamo_orig_callable)
 
 
 @pytest.mark.usefixtures("_no_triton_in_openrlhf")
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_log_probs_from_logits(temperature):
+def test_log_probs_from_logits_agree_with_openrlhf(temperature):
     torch.manual_seed(0)
     logits, labels, upstream = 3 * torch.randn(2, 5, 33), torch.randint(33, (2, 5)), torch.randn(2, 5)
     results = []
@@ -332,8 +334,8 @@ def test_log_probs_from_logits(temperature):
 
 
 @pytest.mark.usefixtures("_no_triton_in_openrlhf")
-def test_actor():
-    """The policy's forward and backward, with the entropy that comes from the same logits."""
+def test_actor_is_unchanged():
+    """Log-probabilities, the entropy of the same logits and the LM head's gradient agree."""
     config = Qwen2Config(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1,
@@ -354,14 +356,14 @@ def test_actor():
         torch.testing.assert_close(run(), expected, rtol=1e-5, atol=1e-6)
 
 
-# The contract
+# Signatures, patching and imports
 
 
 def parameters(function):
     return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
 
-def test_signatures():
+def test_signatures_are_those_of_openrlhf():
     pairs = [
         (fused.policy_loss_class().__init__, loss.PolicyLoss.__init__),
         (fused.policy_loss_class().forward, loss.PolicyLoss.forward),
@@ -374,12 +376,12 @@ def test_signatures():
             RemoteExperienceMaker.compute_advantages_and_returns,
         ),
     ]
-    for ours, theirs in pairs:
-        assert parameters(ours) == parameters(theirs), theirs
+    for replacement, original in pairs:
+        assert parameters(replacement) == parameters(original), original
     assert issubclass(fused.policy_loss_class(), loss.PolicyLoss)
 
 
-def test_patch_and_unpatch():
+def test_patches_replace_each_other_and_unpatch_restores():
     fused.unpatch()
     assert all(in_place())
     fused.patch()
@@ -389,9 +391,9 @@ def test_patch_and_unpatch():
     fused.patch()
     assert [getattr(*name) for name in NAMES] == patched
     with fused.patch(policy_loss_type="sppo_seq"):
-        trainers = ppo_actor.PolicyLoss(clip_eps_low=0.1, policy_loss_type="ppo")
-        assert (type(trainers), trainers.policy_loss_type) == (fused.policy_loss_class(), "sppo_seq")
-        assert trainers.clip_eps_low == 0.1
+        loss_fn = ppo_actor.PolicyLoss(clip_eps_low=0.1, policy_loss_type="ppo")
+        assert (type(loss_fn), loss_fn.policy_loss_type) == (fused.policy_loss_class(), "sppo_seq")
+        assert loss_fn.clip_eps_low == 0.1
     assert [getattr(*name) for name in NAMES] == patched
     fused.unpatch()
     assert all(in_place())
@@ -401,7 +403,7 @@ def test_patch_and_unpatch():
     assert all(in_place())
 
 
-def test_unknown_version(monkeypatch):
+def test_unsupported_versions_are_rejected(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda package: "0.12.0")
     for function in (fused.patch, fused.patch_when_imported):
         with pytest.raises(ImportError, match=r"must be 0\.11\.x .*got 0\.12\.0: pip install 'openrlhf~=0\.11"):
@@ -409,14 +411,15 @@ def test_unknown_version(monkeypatch):
     assert all(in_place())
 
 
-def python(code):
+def run_python(code):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_importing_changes_nothing():
-    python("""
+def test_hooks_patch_after_the_first_import_of_a_trainer():
+    """Installing a hook imports neither OpenRLHF nor DeepSpeed nor Ray."""
+    run_python("""
 import sys
 from sppo_kernels.integrations import openrlhf as fused
 
@@ -447,11 +450,12 @@ assert ppo_actor.PolicyLoss is fused.policy_loss_class()
 
 
 @pytest.mark.slow
-def test_ray_workers():
-    """The hook in a local Ray, as a name and as a function: what the trainer's actor sees in its own process, and that
-    the hook ran before Ray said which GPU is the worker's, and without DeepSpeed.
+def test_ray_workers_run_the_hook():
+    """The hook, given by name or as a function, patches a worker process of a local Ray.
+
+    It runs before Ray sets the worker's GPU and does not import DeepSpeed.
     """
-    python("""
+    run_python("""
 import ray
 from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 
@@ -463,18 +467,18 @@ def hook():
 
 @ray.remote(num_gpus=1)
 class Worker:
-    def sees(self):
+    def observe(self):
         import os
-        PolicyLoss = ActorPPOTrainer.__init__.__globals__["PolicyLoss"]  # of this process: the class is imported here
-        made = PolicyLoss(policy_loss_type="gspo")
-        return type(made).__name__, made.policy_loss_type, os.environ.get("IN_HOOK"), os.environ["CUDA_VISIBLE_DEVICES"]
+        PolicyLoss = ActorPPOTrainer.__init__.__globals__["PolicyLoss"]  # the worker's, which imports the class here
+        loss = PolicyLoss(policy_loss_type="gspo")
+        return type(loss).__name__, loss.policy_loss_type, os.environ.get("IN_HOOK"), os.environ["CUDA_VISIBLE_DEVICES"]
 
 for hook, expected in (
     ("sppo_kernels.integrations.openrlhf.patch_when_imported", ("SPPOPolicyLoss", "gspo", None, "0")),
     (hook, ("SPPOPolicyLoss", "sppo_seq", "(None, False)", "0")),
 ):
     ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, runtime_env={"worker_process_setup_hook": hook})
-    seen = ray.get(Worker.remote().sees.remote())
-    assert seen == expected, (hook, seen)
+    observed = ray.get(Worker.remote().observe.remote())
+    assert observed == expected, (hook, observed)
     ray.shutdown()
 """)
