@@ -1,20 +1,21 @@
-"""SPPO in verl: an advantage estimator, a policy loss, a critic loss, and fused log-probabilities under the actor.
+"""Integration with verl: an advantage estimator, a policy loss, a critic loss, and fused log-probabilities.
 
-verl 0.9 loads this by itself where both are installed (entry-point group ``verl.plugins``), in each of its processes.
-That changes no run: what is added has names of its own, which the configuration asks for.
+verl 0.9 loads this module in each of its processes if both packages are installed (entry-point group
+``verl.plugins``). Loading it changes no run, because everything it adds has names that the configuration must select::
 
     algorithm.adv_estimator=sppo_seq                          A = R - sigmoid(the critic at the last prompt token)
-    critic.loss_agg_mode=sppo_seq                             binary cross-entropy there; the two go together
+    critic.loss_agg_mode=sppo_seq                             binary cross-entropy there; requires the estimator above
     actor_rollout_ref.actor.policy_loss.loss_mode=sppo_seq    clipped and dual-clipped, in one launch
-    actor_rollout_ref.model.use_fused_kernels=True            linear_logprobs in place of logits
+    actor_rollout_ref.model.use_fused_kernels=True            linear_logprobs instead of logits
     actor_rollout_ref.model.fused_kernel_options.impl_backend=sppo_kernels
 
-``loss_mode`` may also be ``sppo_seq_mean`` or ``sppo_seq_sum``: the ratio of whole responses, per token (GSPO's) or
-exact. ``impl_backend`` may also be ``sppo_kernels_recompute``, which keeps nothing for backward (with an entropy bonus,
-or where memory is scarce), ``sppo_kernels_cache`` or ``sppo_kernels_sparse``.
+``loss_mode`` may also be ``sppo_seq_mean``, whose ratio is the per-token geometric mean over the response (GSPO), or
+``sppo_seq_sum``, whose ratio is that of the complete response. ``impl_backend`` may also be
+``sppo_kernels_recompute``, which caches nothing for backward (with an entropy bonus, or if memory is scarce),
+``sppo_kernels_cache`` or ``sppo_kernels_sparse``.
 
-verl's critic reads prompt and response, of which SPPO uses one position: causal attention lets that one see the
-prompt alone, at the price of a forward and backward over responses that this package's own trainer does not pay.
+verl's critic reads prompt and response, of which SPPO uses one position. Causal attention lets that position see only
+the prompt. The forward and backward over responses are a cost that this package's own trainer does not have.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from ._outcomes import outcomes
 from ._patching import AfterImport, Patch, check_version
 
 VERSION = "0.9.1"
-NAME = "sppo_seq"  # "sppo" is Self-Play Preference Optimization's
-FUSED_BACKENDS = {"sppo_kernels": "auto"} | {f"sppo_kernels_{way}": way for way in ("recompute", "cache", "sparse")}
+NAME = "sppo_seq"  # "sppo" usually means Self-Play Preference Optimization
+FUSED_BACKENDS = {"sppo_kernels": "auto"} | {f"sppo_kernels_{mode}": mode for mode in ("recompute", "cache", "sparse")}
 RATIO_LEVELS = {NAME: "token", f"{NAME}_mean": "sequence_mean", f"{NAME}_sum": "sequence_sum"}
 _patch = Patch("verl")
 _added: set[str] = set()
@@ -45,35 +46,40 @@ _waiting: list[AfterImport] = []
 
 
 def patch() -> ExitStack:
-    """Add all of the above to verl in this process; what is there already stays.
+    """Add everything above to verl in this process, except what is already present.
 
     Returns:
-        A context manager that takes it away again on exit, unless the plugin or another call had added it.
+        A context manager that removes it on exit, unless the plugin or another call had added it before.
 
     Raises:
-        ImportError: verl is missing, or of a version that this was not tested with.
+        ImportError: verl is missing, or its version is not supported.
     """
     check_version("verl", VERSION)
     undo = ExitStack()
     if not (_added or _waiting):
         undo.callback(unpatch)
-    for module in _PLACES:
+    for module in _PATCHED_MODULES:
         import_module(module)
         _add(module)
     return undo
 
 
 def patch_when_imported() -> None:
-    """Add each part as soon as verl has imported the module that it belongs to: what verl's plugin does, so that no
-    process imports more of verl than it would have. Raises what :func:`patch` does.
+    """Add each part once verl has imported the module that it belongs to, as the plugin does.
+
+    This way no process imports more of verl than it would without the plugin.
+
+    Raises:
+        ImportError: verl is missing, or its version is not supported.
     """
     check_version("verl", VERSION)
-    _waiting.extend(AfterImport([module], partial(_add, module)) for module in _PLACES)
+    _waiting.extend(AfterImport([module], partial(_add, module)) for module in _PATCHED_MODULES)
 
 
 def unpatch() -> None:
-    """Take everything away again; nothing where nothing was added. A model that verl has made with
-    ``impl_backend=sppo_kernels`` needs it to stay.
+    """Remove everything that was added, if anything was.
+
+    Do not call it while a model that verl created with ``impl_backend=sppo_kernels`` is in use.
     """
     while _waiting:
         _waiting.pop().withdraw()
@@ -87,7 +93,7 @@ def unpatch() -> None:
 
 
 def _add(module_name: str) -> None:
-    """What belongs to a module of verl that has been imported."""
+    """Add the part that belongs to an imported module of verl."""
     if module_name in _added:
         return
     module = sys.modules[module_name]
@@ -96,34 +102,37 @@ def _add(module_name: str) -> None:
         for name, ratio_level in RATIO_LEVELS.items():
             module.register_policy_loss(name)(partial(sppo_policy_loss, ratio_level))
     else:
-        name, ours = _WRAPPED[module_name]
-        _patch.apply({(module, name): ours(getattr(module, name))})
+        name, replacement_for = _WRAPPED[module_name]
+        _patch.apply({(module, name): replacement_for(getattr(module, name))})
     _added.add(module_name)
 
 
-def _instead(ours: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """``ours``, which takes the original as its first argument, under the original's name: verl's driver sends
-    functions to its workers by name, and each then runs what stands there.
+def _wrapping(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that calls ``function(original, ...)`` under the original's name.
+
+    verl's driver sends functions to its workers by name, and each worker runs the function that has this name there.
     """
 
-    def of(original: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return ours(original, *args, **kwargs)
+            return function(original, *args, **kwargs)
 
         return wrapper
 
-    return of
+    return decorate
 
 
-# The configuration: on the driver, before anything is started
+# Configuration: on the driver, before anything is started
 
 
 def _need_critic(original: Any, config: Any) -> bool:
-    """``verl.trainer.ppo.utils.need_critic``, which is asked with the whole configuration: SPPO has a critic.
+    """Enable the critic for SPPO and check the names: wraps ``verl.trainer.ppo.utils.need_critic``.
+
+    verl calls that function with the complete configuration.
 
     Raises:
-        ValueError: names that do not go together.
+        ValueError: two names in the configuration are incompatible.
     """
     from omegaconf import OmegaConf
 
@@ -131,8 +140,8 @@ def _need_critic(original: Any, config: Any) -> bool:
     critic_loss = OmegaConf.select(config, "critic.loss_agg_mode")
     if (estimator == NAME) != (critic_loss == NAME):
         raise ValueError(
-            f"algorithm.adv_estimator and critic.loss_agg_mode must both be {NAME} or neither (the critic's value is a "
-            f"logit in the one and learned as such by the other), got {estimator} and {critic_loss}"
+            f"algorithm.adv_estimator and critic.loss_agg_mode must both be {NAME} or neither (the estimator reads the "
+            f"critic's value as a logit, which only this loss trains), got {estimator} and {critic_loss}"
         )
     loss_mode = OmegaConf.select(config, "actor_rollout_ref.actor.policy_loss.loss_mode")
     if loss_mode in RATIO_LEVELS:
@@ -143,41 +152,46 @@ def _need_critic(original: Any, config: Any) -> bool:
 def _check_aggregation(ratio_level: str, loss_agg_mode: str) -> None:
     if ratio_level != "token" and loss_agg_mode != "seq-mean-token-mean":
         raise ValueError(
-            "actor_rollout_ref.actor.loss_agg_mode must be seq-mean-token-mean where the ratio is a whole response's, "
+            "actor_rollout_ref.actor.loss_agg_mode must be seq-mean-token-mean with a ratio of complete responses, "
             f"got {loss_agg_mode}"
         )
 
 
-# Advantages: on the driver, once an update
+# Advantages: on the driver, once per update
 
 
 def sppo_advantages(
     token_level_rewards: Tensor, response_mask: Tensor, values: Tensor | None = None, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """``A = R - V(prompt)``, the same for each token of a response (SPPO, arXiv 2604.08865), not whitened.
+    """Compute ``A = R - V(prompt)``, equal for all tokens of a response and not whitened (SPPO, arXiv 2604.08865).
 
     Args:
         token_level_rewards: ``[B, T]``; the outcome ``R`` is their sum over the response, in [0, 1].
-        response_mask: ``[B, T]``, 1 where a token is the response's.
-        values: ``[B, T]``, as verl's critic gives them: the logit of success is at the first position, that is at the
+        response_mask: ``[B, T]``, 1 where a token belongs to the response.
+        values: ``[B, T]``, from verl's critic. The logit of success is at the first position, which corresponds to the
             last token of the prompt.
 
     Returns:
-        advantages ``[B, T]``, and returns ``[B, T]``: the outcome, what the critic learns; both 0 outside the mask.
+        advantages ``[B, T]``, and returns ``[B, T]``: the outcome, the critic's target. Both are 0 where masked.
 
     Raises:
-        ValueError: no values; outcomes outside [0, 1].
+        ValueError: values are missing, or an outcome is outside [0, 1].
     """
     if values is None:
         raise ValueError(f"adv_estimator={NAME} needs the critic's values: critic.enable must not be False")
-    outcome = outcomes(token_level_rewards, response_mask, "another reward, and algorithm.use_kl_in_reward=False")
+    outcome = outcomes(
+        token_level_rewards, response_mask, "change the reward, and set algorithm.use_kl_in_reward=False"
+    )
     mask = response_mask.float()
     advantages = outcome - torch.sigmoid(values[:, 0].float())
     return advantages[:, None] * mask, outcome[:, None] * mask
 
 
 def _compute_advantage(original: Any, data: Any, adv_estimator: str, *args: Any, **kwargs: Any) -> Any:
-    """``verl.trainer.ppo.ray_trainer.compute_advantage``, which hands values to no estimator but its own GAE."""
+    """Run SPPO's estimator with the critic's values: wraps ``verl.trainer.ppo.ray_trainer.compute_advantage``.
+
+    verl passes values only to its own GAE.
+    """
     if adv_estimator != NAME:
         return original(data, adv_estimator, *args, **kwargs)
     batch = data.batch
@@ -187,7 +201,7 @@ def _compute_advantage(original: Any, data: Any, adv_estimator: str, *args: Any,
     return data
 
 
-# The policy's loss: on each actor
+# Policy loss: on each actor
 
 
 def sppo_policy_loss(
@@ -200,30 +214,29 @@ def sppo_policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """verl's signature of a policy loss, over :func:`sppo_kernels.policy_loss`.
+    """Compute :func:`sppo_kernels.policy_loss` with the signature of verl's policy losses.
 
-    With the token ratio it is verl's ``vanilla`` loss, dual clip ``clip_ratio_c`` included, except that the log-ratio
-    is not clamped to 20: there the gradient would vanish just where a bad token should be pushed off. With
-    ``sequence_mean`` it is verl's ``gspo``, dual-clipped.
+    With the token ratio it is verl's ``vanilla`` loss including the dual clip ``clip_ratio_c``, except that the
+    log-ratio is not clamped to 20. The clamp would remove the gradient of a token with a negative advantage whose
+    probability must fall. With ``sequence_mean`` it is verl's ``gspo``, dual-clipped.
 
     Args:
         ratio_level: of :func:`sppo_kernels.policy_loss`.
         old_log_prob, log_prob, advantages, response_mask: ``[B, T]``.
-        loss_agg_mode: any of verl's five; the ratio of whole responses is averaged over them, and wants
-            ``seq-mean-token-mean``.
+        loss_agg_mode: any of verl's five. A ratio of complete responses requires ``seq-mean-token-mean``.
         config: verl's ``ActorConfig``.
-        rollout_is_weights: ``[B, T]``, at least 0.
+        rollout_is_weights: ``[B, T]``, nonnegative.
 
     Returns:
-        the loss, 0-d, and verl's three metrics; shares of clipped tokens, or with the ratio of whole responses of
-        responses, those of weight 0 counted as not clipped.
+        The loss, 0-d, and verl's three metrics. Clip fractions count tokens, or responses with a ratio of complete
+        responses; those of weight 0 count as not clipped.
 
     Raises:
-        ValueError: another ``loss_agg_mode``; a data-parallel group without the counts of the whole batch.
+        ValueError: ``loss_agg_mode`` does not fit the ratio, or a data-parallel group lacks the global counts.
     """
     _check_aggregation(ratio_level, loss_agg_mode)
     if rollout_is_weights is not None:
-        advantages = advantages * rollout_is_weights  # at least 0: they change no sign, and so no choice of a clip
+        advantages = advantages * rollout_is_weights  # nonnegative, so no sign and no clip side changes
     aggregation, normalizer = _aggregation(loss_agg_mode, response_mask, **config.global_batch_info)
     loss, metrics = policy_loss(
         log_prob,
@@ -250,8 +263,10 @@ def _aggregation(
     global_batch_size: float | None = None,
     loss_scale_factor: float | None = None,
 ) -> tuple[str, float | Tensor | None]:
-    """``verl.trainer.ppo.core_algos.agg_loss``: its aggregation and normalizer here. Its gradients are averaged over
-    ``dp_size`` ranks, so that each rank's part of the whole counts ``dp_size`` times.
+    """Translate ``verl.trainer.ppo.core_algos.agg_loss`` to the aggregation and normalizer of policy_loss.
+
+    verl averages gradients over ``dp_size`` ranks, so each rank's share of the global loss is multiplied by
+    ``dp_size``.
     """
     if mode == "token-sum":
         return "token-mean", 1 / dp_size
@@ -269,28 +284,29 @@ def _check_count(name: str, count: float | None, dp_size: int) -> None:
         raise ValueError(f"{name} must be given with dp_size = {dp_size}, got None")
 
 
-# The critic's loss: on each critic
+# Critic loss: on each critic
 
 
 def _value_loss(original: Any, config: Any, model_output: Any, data: Any, dp_group: Any = None) -> Any:
-    """``verl.workers.utils.losses.value_loss``, and that of SPPO where ``critic.loss_agg_mode`` names it."""
+    """Choose SPPO's loss if ``critic.loss_agg_mode`` names it: wraps ``verl.workers.utils.losses.value_loss``."""
     return (sppo_value_loss if config.loss_agg_mode == NAME else original)(config, model_output, data, dp_group)
 
 
 def sppo_value_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None) -> tuple[Tensor, dict[str, Any]]:
-    """verl's signature of a critic loss: mean binary cross-entropy of the outcome, with the logit at the last token of
-    the prompt; a response without tokens does not count.
+    """Compute the mean binary cross-entropy of the outcome with the signature of verl's critic losses.
+
+    The logit is the value at the last token of the prompt. A response without tokens has no loss.
 
     Args:
         config: verl's ``CriticConfig``.
-        model_output: ``values``, nested ``[B, prompt + response]`` or packed, the logits.
-        data: verl's ``TensorDict``: ``returns`` and ``response_mask`` ``[B, T]``, and what its losses take besides.
+        model_output: ``values``, the logits, nested ``[B, prompt + response]`` or packed.
+        data: verl's ``TensorDict``, with ``returns`` and ``response_mask`` ``[B, T]`` and the other keys of its losses.
 
     Returns:
-        the loss, 0-d, divided by the whole batch's size where verl gives it, and verl's three metrics.
+        The loss, 0-d, divided by the global batch size if verl provides it, and verl's three metrics.
 
     Raises:
-        ValueError: a data-parallel group without the size of the whole batch.
+        ValueError: a data-parallel group lacks the global batch size.
     """
     from verl.utils.metric import AggregationType, Metric
     from verl.workers.utils.padding import no_padding_2_padding
@@ -299,38 +315,39 @@ def sppo_value_loss(config: Any, model_output: Any, data: Any, dp_group: Any = N
     count, dp_size = data["global_batch_size"], data["dp_size"]
     _check_count("global_batch_size", count, dp_size)
     padded = data.select("returns", "response_mask").to_padded_tensor()
-    bears_loss = padded["response_mask"].bool().any(-1)
-    outcome = padded["returns"].amax(-1).to(logits)  # at each token of the response, 0 beside it
-    each = F.binary_cross_entropy_with_logits(logits, outcome, reduction="none").where(bears_loss, 0.0)
-    loss = each.sum() / (bears_loss.sum().clamp(min=1) if count is None else count) * dp_size
+    has_tokens = padded["response_mask"].bool().any(-1)
+    outcome = padded["returns"].amax(-1).to(logits)  # it is at each token of the response, 0 elsewhere
+    each = F.binary_cross_entropy_with_logits(logits, outcome, reduction="none").where(has_tokens, 0.0)
+    loss = each.sum() / (has_tokens.sum().clamp(min=1) if count is None else count) * dp_size
     kind = AggregationType.MEAN if count is None and dp_size == 1 else AggregationType.SUM
-    values = torch.sigmoid(logits.detach()).where(bears_loss, 0.0)
+    values = torch.sigmoid(logits.detach()).where(has_tokens, 0.0)
     return loss, {
         "critic/vf_loss": Metric(value=loss, aggregation=kind),
         "critic/vf_clipfrac": 0.0,
-        "critic/vpred_mean": (values.sum() / bears_loss.sum().clamp(min=1)).item(),
+        "critic/vpred_mean": (values.sum() / has_tokens.sum().clamp(min=1)).item(),
     }
 
 
 # Log-probabilities under the actor
 
 
-def _use_backend(
+def _patch_forward(
     original: Any, model: Any, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None
 ) -> None:
-    """``verl.models.transformers.monkey_patch.patch_forward_with_backends``, which knows no further backend.
+    """Accept FUSED_BACKENDS: wraps ``verl.models.transformers.monkey_patch.patch_forward_with_backends``.
 
-    verl's forward for its backend "torch" makes the hidden states and hands them, with the head, to FusedLinearForPPO.
+    verl's forward for its backend "torch" computes the hidden states and passes them, with the LM head, to
+    FusedLinearForPPO.
     """
-    ours = use_fused_kernels and fused_kernels_backend in FUSED_BACKENDS
-    original(model, use_fused_kernels, "torch" if ours else fused_kernels_backend)
-    if ours:
+    is_added = use_fused_kernels and fused_kernels_backend in FUSED_BACKENDS
+    original(model, use_fused_kernels, "torch" if is_added else fused_kernels_backend)
+    if is_added:
         model._verl_fused_kernels_backend = fused_kernels_backend
-        print(f"Using {fused_kernels_backend} in its place for the log-probabilities of {type(model).__name__}")
+        print(f"Using {fused_kernels_backend} instead for the log-probabilities of {type(model).__name__}")
 
 
 def _fused_linear_class(original: Any) -> type:
-    """``verl.utils.experimental.torch_functional.FusedLinearForPPO`` with more backends."""
+    """Return ``verl.utils.experimental.torch_functional.FusedLinearForPPO`` extended by FUSED_BACKENDS."""
 
     class FusedLinearForPPO(original):
         def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
@@ -355,10 +372,10 @@ def _fused_linear_class(original: Any) -> type:
 
 _REGISTRIES = "verl.trainer.ppo.core_algos"
 _WRAPPED: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "verl.trainer.ppo.utils": ("need_critic", _instead(_need_critic)),
-    "verl.trainer.ppo.ray_trainer": ("compute_advantage", _instead(_compute_advantage)),
-    "verl.workers.utils.losses": ("value_loss", _instead(_value_loss)),
-    "verl.models.transformers.monkey_patch": ("patch_forward_with_backends", _instead(_use_backend)),
+    "verl.trainer.ppo.utils": ("need_critic", _wrapping(_need_critic)),
+    "verl.trainer.ppo.ray_trainer": ("compute_advantage", _wrapping(_compute_advantage)),
+    "verl.workers.utils.losses": ("value_loss", _wrapping(_value_loss)),
+    "verl.models.transformers.monkey_patch": ("patch_forward_with_backends", _wrapping(_patch_forward)),
     "verl.utils.experimental.torch_functional": ("FusedLinearForPPO", _fused_linear_class),
 }
-_PLACES = (_REGISTRIES, *_WRAPPED)
+_PATCHED_MODULES = (_REGISTRIES, *_WRAPPED)

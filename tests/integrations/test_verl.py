@@ -1,4 +1,4 @@
-"""Against the real verl, on a CPU: its own losses, advantages, forward, configuration and worker processes."""
+"""Integration with the real verl on a CPU: losses, advantages, forward, configuration and worker processes."""
 
 import importlib
 import pickle
@@ -32,24 +32,24 @@ from verl.workers.config import ActorConfig, CriticConfig, FSDPEngineConfig
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils import losses
 
-from sppo_kernels.integrations import verl as ours
+from sppo_kernels.integrations import verl as fused
 from sppo_kernels.integrations import verl_plugin
 
 ROOT = Path(__file__).parents[2]
 
-# verl has loaded the plugin when it was imported.
+# verl loaded the plugin when it was imported.
 assert "sppo_seq" in core_algos.POLICY_LOSS_REGISTRY
-ours.unpatch()
+fused.unpatch()
 ORIGINAL_VALUE_LOSS = losses.value_loss
 ORIGINAL_COMPUTE_ADVANTAGE = ray_trainer.compute_advantage
 ORIGINAL_FUSED_LINEAR = torch_functional.FusedLinearForPPO
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-WHOLE_BATCH = {"dp_size": 4, "batch_num_tokens": 50, "global_batch_size": 12}
+GLOBAL_COUNTS = {"dp_size": 4, "batch_num_tokens": 50, "global_batch_size": 12}
 
 
 @pytest.fixture(autouse=True)
-def patched():
-    ours.patch()
+def _patched():
+    fused.patch()
 
 
 def actor_config(**changes):
@@ -58,7 +58,7 @@ def actor_config(**changes):
 
 
 def batch(rows=5, length=7, spread=0.4, seed=0):
-    """log_prob, old_log_prob, advantages, response_mask: ragged, one row empty, advantages of both signs."""
+    """Make the inputs of a policy loss: ragged rows, one of them empty, advantages of both signs."""
     torch.manual_seed(seed)
     log_prob = torch.randn(rows, length) - 2
     mask = (torch.arange(length) < torch.tensor([7, 3, 0, 5, 1])[:rows, None]).float()
@@ -79,12 +79,12 @@ def loss_of(name, inputs, mode, config, **extra):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "info", [{}, WHOLE_BATCH, {**WHOLE_BATCH, "loss_scale_factor": 9}], ids=["local", "dp", "scaled"]
+    "info", [{}, GLOBAL_COUNTS, {**GLOBAL_COUNTS, "loss_scale_factor": 9}], ids=["local", "dp", "scaled"]
 )
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("spread", [0.4, 3.0])
-def test_token_ratio_is_vanilla(mode, info, weighted, spread):
-    """Value, gradient and metrics of verl's PPO loss, in all its aggregations; at spread 3 the dual clip bites."""
+def test_token_ratio_agrees_with_vanilla(mode, info, weighted, spread):
+    """Value, gradient and metrics agree in all aggregations of verl; at spread 3 the dual clip is active."""
     inputs, config = batch(spread=spread), actor_config(global_batch_info=info)
     extra = {"rollout_is_weights": torch.rand(5, 7) * 2} if weighted else {}
     expected = loss_of("vanilla", inputs, mode, config, **extra)
@@ -93,25 +93,23 @@ def test_token_ratio_is_vanilla(mode, info, weighted, spread):
     assert spread < 1 or expected[2]["actor/pg_clipfrac_lower"] > 0
 
 
-@pytest.mark.parametrize("info", [{}, WHOLE_BATCH], ids=["local", "dp"])
+@pytest.mark.parametrize("info", [{}, GLOBAL_COUNTS], ids=["local", "dp"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_sequence_mean_is_gspo(info, weighted):
-    """verl's GSPO has no dual clip: with that out of reach value, gradient and share of clipped tokens are its own."""
-    inputs, config = (
-        batch(),
-        actor_config(global_batch_info=info, clip_ratio_c=1e9, clip_ratio_low=3e-2, clip_ratio_high=4e-2),
-    )
+def test_sequence_mean_agrees_with_gspo(info, weighted):
+    """Value and gradient agree with the dual clip, which verl's GSPO lacks, out of reach."""
+    inputs = batch()
+    config = actor_config(global_batch_info=info, clip_ratio_c=1e9, clip_ratio_low=3e-2, clip_ratio_high=4e-2)
     extra = {"rollout_is_weights": torch.rand(5, 7) * 2} if weighted else {}
     loss, gradient, _ = loss_of("sppo_seq_mean", inputs, "seq-mean-token-mean", config, **extra)
     expected_loss, expected_gradient, _ = loss_of("gspo", inputs, "seq-mean-token-mean", config, **extra)
     torch.testing.assert_close(loss, expected_loss)
     torch.testing.assert_close(gradient, expected_gradient)
-    assert (gradient.abs().sum(-1) == 0).any()  # of an empty row and of a clipped one
+    assert (gradient.abs().sum(-1) == 0).any()  # an empty row and a clipped one
     assert gradient.abs().sum() > 0
 
 
-def test_sequence_sum():
-    """The exact bandit ratio, dual-clipped: what its definition gives in float64."""
+def test_sequence_sum_agrees_with_float64():
+    """The reference is the definition of the dual-clipped ratio of complete responses."""
     inputs, config = batch(spread=1.0), actor_config()
     loss, gradient, _ = loss_of("sppo_seq_sum", inputs, "seq-mean-token-mean", config)
     x = {name: tensor.detach().double() for name, tensor in inputs.items()}
@@ -127,7 +125,7 @@ def test_sequence_sum():
 
 @pytest.mark.parametrize("name", ["sppo_seq_mean", "sppo_seq_sum"])
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "seq-mean-token-mean"])
-def test_whole_responses_are_averaged_over_responses(name, mode):
+def test_ratios_of_responses_require_their_aggregation(name, mode):
     with pytest.raises(ValueError, match=f"actor.loss_agg_mode must be seq-mean-token-mean .*, got {mode}"):
         loss_of(name, batch(), mode, actor_config())
 
@@ -135,13 +133,13 @@ def test_whole_responses_are_averaged_over_responses(name, mode):
 @pytest.mark.parametrize(
     ("mode", "count"), [("token-mean", "batch_num_tokens"), ("seq-mean-token-sum", "global_batch_size")]
 )
-def test_a_group_without_counts(mode, count):
+def test_data_parallel_loss_requires_global_counts(mode, count):
     with pytest.raises(ValueError, match=f"{count} must be given with dp_size = 2, got None"):
         loss_of("sppo_seq", batch(), mode, actor_config(global_batch_info={"dp_size": 2}))
 
 
-def test_a_far_bad_token_keeps_its_gradient():
-    """Where verl's clamp of the log-ratio leaves none: a token whose probability fell by e^21, then dual clip apart."""
+def test_a_large_log_ratio_keeps_its_gradient():
+    """verl clamps the log-ratio of a token whose probability fell by e^21, which leaves it no gradient."""
     inputs = batch(spread=0.0)
     inputs["old_log_prob"] = inputs["log_prob"].detach() + 21.0
     config = actor_config()
@@ -150,7 +148,7 @@ def test_a_far_bad_token_keeps_its_gradient():
 
 
 def training_data(rows=5, prompt=4, length=7):
-    """What verl hands its losses: prompts and responses without padding, the rest padded, counts of the whole batch."""
+    """Make what verl passes to its losses, without padding -> data, model output, lengths of the sequences."""
     inputs = batch(rows, length)
     lengths = inputs["response_mask"].sum(-1).long()
     nested = lambda rows: torch.nested.as_nested_tensor(rows, layout=torch.jagged)
@@ -168,14 +166,14 @@ def training_data(rows=5, prompt=4, length=7):
     )
     for name, value in {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None}.items():
         tu.assign_non_tensor(data, **{name: value})
-    whole = [prompt + i % 2 + int(n) for i, n in enumerate(lengths)]
-    output = torch.randn(sum(whole)) - 2
-    return data, output.requires_grad_(), whole
+    total_lengths = [prompt + i % 2 + int(n) for i, n in enumerate(lengths)]
+    output = torch.randn(sum(total_lengths)) - 2
+    return data, output.requires_grad_(), total_lengths
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
-def test_through_the_actors_loss(mode):
-    """verl.workers.utils.losses.ppo_loss with loss_mode=sppo_seq: the loss and gradient that vanilla gives there."""
+def test_actor_loss_agrees_with_vanilla(mode):
+    """``verl.workers.utils.losses.ppo_loss`` has the same loss and gradient with loss_mode=sppo_seq."""
     results = []
     for name in ("vanilla", "sppo_seq"):
         data, output, _ = training_data()
@@ -188,30 +186,32 @@ def test_through_the_actors_loss(mode):
 
 
 @pytest.mark.parametrize("counts", [{}, {"dp_size": 4, "batch_num_tokens": 50, "global_batch_size": 12}])
-def test_critic_loss(counts):
-    """Binary cross-entropy with the logit at the last prompt token, which alone has a gradient. Other modes: verl's."""
-    data, output, whole = training_data()
+def test_critic_loss_is_the_cross_entropy_at_the_last_prompt_token(counts):
+    """No other value has a gradient. Other aggregation modes run verl's loss."""
+    data, output, total_lengths = training_data()
     tu.assign_non_tensor(data, **counts)
     critic = lambda mode: CriticConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=1, loss_agg_mode=mode)
     loss, metrics = losses.value_loss(critic("sppo_seq"), {"values": output}, data)
     (gradient,) = torch.autograd.grad(loss, output)
-    ends = np.cumsum(whole)
+    ends = np.cumsum(total_lengths)
     prompts = data["prompts"].offsets().diff().tolist()
-    last = [end - n + prompt - 1 for end, n, prompt in zip(ends, whole, prompts, strict=True)]
-    bearing = [i for i in range(5) if i != 2]  # the third response is empty
-    logits = output.detach()[[last[i] for i in bearing]].double().requires_grad_()
-    outcomes = torch.tensor([float(i % 2) for i in bearing], dtype=torch.float64)
+    last = [end - n + prompt - 1 for end, n, prompt in zip(ends, total_lengths, prompts, strict=True)]
+    with_tokens = [i for i in range(5) if i != 2]  # the third response is empty
+    logits = output.detach()[[last[i] for i in with_tokens]].double().requires_grad_()
+    outcomes = torch.tensor([float(i % 2) for i in with_tokens], dtype=torch.float64)
     each = torch.nn.functional.binary_cross_entropy_with_logits(logits, outcomes, reduction="sum")
     expected = each / 12 * 4 if counts else each / 4
     (expected_gradient,) = torch.autograd.grad(expected, logits)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient[[last[i] for i in bearing]].double(), expected_gradient, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        gradient[[last[i] for i in with_tokens]].double(), expected_gradient, rtol=1e-5, atol=1e-6
+    )
     assert (gradient != 0).sum() == 4
     assert metrics["critic/vpred_mean"] == pytest.approx(torch.sigmoid(logits).mean().item())
-    theirs, _ = ORIGINAL_VALUE_LOSS(critic("token-mean"), {"values": output}, data)
-    same, _ = losses.value_loss(critic("token-mean"), {"values": output}, data)
-    assert torch.equal(theirs, same)
-    assert not torch.equal(same, loss)
+    original, _ = ORIGINAL_VALUE_LOSS(critic("token-mean"), {"values": output}, data)
+    patched, _ = losses.value_loss(critic("token-mean"), {"values": output}, data)
+    assert torch.equal(patched, original)
+    assert not torch.equal(patched, loss)
 
 
 def advantage_data(scale=1.0):
@@ -224,8 +224,8 @@ def advantage_data(scale=1.0):
     return DataProto.from_dict(tensors=tensors, non_tensors={"uid": np.array(list("abcde"), dtype=object)})
 
 
-def test_advantages():
-    """Through verl's compute_advantage: R - sigmoid(value at the last prompt token), on the response's tokens."""
+def test_advantages_are_outcome_minus_prompt_value():
+    """verl's compute_advantage gives R - sigmoid(value at the last prompt token) at the tokens of the response."""
     data = advantage_data()
     mask, values = data.batch["response_mask"], data.batch["values"]
     data = ray_trainer.compute_advantage(data, adv_estimator="sppo_seq", config={})
@@ -238,28 +238,28 @@ def test_advantages():
     assert torch.equal(found[0], data.batch["advantages"])
 
 
-def test_other_estimators_are_verls():
+def test_other_estimators_are_unchanged():
     for estimator in ("gae", "grpo", "rloo"):
         torch.manual_seed(0)
-        got = ray_trainer.compute_advantage(advantage_data(), adv_estimator=estimator, config={})
+        patched = ray_trainer.compute_advantage(advantage_data(), adv_estimator=estimator, config={})
         torch.manual_seed(0)
-        want = ORIGINAL_COMPUTE_ADVANTAGE(advantage_data(), adv_estimator=estimator, config={})
-        assert torch.equal(got.batch["advantages"], want.batch["advantages"])
+        original = ORIGINAL_COMPUTE_ADVANTAGE(advantage_data(), adv_estimator=estimator, config={})
+        assert torch.equal(patched.batch["advantages"], original.batch["advantages"])
 
 
-def test_rewards_that_are_no_outcomes():
+def test_outcomes_outside_the_unit_interval_are_rejected():
     with pytest.raises(ValueError, match=r"rewards must be in \[0, 1\] when summed .*use_kl_in_reward=False, got 2"):
         ray_trainer.compute_advantage(advantage_data(scale=2.0), adv_estimator="sppo_seq", config={})
 
 
-def test_no_critic():
+def test_missing_values_are_rejected():
     data = advantage_data().select(["token_level_rewards", "response_mask"], ["uid"])
     with pytest.raises(ValueError, match=r"needs the critic's values: critic\.enable must not be False"):
         ray_trainer.compute_advantage(data, adv_estimator="sppo_seq", config={})
 
 
-def through_the_actors_engine(backend):
-    """verl's own way from a micro-batch to log-probabilities and entropies of a tiny Qwen2 -> both, and gradients."""
+def run_actor_engine(backend):
+    """Run verl's engine on a micro-batch and a tiny Qwen2 -> log-probabilities, entropies, gradients."""
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
@@ -268,14 +268,14 @@ def through_the_actors_engine(backend):
     nested = lambda rows: torch.nested.as_nested_tensor(rows, layout=torch.jagged)
     rows = [torch.arange(n) for n in (5, 9, 3)]
     data = TensorDict({"input_ids": nested([x * 3 for x in rows]), "position_ids": nested(rows)}, batch_size=3)
-    fused = {"use_remove_padding": False, "use_fused_kernels": backend is not None}
-    tu.assign_non_tensor(data, **fused, calculate_entropy=True, temperature=0.7)
-    engine = object.__new__(FSDPEngineWithLMHead)  # what it is made with starts processes on GPUs
+    settings = {"use_remove_padding": False, "use_fused_kernels": backend is not None}
+    tu.assign_non_tensor(data, **settings, calculate_entropy=True, temperature=0.7)
+    engine = object.__new__(FSDPEngineWithLMHead)  # its constructor starts processes on GPUs
     engine.pad_to_length = engine.use_ulysses_sp = False
     engine.engine_config = FSDPEngineConfig()
     original = type(model).forward
     try:
-        monkey_patch.apply_monkey_patch(model, **fused, fused_kernels_backend=backend)
+        monkey_patch.apply_monkey_patch(model, **settings, fused_kernels_backend=backend)
         inputs, arguments = engine.prepare_model_inputs(data)
         out = engine.prepare_model_outputs(model(**inputs), arguments, data, None)
     finally:
@@ -287,59 +287,58 @@ def through_the_actors_engine(backend):
 
 @pytest.fixture
 def _no_flash_attn_in_verl(monkeypatch):
-    """Its cross-entropy is for GPUs."""
+    """Disable flash-attn's cross-entropy, which requires a GPU."""
     monkeypatch.setattr(torch_functional, "_FLASH_ATTN_CROSS_ENTROPY_AVAILABLE", False)
     monkeypatch.setattr(verl.utils.torch_functional, "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", False)
 
 
 @pytest.mark.usefixtures("_no_flash_attn_in_verl")
-@pytest.mark.filterwarnings("ignore:linear_logprobs kept")  # entropies have gradients here
-@pytest.mark.parametrize("backend", ours.FUSED_BACKENDS)
-def test_log_probabilities_of_the_actor(monkeypatch, backend):
-    """impl_backend=sppo_kernels against verl's logits: the same results and gradients, through linear_logprobs."""
+@pytest.mark.filterwarnings("ignore:linear_logprobs cached")  # entropies have gradients here
+@pytest.mark.parametrize("backend", fused.FUSED_BACKENDS)
+def test_fused_logprobs_agree_with_logits(monkeypatch, backend):
+    """Results and gradients of the actor agree with those from verl's logits, and linear_logprobs computes them."""
     calls = []
-    monkeypatch.setattr(
-        ours, "linear_logprobs", lambda *args, _run=ours.linear_logprobs, **kw: calls.append(kw) or _run(*args, **kw)
-    )
-    expected = through_the_actors_engine(None)
+    run = fused.linear_logprobs
+    monkeypatch.setattr(fused, "linear_logprobs", lambda *args, **kwargs: calls.append(kwargs) or run(*args, **kwargs))
+    expected = run_actor_engine(None)
     assert not calls
-    torch.testing.assert_close(through_the_actors_engine(backend), expected, rtol=1e-4, atol=1e-5)
-    assert calls == [{"temperature": 0.7, "backward": ours.FUSED_BACKENDS[backend]}]
+    torch.testing.assert_close(run_actor_engine(backend), expected, rtol=1e-4, atol=1e-5)
+    assert calls == [{"temperature": 0.7, "backward": fused.FUSED_BACKENDS[backend]}]
 
 
 @pytest.mark.usefixtures("_no_flash_attn_in_verl")
-def test_other_backends_are_verls():
+def test_other_backends_are_unchanged():
     assert isinstance(torch_functional.FusedLinearForPPO(64), ORIGINAL_FUSED_LINEAR)
-    expected = through_the_actors_engine(None)
-    torch.testing.assert_close(through_the_actors_engine("torch"), expected, rtol=1e-4, atol=1e-5)
+    expected = run_actor_engine(None)
+    torch.testing.assert_close(run_actor_engine("torch"), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="Unsupported FusedLinearForPPO backend: sppo"):
         torch_functional.FusedLinearForPPO(impl_backend="sppo")
 
 
-def test_unpatch_leaves_nothing():
-    ours.unpatch()
+def test_unpatch_removes_everything():
+    fused.unpatch()
     assert losses.value_loss is ORIGINAL_VALUE_LOSS
     assert ray_trainer.compute_advantage is ORIGINAL_COMPUTE_ADVANTAGE
     assert torch_functional.FusedLinearForPPO is ORIGINAL_FUSED_LINEAR
-    assert trainer_base.value_loss is ORIGINAL_VALUE_LOSS  # though verl has imported it while ours stood there
+    assert trainer_base.value_loss is ORIGINAL_VALUE_LOSS  # although verl imported it while it was patched
     assert not [
         name for name in (*core_algos.POLICY_LOSS_REGISTRY, *core_algos.ADV_ESTIMATOR_REGISTRY) if "sppo" in name
     ]
-    ours.unpatch()  # nothing to undo
-    with ours.patch():
-        with ours.patch():
+    fused.unpatch()  # nothing to undo
+    with fused.patch():
+        with fused.patch():
             pass
         assert "sppo_seq" in core_algos.POLICY_LOSS_REGISTRY
     assert "sppo_seq" not in core_algos.POLICY_LOSS_REGISTRY
 
 
-def test_the_trainer_has_it():
-    """verl's trainer holds the critic's loss and the advantages under names of its own."""
+def test_names_imported_by_the_trainer_are_patched():
+    """verl's trainer imports the critic's loss and the advantages by name."""
     assert trainer_base.value_loss is losses.value_loss is not ORIGINAL_VALUE_LOSS
     assert trainer_utils.compute_advantage is ray_trainer.compute_advantage is not ORIGINAL_COMPUTE_ADVANTAGE
 
 
-def test_critic_loss_of_a_group_without_counts():
+def test_data_parallel_critic_loss_requires_the_global_batch_size():
     data, output, _ = training_data()
     tu.assign_non_tensor(data, dp_size=2)
     critic = CriticConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=1, loss_agg_mode="sppo_seq")
@@ -347,15 +346,15 @@ def test_critic_loss_of_a_group_without_counts():
         losses.value_loss(critic, {"values": output}, data)
 
 
-def test_what_the_driver_sends_is_verls_name():
-    """Not our code: a worker without this package runs verl's own."""
-    for sent in (losses.value_loss, ray_trainer.compute_advantage, torch_functional.FusedLinearForPPO):
-        assert b"sppo" not in pickle.dumps(sent)
-        assert pickle.loads(pickle.dumps(sent)) is sent
+def test_patched_functions_are_pickled_under_verls_names():
+    """A worker without this package runs verl's own functions."""
+    for patched in (losses.value_loss, ray_trainer.compute_advantage, torch_functional.FusedLinearForPPO):
+        assert b"sppo" not in pickle.dumps(patched)
+        assert pickle.loads(pickle.dumps(patched)) is patched
 
 
-def test_in_workers():
-    """A worker process of Ray: the plugin has been there, and the critic's loss, as verl sends it, is SPPO's."""
+def test_ray_workers_load_the_plugin():
+    """The critic's loss that verl sends to a worker process of Ray is SPPO's there."""
     ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
         data, output, _ = training_data()
@@ -371,29 +370,29 @@ def test_in_workers():
         policy_losses, estimators, loss = ray.get(ray.remote(on_worker).remote(sent, output.detach(), data))
     finally:
         ray.shutdown()
-    assert set(ours.RATIO_LEVELS) <= set(policy_losses)
+    assert set(fused.RATIO_LEVELS) <= set(policy_losses)
     assert "sppo_seq" in estimators
     torch.testing.assert_close(loss, sent(model_output={"values": output.detach()}, data=data)[0])
 
 
-def test_the_plugin_imports_nothing():
-    """It waits for verl's own imports, so that no process pays for another's."""
+def test_the_plugin_imports_no_module_of_verl():
+    """It waits for verl's own imports."""
     code = """
 import sys, verl
-from sppo_kernels.integrations import verl as ours
-assert not set(ours._PLACES) & set(sys.modules)
+from sppo_kernels.integrations import verl as fused
+assert not set(fused._PATCHED_MODULES) & set(sys.modules)
 from verl.trainer.ppo import core_algos
 assert {"sppo_seq", "sppo_seq_mean", "sppo_seq_sum"} <= set(core_algos.POLICY_LOSS_REGISTRY)
 assert "sppo_seq" in core_algos.ADV_ESTIMATOR_REGISTRY
-assert ours._added == {"verl.trainer.ppo.core_algos"}
+assert fused._added == {"verl.trainer.ppo.core_algos"}
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_version_it_does_not_know(monkeypatch):
-    """verl drops the errors of its plugins: a warning says why sppo_seq is missing."""
-    ours.unpatch()
+def test_an_unsupported_version_warns(monkeypatch):
+    """verl swallows errors of its plugins, so a warning reports why sppo_seq is unavailable."""
+    fused.unpatch()
     monkeypatch.setattr(metadata, "version", lambda _: "0.10.0")
     with pytest.warns(UserWarning, match=r"sppo_seq is not available in verl: verl must be 0\.9\.x .*, got 0\.10\.0"):
         importlib.reload(verl_plugin)
@@ -401,7 +400,7 @@ def test_a_version_it_does_not_know(monkeypatch):
 
 
 def recipe(tmp_path, *arguments):
-    """The arguments that examples/verl_sppo.sh starts verl with, for a model folder of two files."""
+    """Return the arguments with which examples/verl_sppo.sh starts verl, for a model folder of two files."""
     Qwen2Config(architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path / "model")
     words = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(tmp_path / "model")
@@ -433,19 +432,19 @@ def composed(tmp_path, *arguments):
         ),
     ],
 )
-def test_names_that_do_not_go_together(tmp_path, changed, message):
-    """Refused before anything is started: a critic that learns by squared error has no logit to give."""
+def test_incompatible_names_are_rejected(tmp_path, changed, message):
+    """verl calls need_critic before it starts anything."""
     with pytest.raises(ValueError, match=message):
         trainer_base.need_critic(composed(tmp_path, *changed.split()))
 
 
-def test_configurations_without_a_name_of_ours_are_verls():
-    """Also those that have none of the places where ours would stand."""
+def test_other_configurations_are_unchanged():
+    """They may lack the keys that SPPO's names would be under."""
     config = OmegaConf.create({"algorithm": {"adv_estimator": "gae"}, "critic": {"enable": None}})
     assert trainer_base.need_critic(config)
 
 
-def test_a_critic_is_needed_where_verl_says_so(tmp_path):
+def test_sppo_needs_a_critic_unless_disabled(tmp_path):
     assert trainer_base.need_critic(composed(tmp_path))
     assert not trainer_base.need_critic(composed(tmp_path, "critic.enable=False"))
     others = "algorithm.adv_estimator=grpo", "critic.loss_agg_mode=token-mean"
@@ -453,8 +452,8 @@ def test_a_critic_is_needed_where_verl_says_so(tmp_path):
         assert not trainer_base.need_critic(composed(tmp_path, *others))
 
 
-def test_recipe(tmp_path):
-    """verl composes and validates the recipe's configuration, and reads SPPO's names out of it."""
+def test_verl_accepts_the_recipe(tmp_path):
+    """verl composes and validates the recipe's configuration, which names SPPO's parts."""
     config = composed(tmp_path, "trainer.nnodes=2")
     assert not need_reference_policy(config)
     validate_config(config, use_reference_policy=False, use_critic=True)
@@ -466,8 +465,8 @@ def test_recipe(tmp_path):
         3.0,
         False,
     )
-    assert config.critic.loss_agg_mode == config.algorithm.adv_estimator == ours.NAME
-    assert config.actor_rollout_ref.model.fused_kernel_options.impl_backend in ours.FUSED_BACKENDS
+    assert config.critic.loss_agg_mode == config.algorithm.adv_estimator == fused.NAME
+    assert config.actor_rollout_ref.model.fused_kernel_options.impl_backend in fused.FUSED_BACKENDS
     assert config.trainer.nnodes == 2
     score = load_extern_object(config.reward.custom_reward_function.path, "compute_score")
     assert score("math_dapo", "so it is \\boxed{34}", "34") == 1.0
