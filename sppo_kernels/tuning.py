@@ -1,18 +1,18 @@
-"""Launch configurations: which were measured to be fastest, saved to a file and loaded from it.
+"""Launch configurations of the kernels: candidates, defaults, and measured choices saved to a file.
 
-A kernel's few candidates and its safe default are data beside it, in its operation's module. Unless told otherwise the
-default is launched. ``python -m benchmarks tune`` measures the candidates on a device, a class of shapes at a time, and
-saves those that win; then
+The candidates and the default of a kernel are defined in the module of its operation. The default is launched unless
+another candidate is chosen. ``python -m benchmarks tune`` measures the candidates on a device, one class of shapes
+after another, and saves the fastest. Then
 
     sppo_kernels.tuning.load("tuning.json")
 
-launches them in this process. A file holds nothing but names out of those candidates: no configuration that was not
-compiled and tested is ever launched. Last bits depend on the block of a forward pass, so old and new log-probabilities
-of a run, and all its ranks, want the same file.
+launches them in this process. A file can only choose among the candidates, so every configuration that is launched has
+been compiled and tested. The last bits of a result depend on the block size of the forward pass: use the same file on
+every rank and for both old and new log-probabilities.
 
-There is no tuning at the first call: ``triton.autotune`` would run candidates on the tensors of whoever calls first,
-choose anew in every process, and choose differently on each rank. Nor may a kernel that writes over its inputs be
-tuned, ever: its second candidate would start from what the first one left.
+Kernels are not tuned on their first call. ``triton.autotune`` would run the candidates on the caller's tensors, choose
+again in every process, and choose differently on each rank. A kernel that overwrites its inputs must never be tuned
+this way, because its second candidate would start from the output of the first.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _FORMAT = 1
 
 
 class Config(NamedTuple):
-    """Elements that a program takes at a time, and warps that share them."""
+    """Number of elements per block and number of warps per program."""
 
     block: int
     num_warps: int
 
 
 class Tunable:
-    """A kernel's candidates and default, and what was chosen instead, by class of shapes."""
+    """Candidates and default of a kernel, and the configuration chosen for each class of shapes."""
 
     def __init__(self, name: str, default: Config, *others: Config) -> None:
         self.name, self.default, self.candidates = name, default, (default, *others)
@@ -48,23 +48,31 @@ class Tunable:
         TUNABLES[name] = self
 
     def config(self, length: int, itemsize: int) -> Config:
-        """What to launch for rows of ``length`` elements of ``itemsize`` bytes."""
+        """Return the configuration for rows of ``length`` elements of ``itemsize`` bytes."""
         return self._forced or self.chosen.get(shape_class(length, itemsize), self.default)
 
     def choose(self, shapes: str, config: Config) -> None:
-        """Launch ``config`` for a class of shapes (see ``shape_class``) from now on. ValueError: no candidate."""
+        """Launch ``config`` for a class of shapes (see ``shape_class``) from now on.
+
+        Raises:
+            ValueError: ``config`` is not a candidate.
+        """
         self._check(config)
         self.chosen = {**self.chosen, shapes: config}
 
     @contextlib.contextmanager
     def using(self, config: Config) -> Iterator[None]:
-        """Launch ``config`` whatever the shape, in all threads, while this lasts. ValueError: no candidate."""
+        """Launch ``config`` for every shape and in all threads, inside the context.
+
+        Raises:
+            ValueError: ``config`` is not a candidate.
+        """
         self._check(config)
-        before, self._forced = self._forced, config
+        previous, self._forced = self._forced, config
         try:
             yield
         finally:
-            self._forced = before
+            self._forced = previous
 
     def _check(self, config: Config) -> None:
         if config not in self.candidates:
@@ -75,18 +83,22 @@ TUNABLES: dict[str, Tunable] = {}
 
 
 def shape_class(length: int, itemsize: int) -> str:
-    """Rows up to the same power of two, of elements of the same size."""
+    """Name the class of rows whose length rounds up to the same power of two, with elements of the same size."""
     return f"{1 << max(0, length - 1).bit_length()} x {itemsize} bytes"
 
 
 def reset() -> None:
-    """Back to the defaults."""
+    """Launch the defaults again."""
     for tunable in TUNABLES.values():
         tunable.chosen = {}
 
 
 def save(path: str | os.PathLike[str]) -> None:
-    """Write what is chosen, and the name of this device, to a JSON file, whole or not at all. OSError: it cannot be."""
+    """Write the choices and the name of this device to a JSON file, atomically.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     content = {
         "format": _FORMAT,
         "device": _device_name(),
@@ -95,24 +107,24 @@ def save(path: str | os.PathLike[str]) -> None:
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.replace(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def load(path: str | os.PathLike[str], *, any_device: bool = False) -> None:
-    """Choose what a file written by ``save`` says, in place of what was chosen before.
+    """Replace all choices by those of a file written by ``save``.
 
     Args:
         path: the file.
-        any_device: take it also where it was measured on another device.
+        any_device: accept a file that was measured on another device.
 
     Raises:
-        OSError: no such file.
-        ValueError: not such a file, of another device, or with a kernel or configuration that this version does not
-            have; nothing is changed then.
+        OSError: the file cannot be read.
+        ValueError: the file is invalid, was measured on another device, or names a kernel or configuration that this
+            version does not have. The choices are unchanged then.
     """
-    remedy = "a file that `python -m benchmarks tune` of this version wrote"
+    remedy = "a file written by `python -m benchmarks tune` of this version"
     try:
         content = json.loads(Path(path).read_text())
         if content["format"] != _FORMAT:
@@ -122,7 +134,7 @@ def load(path: str | os.PathLike[str], *, any_device: bool = False) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must be {remedy}, got {type(error).__name__}: {error}") from error
     if device != _device_name() and not any_device:
-        want = f"of {_device_name()} (measure again with `python -m benchmarks tune`, or pass any_device=True)"
+        want = f"{_device_name()} (measure again with `python -m benchmarks tune`, or pass any_device=True)"
         reject(f"the device of {path}", device, want)
     for name, tunable in TUNABLES.items():
         tunable.chosen = choices.get(name, {})

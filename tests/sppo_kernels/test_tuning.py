@@ -1,4 +1,4 @@
-"""Launch configurations: all candidates give right results, and a file chooses among them or changes nothing."""
+"""Launch configurations: every candidate is correct, and an invalid file changes no choice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CANDIDATES = [(name, config) for name in KERNELS for config in TUNABLES[name].ca
 
 
 @pytest.fixture(autouse=True)
-def _defaults_again():
+def _reset_after_each_test():
     yield
     tuning.reset()
 
@@ -35,8 +35,8 @@ def test_these_kernels_are_tunable():
 
 
 @pytest.mark.parametrize(("name", "config"), CANDIDATES, ids=str)
-def test_every_candidate_is_right(name, config):
-    """On rows of several blocks and a ragged end."""
+def test_every_candidate_is_correct(name, config):
+    """Rows span several blocks and end inside one."""
     with TUNABLES[name].using(config):
         if name.startswith("selective"):
             assert_close_to_float64(
@@ -46,9 +46,8 @@ def test_every_candidate_is_right(name, config):
             tensors = {
                 "hidden": randn(3, 8, grad=True), "weight": randn(9001, 8, grad=True), "labels": randint(0, 9001, 3),
             }  # fmt: skip
-            ours = lambda **given: sppo_kernels.linear_logprobs(**given, backward="cache")
-            plain = lambda **given: reference.linear_logprobs(**given)
-            assert_close_to_float64(ours, plain, "triton", tensors, upstream=["logprobs"])
+            op = lambda **given: sppo_kernels.linear_logprobs(**given, backward="cache")
+            assert_close_to_float64(op, reference.linear_logprobs, "triton", tensors, upstream=["logprobs"])
         else:
             tensors = {"logprobs": randn(1300, grad=True), "old_logprobs": randn(1300), "advantages": randn(2)}
             cu_seqlens = torch.tensor([0, 1, 1300], dtype=torch.int32, device=DEVICE)
@@ -59,7 +58,7 @@ def test_every_candidate_is_right(name, config):
 
 
 @pytest.mark.parametrize("name", ["selective_logprobs.forward", "selective_logprobs.backward"])
-def test_what_is_chosen_is_launched(name):
+def test_the_chosen_configuration_is_launched(name):
     rows = torch.empty(1, 2, 5003)
     tunable = TUNABLES[name]
     assert launch_shape(tunable, rows) == {"BLOCK": 2048, "num_warps": 8}
@@ -80,10 +79,10 @@ def test_short_rows_get_a_block_that_holds_them():
     assert launch_shape(TUNABLES["selective_logprobs.forward"], rows) == {"BLOCK": 128, "num_warps": 1}
 
 
-def test_a_block_size_changes_last_bits_only_where_it_is_chosen():
+def test_a_choice_affects_only_its_class_of_shapes():
     tensors = selective_tensors()
     before = sppo_kernels.selective_logprobs(**tensors, backend="triton").logprobs
-    TUNABLES["selective_logprobs.forward"].choose(shape_class(9999, 4), Config(1024, 4))  # another class
+    TUNABLES["selective_logprobs.forward"].choose(shape_class(9999, 4), Config(1024, 4))  # a different class
     assert torch.equal(before, sppo_kernels.selective_logprobs(**tensors, backend="triton").logprobs)
 
 
@@ -96,11 +95,12 @@ def test_saved_choices_are_loaded(tmp_path):
     tuning.load(path)
     assert TUNABLES["policy_loss"].config(33, 4) == Config(256, 4)
     assert TUNABLES["policy_loss"].config(32, 4) == Config(512, 8)
-    assert TUNABLES["linear_logprobs.logit_grads"].chosen == {}  # the file says nothing of it
+    assert TUNABLES["linear_logprobs.logit_grads"].chosen == {}  # the file has no choice for it
     assert [file.name for file in path.parent.iterdir()] == ["tuning.json"]
 
 
-def saved(path, **changes):
+def save_changed(path, **changes):
+    """Save a file with one choice, then overwrite some of its keys."""
     TUNABLES["policy_loss"].choose("64 x 4 bytes", Config(256, 4))
     tuning.save(path)
     tuning.reset()
@@ -108,7 +108,7 @@ def saved(path, **changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "names"),
+    ("changes", "message"),
     [
         ({"format": 2}, "format 2"),
         ({"choices": {"policy_loss": {}, "no_such_kernel": {}}}, "no_such_kernel"),
@@ -122,18 +122,18 @@ def saved(path, **changes):
         ({"device": "another one"}, "another one"),
     ],
 )
-def test_a_wrong_file_changes_nothing(tmp_path, changes, names):
+def test_an_invalid_file_changes_nothing(tmp_path, changes, message):
     path = tmp_path / "tuning.json"
-    saved(path, **changes)
+    save_changed(path, **changes)
     TUNABLES["policy_loss"].choose("128 x 4 bytes", Config(256, 8))
     with pytest.raises(ValueError, match=r"tuning\.json") as error:
         tuning.load(path)
-    assert names in str(error.value)
+    assert message in str(error.value)
     assert "benchmarks tune" in str(error.value)
     assert TUNABLES["policy_loss"].chosen == {"128 x 4 bytes": Config(256, 8)}
 
 
-def test_what_is_not_json_is_refused(tmp_path):
+def test_other_content_is_rejected(tmp_path):
     path = tmp_path / "tuning.json"
     path.write_text("block = 64")
     with pytest.raises(ValueError, match="benchmarks tune"):
@@ -143,13 +143,13 @@ def test_what_is_not_json_is_refused(tmp_path):
         tuning.load(path)
 
 
-def test_another_device_is_taken_on_demand(tmp_path):
-    saved(tmp_path / "tuning.json", device="another one")
+def test_another_device_is_accepted_on_request(tmp_path):
+    save_changed(tmp_path / "tuning.json", device="another one")
     tuning.load(tmp_path / "tuning.json", any_device=True)
     assert TUNABLES["policy_loss"].config(64, 4) == Config(256, 4)
 
 
-def test_what_is_no_candidate_is_refused():
+def test_only_candidates_are_accepted():
     with pytest.raises(ValueError, match="candidates"):
         TUNABLES["policy_loss"].choose("64 x 4 bytes", Config(64, 1))
     with pytest.raises(ValueError, match="candidates"), TUNABLES["policy_loss"].using(Config(64, 1)):
