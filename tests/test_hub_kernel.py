@@ -1,4 +1,4 @@
-"""The operations as a kernel of the Hugging Face hub: built by its command, loaded by the library ``kernels``."""
+"""Build the operations as a kernel of the Hugging Face hub, and load it with the library ``kernels``."""
 
 import ast
 import importlib.util
@@ -24,8 +24,8 @@ def built(tmp_path_factory):
     return out_dir
 
 
-def python(code: str, built: Path) -> None:
-    """Run ``code``, which finds the build in OUT_DIR, in a Python of its own; what it asserts must hold."""
+def run_python(code: str, built: Path) -> None:
+    """Run ``code`` in a separate interpreter with the build in OUT_DIR, and check that it succeeds."""
     environment = {
         **os.environ,
         "OUT_DIR": str(built),
@@ -50,8 +50,8 @@ def test_metadata_describes_the_files(built):
         m.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
 
 
-def test_imports_are_relative_or_of_torch_and_triton(built):
-    """A rule of the hub: nothing else is there where a kernel is loaded, and the kernel itself has another name."""
+def test_only_torch_and_triton_are_imported_absolutely(built):
+    """The hub requires it: nothing else is installed where a kernel is loaded, and its module has another name."""
     allowed = {"torch", "triton", *sys.stdlib_module_names}
     for path in (built / "build/torch-cuda").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -64,9 +64,9 @@ def test_imports_are_relative_or_of_torch_and_triton(built):
             assert {module.split(".")[0] for module in modules} <= allowed, f"{path}:{node.lineno}"
 
 
-def test_beside_the_installed_package(built):
-    """Both copies in one process give the same bits, each through operations of its own."""
-    python(
+def test_kernel_and_installed_package_coexist(built):
+    """In one process both give the same bits, each through its own registered operations."""
+    run_python(
         """
 import os
 from pathlib import Path
@@ -83,7 +83,7 @@ assert not Path(sppo_kernels.__file__).is_relative_to(os.environ["OUT_DIR"])
 
 torch.manual_seed(0)
 n, vocabulary, width = 7, 33, 8
-hidden, weight, head = (torch.randn(*shape) for shape in ((n, width), (vocabulary, width), (1, width)))
+hidden, weight, value_weight = (torch.randn(*shape) for shape in ((n, width), (vocabulary, width), (1, width)))
 labels = torch.randint(vocabulary, (n,))
 old, advantages = -torch.rand(n), torch.tensor([0.5, -0.5])
 cu_seqlens = torch.tensor([0, 4, n], dtype=torch.int32)
@@ -103,7 +103,7 @@ class Namespaces(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 def run(package, name, backend):
-    leaves = [x.clone().requires_grad_() for x in (hidden, weight, head)]
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, value_weight)]
     first = CALLS[name](getattr(package, name), *leaves, backend=backend)[0]
     grads = torch.autograd.grad(first.sum(), leaves, allow_unused=True)
     return first.detach(), *(g for g in grads if g is not None)
@@ -116,18 +116,18 @@ for name in CALLS:
             with Namespaces():
                 results[package] = run(package, name, backend)
             assert seen - {"aten", "prim"} == {package.__name__}, (name, backend, seen)
-        ours, theirs = results[sppo_kernels], results[hub]
-        assert len(ours) > 1
-        assert all(map(torch.equal, ours, theirs)), (name, backend)
+        installed, loaded = results[sppo_kernels], results[hub]
+        assert len(installed) > 1
+        assert all(map(torch.equal, installed, loaded)), (name, backend)
 """,
         built,
     )
 
 
-def test_every_backend_loads_and_the_card_runs_without_the_installed_package(built):
+def test_kernel_and_card_run_without_the_installed_package(built):
     card = (built / "build/CARD.md").read_text()
     example = card.split("```python\n")[1].split("```")[0]
-    python(
+    run_python(
         f"""
 import sys
 
@@ -153,8 +153,8 @@ assert not hasattr(torch.ops.sppo_kernels, "whiten")
     )
 
 
-def test_only_the_packages_files(tmp_path, monkeypatch):
-    """Nothing that an editor, a tool or an import left beside them: the id is a hash of what goes along."""
+def test_stray_files_are_left_out(tmp_path, monkeypatch):
+    """The id is a hash of the files, so it must not depend on what an editor, a tool or an import left behind."""
     spec = importlib.util.spec_from_file_location("hub_kernel_build", ROOT / "hub_kernel/build.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
@@ -176,8 +176,8 @@ def test_only_the_packages_files(tmp_path, monkeypatch):
     assert sorted(build.sources()) == expected
 
 
-@pytest.mark.parametrize(("inside", "message"), [(False, "delete it"), (True, "outside of the package")])
-def test_folders_that_are_refused(built, inside, message):
+@pytest.mark.parametrize(("inside", "message"), [(False, "delete it"), (True, "outside the package")])
+def test_invalid_folders_are_rejected(built, inside, message):
     folder = ROOT / "sppo_kernels/out" if inside else built
     done = subprocess.run([sys.executable, ROOT / "hub_kernel/build.py", folder], capture_output=True, text=True)
     assert done.returncode != 0
