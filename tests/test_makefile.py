@@ -1,4 +1,4 @@
-"""What `make` installs."""
+"""Packages that `make` installs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("settings", "bounded"), [([], False), (["TORCH=torch==2.11.0"], True), (["TORCH=torch==2.12.1"], False)]
 )
-def test_numpy_is_bounded_where_the_interpreter_needs_it(settings, bounded, tmp_path):
+def test_numpy_is_bounded_where_tritons_interpreter_requires_it(settings, bounded, tmp_path):
     target = tmp_path / "venv"
     command = ["make", "--dry-run", f"VENV={target}", *settings, f"{target}/ready"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
