@@ -1,4 +1,4 @@
-"""Every kernel is launched on the device of its tensors, whatever the current device is."""
+"""Kernels are launched on the device of their tensors, whatever the current device is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGE = Path(sppo_kernels.__file__).parent
 
 
 class Recorder:
-    """A stand-in for a kernel that notes which device was current when it was launched."""
+    """Fake kernel that records which device is current at each launch."""
 
     def __init__(self, monkeypatch):
         self.current, self.launches = torch.device("cuda:0"), []
@@ -30,9 +30,9 @@ class Recorder:
 
     @contextmanager
     def _guard(self, device):
-        before, self.current = self.current, device
+        previous, self.current = self.current, device
         yield
-        self.current = before
+        self.current = previous
 
     def __getitem__(self, grid):
         return lambda **arguments: self.launches.append((self.current, grid, arguments))
@@ -49,15 +49,15 @@ def test_launch_makes_the_device_of_the_tensors_current(monkeypatch):
     assert kernel.current == torch.device("cuda:0")
 
 
-def test_launch_on_a_cpu_needs_no_guard(monkeypatch):
+def test_launch_on_a_cpu_works_without_a_guard(monkeypatch):
     kernel = Recorder(monkeypatch)
     launch(kernel, (1,), x_ptr=torch.zeros(2))
     assert len(kernel.launches) == 1
 
 
-def test_no_kernel_is_launched_without_the_guard():
-    """``kernel[grid](...)`` stands in ``launch`` alone."""
-    found = [
+def test_every_kernel_is_launched_with_the_guard():
+    """Only ``launch`` contains ``kernel[grid](...)``."""
+    launches = [
         f"{path.relative_to(PACKAGE)}:{node.lineno}"
         for path in sorted(PACKAGE.rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
@@ -66,4 +66,4 @@ def test_no_kernel_is_launched_without_the_guard():
         and isinstance(node.func.value, ast.Name)
         and node.func.value.id.endswith("kernel")
     ]
-    assert [place.partition(":")[0] for place in found] == ["_triton_utils.py"]
+    assert [place.partition(":")[0] for place in launches] == ["_triton_utils.py"]
