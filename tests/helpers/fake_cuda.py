@@ -1,7 +1,8 @@
-"""Stand-ins for a CUDA device: what the host does for one is checked where there is none.
+"""Fake CUDA device, which checks the host code of the operations without a GPU.
 
-Bodies of operations run on fake tensors of ``cuda:1``, which have no values; launches are noted and checked, not made.
-Products with ``out_dtype``, which PyTorch has for CUDA alone, are made in float32 where their factors have values.
+Bodies of operations run on fake tensors of ``cuda:1``, which have no values. Launches are recorded and checked instead
+of executed. Products with ``out_dtype``, which PyTorch supports only on CUDA, are computed in float32 if their factors
+have values.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ aten = torch.ops.aten
 
 
 def registered_operations() -> dict[str, torch.library.CustomOpDef]:
-    """All that this package registers, by name."""
+    """Return the registered operations of this package by name."""
     names = [module.name for module in pkgutil.walk_packages(sppo_kernels.ops.__path__, "sppo_kernels.ops.")]
     found = [x for name in names for x in vars(importlib.import_module(name)).values()]
     return {op._name: op for op in found if isinstance(op, torch.library.CustomOpDef)}
@@ -42,7 +43,7 @@ def registered_operations() -> dict[str, torch.library.CustomOpDef]:
 
 
 class Product(NamedTuple):
-    """A matrix product that was asked for."""
+    """Recorded matrix product."""
 
     shape: tuple[int, int, int]
     dtype: torch.dtype
@@ -51,10 +52,11 @@ class Product(NamedTuple):
 
 
 class Products:
-    """``torch.mm`` and ``torch.addmm``, with the checks that ATen makes on CUDA (aten/src/ATen/native/cuda/Blas.cpp).
+    """Replacements of ``torch.mm`` and ``torch.addmm`` with ATen's checks on CUDA (aten/src/ATen/native/cuda/Blas.cpp).
 
-    Those of ``_mm_dtype_out_cuda``, ``_addmm_dtype_out_cuda`` and ``addmm_out_cuda_impl``, with TunableOp enabled; and,
-    as it would be slow, that ``prepare_matrix_for_cublas`` copies none of the matrices, and that autocast is off.
+    The checks are those of ``_mm_dtype_out_cuda``, ``_addmm_dtype_out_cuda`` and ``addmm_out_cuda_impl``, with
+    TunableOp enabled. Two more check that ``prepare_matrix_for_cublas`` copies no matrix, which would be slow, and that
+    autocast is off.
     """
 
     def __init__(self, monkeypatch) -> None:
@@ -74,23 +76,23 @@ class Products:
 
     def addmm(
         self,
-        plus: Tensor,
+        addend: Tensor,
         a: Tensor,
         b: Tensor,
         *,
         out_dtype: torch.dtype | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        self._check(plus, a, b, out_dtype, out)
+        self._check(addend, a, b, out_dtype, out)
         if isinstance(a, FakeTensor):
             return a.new_empty(len(a), b.shape[1], dtype=out_dtype or a.dtype) if out is None else out
         if out_dtype is None:
-            return self._addmm(plus, a, b, out=out)
-        total = (plus.float() + self._mm(a.float(), b.float())).to(out_dtype)
+            return self._addmm(addend, a, b, out=out)
+        total = (addend.float() + self._mm(a.float(), b.float())).to(out_dtype)
         return total if out is None else out.copy_(total)
 
     def _check(
-        self, plus: Tensor | None, a: Tensor, b: Tensor, out_dtype: torch.dtype | None, out: Tensor | None
+        self, addend: Tensor | None, a: Tensor, b: Tensor, out_dtype: torch.dtype | None, out: Tensor | None
     ) -> None:
         assert a.dim() == 2, f"mat1 must be a matrix, got {a.dim()}-D"
         assert b.dim() == 2, f"mat2 must be a matrix, got {b.dim()}-D"
@@ -103,36 +105,38 @@ class Products:
         if out is not None:
             assert out.dtype == out_dtype, f"out must be {out_dtype}, got {out.dtype}"
             assert tuple(out.shape) == shape, f"out must be {shape}, got {tuple(out.shape)}"
-        if plus is not None:
-            assert plus.dtype in (out_dtype, a.dtype), f"self must be {out_dtype} or {a.dtype}, got {plus.dtype}"
-            assert tuple(plus.shape) == shape, f"self must be {shape}, got {tuple(plus.shape)}"
-            refused = out_dtype != a.dtype and _goes_to_cublas_lt(plus, b)
-            assert not refused, "Tunable GEMM is not supported for float output with reduced float input"
-        for x in (plus, b, out):
+        if addend is not None:
+            assert addend.dtype in (out_dtype, a.dtype), f"self must be {out_dtype} or {a.dtype}, got {addend.dtype}"
+            assert tuple(addend.shape) == shape, f"self must be {shape}, got {tuple(addend.shape)}"
+            is_unsupported = out_dtype != a.dtype and _runs_in_cublas_lt(addend, b)
+            assert not is_unsupported, "Tunable GEMM is not supported for float output with reduced float input"
+        for x in (addend, b, out):
             assert x is None or x.device == a.device, f"expected {a.device}, got {x.device}"
-        for name, x in (("mat1", a), ("mat2", b), ("self", plus), ("out", out)):
+        for name, x in (("mat1", a), ("mat2", b), ("self", addend), ("out", out)):
             assert x is None or _needs_no_copy(x), f"{name} {tuple(x.shape)} with strides {x.stride()} is copied"
         assert not torch.is_autocast_enabled(a.device.type), "autocast is on"
-        self.made.append(Product((*a.shape, b.shape[1]), a.dtype, out_dtype, plus is not None))
+        self.made.append(Product((*a.shape, b.shape[1]), a.dtype, out_dtype, addend is not None))
 
 
 def _needs_no_copy(x: Tensor) -> bool:
     (rows, columns), (down, across) = x.shape, x.stride()
-    lies_row_by_row = across == 1 and down >= max(1, columns)
-    lies_column_by_column = down == 1 and across >= max(1, rows)
-    return lies_row_by_row or lies_column_by_column or x.is_contiguous() or x.t().is_contiguous()
+    is_row_major = across == 1 and down >= max(1, columns)
+    is_column_major = down == 1 and across >= max(1, rows)
+    return is_row_major or is_column_major or x.is_contiguous() or x.t().is_contiguous()
 
 
-def _goes_to_cublas_lt(plus: Tensor, b: Tensor) -> bool:
-    """As ``isInputCompliesAddmmCudaLt`` has it: one row is taken for a bias."""
-    return plus.is_contiguous() and plus.squeeze().dim() == 1 and plus.shape[-1] == b.shape[1] and min(b.shape) > 1
+def _runs_in_cublas_lt(addend: Tensor, b: Tensor) -> bool:
+    """Return what ``isInputCompliesAddmmCudaLt`` does, which takes a single row for a bias."""
+    return (
+        addend.is_contiguous() and addend.squeeze().dim() == 1 and addend.shape[-1] == b.shape[1] and min(b.shape) > 1
+    )
 
 
 # Launches
 
 
 class Launch(NamedTuple):
-    """A kernel that was launched."""
+    """Recorded launch of a kernel."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -140,39 +144,42 @@ class Launch(NamedTuple):
 
 
 class Launches:
-    """Takes the place of every launch, and checks it: see ``_launch``."""
+    """Replacement of every launch that checks it (see ``_launch``) and records it."""
 
     def __init__(self, monkeypatch) -> None:
         self.made: list[Launch] = []
-        self.sizes: dict[str, object] = {}  # what parameters of these names must be
+        self.sizes: dict[str, object] = {}  # expected values of parameters, by name
         self._current = torch.device("cuda:0")
         monkeypatch.setattr(torch.cuda, "device", self._guard)
         monkeypatch.setattr(KernelInterface, "__getitem__", lambda kernel, grid: partial(self._launch, kernel, grid))
 
     @contextmanager
     def _guard(self, device: torch.device) -> Iterator[None]:
-        before, self._current = self._current, torch.device(device)
+        previous, self._current = self._current, torch.device(device)
         try:
             yield
         finally:
-            self._current = before
+            self._current = previous
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], **settings: Any) -> None:
-        """On the device of its tensors, within the limits of a grid, with each parameter given once, and as its name
-        says: tensors are called ``..._ptr``, and lie as the strides say that are given beside them."""
+        """Check the current device, the limits of the grid and the parameters, then record the launch.
+
+        Each parameter must be given once and have the type that its name implies: tensors are called ``..._ptr``. The
+        strides of a tensor that is not contiguous must be among the integer arguments.
+        """
         name = kernel.fn.__name__
         assert self._current == DEVICE, f"{name}: launched while {self._current} is current"
         assert 1 <= len(grid) <= 3, name
         assert all(isinstance(x, int) for x in grid), f"{name}: grid {grid}"
         for size, limit in zip(grid, (2**31 - 1, 65535, 65535), strict=False):
             assert 1 <= size <= limit, f"{name}: grid {grid}"
-        given = {key: value for key, value in settings.items() if key not in LAUNCH_OPTIONS}
+        arguments = {key: value for key, value in settings.items() if key not in LAUNCH_OPTIONS}
         warps = settings.get("num_warps", 4)
         assert warps in (1, 2, 4, 8, 16, 32), f"{name}: num_warps {warps}"
         signature = inspect.signature(kernel.fn)
-        bound = signature.bind(**given).arguments  # TypeError: one missing or unknown
+        bound = signature.bind(**arguments).arguments  # TypeError: a parameter is missing or unknown
         assert list(bound) == list(kernel.arg_names), name
-        numbers = [x for x in bound.values() if isinstance(x, int)]
+        integers = [x for x in bound.values() if isinstance(x, int)]
         for key, x in bound.items():
             if "constexpr" in str(signature.parameters[key].annotation):
                 assert isinstance(x, (bool, int, float, str)), f"{name}: {key} is {x!r}"
@@ -186,8 +193,8 @@ class Launches:
             if isinstance(x, Tensor):
                 assert x.device == DEVICE, f"{name}: {key} is on {x.device}"
                 strides = [s for s, size in zip(x.stride(), x.shape, strict=True) if size > 1 and s != 1]
-                known = x.is_contiguous() or all(s in numbers for s in strides)
-                assert known, f"{name}: {key} has strides {x.stride()}, told are {numbers}"
+                passed = x.is_contiguous() or all(s in integers for s in strides)
+                assert passed, f"{name}: {key} has strides {x.stride()}, the integer arguments are {integers}"
             if key in self.sizes:
                 assert x == self.sizes[key], f"{name}: {key} is {x}, not {self.sizes[key]}"
         self.made.append(Launch(name, grid, dict(bound)))
@@ -203,18 +210,19 @@ class Launches:
 
 
 def without_context(monkeypatch) -> None:
-    """Where there is a GPU, a fake tensor begins with a real one on its device, which need not be there."""
+    """Keep a fake tensor from creating a real one on its device first, which a machine with a GPU may lack."""
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
 
 
-class Answers(TorchFunctionMode):
-    """What the host reads from the device: as many as a mask is long, a piece for each, unless a test says otherwise.
+class HostReads(TorchFunctionMode):
+    """Results of operations in which the host reads values from the device.
 
-    And indexing, ``contiguous`` and ``~``, where PyTorch asks for CUDA's device guard: built without CUDA it has none.
+    By default all elements of a mask are set and all elements of a tensor are distinct. The mode also implements
+    indexing, ``contiguous`` and ``~``, for which a PyTorch built without CUDA lacks the device guard.
 
     Attributes:
-        counts: how many are set in one mask after the other.
-        numbers: that are read, by ``float`` or one after the other by ``tolist``.
+        counts: number of set elements of successive masks.
+        numbers: successive results of ``float`` and elements of ``tolist``.
     """
 
     def __init__(self) -> None:
@@ -223,9 +231,9 @@ class Answers(TorchFunctionMode):
         self.numbers: deque[float] = deque()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        answer = _ANSWERS.get(getattr(func, "__name__", ""))
-        if answer is not None and isinstance(args[0], FakeTensor):
-            return answer(self, *args, **(kwargs or {}))
+        read = _READS.get(getattr(func, "__name__", ""))
+        if read is not None and isinstance(args[0], FakeTensor):
+            return read(self, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _nonzero(self, mask: Tensor, *, as_tuple: bool = False):
@@ -269,7 +277,7 @@ class Answers(TorchFunctionMode):
             aten.copy_(x, value)
 
     def _view(self, x: Tensor, key: Any) -> tuple[Tensor, list[Tensor | None]]:
-        """What slices, numbers and None leave of ``x``, and the tensors that index that."""
+        """Apply slices, integers and None to ``x``. Return the view and the tensors that index it."""
         dim, indices = 0, {}
         for k in key if isinstance(key, tuple) else (key,):
             if k is None:
@@ -287,31 +295,31 @@ class Answers(TorchFunctionMode):
         return x, [indices.get(d) for d in range(max(indices, default=-1) + 1)]
 
 
-_ANSWERS: dict[str, Callable[..., Any]] = {
-    "nonzero": Answers._nonzero,
-    "unique_consecutive": Answers._unique_consecutive,
-    "repeat_interleave": Answers._repeat_interleave,
-    "__bool__": Answers._bool,
-    "__float__": Answers._number,
-    "item": Answers._number,
-    "contiguous": Answers._contiguous,
+_READS: dict[str, Callable[..., Any]] = {
+    "nonzero": HostReads._nonzero,
+    "unique_consecutive": HostReads._unique_consecutive,
+    "repeat_interleave": HostReads._repeat_interleave,
+    "__bool__": HostReads._bool,
+    "__float__": HostReads._number,
+    "item": HostReads._number,
+    "contiguous": HostReads._contiguous,
     "__invert__": lambda self, x: aten.bitwise_not(x),
-    "__getitem__": Answers._getitem,
-    "__setitem__": Answers._setitem,
+    "__getitem__": HostReads._getitem,
+    "__setitem__": HostReads._setitem,
 }
 
 
 class FakeCUDA:
-    """A CUDA device without memory, on which bodies of operations run.
+    """Fake CUDA device on which bodies of operations run.
 
     Attributes:
-        launches, products: what was asked of it.
-        answers: what it says when the host looks at values.
-        free: bytes, of ``torch.cuda.mem_get_info``.
+        launches, products: the recorded kernel launches and matrix products.
+        reads: the values that the host reads.
+        free: free bytes that ``torch.cuda.mem_get_info`` reports.
     """
 
     def __init__(self, monkeypatch) -> None:
-        self.launches, self.products, self.answers = Launches(monkeypatch), Products(monkeypatch), Answers()
+        self.launches, self.products, self.reads = Launches(monkeypatch), Products(monkeypatch), HostReads()
         self.free = 1 << 30
         for name, value in (("mem_get_info", lambda: (self.free, 80 << 30)), ("memory_reserved", lambda: 0),
                             ("memory_allocated", lambda: 0)):  # fmt: skip
@@ -320,7 +328,7 @@ class FakeCUDA:
         without_context(monkeypatch)
 
     def _no_symbolic_sizes(self) -> None:
-        raise RuntimeError("there are none here")
+        raise RuntimeError("the fake device has no symbolic sizes")
 
     def _memory(self, value: Callable[[], Any], device: torch.device) -> Any:
         assert torch.device(device) == DEVICE
@@ -330,7 +338,7 @@ class FakeCUDA:
     def active(self) -> Iterator[FakeCUDA]:
         with ExitStack() as stack:
             stack.enter_context(FakeTensorMode())
-            stack.enter_context(self.answers)
+            stack.enter_context(self.reads)
             yield self
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -339,14 +347,14 @@ class FakeCUDA:
     def run(self, op: torch.library.CustomOpDef, **arguments: Any) -> Any:
         """Run the body of ``op`` and check device, shapes, dtypes and strides against its fake implementation."""
         results = op._init_fn(**arguments)
-        told = op._abstract_fn(**arguments)
-        for i, (got, want) in enumerate(zip(tree_leaves(results), tree_leaves(told), strict=True)):
+        fake_results = op._abstract_fn(**arguments)
+        for i, (got, expected) in enumerate(zip(tree_leaves(results), tree_leaves(fake_results), strict=True)):
             assert got.device == DEVICE, f"{op._name}, result {i}: on {got.device}"
-            assert got.dtype == want.dtype, f"{op._name}, result {i}: {got.dtype}, not {want.dtype}"
-            assert got.is_contiguous() == want.is_contiguous(), f"{op._name}, result {i}: strides {got.stride()}"
-            # How many rows are kept is known when it has run; until then as many as there are tokens.
+            assert got.dtype == expected.dtype, f"{op._name}, result {i}: {got.dtype}, not {expected.dtype}"
+            assert got.is_contiguous() == expected.is_contiguous(), f"{op._name}, result {i}: strides {got.stride()}"
+            # The number of cached and sparse rows depends on values; the fake implementation returns one per token.
             first = 1 if op._name == "linear_logprobs" and i in (5, 6, 7) else 0
-            assert got.shape[first:] == want.shape[first:], f"{op._name}, result {i}: {tuple(got.shape)}"
-        assert not self.answers.counts, "answers are left"
-        assert not self.answers.numbers, "answers are left"
+            assert got.shape[first:] == expected.shape[first:], f"{op._name}, result {i}: {tuple(got.shape)}"
+        assert not self.reads.counts, "not all counts were read"
+        assert not self.reads.numbers, "not all numbers were read"
         return results

@@ -1,4 +1,4 @@
-"""What the host does for CUDA, without a device: bodies of operations run on fake tensors, launches are checked."""
+"""Host code for CUDA without a device: bodies of operations run on fake tensors, and their launches are checked."""
 
 import warnings
 
@@ -28,26 +28,26 @@ def cuda(monkeypatch):
     auto_mode.reset_defaults()
 
 
-def labels_of(cuda, n):
+def new_labels(cuda, n):
     return cuda.new(n, dtype=torch.int64)
 
 
-def temperature_of(cuda, n, per_token=False):
+def new_temperature(cuda, n, per_token=False):
     return cuda.new(n) if per_token else cuda.new(1).expand(n)
 
 
-# Everything but the products with an output embedding
+# Operations without an LM head
 
 
 def selective_inputs(cuda, dtype, batch=3, length=700, vocab=50257):
-    """The logits of all tokens but the last of each row: not one block of rows."""
+    """Make labels and non-contiguous logits: those of all tokens but the last of each row."""
     logits = cuda.new(batch, length + 1, vocab, dtype=dtype)[:, :-1]
-    return logits, labels_of(cuda, batch * length)
+    return logits, new_labels(cuda, batch * length)
 
 
 def selective(cuda, dtype):
     logits, labels = selective_inputs(cuda, dtype)
-    tensors = {"logits": logits, "labels": labels, "temperature": temperature_of(cuda, len(labels))}
+    tensors = {"logits": logits, "labels": labels, "temperature": new_temperature(cuda, len(labels))}
     return {**tensors, "softcap": 0.0, "ignore_index": IGNORED, "backend": "triton"}
 
 
@@ -59,7 +59,7 @@ def selective_backward(cuda, dtype):
         "grad_entropy": cuda.new(n),
         "logits": logits,
         "labels": labels,
-        "temperature": temperature_of(cuda, n, True),
+        "temperature": new_temperature(cuda, n, True),
         "entropy": cuda.new(n),
         "row_stats": cuda.new(2, n),
         "softcap": 30.0,
@@ -68,9 +68,10 @@ def selective_backward(cuda, dtype):
     }
 
 
-def policy(cuda, dtype, n=10_000, sequences=7, per_token=False, everything=False, normalizer=False, **settings):
-    some = lambda: cuda.new(n) if everything else None
-    chosen = Settings(
+def policy(cuda, dtype, n=10_000, sequences=7, per_token=False, optional=False, normalizer=False, **settings):
+    """Make arguments of policy_loss, with the optional tensors if ``optional``."""
+    new_optional = lambda: cuda.new(n) if optional else None
+    defaults = Settings(
         ratio_level="token",
         clip_low=0.2,
         clip_high=0.2,
@@ -85,19 +86,19 @@ def policy(cuda, dtype, n=10_000, sequences=7, per_token=False, everything=False
         "logprobs": cuda.new(n, dtype=dtype),
         "old_logprobs": cuda.new(n),
         "advantages": cuda.new(n if per_token else sequences),
-        "mask": cuda.new(n, dtype=torch.bool) if everything else None,
+        "mask": cuda.new(n, dtype=torch.bool) if optional else None,
         "cu_seqlens": cuda.new(sequences + 1, dtype=torch.int32),
         "normalizer": cuda.new() if normalizer else None,
-        "ref_logprobs": some(),
-        "rollout_logprobs": some(),
+        "ref_logprobs": new_optional(),
+        "rollout_logprobs": new_optional(),
         "per_token": per_token,
-        **chosen._replace(**settings)._asdict(),
+        **defaults._replace(**settings)._asdict(),
         "backend": "triton",
     }
 
 
 def prompt_values(cuda, dtype, prompts=5, length=300, width=1000, packed=False):
-    """Every other row of the hidden states."""
+    """Make arguments with non-contiguous hidden states: every other row."""
     hidden = cuda.new(1 if packed else prompts, 2 * length, width, dtype=dtype)[:, ::2]
     return {
         "hidden": hidden,
@@ -125,11 +126,11 @@ def gae(cuda, dtype, rows=6, length=900):
     return {**tensors, "mask": mask, "gamma": 0.99, "lam": 0.95, "backend": "triton"}
 
 
-# The products with an output embedding
+# Operations with an LM head
 
 
-def head(cuda, dtype, n=600, width=64, vocab=50257, rank=0, bias=False, softcap=0.0, per_token=False):
-    """Hidden states, weights, bias, labels, temperature and softcap, by name."""
+def lm_head(cuda, dtype, n=600, width=64, vocab=50257, rank=0, bias=False, softcap=0.0, per_token=False):
+    """Make hidden states, weights, bias, labels, temperature and softcap."""
     new = lambda *shape: cuda.new(*shape, dtype=dtype)
     hiddens, weights = [new(n, width)], [new(vocab, width)]
     if rank:
@@ -139,35 +140,35 @@ def head(cuda, dtype, n=600, width=64, vocab=50257, rank=0, bias=False, softcap=
         "hiddens": hiddens,
         "weights": weights,
         "bias": new(vocab) if bias else None,
-        "labels": labels_of(cuda, n),
-        "temperature": temperature_of(cuda, n, per_token),
+        "labels": new_labels(cuda, n),
+        "temperature": new_temperature(cuda, n, per_token),
         "softcap": softcap,
     }
 
 
-def linear(cuda, dtype, backward="recompute", budget=None, chunk_bytes=1, capacity=64, **shape):
+def linear(cuda, dtype, backward="recompute", budget=None, chunk_bytes=1, max_entries=64, **shape):
     return {
-        **head(cuda, dtype, **shape),
+        **lm_head(cuda, dtype, **shape),
         "ignore_index": IGNORED,
         "backward": backward,
         "auto_key": "",
         "logits_budget_bytes": budget,
         "chunk_bytes": chunk_bytes,
         "mass_tolerance": 1e-4,
-        "max_entries": capacity,
+        "max_entries": max_entries,
         "group": "",
         "backend": "triton",
     }
 
 
 def linear_backward(cuda, arguments, results, needs=None):
-    """Arguments of the backward pass of a forward pass."""
-    of_forward = ("logits_budget_bytes", "mass_tolerance", "max_entries")
+    """Make arguments of the backward pass from those and the results of a forward pass."""
+    forward_only = ("logits_budget_bytes", "mass_tolerance", "max_entries")
     output = ForwardOutput(*results)._asdict()
     for name in ("logprobs", "dropped_mass", "num_entries"):
         del output[name]
     return {
-        **{name: x for name, x in arguments.items() if name not in of_forward},
+        **{name: x for name, x in arguments.items() if name not in forward_only},
         **output,
         "grad_logprobs": cuda.new(len(arguments["labels"])),
         "grad_entropy": cuda.new(len(arguments["labels"])),
@@ -179,7 +180,7 @@ def needs_of(arguments):
     return [True] * (2 * len(arguments["hiddens"])) + [arguments["bias"] is not None]
 
 
-def linear_backward_alone(cuda, dtype):
+def linear_backward_arguments(cuda, dtype):
     arguments = linear(cuda, dtype)
     return linear_backward(cuda, arguments, OPS["linear_logprobs"](**arguments))
 
@@ -201,7 +202,7 @@ ARGUMENTS = {
         "backend": "triton",
     },
     "linear_logprobs": linear,
-    "linear_logprobs_backward": linear_backward_alone,
+    "linear_logprobs_backward": linear_backward_arguments,
     "linear_policy_loss": linear_policy,
     "policy_loss": policy,
     "prompt_value_grad_hidden": prompt_value_gradient,
@@ -220,16 +221,16 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(OPS))
-def test_every_operation(cuda, name, dtype):
+def test_every_operation_launches(cuda, name, dtype):
     cuda.run(OPS[name], **ARGUMENTS[name](cuda, dtype))
     assert cuda.launches.made
 
 
-def test_rows_are_read_where_they_lie(cuda):
-    """Of a slice [B, T, V] with two leading strides, and of more than 2^31 logits."""
+def test_strided_logits_are_not_copied(cuda):
+    """The slice [B, T, V] has two leading strides and more than 2^31 logits."""
     logits, labels = selective_inputs(cuda, torch.bfloat16, batch=9, length=5000)
     arguments = {**selective(cuda, torch.bfloat16), "logits": logits, "labels": labels}
-    arguments["temperature"] = temperature_of(cuda, 45_000)
+    arguments["temperature"] = new_temperature(cuda, 45_000)
     cuda.launches.sizes = {"V": 50257, "T": 5000, "N": 45_000, "softcap": 0.0, "ignore_index": IGNORED}
     cuda.run(OPS["selective_logprobs"], **arguments)
     (launch,) = cuda.launches.made
@@ -238,9 +239,9 @@ def test_rows_are_read_where_they_lie(cuda):
     assert launch.arguments["stride_b"] == 5001 * 50257
 
 
-def test_nothing_is_launched_for_no_tokens(cuda):
-    empty, no_labels = cuda.new(0), labels_of(cuda, 0)
-    no_logits = {"logits": cuda.new(0, 4, 9), "labels": no_labels, "temperature": temperature_of(cuda, 0)}
+def test_empty_inputs_launch_nothing(cuda):
+    empty, no_labels = cuda.new(0), new_labels(cuda, 0)
+    no_logits = {"logits": cuda.new(0, 4, 9), "labels": no_labels, "temperature": new_temperature(cuda, 0)}
     for name, changed in {
         "selective_logprobs": no_logits,
         "linear_logprobs": linear(cuda, torch.bfloat16, n=0),
@@ -263,14 +264,14 @@ LINEAR = {
 
 
 def expect(cuda, shape, ignore_index=IGNORED):
-    """What kernels are told of vocabulary, softcap and the label to ignore."""
+    """Expect these arguments of every kernel: vocabulary, softcap and ignored label."""
     softcap = shape.get("softcap", 0.0)
     names = {"V": shape.get("vocab", 50257), "softcap": softcap, "HAS_SOFTCAP": softcap > 0}
     cuda.launches.sizes = {**names, "ignore_index": ignore_index}
 
 
 def assert_products_are_mixed(cuda, dtype):
-    """Of factors that are not converted, with float32 results."""
+    """Check that the factors are not converted and the results are float32."""
     assert cuda.products.made
     assert {product.dtype for product in cuda.products.made} == {dtype}
     assert {product.out_dtype for product in cuda.products.made} == {torch.float32}
@@ -278,43 +279,43 @@ def assert_products_are_mixed(cuda, dtype):
 
 @pytest.mark.parametrize(("dtype", "shape"), LINEAR.values(), ids=LINEAR)
 def test_recompute(cuda, dtype, shape):
-    """500 of 600 tokens bear loss, 450 have gradients: two blocks of E, eight chunks of logits."""
+    """500 of 600 tokens are unmasked and 450 have gradients: two blocks of logit gradients, eight chunks of logits."""
     arguments = linear(cuda, dtype, **shape)
     expect(cuda, shape)
-    cuda.answers.counts.extend([500])
+    cuda.reads.counts.extend([500])
     results = cuda.run(OPS["linear_logprobs"], **arguments)
     assert results[5].shape[0] == results[6].shape[0] == 0
     assert cuda.launches.names() == {"selective_logprobs_fwd_kernel"}
     assert sum(launch.grid[0] for launch in cuda.launches.made) == 500
-    cuda.answers.counts.extend([500, 450])
+    cuda.reads.counts.extend([500, 450])
     cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
     assert sum(launch.grid[0] for launch in cuda.launches.of("selective_logprobs_bwd_kernel")) == 450
     assert_products_are_mixed(cuda, dtype)
 
 
-@pytest.mark.parametrize("kept", [500, 300], ids=["all", "part"])
+@pytest.mark.parametrize("num_cached", [500, 300], ids=["all", "some"])
 @pytest.mark.parametrize(("dtype", "shape"), LINEAR.values(), ids=LINEAR)
-def test_cache(cuda, dtype, shape, kept):
-    """E of all tokens, which is read where it lies; or of 300, of which 290 are of use and gathered."""
+def test_cache(cuda, dtype, shape, num_cached):
+    """Logit gradients of all tokens are cached and read in place, or those of 300, of which 290 are gathered."""
     row = row_stride(shape.get("vocab", 50257)) * dtype.itemsize
-    arguments = linear(cuda, dtype, "cache", kept * row, **shape)
+    arguments = linear(cuda, dtype, "cache", num_cached * row, **shape)
     expect(cuda, shape)
-    cuda.answers.counts.extend([500])
+    cuda.reads.counts.extend([500])
     results = cuda.run(OPS["linear_logprobs"], **arguments)
-    assert results[5].shape[0] == kept
-    assert sum(launch.grid[0] for launch in cuda.launches.of("linear_logprobs_logit_grads_kernel")) == kept
-    cuda.answers.counts.extend([500, kept, 0] if kept == 500 else [500, 290, 160])
+    assert results[5].shape[0] == num_cached
+    assert sum(launch.grid[0] for launch in cuda.launches.of("linear_logprobs_logit_grads_kernel")) == num_cached
+    cuda.reads.counts.extend([500, num_cached, 0] if num_cached == 500 else [500, 290, 160])
     cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
-    assert bool(cuda.launches.of("selective_logprobs_bwd_kernel")) == (kept != 500)
+    assert bool(cuda.launches.of("selective_logprobs_bwd_kernel")) == (num_cached != 500)
     assert_products_are_mixed(cuda, dtype)
 
 
 @pytest.mark.parametrize(("dtype", "shape"), LINEAR.values(), ids=LINEAR)
 def test_sparse(cuda, dtype, shape):
-    """Of 500 tokens entries do for 400, 50 are done again; of the others nothing has a gradient."""
+    """Of 500 tokens, 400 have a sparse gradient, 50 are recomputed, and the others have no gradient."""
     arguments = linear(cuda, dtype, "sparse", **shape)
     expect(cuda, shape, sparse._NO_IGNORE_INDEX)
-    cuda.answers.counts.extend([500])
+    cuda.reads.counts.extend([500])
     results = cuda.run(OPS["linear_logprobs"], **arguments)
     assert results[6].shape == results[7].shape == (500, 64)
     assert cuda.launches.names() == {
@@ -323,15 +324,15 @@ def test_sparse(cuda, dtype, shape):
         "linear_logprobs_select_kernel",
     }
     expect(cuda, shape)
-    cuda.answers.counts.extend([500, 400, 50, 4000])
+    cuda.reads.counts.extend([500, 400, 50, 4000])
     cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
     assert cuda.launches.of("linear_logprobs_weighted_rows_kernel")
     assert sum(launch.grid[0] for launch in cuda.launches.of("selective_logprobs_bwd_kernel")) == 50
     assert_products_are_mixed(cuda, dtype)
 
 
-def test_auto_by_the_memory_of_its_device(cuda):
-    """First a quarter of it is spent on E, while entries are tried; then entries do for all."""
+def test_auto_caches_by_free_memory_then_goes_sparse(cuda):
+    """The first call caches logit gradients in a quarter of the free memory, the second one is sparse."""
     row = row_stride(50257) * 2
     cuda.free = 4 * 200 * row
     arguments = linear(cuda, torch.bfloat16, "auto")
@@ -346,22 +347,24 @@ def test_auto_by_the_memory_of_its_device(cuda):
     }
     cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
     expect(cuda, {}, sparse._NO_IGNORE_INDEX)
-    cuda.answers.numbers.extend([0.0, 0.0])  # the share of entropies with gradients; tokens that entries do not do for
+    cuda.reads.numbers.extend(
+        [0.0, 0.0]
+    )  # share of entropies with gradients, number of tokens without a sparse gradient
     results = OPS["linear_logprobs"]._init_fn(**arguments)
     assert results[6].shape[0] == 600
-    assert not cuda.answers.numbers
+    assert not cuda.reads.numbers
 
 
-def test_what_was_kept_for_nothing(cuda):
+def test_unused_cached_gradients_warn(cuda):
     arguments = linear(cuda, torch.bfloat16, "cache")
     results = cuda.run(OPS["linear_logprobs"], **arguments)
-    cuda.answers.counts.extend([600, 0, 600])
+    cuda.reads.counts.extend([600, 0, 600])
     with pytest.warns(UserWarning, match="for nothing: the entropies have gradients"):
         cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
 
 
 @pytest.mark.parametrize("frozen", range(5))
-def test_nothing_is_made_for_what_is_frozen(cuda, frozen):
+def test_frozen_inputs_get_no_gradient(cuda, frozen):
     arguments = linear(cuda, torch.bfloat16, "cache", rank=8, bias=True)
     results = cuda.run(OPS["linear_logprobs"], **arguments)
     needs = [i != frozen for i in range(5)]
@@ -370,9 +373,9 @@ def test_nothing_is_made_for_what_is_frozen(cuda, frozen):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_under_autocast_products_stay_as_they_are(cuda, dtype):
+def test_autocast_does_not_change_products(cuda, dtype):
     arguments = linear(cuda, dtype, "cache", rank=8, bias=True)
-    before = torch.is_autocast_enabled("cuda")
+    was_enabled = torch.is_autocast_enabled("cuda")
     torch.set_autocast_enabled("cuda", True)
     try:
         with warnings.catch_warnings():
@@ -380,13 +383,13 @@ def test_under_autocast_products_stay_as_they_are(cuda, dtype):
             results = cuda.run(OPS["linear_logprobs"], **arguments)
             cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
     finally:
-        torch.set_autocast_enabled("cuda", before)
+        torch.set_autocast_enabled("cuda", was_enabled)
     assert_products_are_mixed(cuda, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_is_not_taken_for_a_bias(cuda, dtype):
-    """A chunk of one token with an adapter; d weight of a vocabulary of one. Where TunableOp is on PyTorch refuses."""
+def test_a_single_row_is_not_taken_for_a_bias(cuda, dtype):
+    """With TunableOp PyTorch rejects it. The cases: a chunk of one token with an adapter, a vocabulary of one."""
     for shape in ({"n": 65, "rank": 8}, {"n": 300, "vocab": 1}):
         arguments = linear(cuda, dtype, **shape)
         results = cuda.run(OPS["linear_logprobs"], **arguments)
@@ -396,10 +399,10 @@ def test_a_row_is_not_taken_for_a_bias(cuda, dtype):
 
 
 POLICIES = [
-    {"everything": False, "normalizer": True},
-    {"everything": False, "per_token": True, "aggregation": "seq-mean-token-mean"},
-    {"everything": True, "dual_clip": 3.0, "kl_coef": 0.1, "aggregation": "seq-mean-token-sum"},
-    {"everything": True, "rollout_correction": "sequence_mask", "kl_estimator": "k1"},
+    {"normalizer": True},
+    {"per_token": True, "aggregation": "seq-mean-token-mean"},
+    {"optional": True, "dual_clip": 3.0, "kl_coef": 0.1, "aggregation": "seq-mean-token-sum"},
+    {"optional": True, "rollout_correction": "sequence_mask", "kl_estimator": "k1"},
 ]
 
 
@@ -407,25 +410,25 @@ POLICIES = [
 @pytest.mark.parametrize("level", policy_loss.RATIO_LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_policy_loss(cuda, dtype, level, settings):
-    chosen = {"dual_clip": None, "kl_coef": 0.0, **settings}
-    cuda.launches.sizes = {"B": 7, "RATIO_LEVEL": level, "dual_clip": chosen["dual_clip"], "kl_coef": chosen["kl_coef"]}
+    coefficients = {name: settings.get(name, default) for name, default in (("dual_clip", None), ("kl_coef", 0.0))}
+    cuda.launches.sizes = {"B": 7, "RATIO_LEVEL": level, **coefficients}
     cuda.run(OPS["policy_loss"], **policy(cuda, dtype, ratio_level=level, **settings))
     (launch,) = cuda.launches.made
     assert launch.grid == (7,)
 
 
-@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("optional", [False, True])
 @pytest.mark.parametrize("level", policy_loss.RATIO_LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_policy_loss(cuda, dtype, level, everything):
-    """500 of 600 tokens bear loss: three blocks where a ratio is of whole sequences, else two; half have gradients."""
+def test_linear_policy_loss(cuda, dtype, level, optional):
+    """500 of 600 tokens are unmasked, in three blocks of complete sequences or two of tokens; half have gradients."""
     sizes = [256, 244] if level == "token" else [200, 210, 90]
     if level != "token":
-        cuda.answers.numbers.extend([100, 200, 200, 410, 500])
-    cuda.answers.counts.extend([500] + [x for size in sizes for x in (size // 2, size - size // 2)])
-    shape = {"rank": 8, "bias": True, "softcap": 30.0} if everything else {}
+        cuda.reads.numbers.extend([100, 200, 200, 410, 500])
+    cuda.reads.counts.extend([500] + [x for size in sizes for x in (size // 2, size - size // 2)])
+    shape = {"rank": 8, "bias": True, "softcap": 30.0} if optional else {}
     expect(cuda, shape)
-    cuda.run(OPS["linear_policy_loss"], **linear_policy(cuda, dtype, ratio_level=level, everything=everything, **shape))
+    cuda.run(OPS["linear_policy_loss"], **linear_policy(cuda, dtype, ratio_level=level, optional=optional, **shape))
     assert len(cuda.launches.of("policy_loss_fwd_bwd_kernel")) == len(sizes) + 1
     assert sum(launch.grid[0] for launch in cuda.launches.of("linear_logprobs_logit_grads_kernel")) == 500
     assert_products_are_mixed(cuda, dtype)
