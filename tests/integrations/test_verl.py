@@ -258,6 +258,14 @@ def test_missing_values_are_rejected():
         ray_trainer.compute_advantage(data, adv_estimator="sppo_seq", config={})
 
 
+class EngineWithoutProcesses(FSDPEngineWithLMHead):
+    """verl's engine without the processes on GPUs that its constructor starts."""
+
+    def __init__(self):
+        self.pad_to_length = self.use_ulysses_sp = False
+        self.engine_config = FSDPEngineConfig()
+
+
 def run_actor_engine(backend):
     """Run verl's engine on a micro-batch and a tiny Qwen2 -> log-probabilities, entropies, gradients."""
     torch.manual_seed(0)
@@ -270,9 +278,7 @@ def run_actor_engine(backend):
     data = TensorDict({"input_ids": nested([x * 3 for x in rows]), "position_ids": nested(rows)}, batch_size=3)
     settings = {"use_remove_padding": False, "use_fused_kernels": backend is not None}
     tu.assign_non_tensor(data, **settings, calculate_entropy=True, temperature=0.7)
-    engine = object.__new__(FSDPEngineWithLMHead)  # its constructor starts processes on GPUs
-    engine.pad_to_length = engine.use_ulysses_sp = False
-    engine.engine_config = FSDPEngineConfig()
+    engine = EngineWithoutProcesses()
     original = type(model).forward
     try:
         monkey_patch.apply_monkey_patch(model, **settings, fused_kernels_backend=backend)
