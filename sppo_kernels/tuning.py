@@ -11,8 +11,8 @@ been compiled and tested. The last bits of a result depend on the block size of 
 every rank and for both old and new log-probabilities.
 
 Kernels are not tuned on their first call. ``triton.autotune`` would run the candidates on the caller's tensors, choose
-again in every process, and choose differently on each rank. A kernel that overwrites its inputs must never be tuned
-this way, because its second candidate would start from the output of the first.
+again in every process, and choose differently on each rank. A kernel that overwrites its inputs must never be tuned at
+all, because its second candidate would start from the output of the first.
 """
 
 from __future__ import annotations
