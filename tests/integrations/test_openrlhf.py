@@ -208,12 +208,12 @@ def test_value_loss_is_the_cross_entropy_at_the_first_token(counts):
 
 def experiences():
     """Make two batches as ``make_experience`` returns them, with values of 0 where masked."""
-    made = []
+    batches = []
     for seed, index in ((1, [2, 0]), (2, [3, 1])):
         torch.manual_seed(seed)
         mask = torch.zeros(2, 8, dtype=torch.long)
         mask[0, 3:8] = mask[1, 2:5] = 1
-        made.append(
+        batches.append(
             Experience(
                 sequences=torch.ones(2, 9, dtype=torch.long),
                 attention_mask=torch.ones(2, 9, dtype=torch.long),
@@ -226,7 +226,7 @@ def experiences():
                 info={},
             )
         )
-    return made
+    return batches
 
 
 def maker(estimator="gae", n_samples_per_prompt=1, kl_coef=0.0):
@@ -245,9 +245,9 @@ def test_advantages_are_outcome_minus_prompt_value():
     """They are the same at each token, neither whitened nor discounted, and the settings stay unchanged."""
     with fused.patch():
         sppo = maker()
-        made = sppo.compute_advantages_and_returns(experiences())
+        batches = sppo.compute_advantages_and_returns(experiences())
     assert sppo.args.algo.advantage.estimator == "gae"
-    for experience in made:
+    for experience in batches:
         mask = experience.action_mask
         value = experience.values[[0, 1], [3, 2]].sigmoid()
         expected = (torch.tensor([1.0, 0.0]) - value)[:, None] * mask
@@ -260,20 +260,20 @@ def test_advantages_are_outcome_minus_prompt_value():
 def test_other_estimators_are_unchanged(estimator):
     expected = maker(estimator, 2).compute_advantages_and_returns(experiences())
     with fused.patch():
-        made = maker(estimator, 2).compute_advantages_and_returns(experiences())
-    for patched, original in zip(made, expected, strict=True):
+        batches = maker(estimator, 2).compute_advantages_and_returns(experiences())
+    for patched, original in zip(batches, expected, strict=True):
         results, expected_results = [(x.advantages, x.returns) for x in (patched, original)]
         torch.testing.assert_close(results, expected_results, rtol=0, atol=0)
 
 
 def test_outcomes_outside_the_unit_interval_are_rejected():
     """A KL penalty makes an outcome negative; the settings stay unchanged."""
-    made = experiences()
-    made[1].kl += 0.1
+    batches = experiences()
+    batches[1].kl += 0.1
     with fused.patch():
         sppo = maker(kl_coef=1.0)
         with pytest.raises(ValueError, match=r"rewards must be in \[0, 1\] .*--algo.kl.init_coef 0.*got -0\.3"):
-            sppo.compute_advantages_and_returns(made)
+            sppo.compute_advantages_and_returns(batches)
         assert sppo.args.algo.advantage.estimator == "gae"
 
 
