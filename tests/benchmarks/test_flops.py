@@ -13,6 +13,7 @@ from benchmarks.__main__ import main
 from benchmarks.flops import QUICK, Case, count
 
 
+@pytest.mark.slow
 def test_passes_are_as_designed(tmp_path, capsys):
     assert main(["flops", "--quick", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "flops.json").read_text())

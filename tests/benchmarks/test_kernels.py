@@ -47,6 +47,7 @@ def spoil(monkeypatch, name, spoilt):
     monkeypatch.setattr(operation, "implementations", implementations)
 
 
+@pytest.mark.slow
 def test_rows_have_times_rates_and_errors(suite, tmp_path, capsys):
     code, report = suite("linear_logprobs")
     assert (code, report["failures"]) == (0, [])

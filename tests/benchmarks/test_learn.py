@@ -324,6 +324,7 @@ def test_a_run_that_breaks_is_noted_and_the_others_go_on(tmp_path, monkeypatch):
     assert failures == [f"{MIXED.name}, {runs[1].variant}, seed 1000: ValueError: no such policy"]
 
 
+@pytest.mark.slow
 def test_learn_walks_through_all_of_it_and_resumes(tmp_path, capsys, monkeypatch):
     command = ["learn", "--quick", "--workers", "1", "--out", str(tmp_path)]
     full = tmp_path / "learn.json"
@@ -347,6 +348,7 @@ def test_learn_walks_through_all_of_it_and_resumes(tmp_path, capsys, monkeypatch
     assert full.read_text() == "what took two hours"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_an_interrupted_command_ends_at_once_and_keeps_what_it_has(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "learn", "--quick", "--workers", "2", "--out", str(tmp_path)]
@@ -359,7 +361,7 @@ def test_an_interrupted_command_ends_at_once_and_keeps_what_it_has(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "interrupted; the same command goes on from here" in errors
+    assert "interrupted; the same command resumes from here" in errors
     assert json.loads(results.read_text())["rows"]
 
 

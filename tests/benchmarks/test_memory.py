@@ -101,6 +101,7 @@ def test_eager_needs_three_float32_tensors_of_logits():
     assert eager_peak(FULL, entropy_gradient=True) > 4 * logits
 
 
+@pytest.mark.slow
 def test_limits_hold(tmp_path, capsys):
     assert main(["memory", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "memory.json").read_text())

@@ -263,6 +263,7 @@ def suite(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_the_suite_walks_through_every_case(suite, capsys):
     code, report = suite()
     assert (code, report["failures"]) == (0, [])
@@ -282,6 +283,7 @@ def test_the_suite_walks_through_every_case(suite, capsys):
     assert "copy 3000 GB/s, product 800.00 TFLOP/s" in printed
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_is_reported_and_the_next_runs(suite, monkeypatch):
     count = roofline.count
 

@@ -78,6 +78,7 @@ def test_a_kernel_that_was_not_expected_fails():
     assert (row["kernel"], row["passed"]) == (NAME, False)
 
 
+@pytest.mark.slow
 def test_every_kernel_moves_what_it_is_designed_to(tmp_path, capsys):
     assert main(["traffic", "--quick", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "traffic.json").read_text())
