@@ -1,4 +1,4 @@
-"""Package metadata. ``pip install .`` gives the fused operations, the extras the trainer and the tools around it."""
+"""Package metadata. ``pip install .`` installs the fused operations; extras add the trainer and its tools."""
 
 import re
 from pathlib import Path
@@ -57,11 +57,11 @@ setup(
             "pytest>=8.4",
             "pytest-xdist>=3.6",
             "hypothesis>=6.130",
-            "ruff>=0.17,<0.18",  # a new one formats differently
+            "ruff>=0.17,<0.18",  # newer versions format differently
             "mypy>=1.18",
             "types-PyYAML",
-            "trl==1.16.0",  # what the suite updates compares with
-            "kernels==0.17.2",  # loads what hub_kernel/build.py writes
+            "trl==1.16.0",  # the version that sppo_kernels.integrations.trl supports
+            "kernels==0.17.2",  # loads the output of hub_kernel/build.py in a test
         ],
     },
     entry_points={
