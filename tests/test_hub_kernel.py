@@ -64,6 +64,7 @@ def test_only_torch_and_triton_are_imported_absolutely(built):
             assert {module.split(".")[0] for module in modules} <= allowed, f"{path}:{node.lineno}"
 
 
+@pytest.mark.slow
 def test_kernel_and_installed_package_coexist(built):
     """In one process both give the same bits, each through its own registered operations."""
     run_python(
@@ -124,6 +125,7 @@ for name in CALLS:
     )
 
 
+@pytest.mark.slow
 def test_kernel_and_card_run_without_the_installed_package(built):
     card = (built / "build/CARD.md").read_text()
     example = card.split("```python\n")[1].split("```")[0]
