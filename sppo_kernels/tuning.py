@@ -134,8 +134,8 @@ def load(path: str | os.PathLike[str], *, any_device: bool = False) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must be {remedy}, got {type(error).__name__}: {error}") from error
     if device != _device_name() and not any_device:
-        want = f"{_device_name()} (measure again with `python -m benchmarks tune`, or pass any_device=True)"
-        reject(f"the device of {path}", device, want)
+        expected = f"{_device_name()} (measure again with `python -m benchmarks tune`, or pass any_device=True)"
+        reject(f"the device of {path}", device, expected)
     for name, tunable in TUNABLES.items():
         tunable.chosen = choices.get(name, {})
 
