@@ -1,4 +1,4 @@
-"""What the tests of the operations share: where they run, and the comparison with float64 that they are judged by."""
+"""Device, random tensors and the comparison with float64 that the tests of the operations share."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ FLOOR = {torch.float32: 4.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, grad: bool = False) -> Tensor:
-    """Normal numbers on DEVICE, from the CPU's generator, so that every device gets the same ones."""
+    """Draw normal numbers on DEVICE from the CPU's generator, so that every device gets the same."""
     return (scale * torch.randn(shape)).to(device=DEVICE, dtype=dtype).requires_grad_(grad)
 
 
 def randint(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Integers in [low, high) on DEVICE, from the CPU's generator."""
+    """Draw integers in [low, high) on DEVICE from the CPU's generator."""
     return torch.randint(low, high, shape, dtype=dtype).to(DEVICE)
 
 
@@ -46,7 +46,7 @@ def assert_close_to_float64(
     term: float = 0.0,
     **arguments: Any,
 ) -> None:
-    """Values and gradients stray from float64 at most ``slack`` times as far as the eager reference in the same dtype.
+    """Check that errors against float64 are at most ``slack`` times those of the eager reference in the same dtype.
 
     ``floor`` is added in eps of a result's dtype times its largest magnitude.
 

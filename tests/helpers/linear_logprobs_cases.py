@@ -30,7 +30,7 @@ each_way = pytest.mark.parametrize(("backend", "backward"), list(itertools.produ
 PRODUCTS_FLOOR = {**FLOOR, torch.float16: 4.0, torch.bfloat16: 4.0}
 
 
-SMALL_CHUNKS = {"chunk_bytes": 1}  # 64 tokens a chunk of logits (128 in torch's forward), 256 a block of E: the least
+SMALL_CHUNKS = {"chunk_bytes": 1}  # the minimum: blocks of 256 tokens, chunks of 64 (128 in torch's forward)
 
 
 def with_adapter(op):
@@ -56,7 +56,7 @@ def check(backend, hidden, weight, labels, *, bias=None, temperature=1.0, u=None
 
 
 def row_bytes(vocab, itemsize=4):
-    """What a row of the kept gradient takes."""
+    """Return the bytes of one cached logit gradient."""
     return row_stride(vocab) * itemsize
 
 
@@ -76,7 +76,7 @@ def inputs(n, width, vocab, dtype=torch.float32, bias=False, ignored=0, rank=0):
 
 
 def multiply_adds(run):
-    """How many multiply-adds ``run`` spends in matrix products, as the profiler sees them."""
+    """Count the multiply-adds of matrix products in ``run`` with the profiler."""
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as prof:
         run()
     return sum(event.flops for event in prof.key_averages() if event.key in ("aten::mm", "aten::addmm")) // 2

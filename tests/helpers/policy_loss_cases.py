@@ -53,7 +53,7 @@ def as_packed(columns, advantages):
 
 
 def as_padded(columns, advantages):
-    """Padding holds NaN, which must not come through."""
+    """Pad with NaN, which must not reach any result."""
     pad = lambda x: torch.nn.utils.rnn.pad_sequence(list(x.split(SEQUENCES)), batch_first=True, padding_value=NAN)
     if advantages.shape != (len(SEQUENCES),):
         advantages = pad(advantages)

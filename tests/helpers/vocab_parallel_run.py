@@ -20,7 +20,7 @@ NAMES = ("hidden", "weight", "bias", "u", "b")
 
 
 def inputs(dtype, vocab):
-    """The same on every rank."""
+    """Make inputs that are the same on every rank."""
     g = torch.Generator().manual_seed(0)
     shapes = ((TOKENS, WIDTH), (vocab, WIDTH), (vocab,), (TOKENS, RANK_OF_ADAPTER), (vocab, RANK_OF_ADAPTER))
     tensors = {name: torch.randn(shape, generator=g).to(dtype) for name, shape in zip(NAMES, shapes, strict=True)}
@@ -72,7 +72,7 @@ def check_equal_to_one_process(dtype, **settings):
 
 
 def check_many_chunks():
-    """Shards of unlike size cut the tokens alike, or a rank would wait for ever."""
+    """Shards of different sizes split the tokens alike, or a rank would wait forever."""
     group, rank, shards = dist.group.WORLD, dist.get_rank(), [40 * (r + 1) for r in range(dist.get_world_size())]
     hidden, weight = torch.randn(700, WIDTH), torch.randn(sum(shards), WIDTH)
     labels = torch.randint(sum(shards), (700,))
@@ -86,7 +86,7 @@ def check_many_chunks():
 
 
 def check_policy_loss():
-    """In one call, for each ratio level and mode, with several blocks: as on one process, on each rank."""
+    """Compare linear_policy_loss with one process, for each ratio level and mode, with several blocks."""
     group, rank, shards = dist.group.WORLD, dist.get_rank(), [40 * (r + 1) for r in range(dist.get_world_size())]
     hidden, weight, old = torch.randn(700, WIDTH), torch.randn(sum(shards), WIDTH), torch.randn(700) - 5
     labels, advantages = torch.randint(sum(shards), (700,)), torch.randn(5)
@@ -110,7 +110,7 @@ def check_policy_loss():
 
 
 def check_auto_agrees():
-    """What one rank's rows look like is not what another's do; still all go the same way."""
+    """Ranks whose rows differ in peakedness still choose the same mode."""
     world = dist.get_world_size()
     hidden = 60.0 * torch.eye(64)[torch.arange(64) % 8]  # peaked, on rank 0's rows; elsewhere all is flat
     weight = torch.eye(64)[dist.get_rank() * 64 // world : (dist.get_rank() + 1) * 64 // world].contiguous()

@@ -1,4 +1,4 @@
-"""Tests marked ``gpu`` need compiled kernels; random tensors are the same on every run, in hypothesis' examples too."""
+"""Marker ``gpu`` needs a GPU; random tensors are the same on every run, also in hypothesis' examples."""
 
 import interpreter
 import pytest

@@ -1,4 +1,4 @@
-"""What importing the package needs and does, each in a Python of its own."""
+"""What importing the package requires and does, each case in its own Python process."""
 
 import os
 import subprocess
@@ -66,7 +66,7 @@ else:
 
 
 def test_integrations_change_nothing_until_asked():
-    """All of the package and its integrations, imported beside TRL: no other trainer is imported, TRL is as it was."""
+    """Importing the package with its integrations changes nothing in TRL and imports no other trainer."""
     python("""
 import sys
 

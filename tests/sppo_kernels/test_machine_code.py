@@ -76,7 +76,7 @@ def code_of(built, kernel, vocab):
 
 
 def test_selection_stores_what_it_notes_once(built):
-    """It reads a row once, so that no thread overwrites what another stored; statistics are the forward pass's own."""
+    """Selection reads a row once, so no thread overwrites another's store; the forward pass computes the statistics."""
     kernels = [name for _, name, case, _ in built["compiled"] if json.loads(case) == [33, 97, "sparse"]]
     assert kernels[:2] == ["linear_logprobs_candidates_kernel", "linear_logprobs_select_kernel"]
     assert (

@@ -1,4 +1,4 @@
-"""gae against float64, and against the sums of the paper token by token."""
+"""gae against float64, and against the sums of the paper, token by token."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_agrees_with_float64(backend, dtype, rows, length, gamma, lam, density):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_equals_the_papers_sum(backend):
-    """arXiv 1506.02438, equation 16: A_t = sum_l (gamma lam)^l delta_{t+l}, over the kept tokens of each row."""
+    """arXiv 1506.02438, equation 16: A_t = sum_l (gamma lam)^l delta_{t+l}, over the unmasked tokens of each row."""
     gamma, lam = 0.9, 0.8
     rewards, values = randn(4, 12), randn(4, 12)
     mask = torch.ones(4, 12, device=DEVICE)

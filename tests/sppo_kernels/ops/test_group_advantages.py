@@ -68,7 +68,7 @@ def rloo(rewards):
 @pytest.mark.parametrize("published", [grpo, dr_grpo, rloo])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_equals_the_published_formula(backend, published):
-    """Unequal groups whose members lie apart, one group of one, one without any spread, odd group numbers."""
+    """Unequal groups with scattered members, a group of one, a group without spread, unusual group ids."""
     groups = {7: [1.0, 0.0, 0.5, 1.0], -3: [0.25], 2**40: [2.0, -1.0], 0: [0.5, 0.5, 0.5]}
     members = [(i, g, r, a) for g, rs in groups.items() for i, (r, a) in enumerate(zip(rs, published(rs), strict=True))]
     members.sort()  # interleaves the groups
@@ -137,7 +137,7 @@ def test_wrong_input_is_named(bad, error, says):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_equal_rewards_give_exactly_zero(backend, estimator):
-    """0.7 and the rounded mean of eight of them differ; GRPO would blow that up to 0.06."""
+    """0.7 and the rounded mean of eight of them differ; GRPO would amplify that to 0.06."""
     rewards = torch.tensor([0.7] * 8 + [100.1] * 7 + [0.3], device=DEVICE)
     groups = torch.tensor([3] * 8 + [1] * 7 + [2], device=DEVICE)
     assert group_advantages(rewards, groups, estimator=estimator, backend=backend).tolist() == [0.0] * 16

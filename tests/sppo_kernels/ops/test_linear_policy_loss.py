@@ -1,4 +1,4 @@
-"""linear_policy_loss against float64 and against its two halves; how much it projects and how much it holds."""
+"""linear_policy_loss against float64 and the two operations that it combines; its passes and its memory."""
 
 import logging
 from itertools import cycle, pairwise, product
@@ -28,7 +28,7 @@ def _no_history():
 
 
 def batch(lengths=LENGTHS, width=8, vocab=41, dtype=torch.float32, spread=1.0, drift=0.3, per_token=False, parts=False):
-    """Arguments by name. Old log-probabilities are ``drift`` off, so that some tokens and sequences are clipped."""
+    """Make arguments by name, with old log-probabilities off by ``drift`` so that some tokens are clipped."""
     n = sum(lengths)
     given = {
         "hidden": randn(n, width, dtype=dtype, scale=spread, grad=True),
@@ -57,14 +57,14 @@ def leaves_of(given):
 
 
 def composition(hidden, weight, labels, old_logprobs, advantages, *, mask=None, **settings):
-    """The two operations, one after the other."""
+    """Run the two operations in succession."""
     of_head = ("bias", "adapter", "temperature", "softcap", "backward", "chunk_bytes", "logits_budget_bytes")
     of_head += ("mass_tolerance", "max_entries", "backend")
     head = {name: value for name, value in settings.items() if name in of_head}
     loss = {name: value for name, value in settings.items() if name not in of_head or name == "backend"}
-    bears_loss = (labels != IGNORED) & (True if mask is None else mask)
-    logprobs = linear_logprobs(hidden, weight, torch.where(bears_loss, labels, IGNORED), **head).logprobs
-    return policy_loss(logprobs, old_logprobs, advantages, mask=bears_loss, **loss)
+    loss_mask = (labels != IGNORED) & (True if mask is None else mask)
+    logprobs = linear_logprobs(hidden, weight, torch.where(loss_mask, labels, IGNORED), **head).logprobs
+    return policy_loss(logprobs, old_logprobs, advantages, mask=loss_mask, **loss)
 
 
 def double(given):
@@ -85,7 +85,7 @@ def relative(x, y):
 
 
 def check(given, backend, mode, **settings):
-    """As near to float64 as the composition of the two operations, and next to equal to it."""
+    """Check that it is as close to float64 as the two operations, and nearly equal to them."""
     ours, grads = results(linear_policy_loss, given, backend=backend, backward=mode, **settings)
     theirs, their_grads = results(composition, given, backend=backend, backward=mode, **settings)
     of_mode = ("chunk_bytes", "logits_budget_bytes", "mass_tolerance", "max_entries")
@@ -107,7 +107,7 @@ def check(given, backend, mode, **settings):
 @pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_agrees_with_the_two_operations_and_with_float64(backend, ratio_level, mode):
-    """Every aggregation and correction, dual clip, KL; advantages a sequence or a token; mask, bias, adapter."""
+    """Every aggregation and correction, dual clip, KL; advantages per sequence or per token; mask, bias, adapter."""
     cases = list(product((False, True), AGGREGATIONS, (None, *ROLLOUT_CORRECTIONS)))
     if backend == "triton" and DEVICE == "cpu":  # interpreted: each choice once, not with each other
         cases = list(zip(cycle((False, True)), cycle(AGGREGATIONS), (None, *ROLLOUT_CORRECTIONS), strict=False))
@@ -136,7 +136,7 @@ def test_several_blocks(small_blocks, backend, ratio_level, dtype):
 
 
 def passes(given, **settings):
-    """Over the loss-bearing tokens, as the profiler and the flop counter see them."""
+    """Count passes over the tokens with a loss, by the profiler and the FLOP counter."""
     run = lambda: results(linear_policy_loss, given, backend="torch", **settings)
     with FlopCounterMode(display=False) as counter:
         run()
@@ -149,17 +149,17 @@ def passes(given, **settings):
 
 @pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
 @pytest.mark.parametrize(("mode", "back"), [("cache", 2), ("auto", 2), ("recompute", 3)])
-def test_clipped_tokens_and_sequences_cost_the_forward_alone(ratio_level, mode, back):
+def test_clipped_tokens_cost_only_the_forward(ratio_level, mode, back):
     given = batch(lengths=(100, 120, 0, 300, 5, 90), drift=0.0)
     given["old_logprobs"][120:] -= 1.0  # the ratio is e
     given["advantages"].abs_()
     out, found = passes(given, backward=mode, ratio_level=ratio_level, **SMALL_CHUNKS)
-    bears_loss = given["labels"] != IGNORED
-    clipped = bears_loss.clone()
+    loss_mask = given["labels"] != IGNORED
+    clipped = loss_mask.clone()
     clipped[:120] = False
     if ratio_level != "token":  # the second sequence is clipped as a whole: most of it has moved
-        clipped[100:] = bears_loss[100:]
-    assert found == pytest.approx(1 + back * (1 - float(clipped.sum() / bears_loss.sum())), abs=0.01)
+        clipped[100:] = loss_mask[100:]
+    assert found == pytest.approx(1 + back * (1 - float(clipped.sum() / loss_mask.sum())), abs=0.01)
     assert out.metrics["clip_fraction"] > 0.5
 
 
@@ -180,7 +180,7 @@ def test_never_holds_more_than_a_block(ratio_level):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
-def test_nothing_bears_loss(backend, ratio_level):
+def test_no_token_has_a_loss(backend, ratio_level):
     for lengths in ((4, 3), (0, 0), ()):
         given = batch(lengths=lengths)
         given["labels"].fill_(IGNORED)
@@ -192,7 +192,7 @@ def test_nothing_bears_loss(backend, ratio_level):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_tokens_without_loss_hold_does_not_matter(backend):
+def test_contents_of_masked_tokens_do_not_matter(backend):
     given = batch(parts=True)
     given["hidden"].data[2::5] = float("nan")
     for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
@@ -205,8 +205,8 @@ def test_what_tokens_without_loss_hold_does_not_matter(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_tells_what_was_computed(backend):
-    """Log-probabilities to the bit as linear_logprobs gives them, detached, and the certificate."""
+def test_per_token_results_are_those_of_linear_logprobs(backend):
+    """Log-probabilities have the bits of linear_logprobs and are detached; the certificate is the same."""
     given = batch(spread=30.0)
     settings = {"backend": backend, "backward": "sparse"}
     out = linear_policy_loss(**given, **settings, return_per_token=True)
@@ -237,7 +237,7 @@ def test_frozen_parts_get_no_gradient_and_nothing_is_kept_for_none(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loss_scale_for_float16(backend):
-    """Gradients of a mean over so many tokens would underflow before the scale of the loss reaches them."""
+    """Gradients of a mean over many tokens would underflow before the loss scale is applied."""
     given = batch(lengths=(40, 40), dtype=torch.float16)
     scale = 2.0**14
     out = linear_policy_loss(**given, backend=backend, normalizer=1e6)
@@ -250,7 +250,7 @@ def test_a_loss_scale_for_float16(backend):
 @pytest.mark.parametrize("mode", ["cache", "recompute"])
 @pytest.mark.parametrize("advantages", [[0.0, 1.0], [1.0, 0.0], [1e-4, 1.0]])
 def test_float16_and_a_block_without_gradient_before_another(advantages, mode):
-    """Zeros must not set the scale that later blocks go by. Four of five tokens bear loss: each sequence is a block."""
+    """Zeros must not set the scale of later blocks. Four of five tokens have a loss: each sequence is a block."""
     given = batch(lengths=(320, 320), dtype=torch.float16, vocab=64)
     given["advantages"] = torch.tensor(advantages, device=DEVICE)
     settings = {"normalizer": 1e9, "backward": mode, **SMALL_CHUNKS}
@@ -312,7 +312,7 @@ def test_same_bits_every_run(backend, ratio_level):
 
 
 def test_micro_batches_add_up_to_the_update():
-    """With the update's normalizer the gradients of its parts are those of the whole."""
+    """With the update's normalizer the gradients of its parts add up to those of the update."""
     lengths = (30, 50, 20)
     given = batch(lengths=lengths)
     tokens = int((given["labels"] != IGNORED).sum())
@@ -412,7 +412,7 @@ def test_registration(backend, needs):
     torch.library.opcheck(operation, tensors, settings, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_says_how_it_goes_about_it(caplog):
+def test_debug_log_reports_the_blocks(caplog):
     given = batch(lengths=(100, 120, 300))
     with caplog.at_level(logging.DEBUG, logger="sppo_kernels"):
         linear_policy_loss(**given, ratio_level="sequence_mean", backward="cache", **SMALL_CHUNKS)

@@ -89,7 +89,7 @@ def test_any_layout(backend, layout):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_equals_pytorchs_cross_entropy(backend):
-    """Values, loss, advantage and gradient in the words of the paper: V = sigmoid(logit), A = R - V."""
+    """Values, loss, advantage and gradient as in the paper: V = sigmoid(logit), A = R - V."""
     tensors = inputs(6, 20, 12)
     outcomes = torch.tensor([0.0, 1.0, 0.25, 1.0, 0.0, 0.5], device=DEVICE)
     out = prompt_value_loss(**tensors, outcomes=outcomes, backend=backend)
@@ -108,7 +108,7 @@ def test_equals_pytorchs_cross_entropy(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_prompts_that_share_a_row_add_their_gradients(backend):
-    """Several responses to one prompt read one row; more of them than a block of the kernel holds."""
+    """Several responses to one prompt read one row, more of them than a block of the kernel holds."""
     tensors = inputs(300, 4, 5)
     tensors["last_index"] = torch.tensor([2] * 299 + [0], device=DEVICE)
     check_loss(backend, tensors)
@@ -330,7 +330,7 @@ def test_wrong_input_is_named(backend, bad, error, says):
 
 @pytest.mark.gpu
 def test_values_are_looked_at_only_when_asked(monkeypatch):
-    """An index out of range gives NaN, and touches no memory that is not its own, forward or backward."""
+    """An index out of range gives NaN and accesses no other memory, forward or backward."""
     tensors = inputs(2, 5, 4)
     tensors["last_index"] = torch.tensor([1, 1 << 40], device=DEVICE)
     monkeypatch.delenv("SPPO_KERNELS_CHECK", raising=False)

@@ -1,4 +1,4 @@
-"""selective_logprobs against float64, on logits and layouts that hurt."""
+"""selective_logprobs against float64, on difficult logits and layouts."""
 
 import pytest
 import torch
@@ -180,7 +180,7 @@ def test_any_integer_labels(backend, dtype):
 
 @pytest.mark.parametrize("tokens", [1, 40_000])
 def test_sequences_of_one_and_of_many_tokens(tokens):
-    """A row does not know its sequence; forty thousand rows in an interpreter would only be slow."""
+    """Rows are independent of sequences; forty thousand rows in an interpreter would only be slow."""
     backend = "triton" if DEVICE == "cuda" else "torch"
     check(backend, randn(1, tokens, 17, dtype=torch.bfloat16), randint(0, 17, 1, tokens))
 

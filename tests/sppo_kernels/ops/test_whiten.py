@@ -20,7 +20,7 @@ from sppo_kernels.ops.whiten import _whiten
 
 
 def check(backend, x, mask):
-    """An element minus the mean is as exact as the elements are large beside their spread."""
+    """An element minus the mean is as exact as the elements are large relative to their spread."""
     kept = x[mask != 0].double()
     term = (kept.abs().max() / kept.std()).item() if len(kept) > 1 else 0.0
     assert_close_to_float64(whiten, reference.whiten, backend, {"x": x, "mask": mask}, term=term)

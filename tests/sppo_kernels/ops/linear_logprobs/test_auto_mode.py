@@ -1,4 +1,4 @@
-"""linear_logprobs with backward="auto": which way it takes, and that the way is all that it changes."""
+"""linear_logprobs with backward="auto": the mode it chooses, which is all that it changes."""
 
 import warnings
 
@@ -22,7 +22,7 @@ def _no_history():
 
 
 def call(flat, entropy=False, op=linear_logprobs, **settings):
-    """Of each four tokens ``flat`` are of a flat distribution, the others of a peaked one. -> certificate, gradients"""
+    """Call with ``flat`` of each four tokens flat and the others peaked. Returns certificate and gradients."""
     hidden = 40.0 * torch.eye(VOCAB, device=DEVICE)[torch.arange(TOKENS) % VOCAB]
     hidden[torch.arange(TOKENS, device=DEVICE) % 4 < flat] = 0.0
     leaves = hidden.requires_grad_(), torch.eye(VOCAB, device=DEVICE).requires_grad_()
@@ -42,40 +42,40 @@ def call(flat, entropy=False, op=linear_logprobs, **settings):
 
 @pytest.mark.parametrize("op", [linear_logprobs, linear_policy_loss])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_entries_once_the_call_before_was_peaked(backend, op):
+def test_sparse_once_the_previous_call_was_peaked(backend, op):
     first, exact = call(1, op=op, backend=backend)
     assert (first.cached_share, first.sparse_share) == (1, 0)
     second, sparse = call(1, op=op, backend=backend)
     assert (second.cached_share, second.sparse_share) == (0, 0.75)
     for x, y in zip(sparse, exact, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4 * float(y.abs().max()))
-    call(4, op=op, backend=backend)  # by entries, of which there are none
+    call(4, op=op, backend=backend)  # sparse, without any entries
     assert call(4, op=op, backend=backend)[0].cached_share == 1
 
 
-def test_the_way_does_not_flicker():
-    """Between a third and a half of exact tokens it stays as it is."""
+def test_the_mode_does_not_flap():
+    """Between a third and a half of dense tokens the mode stays the same."""
     seen = AutoBackward()
-    ways = []
+    modes = []
     for exact in (40, 34, 33, 40, 50, 51, 40, 33):
         seen.record(torch.tensor(exact), 100, "")
-        ways.append(seen.use_sparse())
-    assert ways == [False, False, True, True, True, False, False, True]
+        modes.append(seen.use_sparse())
+    assert modes == [False, False, True, True, True, False, False, True]
     assert seen.use_sparse()  # nothing new was seen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_looking_changes_no_bit(backend):
-    """What selection tried on a few rows leaves the others, and theirs, as they were."""
+def test_probing_changes_no_bit(backend):
+    """Selection is tried on a copy of a few rows, so no result changes."""
     for flat in (0, 2, 4):
         auto_mode.reset_defaults()
-        certificate, watched = call(flat, backend=backend)
+        certificate, probed = call(flat, backend=backend)
         assert certificate.cached_share == 1
         _, plain = call(flat, backend=backend, backward="cache")
-        assert all(torch.equal(x, y) for x, y in zip(watched, plain, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(probed, plain, strict=True))
 
 
-def test_keeps_nothing_once_entropies_had_gradients():
+def test_nothing_is_cached_once_entropies_had_gradients():
     with pytest.warns(UserWarning, match="for nothing"):
         call(0, entropy=True)
     with warnings.catch_warnings():
@@ -86,8 +86,8 @@ def test_keeps_nothing_once_entropies_had_gradients():
         assert call(0)[0].sparse_share == 1  # the very first call has seen that they are peaked
 
 
-def test_a_small_vocabulary_is_kept_whole():
-    """Of so few columns entries save next to nothing."""
+def test_a_small_vocabulary_is_cached():
+    """With so few columns sparse entries save next to nothing."""
     for _ in range(3):
         certificate, _ = call(0, max_entries=64)
         assert (certificate.cached_share, certificate.sparse_share) == (1, 0)
@@ -101,8 +101,8 @@ def test_heads_of_other_shapes_do_not_mix():
     assert out.certificate.cached_share == 1
 
 
-def test_a_checkpointed_forward_is_done_again_as_it_was():
-    """The call that saw peaked distributions has kept E, so its second forward does; the next one keeps entries."""
+def test_a_recomputed_forward_uses_the_same_mode():
+    """The second forward of a checkpointed module caches what the first did; the next call is sparse."""
     hidden = (40.0 * torch.eye(VOCAB, device=DEVICE)).requires_grad_()
     weight, labels = torch.eye(VOCAB, device=DEVICE).requires_grad_(), torch.arange(VOCAB, device=DEVICE)
     certificates = []
@@ -118,7 +118,7 @@ def test_a_checkpointed_forward_is_done_again_as_it_was():
     assert [float(x.sparse_share) for x in certificates] == [0, 1]
 
 
-def test_scoring_is_not_looked_at():
+def test_scoring_is_not_recorded():
     with torch.no_grad():
         for _ in range(2):
             linear_logprobs(40 * torch.eye(VOCAB), torch.eye(VOCAB), torch.arange(VOCAB), **SETTINGS)

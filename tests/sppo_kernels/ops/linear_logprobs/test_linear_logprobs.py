@@ -82,7 +82,7 @@ def test_vocabulary_of_a_real_model(backend):
 
 @pytest.mark.parametrize("tokens", [1, 40_000])
 def test_sequences_of_one_and_of_many_tokens(tokens):
-    """Rows do not know their sequence; forty thousand of them in an interpreter would only be slow."""
+    """Rows are independent of sequences; forty thousand in an interpreter would only be slow."""
     backend = "triton" if DEVICE == "cuda" else "torch"
     check(backend, **inputs(tokens, 5, 13, torch.bfloat16))
 
@@ -106,7 +106,7 @@ def test_softcap_where_it_saturates(backend, backward):
 @pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0])
 @each_way
 def test_softcap_where_the_label_is_next_to_impossible(backend, backward, temperature):
-    """Its probability is 0 in float32, its log-probability and their gradients are not."""
+    """Its probability is 0 in float32; its log-probability and the gradients are not."""
     hidden = torch.tensor([[40.0, -10.0, 3.0]], device=DEVICE, requires_grad=True)
     weight = torch.eye(3, device=DEVICE, requires_grad=True)
     label = torch.tensor([1], device=DEVICE)
@@ -189,7 +189,7 @@ def test_frozen_inputs_get_no_gradient(backend, backward, frozen):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_token_gets_its_own_gradient(backend, dtype, budget):
-    """Holes everywhere: tokens without loss, without upstream gradient, with one of the entropy, beyond the budget."""
+    """Tokens without a loss, without an upstream gradient, with an entropy gradient, and beyond the budget."""
     given = inputs(12, 16, 29, dtype, bias=True)
     given["labels"][[0, 5]] = IGNORED
     of_logprobs = torch.linspace(-1, 2, 12, device=DEVICE)
@@ -212,7 +212,7 @@ def test_each_token_gets_its_own_gradient(backend, dtype, budget):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @each_way
 def test_gradient_of_the_bias_of_a_mean(backend, backward, dtype):
-    """Every token has the same coefficient; rounded, it would be off by as much for all of them."""
+    """Every token has the same coefficient, whose rounding error would be the same for all of them."""
     given = inputs(96, 8, 40, dtype, bias=True)
     given["bias"] = given["bias"].detach().float().requires_grad_()
     upstream = 1.498 / 96  # nearly half way between two of bfloat16, and of float16
@@ -235,7 +235,7 @@ def test_all_upstream_gradients_zero(backend, backward):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @each_way
 def test_upstream_gradients_too_small_for_the_dtype_of_the_inputs(backend, backward, dtype):
-    """A mean over many tokens: c h and c E would vanish in float16, their sum over the tokens does not."""
+    """A mean over many tokens: single terms would vanish in float16, their sum does not."""
     given = inputs(128, 8, 16, dtype)
     double = given["weight"].detach().double().requires_grad_()
     tiny = 2.0**-24
@@ -311,7 +311,7 @@ def test_same_bits_every_run(small_blocks, backend, backward):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_however_the_tokens_are_padded(backend, dtype):
-    """Only tokens with loss reach the matrix product, so where the others lie cannot change a bit.
+    """Only tokens with a loss reach the matrix product, so the places of the others cannot change a bit.
 
     A token alone has other last bits than in a batch: a matrix product of one row takes another path in the BLAS.
     """

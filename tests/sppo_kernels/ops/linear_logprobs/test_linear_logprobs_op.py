@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:linear_logprobs cached")  # both
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_rounds_inputs_and_not_logits(backend, dtype):
-    """As if hidden, weight and bias had been cast outside; the gradients come back in their own dtype."""
+    """Inputs are rounded as if cast outside; gradients have the dtype of the inputs."""
     given = inputs(6, 16, 29, bias=True)
     with torch.autocast(DEVICE, dtype=dtype):
         inside = linear_logprobs(**given, backend=backend)
@@ -65,7 +65,7 @@ def test_activation_checkpointing(backend, backward):
 
 @each_way
 def test_outputs_used_twice_and_backward_twice(backend, backward):
-    """Kept E is read, not used up: two losses on one output, the graph kept in between, add up in the gradients."""
+    """The cache is read, not consumed: two losses on one output with a retained graph add up."""
     given = inputs(6, 8, 29, ignored=1)
     leaves = [given["hidden"], given["weight"]]
     run = lambda: linear_logprobs(**given, backend=backend, backward=backward)

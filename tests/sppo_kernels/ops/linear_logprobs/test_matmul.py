@@ -69,9 +69,9 @@ CASES = {
 @pytest.mark.parametrize(("dtype", "bias", "adapter", "upstream", "settings"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_agrees_with_float64(products, monkeypatch, backend, dtype, bias, adapter, upstream, settings):
-    """Three blocks of E, ten chunks of logits, the last of a single token: 577 of 600, or 82 of 86, bear loss.
+    """Three blocks and ten chunks, the last of a single token: 577 of 600, or 82 of 86, tokens have a loss.
 
-    Where a few entries are kept, they do for most tokens, not for all.
+    Sparse entries suffice for most tokens, not for all.
     """
     n, certificates = TOKENS, []
     if backend == "triton" and not (bias and adapter and settings is PART):

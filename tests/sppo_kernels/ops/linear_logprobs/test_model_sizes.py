@@ -31,7 +31,7 @@ def long_tailed(n, width, vocab, dtype):
 
 
 def tokens(vocab, dtype, distribution):
-    """As many as keep a single rounding from deciding, as few as keep the tests short.
+    """Return enough tokens that no single rounding decides, and few enough for a short test.
 
     Where a model is nearly sure, 1 - p is one rounding a token, of which float32 has no other to speak of.
     """
@@ -46,7 +46,7 @@ def eager(hidden, weight, labels):
 
 
 def values_and_gradients(op, hidden, weight, labels, **settings):
-    """Of log-probabilities alone and of both outputs: two upstream gradients, as of a loss without and with a bonus."""
+    """Return results and gradients of the log-probabilities, and of both outputs, as with an entropy bonus."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     logprobs, entropy = op(hidden, weight, labels, **settings)
     upstream = torch.linspace(-1, 1, len(labels), device=DEVICE, dtype=logprobs.dtype)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:linear_logprobs cached")  # both
 
 
 def passes(given, upstream=1.0, **settings):
-    """Passes of 2 N H V operations, forward and backward, by PyTorch's own counter; the profiler must see as many."""
+    """Count passes of 2 N H V operations by PyTorch's FLOP counter; the profiler must agree."""
     n, one = len(given["labels"]), given["hidden"].shape[1] * given["weight"].shape[0]
 
     def run():
@@ -48,7 +48,7 @@ def passes(given, upstream=1.0, **settings):
     ],
 )
 def test_passes_over_the_vocabulary(backward, frozen, expected):
-    """One forward, one for each gradient, and one to make the logits again of what was not kept."""
+    """One forward, one per gradient, and one to recompute the logits of what was not cached."""
     given = inputs(330, 6, 29)
     if frozen:
         given[frozen].requires_grad_(False)
@@ -62,8 +62,8 @@ def test_passes_over_what_the_budget_holds(kept, expected):
 
 
 @pytest.mark.parametrize(("entropies", "expected"), [(0, 3), (110, 3 + 1 / 3), (330, 4)])
-def test_entropies_with_a_gradient_need_their_logits_again(entropies, expected):
-    """Token by token; where nothing of what was kept is of use, a warning says so."""
+def test_entropies_with_a_gradient_are_recomputed(entropies, expected):
+    """Token by token; a warning reports a cache that is of no use."""
     given = inputs(330, 6, 29)
     upstream = (torch.arange(330, device=DEVICE) < entropies).float()
 
@@ -80,7 +80,7 @@ def test_entropies_with_a_gradient_need_their_logits_again(entropies, expected):
 
 
 @pytest.mark.parametrize(("backward", "in_all", "after_forward"), [("recompute", 4, 3), ("cache", 3, 2)])
-def test_tokens_without_loss_or_without_upstream_gradient_are_not_paid_for(backward, in_all, after_forward):
+def test_tokens_without_loss_or_gradient_cost_nothing(backward, in_all, after_forward):
     given = inputs(330, 6, 29, ignored=110)
     assert passes(given, backward=backward) == pytest.approx(in_all * 2 / 3)
     given = inputs(330, 6, 29)
@@ -93,7 +93,7 @@ def test_tokens_without_loss_or_without_upstream_gradient_are_not_paid_for(backw
 @pytest.mark.parametrize(("backward", "expected"), [("recompute", 4), ("cache", 3)])
 @pytest.mark.parametrize("kind", ["fake", "meta"])
 def test_flop_counter_on_tensors_without_values(kind, backward, expected):
-    """There are no labels to look at: every token counts."""
+    """Labels have no values, so every token counts."""
     with FakeTensorMode() if kind == "fake" else torch.device("meta"), FlopCounterMode(display=False) as counter:
         hidden, weight = (torch.empty(n, 8, requires_grad=True) for n in (20, 31))
         labels = torch.empty(20, dtype=torch.int64)
@@ -110,8 +110,8 @@ def largest_allocation(run):
 
 @pytest.mark.parametrize("upstream", ["logprobs", "entropy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward_makes_nothing_of_the_size_of_what_is_kept(dtype, upstream):
-    """Forward, with its one such tensor, is over; autograd must not fill in a gradient for it."""
+def test_backward_allocates_nothing_of_the_cache_size(dtype, upstream):
+    """Autograd must not allocate a gradient of the size of the cache."""
     n, vocab = 2048, 64
     given = inputs(n, 4, vocab, dtype)
     out = linear_logprobs(**given, backend="torch", backward="cache", **SMALL_CHUNKS)
@@ -119,7 +119,7 @@ def test_backward_makes_nothing_of_the_size_of_what_is_kept(dtype, upstream):
 
 
 def test_never_holds_all_logits():
-    """The largest single allocation, forward and backward, is that of a block of E."""
+    """The largest single allocation, forward and backward, is one block of logit gradients."""
     n, vocab = 2048, 64
     given = inputs(n, 4, vocab, bias=True)
 
@@ -131,7 +131,7 @@ def test_never_holds_all_logits():
 
 
 @pytest.mark.parametrize("backward", ["auto", "cache"])
-def test_keeps_nothing_where_nothing_needs_a_gradient(backward):
+def test_nothing_is_cached_without_gradients(backward):
     n, vocab = 2048, 256
     given = inputs(n, 4, vocab)
     with torch.no_grad():
@@ -155,8 +155,8 @@ def test_keeps_nothing_where_nothing_needs_a_gradient(backward):
         ({}, 6),
     ],
 )
-def test_says_what_it_chose(settings, kept, caplog):
-    """Tokens without loss take nothing of the budget."""
+def test_debug_log_reports_what_is_cached(settings, kept, caplog):
+    """Tokens without a loss use none of the budget."""
     given = inputs(8, 4, 29, torch.bfloat16, ignored=2)
     with caplog.at_level(logging.DEBUG, logger="sppo_kernels"):
         linear_logprobs(**given, **settings, backend="torch").logprobs[:-1].sum().backward()
@@ -168,7 +168,7 @@ def test_says_what_it_chose(settings, kept, caplog):
 
 @pytest.mark.parametrize("kept", [0, 3, 6])
 def test_rows_of_logits_and_their_gradients_are_aligned(kept, monkeypatch):
-    """Whatever the vocabulary: matrix products read and write them 16 bytes at a time. Of kept rows some are of use."""
+    """Matrix products read and write 16 bytes at a time for any vocabulary, also where part of the cache is used."""
     strides = []
     product = Projection.product
 
@@ -192,8 +192,8 @@ def test_budget_unless_it_is_given(backward, kept):
     assert _num_cacheable(backward, None, 10**6, 4000, torch.device("cpu")) == kept
 
 
-def test_auto_keeps_a_quarter_of_the_free_memory(monkeypatch):
-    """What the driver of that device has, and what its allocator holds unused."""
+def test_auto_caches_in_a_quarter_of_the_free_memory(monkeypatch):
+    """Free memory is what the driver has, and what PyTorch's allocator holds unused."""
     device = torch.device("cuda:1")
     memory = {"mem_get_info": (1000 * 4000, 9000 * 4000), "memory_reserved": 700 * 4000, "memory_allocated": 300 * 4000}
     for name, value in memory.items():

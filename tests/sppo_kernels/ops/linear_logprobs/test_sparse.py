@@ -1,4 +1,4 @@
-"""linear_logprobs with backward="sparse": what it leaves out is bounded, measured, and the rest exact."""
+"""linear_logprobs with backward="sparse": what it drops is bounded and measured, and the rest is exact."""
 
 import logging
 
@@ -46,7 +46,7 @@ def gradients(op, hidden, weight, labels, **settings):
     capacity=st.sampled_from([1, 7, 64]),
     ignored=st.integers(0, 2),
 )
-def test_the_bound_holds_and_is_what_was_left_out(
+def test_the_error_bound_holds_and_is_the_dropped_mass(
     backend, n, vocab, spread, temperature, softcap, tolerance, capacity, ignored
 ):
     """The weight is the identity, so that the gradient of hidden is that of the logits."""
@@ -61,7 +61,7 @@ def test_the_bound_holds_and_is_what_was_left_out(
     dropped, entries = out.certificate
     rounding = 1e-5 * upstream.abs() / temperature
     assert (error <= upstream.abs() * dropped / temperature + rounding).all()
-    if softcap is None:  # and no larger than what is measured: it is the very mass
+    if softcap is None:  # the bound is tight
         assert (error >= upstream.abs() * dropped / temperature - rounding).all()
     assert (dropped <= tolerance).all()
     assert (dropped[entries <= 0] == 0).all()
@@ -71,8 +71,8 @@ def test_the_bound_holds_and_is_what_was_left_out(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_as_few_entries_as_will_do(backend):
-    """No fewer would leave out at most the tolerance, and none is turned away that would do."""
+def test_as_few_entries_as_suffice(backend):
+    """No fewer entries would satisfy the tolerance, and no token that could be sparse is recomputed."""
     hidden, weight, labels = inputs(12, 16, 3000, 8.0)
     capacity, tolerance = 40, 1e-3
     sparse = {"backward": "sparse", "mass_tolerance": tolerance, "max_entries": capacity, "backend": backend}
@@ -88,7 +88,7 @@ def test_as_few_entries_as_will_do(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_top_that_comes_late_and_is_not_the_label(backend):
-    """Until it is known, noise that is next to impossible stands out, and more of it than there is room for."""
+    """Before the maximum is known, more columns look likely than there is space for candidates."""
     vocab, peak = 5000, 4990
     hidden, weight, labels = (
         randn(3, vocab),
@@ -132,7 +132,7 @@ def test_flat_rows_and_gradients_of_the_entropy_are_exact(backend):
 
 @pytest.mark.parametrize(("spread", "expected"), [(60.0, 1), (0.1, 4)])
 def test_passes_over_the_vocabulary(spread, expected):
-    """One where all is peaked, and as many as with recompute where nothing is."""
+    """One pass where all tokens are peaked, and as many as with recompute where none is."""
     hidden, weight, labels = inputs(300, 64, 2000, spread)
     labels = (hidden @ weight.t()).argmax(-1)
     hidden, weight = (10 * hidden if expected == 1 else hidden).requires_grad_(), weight.requires_grad_()
@@ -173,7 +173,7 @@ def test_everything_at_once_a_few_tokens_at_a_time(small_blocks, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_as_without_and_every_run(backend):
-    """Log-probabilities of a forward without gradients are those of one that selects."""
+    """Log-probabilities have the same bits without gradients, where nothing is selected."""
     hidden, weight, labels = inputs(50, 16, 700, 10.0)
     first, _, grads = gradients(linear_logprobs, hidden, weight, labels, backward="sparse", backend=backend)
     _, _, again = gradients(linear_logprobs, hidden, weight, labels, backward="sparse", backend=backend)
@@ -184,7 +184,7 @@ def test_same_bits_as_without_and_every_run(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_of_many_entries_are_summed_in_pieces(backend):
-    """More than fit into one piece, none, and one."""
+    """Ranges with more entries than one piece, with none, and with one."""
     bounds = torch.tensor([0, 2500, 2500, 2501], device=DEVICE)
     index, weight, rows = randint(0, 9, 2501), randn(2501), randn(9, 5)
     out = randn(4, 5)
@@ -200,7 +200,7 @@ def test_rows_of_many_entries_are_summed_in_pieces(backend):
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 16, 32, 130])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weighted_rows_of_any_width(backend, width):
-    """Ranks of adapters among them; ranges of several blocks of entries; rows that lie apart."""
+    """Widths include ranks of adapters; ranges span several blocks; rows are strided."""
     lengths = torch.tensor([0, 1, 33, 100, 64])
     bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(DEVICE)
     index, weight, rows = randint(0, 9, int(lengths.sum())), randn(int(lengths.sum())), randn(9, 2 * width)[:, ::2]
@@ -222,7 +222,7 @@ def test_wrong_capacity_is_named(value, says):
         linear_logprobs(torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 4]), max_entries=value)
 
 
-def test_says_how_many_tokens_had_entries(caplog):
+def test_debug_log_reports_how_many_tokens_are_sparse(caplog):
     """One of five is too flat; another has no loss."""
     hidden, weight, labels = inputs(6, 16, 900, 30.0)
     labels[4], hidden[3] = IGNORED, 0.0

@@ -28,7 +28,7 @@ def test_equal_to_one_process(ranks):
 
 
 def test_group_of_one():
-    """A group of this process alone is no group."""
+    """A group with only this process changes nothing."""
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

@@ -100,7 +100,7 @@ def metrics_of(backend, ratios, advantages, lengths, **arguments):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_metrics_at_token_level(backend):
-    """Eight tokens; the empty sequence counts nowhere."""
+    """Eight tokens; the empty sequence does not count."""
     ratios = [0.5, 1.0, 1.5, 1.1, 0.5, 0.9, 4.0, 2.0]
     got = metrics_of(
         backend,
@@ -254,7 +254,7 @@ def test_without_tokens(backend, level, correction):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_as_many_tokens_as_sequences_means_an_advantage_a_sequence(backend):
+def test_ambiguous_advantages_are_per_sequence(backend):
     logprobs = torch.zeros(2, device=DEVICE)
     inputs = {"advantages": torch.tensor([5.0, 7.0], device=DEVICE), "cu_seqlens": offsets([2, 0])}
     assert policy_loss(logprobs, logprobs, **inputs, backend=backend).loss.item() == -5.0

@@ -86,7 +86,7 @@ def test_fake_tensors(backend):
 
 @pytest.mark.gpu
 def test_one_launch_and_no_host_sync():
-    """Packed input: loss, metrics and gradient are one kernel, and the host never waits for it."""
+    """Packed input: loss, metrics and gradient are one kernel, without a host sync."""
     tensors = packed([700, 0, 1500, 1])
     arguments = {"ratio_level": "sequence_mean", "kl_coef": 0.1, "rollout_correction": "sequence_mask"}
     policy_loss(**tensors, **arguments).loss.backward()  # compiles

@@ -56,7 +56,7 @@ def gspo(sequences):
 
 
 def gspo_token(sequences):
-    """arXiv 2507.18071, equations 13 and 14: sg[s] pi / sg[pi], with an advantage a token."""
+    """arXiv 2507.18071, equations 13 and 14: sg[s] pi / sg[pi], with one advantage per token."""
     losses = []
     for x in sequences:
         s = ((x["new"] - x["old"]).sum() / len(x["new"])).exp().detach()
@@ -66,7 +66,7 @@ def gspo_token(sequences):
 
 
 def bandit(sequences):
-    """One action a prompt: the ratio of whole responses, arXiv 2604.08865."""
+    """One action per prompt: the ratio of complete responses, arXiv 2604.08865."""
     losses = [ppo((x["new"].sum() - x["old"].sum()).exp(), x["advantage"][0], 0.5, 0.5) for x in sequences]
     return sum(losses) / len(losses)
 
