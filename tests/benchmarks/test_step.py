@@ -53,7 +53,7 @@ def test_every_algorithm_and_trl(tmp_path):
     [
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--mean", "0"], "--mean must be at least 2, got 0"),
-        (["--quick", "--model", "qwen2.5-0.5b"], "--quick is a look at the tiny model, got --model qwen2.5-0.5b"),
+        (["--quick", "--model", "qwen2.5-0.5b"], "--quick uses the tiny model, got --model qwen2.5-0.5b"),
     ],
 )
 def test_wrong_options_are_named(tmp_path, options, says):
