@@ -106,9 +106,9 @@ def parts(folder: Path, dry: bool) -> list[Part]:
         kinds = "--only", "linear_logprobs", "selective_logprobs", *POLICY_LOSSES  # each launches other kernels
         compiled = run.kernels("torch-compile", "dry", *one, providers=["torch.compile"])
         retimed = run.kernels("headline-tuned", "dry", *one, *tuned, providers=baseline)
-        others = _pytest("tests/sppo_kernels/test_triton_launch.py")
+        others = _pytest("tests/sppo_kernels/test_triton_utils.py")
         return [
-            Part("correctness", _pytest("tests/sppo_kernels/test_whiten.py", "-k", "float64"), 120),
+            Part("correctness", _pytest("tests/sppo_kernels/ops/test_whiten.py", "-k", "float64"), 120),
             Part("headline", run.kernels("headline", "dry", *kinds), 420),
             Part("roofline", run.suite("roofline", "roofline", "--quick"), 240),
             Part("torch-compile", compiled, 120, may_stop=True),
