@@ -49,3 +49,16 @@ def test_a_run_logs_what_the_page_lists(tmp_path):
     }
     listed = {name for row in ROWS for name in re.findall(r"`([^`]+)`", row[0])}
     assert logged - OF_TRANSFORMERS == listed
+
+
+def test_each_metric_occurs_in_its_source():
+    """The name, or what is left of it without a prefix for policy, critic, phase or evaluation."""
+    for names, _, _, source in ROWS:
+        path = ROOT / source.strip("`")
+        if not path.exists():
+            assert source == "transformers"
+            continue
+        text = "".join(file.read_text() for file in ([path] if path.is_file() else path.glob("*.py")))
+        for name in re.findall(r"`([^`]+)`", names):
+            prefixes = (f"{name.split('_')[0]}_", "eval_", "seconds/", "eval_rewards/NAME", "rewards/NAME")
+            assert any(name.removeprefix(prefix) in text for prefix in prefixes), (name, source)

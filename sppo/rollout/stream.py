@@ -44,7 +44,8 @@ class Update:
     """The micro-batches of one optimizer step, and what they have in common.
 
     Attributes:
-        micro_batches: a multiple of ``gradient_accumulation_steps``; the Trainer takes every so many-th as one.
+        micro_batches: their number is a multiple of ``gradient_accumulation_steps``; the Trainer counts
+            ``micro_batches[i::gradient_accumulation_steps]`` as one.
         max_length: number of tokens of their longest sequence.
         policy_normalizer, critic_normalizer: divisors of their summed losses; this process's share.
         policy_learns, critic_learns: whether the step may change the policy and the critic.
@@ -60,7 +61,7 @@ class Update:
 
 @dataclass
 class Progress:
-    """The state of a run apart from its weights: all that resuming needs of it.
+    """State of a run other than its weights, as needed to resume it.
 
     Attributes:
         updates: optimizer steps begun; together with the settings it determines which prompts come next.
@@ -357,8 +358,8 @@ class RolloutStream(IterableDataset):
         """Compute and validate advantages.
 
         Returns:
-            Zeros if all rewards are equal, as they do not tell which response is better: until its critic has caught
-            up, an algorithm would push every sampled response in the same direction.
+            ``[B]`` or ``[B, T]``; zeros if all rewards are equal. Equal rewards do not tell which response is better,
+            and an algorithm whose critic has not caught up would push all of them in the same direction.
         """
         count = len(batch.rewards)
         advantages = self.algorithm.advantages(batch)

@@ -101,7 +101,7 @@ def test_row_passes_load_and_store_16_bytes_at_a_time(built, kernel, vocab):
     assert "candidates" in kernel or kernel == "selective_logprobs_fwd_kernel" or "st.global.v4.b32" in code
 
 
-def test_counts_of_tokens_and_sequences_compile_nothing_anew(built):
+def test_new_token_counts_compile_nothing_again(built):
     kinds = defaultdict(list)
     for module, kernel, case in built["kinds"]:
         kinds[f"{module}.{kernel}"].append(case)
@@ -110,8 +110,8 @@ def test_counts_of_tokens_and_sequences_compile_nothing_anew(built):
         "selective_logprobs_bwd_kernel",
         "linear_logprobs_logit_grads_kernel",
     }
-    anew = {name: cases for name, cases in kinds.items() if len(cases) > EXPECTED.get(name, 1)}
-    assert anew == {}
+    recompiled = {name: cases for name, cases in kinds.items() if len(cases) > EXPECTED.get(name, 1)}
+    assert recompiled == {}
 
 
 # Of one kernel there is another kind where it is launched from another operation, on other dtypes.

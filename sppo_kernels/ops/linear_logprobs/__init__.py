@@ -11,7 +11,7 @@ distribution is too flat.
     arguments        validation                      cache           what is kept, the row pass of logit gradients
     op               registered operations           sparse          selection of sparse logit gradients
     lm_head          forward and backward in chunks  weighted_rows   products with them
-    matmul           the matrix products             auto_mode       the choice of backward="auto"
+    matmul           the matrix products             auto_mode       what backward="auto" remembers
     gradients        accumulation of the gradients   vocab_parallel  the output embedding split over ranks
 """
 

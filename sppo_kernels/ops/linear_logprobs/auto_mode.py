@@ -1,4 +1,4 @@
-"""The memory of ``backward="auto"``: how peaked the distributions of earlier calls were.
+"""What ``backward="auto"`` remembers of earlier calls; ``cache.plan_cache`` decides with it.
 
 A token whose logit gradient fits in a few entries takes one pass over the vocabulary. Any other takes 1 + 1 + g: g for
 the gradients of hidden and weight, and the logits again. If half of the tokens are of the second kind that makes
@@ -19,7 +19,7 @@ from torch import Tensor
 from . import vocab_parallel
 
 ENTER, LEAVE = 1 / 3, 1 / 2  # share of the tokens that need the dense path
-PROBE_EVERY = 16  # without sparse selection, it is tried on one of so many rows
+PROBE_EVERY = 16  # without sparse selection, it is tried on one row in 16
 MIN_VOCAB_PER_ENTRY = 8  # with a smaller vocabulary a dense row costs next to nothing
 
 _numbers = itertools.count()
@@ -85,8 +85,8 @@ class AutoBackward:
 def find(key: str, weight: Tensor) -> AutoBackward | None:
     """Return the object with this key, or None if it is gone; for "" the default of this weight.
 
-    Defaults go by shape, dtype and device, since a parameter is another tensor under autocast and after each gathering
-    of its shards.
+    Defaults are found by shape, dtype and device, since a parameter is another tensor under autocast and after each
+    gathering of its shards.
     """
     if key:
         return _instances.get(key)

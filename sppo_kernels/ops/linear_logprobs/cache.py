@@ -64,7 +64,7 @@ def plan_cache(
     Args:
         weight: ``[V, H]``, this rank's rows of the output embedding.
         backward: "recompute", "cache", "sparse" or "auto".
-        monitor: what "auto" decides by; None for the others.
+        monitor: remembers earlier calls for "auto"; None for the other modes.
         logits_budget_bytes: bytes of dense logit gradients to keep at most, or None for the default.
         num_tokens: number of tokens with a loss.
         mass_tolerance: probability that sparse entries of a token may leave out.

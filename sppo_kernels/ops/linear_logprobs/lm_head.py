@@ -8,9 +8,10 @@
                 recomputed:       hidden --(W^T)--> logits --(row pass)--> logit gradient times c, and the entropy's
                 logit gradient --(W)--> d hidden      logit gradient^T --(hidden)--> d weight, accumulated in float32
 
-The logit gradient (onehot(label) - p) cap'(logit) does not depend on the loss: any function of the log-probabilities
-reaches token t's logits as c_t times it, divided by the temperature, with c_t its upstream gradient. Only the gradient
-of an entropy is not of this form, so a token that has one is recomputed from its logits.
+c is the upstream gradient of a token's log-probability, cap' the derivative of the softcap (1 without one). The logit
+gradient (onehot(label) - p) cap'(logit) does not depend on the loss: any function of the log-probabilities reaches
+token t's logits as c_t times it, divided by the temperature. Only the gradient of an entropy is not of this form, so a
+token that has one is recomputed from its logits.
 
 Logit gradients have the dtype of the inputs, as in eager PyTorch. d weight is rounded to its own dtype at the end.
 
@@ -130,18 +131,18 @@ class LMHead:
     # Forward
 
     def forward(self, tokens: Tensor, results: TokenResults, plan: CachePlan, shards: list[int]) -> CachedLogitGrads:
-        """Compute the results of ``tokens`` into ``results``. ``shards`` are the rows of the weight on each rank."""
+        """Compute the results of ``tokens`` into ``results``. ``shards`` are the numbers of rows on each rank."""
         cached = allocate(self.weights[0], plan, len(tokens))
         results.num_entries[tokens] = RECOMPUTED
         results.num_entries[tokens[: plan.num_dense]] = CACHED
         projection = Projection(self.weights, self.bias)
-        # A matrix product on a CPU copies the weight in every call, so small chunks cost more per token. Without the
-        # logit gradients that backward holds at the same time, twice as many logits fit.
+        # The PyTorch backend is for CPUs, where a matrix product copies the weight in every call, so small chunks cost
+        # more per token. Without the logit gradients that backward also holds, twice as many logits fit.
         chunk_size = self.block_size(max(shards)) // (2 if self.backend == "torch" else 4)
         workspace = projection.workspace(min(chunk_size, len(tokens)))
         done = num_seen = 0
-        num_dense = results.num_entries.new_zeros((), dtype=torch.int64)  # among those seen
-        # The number of chunks is the same on each rank, whatever the size of its shard: they meet in every one.
+        num_need_dense = results.num_entries.new_zeros((), dtype=torch.int64)  # among those seen
+        # The number of chunks is the same on each rank, whatever the size of its shard: all communicate in each chunk.
         for index in indexing.chunks(tokens, chunk_size):
             logits = projection.logits([hidden[index] for hidden in self.hiddens], workspace)
             rows = slice(done, done + len(index))
@@ -158,7 +159,7 @@ class LMHead:
                 row = self._row_pass(logits, index)
                 if plan.monitor is not None:
                     num_probed = -(-len(index) // PROBE_EVERY)
-                    num_dense += self._count_dense(logits, index[:num_probed], row, plan, len(shards))
+                    num_need_dense += self._count_dense(logits, index[:num_probed], row, plan, len(shards))
                     num_seen += num_probed
                 LOGIT_GRADS[self.backend](
                     logits=logits,
@@ -172,9 +173,9 @@ class LMHead:
             done += len(index)
             del logits  # before the next chunk's
         if plan.monitor is not None and plan.sparse:
-            num_dense, num_seen = (results.num_entries[tokens] < 0).sum(), len(tokens)
+            num_need_dense, num_seen = (results.num_entries[tokens] < 0).sum(), len(tokens)
         if plan.monitor is not None and num_seen:
-            plan.monitor.record(num_dense, num_seen, self.group)
+            plan.monitor.record(num_need_dense, num_seen, self.group)
         return cached
 
     def _row_pass(self, logits: Tensor, index: Tensor) -> RowResults:
@@ -266,7 +267,7 @@ class LMHead:
         grad_logprobs: Tensor,
         grad_entropy: Tensor,
     ) -> int:
-        """Add the gradients of ``tokens`` to ``accumulator``. Returns for how many ``cached`` served.
+        """Add the gradients of ``tokens`` to ``accumulator``.
 
         Args:
             tokens: indices of the tokens that ``forward`` was called with.
@@ -275,6 +276,9 @@ class LMHead:
             saved: results of all N tokens.
             grad_logprobs: ``[N]``, divided by the accumulator's scale.
             grad_entropy: ``[N]``, divided likewise.
+
+        Returns:
+            The number of tokens whose gradient came from ``cached``.
         """
         has_grad = (grad_logprobs[tokens] != 0) | (grad_entropy[tokens] != 0)
         # The cache does not cover the entropy: a token whose entropy has a gradient needs its logits again.
@@ -288,7 +292,7 @@ class LMHead:
             "backward: %d tokens cached, %d sparse, %d recomputed", len(from_dense), len(from_sparse), len(recomputed)
         )
         coefficient = grad_logprobs / self.temperature
-        # Recomputed tokens first: the product that is the first to reach d weight does not need it zeroed.
+        # Sparse entries last: they need d weight zeroed, whereas the first product of the others creates it.
         self._add_recomputed(recomputed, accumulator, saved, grad_logprobs, grad_entropy)
         self._add_cached(tokens, from_dense, accumulator, cached.dense, coefficient)
         if len(from_sparse):
@@ -363,5 +367,5 @@ class LMHead:
         return grads
 
     def _tokens_per_hidden_block(self) -> int:
-        """Return how many tokens' hidden states and gradients of them, 16 H bytes each, fit in ``chunk_bytes``."""
+        """Return how many tokens' hidden states and gradients fit in ``chunk_bytes``, at 16 H bytes per token."""
         return max(256, self.chunk_bytes // (16 * sum(hidden.shape[1] for hidden in self.hiddens)))

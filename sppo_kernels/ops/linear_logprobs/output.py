@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Values of Certificate.num_entries for tokens on the dense path, whose gradient is exact
+# Values of Certificate.num_entries for tokens without sparse entries, whose gradient is exact
 RECOMPUTED, CACHED = -1, -2
 
 
@@ -17,8 +17,8 @@ class Certificate(NamedTuple):
     Attributes:
         dropped_mass: ``[...]`` float32, the probability that is in none of a token's sparse entries; 0 where the
             gradient is exact. The gradient of the loss by a token's logits is off by at most
-            ``|c| dropped_mass / temperature`` in the L1 norm, besides float32 rounding (which exceeds a tolerance below
-            1e-6).
+            ``|c| dropped_mass / temperature`` in the L1 norm, apart from float32 rounding (which exceeds a tolerance
+            below 1e-6).
         num_entries: ``[...]`` int32, the number of sparse entries; 0 for a token without a loss; -2 if the token's
             logit gradient is cached, -1 if its logits are recomputed. With ``group`` a token has -1 if that is so on
             any rank, and -2 as on this one.

@@ -56,7 +56,7 @@ _NO_IGNORE_INDEX = 1 - 2**31  # ignores nothing: all tokens here have a loss
 
 
 class Selected(NamedTuple):
-    """Results of selection for C tokens, besides the entries themselves."""
+    """Results of selection for C tokens, in addition to the entries."""
 
     logprobs: Tensor  # [C]
     entropy: Tensor  # [C]

@@ -1,6 +1,6 @@
 """Triton backend of policy_loss: one program per sequence, and the last one to finish reduces their partial sums.
 
-program i:  [pass 1: n, sum of d, sum of old - rollout]   only where something needs them before the first token
+program i:  [pass 1: n, sum of logprob - old, sum of old - rollout]   only where the first token needs them
             pass 2: every term of every token; gradient out; sums in registers
             sums of the sequence -> partial [len(SUMS), B]
 last one:   partial -> loss, metrics, 1 / normalizer, in a fixed order
@@ -110,8 +110,8 @@ def policy_loss_fwd_bwd_kernel(
     log_weight_of_sequence = 0.0
     if TWO_PASSES:
         count = tl.zeros([BLOCK], tl.float32)
-        ratio_sum = tl.zeros([BLOCK], tl.float32)
-        weight_sum = tl.zeros([BLOCK], tl.float32)
+        log_ratio_sum = tl.zeros([BLOCK], tl.float32)
+        log_weight_sum = tl.zeros([BLOCK], tl.float32)
         for first in range(start, end, BLOCK):
             index = first + tl.arange(0, BLOCK)
             keep = index < end
@@ -120,14 +120,14 @@ def policy_loss_fwd_bwd_kernel(
             count += keep.to(tl.float32)
             old = _load(old_ptr, index, keep)
             if RATIO_LEVEL != "token":
-                ratio_sum += _load(logprob_ptr, index, keep) - old
+                log_ratio_sum += _load(logprob_ptr, index, keep) - old
             if CORRECTION == "sequence_truncate" or CORRECTION == "sequence_mask":
-                weight_sum += old - _load(rollout_ptr, index, keep)
+                log_weight_sum += old - _load(rollout_ptr, index, keep)
         n = tl.sum(count, 0)
-        log_ratio_of_sequence = tl.sum(ratio_sum, 0)
-        log_weight_of_sequence = tl.sum(weight_sum, 0)
+        log_ratio_of_sequence = tl.sum(log_ratio_sum, 0)
+        log_weight_of_sequence = tl.sum(log_weight_sum, 0)
     divisor = tl.maximum(n, 1.0)
-    slope = 1.0
+    slope = 1.0  # d log ratio / d logprob
     if RATIO_LEVEL == "sequence_mean":
         log_ratio_of_sequence /= divisor
     if RATIO_LEVEL == "sequence_sum":
@@ -135,7 +135,7 @@ def policy_loss_fwd_bwd_kernel(
     token_weight = 1.0
     if MEAN_IN_SEQUENCE:
         token_weight = 1.0 / divisor
-    unit = 1.0
+    unit = 1.0  # what a token counts in a mean over ratios
     if RATIO_LEVEL != "token":
         unit = 1.0 / divisor
     weight_of_sequence = 1.0
