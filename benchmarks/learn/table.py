@@ -83,7 +83,7 @@ COLUMNS: Columns = {
 
 SPEEDUP: Columns = {
     "task": lambda line: line["task"],
-    "beside SPPO": lambda line: line["variant"],
+    "compared with SPPO": lambda line: line["variant"],
     "tokens to the threshold": lambda line: line["tokens_to_sppo"],
     "updates to it": lambda line: line["updates_to_sppo"],
     "seconds to it": lambda line: line["seconds_to_sppo"],
