@@ -39,7 +39,7 @@ setup(
     keywords="reinforcement-learning ppo sppo grpo llm triton kernels",
     python_requires=">=3.11",
     packages=find_packages(include=["sppo_kernels*", "sppo*"]),
-    package_data={"sppo.cli": ["recipes/*.yaml"], "sppo_kernels": ["py.typed"]},
+    package_data={"sppo": ["py.typed"], "sppo.cli": ["recipes/*.yaml"], "sppo_kernels": ["py.typed"]},
     install_requires=["torch>=2.10", "numpy>=1.26", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": TRAIN,

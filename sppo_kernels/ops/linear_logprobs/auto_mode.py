@@ -9,7 +9,7 @@ bits, every few calls.
 
 from __future__ import annotations
 
-import itertools
+import uuid
 import weakref
 
 import torch
@@ -22,7 +22,6 @@ ENTER, LEAVE = 1 / 3, 1 / 2  # share of the tokens that need the dense path
 PROBE_EVERY = 16  # without sparse selection, it is tried on one row in 16
 MIN_VOCAB_PER_ENTRY = 8  # with a smaller vocabulary a dense row costs next to nothing
 
-_numbers = itertools.count()
 _instances: weakref.WeakValueDictionary[str, AutoBackward] = weakref.WeakValueDictionary()
 _defaults: dict[tuple[object, ...], AutoBackward] = {}
 
@@ -35,17 +34,25 @@ class AutoBackward:
     calls that should not influence each other. ``backward="auto"`` uses a default one per shape, dtype and device of
     the weight, for the life of the process (see ``reset_defaults``).
 
+    A copy, by ``copy`` or ``pickle``, is a new object that has seen no calls. With reentrant checkpointing nothing is
+    learned, and the mode remains "cache": there every forward that records is a recomputation.
+
     The sums are kept on the device until they are read, which the next call does.
     """
 
     def __init__(self) -> None:
-        self.key = f"auto-{next(_numbers)}"  # names the object in the registered operation, which takes no objects
+        self.key = uuid.uuid4().hex  # names the object in the registered operation, which takes no objects
         _instances[self.key] = self
         self.reset()
+
+    def __reduce__(self) -> tuple[type[AutoBackward], tuple[()]]:
+        """Copy and pickle as a new object: the key belongs to this one."""
+        return type(self), ()
 
     def reset(self) -> None:
         """Forget all calls."""
         self._sparse = self._logits = False
+        self._num_cached: int | None = None  # tokens that the last forward had memory for
         self._num_dense: Tensor | None = None  # how many of the tokens seen need the dense path
         self._num_seen = 0
         self._entropy_share: Tensor | None = None  # share of the tokens with gradients whose entropy had one
@@ -66,6 +73,12 @@ class AutoBackward:
             self._logits = float(self._entropy_share) > 1 / 2
             self._entropy_share = None
         return self._logits
+
+    def num_cached(self, num_cacheable: int) -> int:
+        """Return how many tokens to cache: as many as memory allows now, or in a recomputation as before."""
+        if self._num_cached is None or not _is_recomputation():
+            self._num_cached = num_cacheable
+        return self._num_cached
 
     def record(self, num_dense: Tensor, num_seen: int, group: str) -> None:
         """Record that ``num_dense`` (0-d) of ``num_seen`` tokens need the dense path.

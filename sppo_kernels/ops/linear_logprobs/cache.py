@@ -72,17 +72,19 @@ def plan_cache(
         shards: rows of the output embedding on each rank.
         entropies: whether the entropies can have gradients.
     """
-    sparse = backward == "sparse"
+    sparse, recording = backward == "sparse", monitor
     if monitor is not None:
         if entropies and monitor.needs_logits():
             return CachePlan(False, max_entries, mass_tolerance)
         if min(shards) >= MIN_VOCAB_PER_ENTRY * max_entries:
             sparse = monitor.use_sparse()
         else:
-            monitor = None
+            recording = None
     row_bytes = row_stride(weight.shape[0]) * weight.itemsize
     num_dense = 0 if sparse else _num_cacheable(backward, logits_budget_bytes, num_tokens, row_bytes, weight.device)
-    return CachePlan(sparse, max_entries, mass_tolerance, num_dense, monitor)
+    if monitor is not None and not sparse:
+        num_dense = min(num_tokens, monitor.num_cached(num_dense))
+    return CachePlan(sparse, max_entries, mass_tolerance, num_dense, recording)
 
 
 def _num_cacheable(

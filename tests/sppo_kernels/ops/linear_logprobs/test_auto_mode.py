@@ -1,5 +1,7 @@
 """linear_logprobs with backward="auto": the mode it chooses, which is all that it changes."""
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -8,7 +10,8 @@ from against_float64 import BACKENDS, DEVICE, randint, randn
 from torch.utils.checkpoint import checkpoint
 
 from sppo_kernels import AutoBackward, linear_logprobs, linear_policy_loss
-from sppo_kernels.ops.linear_logprobs import auto_mode
+from sppo_kernels.ops.linear_logprobs import auto_mode, cache
+from sppo_kernels.ops.linear_logprobs.matmul import row_stride
 
 VOCAB, CAPACITY, TOKENS = 100, 8, 128
 SETTINGS = {"max_entries": CAPACITY, "chunk_bytes": 1, "backward": "auto"}  # 64 tokens a chunk (torch: all)
@@ -144,3 +147,30 @@ def test_an_object_that_is_gone_by_backward_records_nothing():
     out = linear_logprobs(*arguments, **{**SETTINGS, "backward": AutoBackward()})
     out.logprobs.sum().backward()
     assert not auto_mode._defaults
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_copy_is_a_memory_of_its_own(copied):
+    mine = AutoBackward()
+    for _ in range(2):
+        call(0, backward=mine)
+    other = copied(mine)
+    del mine
+    assert [call(0, backward=other)[0].sparse_share for _ in range(2)] == [0, 1]
+
+
+def test_a_recomputed_forward_caches_as_much_when_memory_has_changed(monkeypatch):
+    """The default budget depends on free memory, which is less in the second forward of a checkpointed module."""
+    hidden = randn(VOCAB, 6).requires_grad_()
+    weight, labels = randn(VOCAB, 6), randint(0, VOCAB, VOCAB)
+    shares = []
+
+    def logprobs(hidden):
+        monkeypatch.setattr(cache, "_AUTO_BUDGET_CPU", (60 - 20 * len(shares)) * row_stride(VOCAB) * 4)
+        monkeypatch.setattr(cache, "_free_memory", lambda device: 4 * cache._AUTO_BUDGET_CPU)
+        out = linear_logprobs(hidden, weight, labels, **SETTINGS, return_certificate=True)
+        shares.append(float(out.certificate.cached_share))
+        return out.logprobs
+
+    checkpoint(logprobs, hidden, use_reentrant=False, early_stop=False).sum().backward()
+    assert shares == [pytest.approx(0.6)] * 2
