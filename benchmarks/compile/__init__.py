@@ -1,13 +1,12 @@
 """Registers, spills and shared memory of every Triton kernel, compiled ahead of time for five GPUs.
 
-Nothing about a kernel's launch is written down here. The public functions run, forward and backward, on small CPU
-tensors while Triton is told that a given GPU is present, and each launch is noted instead of made: constants, argument
-types, alignment, warps and stages are those of the real call. Each distinct launch is then compiled for that GPU.
+No launch of a kernel is described here. The public functions run, forward and backward, on small CPU tensors while
+Triton believes that a given GPU is present, and each launch is recorded instead of made: constants, argument types,
+alignment, warps and stages are those of the real call. Each distinct launch is then compiled for that GPU.
 
-Registers are those of one thread (vector registers on AMD), spills the 32-bit registers it keeps in memory instead;
-shared memory is in bytes a block, stack in bytes a thread. In a configuration, w8s3 means 8 warps and 3 stages.
-The exit code is 1 when a kernel spills, does not compile, asks for more shared memory than a block may have, or is
-launched by no case.
+Registers are per thread (vector registers on AMD); spills are 32-bit registers kept in memory. Shared memory is in
+bytes per block, stack in bytes per thread. In a configuration, w8s3 means 8 warps and 3 stages. The exit code is 1 when
+a kernel spills, does not compile, needs more shared memory than a block may have, or is launched by no case.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from benchmarks.harness.suite import Suite
 
 
 def table(rows: list[Binary], width: int = 120) -> str:
-    """A line a row; what repeats from the line above is left out."""
+    """Format one line per row; cells that repeat the line above are blank."""
     numbers = "{:>7} {:>9} {:>6} {:>7} {:>6}"
     heads = numbers.format("target", "registers", "spills", "shared", "stack")
     operation = max([9, *(len(row.launch.operation) for row in rows)])
@@ -53,7 +52,7 @@ def table(rows: list[Binary], width: int = 120) -> str:
 
 
 def report(cases: Iterable[Case], package: ModuleType, targets: list[str], quick: bool, out: Path) -> int:
-    """Compile, print and write the report; 0 where nothing is wrong with it, otherwise 1."""
+    """Compile the cases, print and write the report, and return the exit code."""
     found = launches(cases, targets)
     missing = uncovered(package, found)
     chosen = first_of_each_kernel(found) if quick else found
@@ -72,7 +71,7 @@ def report(cases: Iterable[Case], package: ModuleType, targets: list[str], quick
 
 
 def _place(launch: Launch) -> tuple[str, str, str]:
-    """Rows that differ in the target alone stand together."""
+    """Return the sort key that puts rows next to each other that differ only in the target."""
     return launch.operation, launch.kernel, launch.case
 
 
@@ -86,24 +85,24 @@ def _as_json(row: Row) -> dict[str, Any]:
 
 
 def chart(rows: list[dict[str, Any]]) -> results.Chart:
-    """The most registers that a kernel takes on any target, against those that a thread of NVIDIA's may have."""
+    """Chart the most registers of each kernel and target, with the limit of NVIDIA's threads."""
     most: dict[str, float] = {}
     for row in rows:
         name = f"{row['kernel']}: {row['target']}"
         most[name] = max(most.get(name, 0), row["registers"])
-    return results.Chart("registers a thread", sorted(most.items()), limit=255)
+    return results.Chart("registers per thread", sorted(most.items()), limit=255)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPUs to compile for (all)")
-    parser.add_argument("--quick", action="store_true", help="one configuration of each kernel instead of all of them")
+    parser.add_argument("--quick", action="store_true", help="only one configuration of each kernel")
     results.add_out(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
     if triton.knobs.runtime.interpret:
-        print("TRITON_INTERPRET is set, so kernels are interpreted and not compiled: unset it", file=sys.stderr)
+        print("TRITON_INTERPRET is set, so kernels are interpreted and not compiled; unset it", file=sys.stderr)
         return 2
     return report(all_cases(), sppo_kernels, args.arch, args.quick, args.out)
 

@@ -19,7 +19,7 @@ from benchmarks.compile.launches import TARGETS, AbsentGPU, Launch, kernel_of
 
 @dataclass(frozen=True)
 class Binary:
-    """What the compiler made of one launch; the units are those of the module's docstring."""
+    """Resources of a compiled launch, in the units of the suite's docstring, or the compiler's error."""
 
     launch: Launch
     registers: int = 0
@@ -29,7 +29,7 @@ class Binary:
     error: str = ""
 
     def failure(self) -> str:
-        """Why this row fails the report, or nothing."""
+        """Return why this binary fails the report, or an empty string."""
         limit = TARGETS[self.launch.target].shared_limit
         if self.error:
             return self.error
@@ -41,7 +41,7 @@ class Binary:
 
 
 def compile_all(found: list[Launch]) -> list[Binary]:
-    """Compile on all cores, with progress on stderr; rows come back in the order of the launches."""
+    """Compile on all cores, with progress on stderr, and return binaries in the order of the launches."""
     rows: dict[int, Binary] = {}
     with ProcessPoolExecutor(min(len(found), os.cpu_count() or 1) or 1, mp_context=get_context("spawn")) as pool:
         place = {pool.submit(compile_one, launch): i for i, launch in enumerate(found)}
@@ -54,7 +54,7 @@ def compile_all(found: list[Launch]) -> list[Binary]:
 
 
 def compile_one(launch: Launch) -> Binary:
-    """Compile one launch and read what the binary uses."""
+    """Compile one launch and read the resources of the binary."""
     triton.runtime.driver.set_active(AbsentGPU(launch.target))
     kernel = kernel_of(launch)
     source = triton.compiler.ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
@@ -62,7 +62,7 @@ def compile_one(launch: Launch) -> Binary:
         binary = triton.compile(source, target=TARGETS[launch.target].gpu, options=launch.options)
         read: Callable[[Any], dict[str, Any]] = _amd_resources if "amdgcn" in binary.asm else _nvidia_resources
         return Binary(launch, shared=binary.metadata.shared, **read(binary))
-    except Exception as error:  # whatever the compiler raises belongs in the report
+    except Exception as error:  # any error of the compiler belongs in the report
         return Binary(launch, error=f"{type(error).__name__}: {error}")
 
 
@@ -74,7 +74,7 @@ def _nvidia_resources(binary: Any) -> dict[str, int]:
 
 
 def parse_cuobjdump(text: str) -> dict[str, int]:
-    """Resources from ``cuobjdump --dump-resource-usage``. Triton has no arrays in a thread: all stack is spill."""
+    """Parse ``cuobjdump --dump-resource-usage``. Triton has no arrays per thread, so the whole stack is spills."""
     use = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     stack = use["STACK"] + use["LOCAL"]
     return {"registers": use["REG"], "spills": -(-stack // 4), "stack": stack}
@@ -85,7 +85,7 @@ def _amd_resources(binary: Any) -> dict[str, int]:
 
 
 def parse_amdgcn(text: str) -> dict[str, int]:
-    """Resources from the metadata at the end of AMD assembly; vgpr_count has the accumulation registers in it."""
+    """Parse the metadata at the end of AMD assembly; vgpr_count includes the accumulation registers."""
     keys = "vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
     use = {name: int(value) for name, value in re.findall(rf"^\s*\.({keys}):\s+(\d+)", text, re.M)}
     return {

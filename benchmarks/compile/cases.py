@@ -23,7 +23,7 @@ HIDDEN_SIZES = (1536, 97)
 
 
 def all_cases() -> Iterator[Case]:
-    """Every operation over the dtypes, sizes and settings that change what is compiled."""
+    """Yield calls of every operation over the dtypes, sizes and settings that change what is compiled."""
     yield from _selective_logprobs_cases()
     yield from _linear_logprobs_cases()
     yield from _policy_loss_cases()
@@ -46,7 +46,7 @@ def _selective_logprobs_cases() -> Iterator[Case]:
     for label, shape, temperature in (
         ("one row", (1,), 1.0),
         ("[B, T, V]", (2, 8), 1.0),
-        ("temperature a row", (16,), torch.ones(16)),
+        ("temperature per row", (16,), torch.ones(16)),
     ):
         one = functools.partial(call, torch.bfloat16, VOCABULARIES[0], None, shape, temperature)
         yield Case("selective_logprobs", f"bf16 V={VOCABULARIES[0]} {label}", one)
@@ -134,7 +134,7 @@ def _advantage_cases() -> Iterator[Case]:
 
 
 def _candidate_cases() -> Iterator[Case]:
-    """Each operation's fullest case again with every configuration that its kernels may be tuned to."""
+    """Yield each operation's most complete case again with every configuration that its kernels may be tuned to."""
     rows = lambda case: case.operation == "selective_logprobs" and case.label.endswith("V=151936 softcap")
     linear = lambda case, mode: case.operation == "linear_logprobs" and case.label.endswith(f"V=151936 softcap {mode}")
     fullest = {

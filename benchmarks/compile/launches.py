@@ -22,7 +22,7 @@ from benchmarks.harness import library_seams
 
 
 class Target(NamedTuple):
-    """A GPU to compile for, and the most shared memory that one block may have there, in bytes."""
+    """A GPU to compile for, and its limit of shared memory per block in bytes."""
 
     gpu: GPUTarget
     shared_limit: int
@@ -48,7 +48,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel as one case launches it on one target: all that Triton compiles by."""
+    """A launch of a kernel by a case on a target: everything that the binary depends on."""
 
     operation: str
     case: str
@@ -61,18 +61,18 @@ class Launch:
     options: dict[str, Any]
 
     def key(self) -> str:
-        """Equal for launches that share one binary."""
+        """Return a key that is equal for launches that share a binary."""
         compiled_by = self.signature, self.constants, self.attributes, self.options
         return repr((self.module, self.kernel, self.target, *compiled_by))
 
     def configuration(self) -> str:
-        """The case, warps and stages, and the block sizes."""
+        """Return the case, warps and stages, and the block sizes."""
         sizes = [f"{name}={value}" for name, value in self.constants.items() if "BLOCK" in name]
         return " ".join([self.case, f"w{self.options['num_warps']}s{self.options['num_stages']}", *sizes])
 
 
 class AbsentGPU:
-    """As much of a Triton driver as a launch asks for before it is made."""
+    """The part of a Triton driver that a launch uses before the kernel runs."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -81,14 +81,14 @@ class AbsentGPU:
         return TARGETS[self.name].gpu
 
     def get_current_device(self) -> str:
-        return self.name  # kernels keep their state by device, so each target is one
+        return self.name  # kernels keep their state per device, so each target is one
 
     def get_current_stream(self, device: str) -> int:
         return 0
 
 
 def launches(cases: Iterable[Case], targets: Iterable[str]) -> list[Launch]:
-    """Every distinct launch that the cases make, in their order."""
+    """Record every distinct launch of the cases, in their order."""
     cases = list(cases)
     found: dict[str, Launch] = {}
     for target in targets:
@@ -128,7 +128,7 @@ def _launches_of(case: Case, target: str) -> list[Launch]:
 
 
 def first_of_each_kernel(found: Iterable[Launch]) -> list[Launch]:
-    """The first launch of each kernel on each target."""
+    """Return the first launch of each kernel on each target."""
     first: dict[tuple[str, str, str], Launch] = {}
     for launch in found:
         first.setdefault((launch.module, launch.kernel, launch.target), launch)
@@ -136,7 +136,7 @@ def first_of_each_kernel(found: Iterable[Launch]) -> list[Launch]:
 
 
 def uncovered(package: ModuleType, found: Iterable[Launch]) -> list[str]:
-    """Kernels of a package that no launch runs, be it through a kernel that calls them."""
+    """List the kernels of a package that no launch runs, directly or through a kernel that calls them."""
     modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
     kernels = {
         value for module in modules for value in vars(module).values()

@@ -1,4 +1,4 @@
-"""Sizes of Qwen2.5, as its configurations have them, for models that are made instead of downloaded."""
+"""Sizes of Qwen2.5 from its configurations, for models with random weights that are not downloaded."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What every suite does with its results: where they go, what stands at their head, tables and charts of them.
+"""Result files of the suites, and tables and charts of them.
 
-Results are a JSON file with all of them, a CSV file of the rows, and where a suite has a chart a PNG of it.
+Results are a JSON file with date, versions and all rows, a CSV file of the rows, and a PNG if the suite has a chart.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Columns = dict[str, Callable[[Row], object]]
 
 
 class Chart(NamedTuple):
-    """Horizontal bars, one a label; a line at the limit where there is one."""
+    """Horizontal bars, one per label, and a line at the limit if there is one."""
 
     unit: str
     bars: list[tuple[str, float]]
@@ -42,17 +42,17 @@ class Chart(NamedTuple):
 
 def add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/benchmarks"), metavar="DIR", help="where the results go (%(default)s)"
+        "--out", type=Path, default=Path("runs/benchmarks"), metavar="DIR", help="folder of the results (%(default)s)"
     )
 
 
 def this_device() -> torch.device:
-    """The GPU, where there is one."""
+    """Return the GPU if there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name(device: torch.device) -> str:
-    """As its maker calls it; of a CPU the model, where the system tells it."""
+    """Return the name of a device; of a CPU the model, on systems that report it."""
     if device.type != "cpu":
         return torch.cuda.get_device_name(device)
     about = Path("/proc/cpuinfo")
@@ -67,9 +67,9 @@ _QUERIED = (
 
 
 def gpu_facts() -> Row:
-    """What times on this GPU depend on: its size, and from nvidia-smi its driver, clocks in MHz and power in W, now.
+    """Return what times on this GPU depend on: its size, driver, current clocks in MHz and power in W.
 
-    Empty without a GPU; what nvidia-smi does not know is left out.
+    The result is empty without a GPU; fields that nvidia-smi does not report are omitted.
     """
     if not torch.cuda.is_available():
         return {}
@@ -86,13 +86,13 @@ def gpu_facts() -> Row:
 
 
 def _nvidia_smi(uuid: str) -> Row:
-    """Of the GPU with that UUID; of the first where none has it."""
+    """Query nvidia-smi about the GPU with a UUID; about the first one if none has it."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_QUERIED)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}
-    # What fails may be said in a sentence, with an exit code of 0.
+    # An error may be a sentence on stdout, with an exit code of 0.
     lines = [line for line in done.stdout.splitlines() if line.count(",") == len(_QUERIED) - 1]
     line = next((line for line in lines if uuid and uuid in line), next(iter(lines), "," * (len(_QUERIED) - 1)))
     values = zip(_QUERIED, (value.strip() for value in line.split(",")), strict=True)
@@ -100,7 +100,7 @@ def _nvidia_smi(uuid: str) -> Row:
 
 
 def describe_gpu(facts: Row) -> str:
-    """The facts in a line."""
+    """Return the facts in one line."""
     if not facts:
         return "no GPU"
     known = lambda name: facts.get(name, "?")
@@ -114,7 +114,7 @@ def describe_gpu(facts: Row) -> str:
 
 
 def write(path: Path, suite: str, chart: Chart | None = None, **content: Any) -> None:
-    """The results of a suite, with date and versions: JSON at ``path``, CSV and PNG beside it, each written whole."""
+    """Write the results of a suite with date and versions: JSON at ``path``, CSV and PNG next to it, atomically."""
     head = {"suite": suite, "date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, lambda file: file.write_text(json.dumps({**head, **content}, indent=1, default=str) + "\n"))
@@ -148,7 +148,7 @@ def table_of(suite: str, columns: Columns) -> Callable[[Path], str]:
 
 
 def versions() -> dict[str, str]:
-    """Of what results depend on; suites of the operations run without transformers too."""
+    """Return the versions that results depend on; suites of the operations run without transformers too."""
     found = {
         "sppo_kernels": sppo_kernels.__version__,
         "triton": triton.__version__,
@@ -161,7 +161,7 @@ def versions() -> dict[str, str]:
 
 
 def conclude(text: str, failures: Sequence[str], path: Path) -> int:
-    """Print what a suite found and what failed; its exit code."""
+    """Print the results and failures of a suite, and return its exit code."""
     print(f"{text}\n\n{len(failures)} failures; written to {path}")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
@@ -169,14 +169,14 @@ def conclude(text: str, failures: Sequence[str], path: Path) -> int:
 
 
 def _replace(path: Path, save: Callable[[Path], object]) -> None:
-    """Whoever reads ``path`` finds what was there or what is new, never half of it."""
+    """Replace ``path`` atomically: readers see the old or the new content, never a part of it."""
     unfinished = path.with_name(f".{path.name}.tmp")
     save(unfinished)
     unfinished.replace(path)
 
 
 def _write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """A column for each key of any row; what is nested in a row is spelled out as ``outer.inner``."""
+    """Write a column for each key of any row; nested keys become ``outer.inner``."""
     flat = [dict(_flat(row)) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
     with path.open("w", newline="") as file:
@@ -194,7 +194,7 @@ def _flat(row: Row, prefix: str = "") -> Iterable[tuple[str, object]]:
 
 
 def draw(path: Path, chart: Chart) -> None:
-    """A chart as a PNG file."""
+    """Draw a chart to a PNG file."""
     labels, values = zip(*chart.bars, strict=True)
 
     def fill(figure: Figure) -> None:
@@ -215,7 +215,7 @@ def draw_bars(chart: Callable[[list[Row]], Chart]) -> Callable[[Path, Row], None
 
 
 def save_figure(path: Path, size: tuple[float, float], fill: Callable[[Figure], None]) -> None:
-    """A figure of so many inches as a PNG file, once it is filled; without matplotlib, a word about it."""
+    """Draw and save a PNG of the given size in inches; print a notice if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -227,7 +227,7 @@ def save_figure(path: Path, size: tuple[float, float], fill: Callable[[Figure], 
 
 
 def table(rows: Iterable[Row], columns: Columns) -> str:
-    """A line a row: numbers to the right, words to the left."""
+    """Format rows as a text table, numbers right-aligned."""
     cells = [[cell(value(row)) for value in columns.values()] for row in rows]
     lines = [list(columns), *cells]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
@@ -237,14 +237,14 @@ def table(rows: Iterable[Row], columns: Columns) -> str:
 
 
 def markdown(rows: Iterable[Row], columns: Columns) -> str:
-    """The same as a table of a Markdown page."""
+    """Format rows as a Markdown table."""
     line: Callable[[Sequence[str]], str] = lambda texts: f"| {' | '.join(texts)} |"
     cells = [line([cell(value(row)) for value in columns.values()]) for row in rows]
     return "\n".join([line(list(columns)), f"|{'---|' * len(columns)}", *cells])
 
 
 def cell(value: object) -> str:
-    """Three or four digits of a number; nothing for None."""
+    """Format a value: three or four digits of a number, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, float):

@@ -1,9 +1,9 @@
-"""Times and peaks of calls, and what the device itself can do: its copy bandwidth and its rate of matrix products.
+"""Times and peak memory of calls, and the copy bandwidth and matrix-product rate of the device.
 
-On a GPU each repetition first reads a large buffer several times over. That replaces what the last repetition left in
-the cache, leaving nothing there to be written back, and keeps the device busy while the host queues the call: the time
-between two events is then the device's own. A call that waits for the device loses this start, and the host's time
-counts from there on. How long the host takes to queue a call is measured beside it.
+On a GPU each repetition first reads a large buffer several times. This replaces the contents of the cache, leaves
+nothing to be written back, and keeps the device busy while the host queues the call, so that the time between two
+events is the device's own. A call that waits for the device loses this head start, and the host's time counts from
+there on. The host's time to queue a call is measured separately.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ FLUSHES = 6  # at 3 TB/s about half a millisecond: longer than it takes to queue
 
 
 class Clock:
-    """Marks of time on one device."""
+    """Time marks on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type != "cpu"
         self._read = torch.zeros(FLUSHED_BYTES // 4 if self.on_gpu else 0, device=device)
 
     def settle(self) -> None:
-        """Replace what is in the cache, by reading, and give the host a start."""
+        """Replace the contents of the cache by reading, and give the host a head start."""
         for _ in range(FLUSHES if self.on_gpu else 0):
             self._read.sum()
 
     def mark(self) -> Any:
-        """Now, in the order of the device's work."""
+        """Return a mark of the current time, in the order of the device's work."""
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -42,18 +42,18 @@ class Clock:
         return event
 
     def milliseconds(self, start: Any, end: Any) -> float:
-        """Between two marks; the device has to be through with both."""
+        """Return the time between two marks, both of which the device must have passed."""
         return start.elapsed_time(end) if self.on_gpu else 1000 * (end - start)
 
 
 def spread(times: Iterable[float]) -> dict[str, float]:
-    """Median and interquartile range."""
+    """Return median and interquartile range."""
     low, median, high = statistics.quantiles(times, n=4)
     return {"ms": median, "iqr_ms": high - low}
 
 
 def measure(call: Callable[[], object], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median and interquartile range of a call, in ms, after a warm-up of two calls."""
+    """Measure median and interquartile range of a call in ms, after a warm-up of two calls."""
     parts = measure_parts({"call": call}, device, repeats, warmup=2)
     return parts["call"]
 
@@ -61,7 +61,7 @@ def measure(call: Callable[[], object], device: torch.device, repeats: int) -> d
 def measure_parts(
     parts: dict[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int
 ) -> dict[str, dict[str, float]]:
-    """Of calls that follow one another in each repetition: those of each, and of ``"all"`` where there are several."""
+    """Measure successive calls: median and interquartile range of each, and of ``"all"`` if there are several."""
     rows = durations(parts, device, warmup + repeats)[warmup:]
     results = {name: spread(row[name] for row in rows) for name in parts}
     if len(parts) > 1:
@@ -70,7 +70,7 @@ def measure_parts(
 
 
 def durations(parts: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> list[dict[str, float]]:
-    """Milliseconds of each of the calls that follow one another, repetition by repetition."""
+    """Measure successive calls in ms, repetition by repetition."""
     clock = Clock(device)
     rows = []
     for _ in range(repeats):
@@ -88,10 +88,10 @@ def durations(parts: dict[str, Callable[[], object]], device: torch.device, repe
 
 
 def host_ms(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time until a call returns to the host, in ms; the device is idle before, and may be at work after."""
+    """Measure the median time in ms until a call returns to the host; the device is idle before the call."""
     times = []
     for _ in range(repeats):
-        synchronize(device)  # else the host ends up waiting for room in the queue
+        synchronize(device)  # otherwise the host would wait for space in the queue
         start = time.perf_counter()
         call()
         times.append(1000 * (time.perf_counter() - start))
@@ -99,13 +99,13 @@ def host_ms(call: Callable[[], object], device: torch.device, repeats: int) -> f
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device is through with everything."""
+    """Wait until the device has finished."""
     if device.type != "cpu":
         torch.cuda.synchronize()
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory that PyTorch had allocated during a call, beyond what it had before; None on a CPU."""
+    """Measure the peak of PyTorch's allocations during a call, beyond those before it; None on a CPU."""
     if device.type == "cpu":
         return None
     synchronize(device)
@@ -117,7 +117,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Measured here and now: copying, in GB/s read plus written, and a large matrix product, in TFLOP/s."""
+    """Measure copying, in GB/s read plus written, and a large matrix product, in TFLOP/s."""
     size, n = (1 << 30, 8192) if device.type != "cpu" else (1 << 26, 1024)
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)

@@ -2,27 +2,28 @@
 
 The trainer's own code runs on fake tensors, which have sizes and no data: ActorCritic with activation checkpointing,
 bfloat16 autocast over float32 weights, compute_loss, AdamW of create_optimizer. For several devices accelerate's own
-preparation shards the module by FSDP2, over a process group that sends nothing. What is followed is the last
-micro-batch of an update, beside the gradients of those before it, and the optimizer's step; policy and critic learn in
-the same one. A micro-batch is one sequence with the longest prompt and the longest response, as published. Kinds:
+preparation shards the module by FSDP2, over a process group that sends nothing. Tracked are the last micro-batch of an
+update, together with the gradients of those before it, and the optimizer's step; policy and critic learn in the same
+step. A micro-batch is one sequence with the longest prompt and the longest response, as published. Kinds:
 
-    parameters   float32 weights, all of them or this device's share
-    gradients    float32, this device's share; under FSDP2 also those of a layer on their way to the shares
-    optimizer    both moments of AdamW, and what its step makes besides (foreach, PyTorch's choice on CUDA)
-    copies       bfloat16 weights to compute with: gathered by FSDP2, a layer at a time, or cast by autocast
-    activations  inputs of the checkpointed layers, and all that the layer at work makes
-    logits       whatever the log-probabilities take, forward and backward, the gradient of the head's weight too
+    parameters   float32 weights, or this device's shard of them
+    gradients    float32, this device's shard; under FSDP2 also those of a layer before they are sharded
+    optimizer    both moments of AdamW, and temporaries of its step (foreach, PyTorch's choice on CUDA)
+    copies       bfloat16 weights to compute with, gathered by FSDP2 layer by layer, or cast by autocast
+    activations  inputs of the checkpointed layers, and all temporaries of the current layer
+    logits       memory of the log-probabilities, forward and backward, with the gradient of the output embedding
 
-"Without" our operations the log-probabilities are as plain trainers compute them, all else is the same: bfloat16 logits
-of the response tokens, float32 from there on, divided by the temperature, log_softmax; the entropies have no gradient.
+"Without" this library's operations, log-probabilities are computed as in plain trainers, and all else is the same:
+bfloat16 logits of the response tokens, float32 from there on, divided by the temperature, log_softmax; the entropies
+have no gradient.
 
-"Before" the update the trainer computes values of the whole rollout, and old log-probabilities, without gradients, with
-all weights gathered in bfloat16 on each device; that phase has a peak of its own.
+"Before" the update the trainer computes values of the whole rollout, and old log-probabilities, without gradients and
+with all weights gathered in bfloat16 on each device. That phase has its own peak.
 
 Not counted: sampling (a cache of keys and values, another engine's weights), CUDA's context (about half a GiB),
-workspaces of the vendor's kernels, what the allocator loses, buffers of the communication library, and what overlapping
+workspaces of the vendor's kernels, losses of the allocator, buffers of the communication library, and what overlapping
 streams keep longer than one stream would. Gradients are reduced after each micro-batch (sync_each_batch of accelerate);
-without that setting each device holds whole gradients until the last one, two bytes a weight.
+without that setting each device holds unsharded gradients until the last one, two bytes per weight.
 
 The exit code is 1 when the published step with the small critic does not peak at least 11 points of the device's memory
 below that of PPO, or anything peaks higher with the operations of this library than without.
@@ -43,7 +44,14 @@ from benchmarks.harness.library_seams import on_cuda_without_kernels
 from benchmarks.harness.suite import Suite
 from benchmarks.train_memory.cases import CASES, MODELS, QUICK, QUICK_SETTINGS, Case, samples_of, settings
 from benchmarks.train_memory.step import KINDS, OWNERS, Step, StepAllocations, build
-from benchmarks.train_memory.surroundings import before_an_update, eager_logprobs, on_cuda, processes, shard, watched
+from benchmarks.train_memory.surroundings import (
+    before_an_update,
+    eager_logprobs,
+    on_cuda,
+    processes,
+    shard,
+    tracked_kinds,
+)
 from benchmarks.train_memory.table import COLUMNS, draw, failures_of
 from sppo.algorithms import algorithm_class
 from sppo.config import SPPOConfig
@@ -67,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(case: Case, args: SPPOConfig, models: dict[str, Qwen2Config]) -> list[results.Row]:
-    """Peaks of an update and of the phase before it, with the operations of this library and without."""
+    """Measure the peaks of an update and of the phase before it, with the operations of this library and without."""
     kind = algorithm_class(case.algorithm).critic
     samples = samples_of(args, kind)
     (batch,) = make_micro_batches(samples[:1], 1, kind)
@@ -83,21 +91,21 @@ def measure(case: Case, args: SPPOConfig, models: dict[str, Qwen2Config]) -> lis
         allocations.resizes(),
         on_cuda(),
     ):
-        pair = build(case, models, args.cliprange_value)
+        model = build(case, models, args.cliprange_value)
         if mesh is not None:
-            shard(pair, mesh)
-        gc.collect()  # whole weights
-        step = Step(allocations, pair, args, samples, {name: fake.from_tensor(x) for name, x in batch.items()})
+            shard(model, mesh)
+        gc.collect()  # frees unsharded weights
+        step = Step(allocations, model, args, samples, {name: fake.from_tensor(x) for name, x in batch.items()})
         step.start()
         for operations, logprobs in ((True, linear_logprobs), (False, eager_logprobs)):
-            with watched(allocations, pair, logprobs):
+            with tracked_kinds(allocations, model, logprobs):
                 first = allocations.moment()
                 with on_cuda_without_kernels(spans):
                     step.update()
                 peak = allocations.peak_by_kind(first)
                 first = allocations.moment()
-                with on_cuda_without_kernels([(0, tokens)]), before_an_update(pair):
-                    if pair.critic is not None:
+                with on_cuda_without_kernels([(0, tokens)]), before_an_update(model):
+                    if model.critic is not None:
                         step.values()
                     step.old_logprobs()
                 before = allocations.peak_by_kind(first)
@@ -106,7 +114,7 @@ def measure(case: Case, args: SPPOConfig, models: dict[str, Qwen2Config]) -> lis
 
 
 def row(case: Case, args: SPPOConfig, operations: bool, peak: dict[Any, int], before: dict[Any, int]) -> results.Row:
-    """Of the results; bytes."""
+    """Return the row of a step, in bytes."""
     return {
         "model": case.policy,
         "devices": case.devices,

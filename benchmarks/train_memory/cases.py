@@ -1,4 +1,4 @@
-"""What is followed: which policy and critic train on how many devices, their settings and their rollouts."""
+"""Cases of a training step: policy, critic and devices, their settings and their rollouts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sppo.config import SPPOConfig
 from sppo.rollout import Sample
 
 WITHOUT_CRITIC = ("grpo", "rloo", "remax")
-MODELS = {  # DeepSeek-R1-Distill-Qwen has heads of its own, Qwen2.5-0.5B its embedding for one
+MODELS = {  # DeepSeek-R1-Distill-Qwen has an output embedding of its own, Qwen2.5-0.5B shares its input embedding
     name: Qwen2Config(**size, max_position_embeddings=131_072, tie_word_embeddings=name == "0.5B")
     for name, size in QWEN.items()
 }
-MODELS["two layers"] = copy.deepcopy(MODELS["0.5B"])  # for a quick look
+MODELS["two layers"] = copy.deepcopy(MODELS["0.5B"])  # for --quick
 MODELS["two layers"].num_hidden_layers = 2
 
 
 class Case(NamedTuple):
-    """What trains on how many devices; ``critic`` is a model's name, None for an algorithm without."""
+    """Algorithm and models of a step; ``critic`` is the name of a model, or None for an algorithm without one."""
 
     algorithm: str
     policy: str
@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its row."""
+        """Name in tables."""
         if self.critic is None:
             return ", ".join(WITHOUT_CRITIC)  # their micro-batches have the same shapes
         return f"{self.algorithm}, critic {self.critic}"
@@ -60,7 +60,7 @@ QUICK_SETTINGS = {
 
 
 def settings(case: Case, **overrides: Any) -> SPPOConfig:
-    """The published ones, with what other algorithms need, divided over the devices."""
+    """Return the published settings, adapted to the algorithm and divided over the devices."""
     size = "1.5b" if case.policy == "1.5B" else "7b"
     whole = SPPOConfig.paper(size, use_cpu=True)
     for name in ("gradient_accumulation_steps", "steps_per_generation"):
@@ -71,7 +71,7 @@ def settings(case: Case, **overrides: Any) -> SPPOConfig:
 
 
 def samples_of(args: SPPOConfig, kind: str | None) -> list[Sample]:
-    """A rollout of one process: prompts that differ, and all of them as long as they may be."""
+    """Make a rollout of one process: distinct prompts and responses of maximum length."""
     assert args.max_prompt_length is not None
     response = [1] * args.max_completion_length
     of_tokens = torch.zeros(len(response))

@@ -1,4 +1,4 @@
-"""A training step by the trainer's own code, with a kind to each of its allocations."""
+"""A training step by the trainer's own code, with a kind for each of its allocations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PARAMETERS = [(owner, "parameters") for owner in OWNERS]
 
 
 class StepAllocations(Allocations):
-    """A kind is a pair: of OWNERS and of KINDS. What a parameter is cast to is a copy to compute with."""
+    """Allocations whose kind is a pair from OWNERS and KINDS; casts of parameters are copies to compute with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,32 +46,32 @@ class StepAllocations(Allocations):
         return call()
 
     def making_of_same(self, what: str) -> AbstractContextManager[None]:
-        """What comes into being inside is of this kind, and of whose the rest is now."""
+        """Give what is allocated inside this kind and the current owner."""
         return self.making((self.kind[0], what))
 
 
 def build(case: Case, models: dict[str, Qwen2Config], cliprange: float) -> ActorCritic:
-    """Policy and critic as the trainer has them before they are sharded, float32."""
-    judge = None
+    """Build policy and critic in float32, as the trainer has them before they are sharded."""
+    critic_model = None
     if case.critic is not None:
         config = copy.deepcopy(models[case.critic])
         config.num_labels = 1
         classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         set_head(classifier, torch.zeros(1))
         by_token = algorithm_class(case.algorithm).critic == "token"
-        judge = TokenCritic(classifier, cliprange) if by_token else PromptCritic(classifier)
-    pair = ActorCritic(AutoModelForCausalLM.from_config(models[case.policy], dtype=torch.float32), judge)
-    pair.gradient_checkpointing_enable()
-    pair.forward = torch.autocast("cpu", torch.bfloat16)(pair.forward)  # type: ignore[method-assign]  # as accelerate does
-    return pair.train()
+        critic_model = TokenCritic(classifier, cliprange) if by_token else PromptCritic(classifier)
+    model = ActorCritic(AutoModelForCausalLM.from_config(models[case.policy], dtype=torch.float32), critic_model)
+    model.gradient_checkpointing_enable()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # type: ignore[method-assign]  # as accelerate does
+    return model.train()
 
 
 class Step:
-    """Updates of policy and critic by the trainer's own code, as the whole of it is not there.
+    """Updates of policy and critic by the trainer's own methods, without its data loading.
 
     Args:
-        allocations: the mode that is in force.
-        pair: what learns.
+        allocations: the active mode.
+        model: the models that learn.
         args: settings.
         samples: a rollout of this process.
         batch: the micro-batch of its first sample.
@@ -80,26 +80,26 @@ class Step:
     def __init__(
         self,
         allocations: StepAllocations,
-        pair: ActorCritic,
+        model: ActorCritic,
         args: SPPOConfig,
         samples: Sequence[Sample],
         batch: MicroBatch,
     ) -> None:
-        self.allocations, self.pair, self.args, self.samples, self.batch = allocations, pair, args, samples, batch
+        self.allocations, self.model, self.args, self.samples, self.batch = allocations, model, args, samples, batch
         self.length = len(samples[0].prompt_ids) + len(samples[0].response_ids)
-        self.parts = {"policy": pair.policy} | ({"critic": pair.critic} if pair.critic is not None else {})
+        self.parts = {"policy": model.policy} | ({"critic": model.critic} if model.critic is not None else {})
         for owner, part in self.parts.items():
             allocations.name((owner, "parameters"), [*part.parameters(), *part.buffers()])
         self.trainer = self._trainer()
         self.optimizer = self.trainer.create_optimizer()
         for group in self.optimizer.param_groups:
-            group["foreach"] = True  # what PyTorch takes on CUDA
+            group["foreach"] = True  # PyTorch's choice on CUDA
 
     def _trainer(self) -> SPPOTrainer:
         algorithm = algorithm_class(self.args.algorithm)(self.args)
         trainer = SPPOTrainer.__new__(SPPOTrainer)
         update = Update([self.batch], self.length, 1.0, 1.0, policy_learns=True, critic_learns=True)
-        trainer.args, trainer.algorithm, trainer.model, trainer.optimizer = self.args, algorithm, self.pair, None
+        trainer.args, trainer.algorithm, trainer.model, trainer.optimizer = self.args, algorithm, self.model, None
         trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
         trainer.rollouts = SimpleNamespace(update=update)
         trainer.is_deepspeed_enabled = False
@@ -107,8 +107,10 @@ class Step:
         return trainer
 
     def values(self) -> None:
-        """The critic's, of the rollout. Its chunks take the same, so one goes through the model, the others leave what
-        that left."""
+        """Compute the critic's values of the rollout.
+
+        All chunks take the same memory, so one runs through the model, and the others allocate what that one left.
+        """
         read = critic.packed_hidden
         first: list[Tensor] = []
 
@@ -119,25 +121,29 @@ class Step:
             return first[0].new_empty(packed.input_ids.shape[1], first[0].shape[1])
 
         with mock.patch.object(critic, "packed_hidden", states), self.allocations.making(("critic", "activations")):
-            self.pair.critic.values(self.samples)
+            self.model.critic.values(self.samples)
 
     def old_logprobs(self) -> None:
-        """Of a micro-batch."""
-        with use_attention(self.pair, PACKED_ATTENTION):
-            policy_logprobs(self.pair.policy, self.batch, temperature=self.args.temperature, max_length=self.length)
+        """Compute the old log-probabilities of a micro-batch."""
+        with use_attention(self.model, PACKED_ATTENTION):
+            policy_logprobs(self.model.policy, self.batch, temperature=self.args.temperature, max_length=self.length)
 
     def update(self) -> None:
-        """The last micro-batch of an update, which finds the gradients of those before it, and the optimizer's step."""
+        """Run the last micro-batch of an update, with the gradients of those before it, and the optimizer's step."""
         self._leave_gradients()
-        with use_attention(self.pair, PACKED_ATTENTION):
-            loss = self.trainer.compute_loss(self.pair, self.batch)
-            with self.allocations.making((list(self.parts)[-1], "activations")):  # what came last goes back first
+        with use_attention(self.model, PACKED_ATTENTION):
+            loss = self.trainer.compute_loss(self.model, self.batch)
+            with self.allocations.making(
+                (list(self.parts)[-1], "activations")
+            ):  # the last forward is the first backward
                 loss.backward()
         self._move()
 
     def start(self) -> None:
-        """The optimizer has its state; and DTensor knows each operation: for one that is new to it, it makes whole
-        tensors without data to learn their shapes, which are not to count."""
+        """Create the optimizer's state, and let DTensor see each operation once.
+
+        For a new operation DTensor allocates unsharded tensors without data to infer shapes, which must not count.
+        """
         self._leave_gradients()
         self._move()
 

@@ -1,4 +1,4 @@
-"""What stands around a step: other processes, a device, plain log-probabilities, and what tells the kinds apart."""
+"""Environment of a step: other processes, a device, plain log-probabilities, and the kinds of allocations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sppo_kernels import LogprobOutput
 
 @contextmanager
 def processes(count: int) -> Iterator[DeviceMesh | None]:
-    """This one and others, to which nothing is sent; None for this one alone."""
+    """Start a process group that sends nothing; yield None for a single process."""
     if count == 1:
         yield None
         return
@@ -42,8 +42,8 @@ def processes(count: int) -> Iterator[DeviceMesh | None]:
         dist.destroy_process_group()
 
 
-def shard(pair: ActorCritic, mesh: DeviceMesh) -> None:
-    """As ``accelerate`` does for ``fsdp=True`` and ``bf16=True``."""
+def shard(model: ActorCritic, mesh: DeviceMesh) -> None:
+    """Shard the models as ``accelerate`` does for ``fsdp=True`` and ``bf16=True``."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -60,7 +60,7 @@ def shard(pair: ActorCritic, mesh: DeviceMesh) -> None:
         torch_device_mesh=mesh,
         parallelism_config=SimpleNamespace(fsdp_dim_names=("fsdp",)),
     )
-    fsdp2_prepare_model(accelerator, pair)
+    fsdp2_prepare_model(accelerator, model)
 
 
 def attention_on_cuda(
@@ -75,8 +75,10 @@ def attention_on_cuda(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What sppo.models.packed_attention does there without flash-attn, whose memory is the same; all as one
-    sequence where the length of each would have to be looked at."""
+    """Attend as sppo.models.packed_attention does on CUDA without flash-attn, whose memory is the same.
+
+    All tokens are one sequence where the lengths would have to be read.
+    """
     if query.dtype == torch.float32:
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
@@ -89,7 +91,7 @@ def attention_on_cuda(
 
 @contextmanager
 def on_cuda() -> Iterator[None]:
-    """What looks at values, or at the device, is told what it would see there."""
+    """Make code that reads values or the device see what it would see on CUDA."""
     with (
         mock.patch.dict(AttentionInterface._global_mapping, {PACKED_ATTENTION: attention_on_cuda}),
         mock.patch.object(adam, "_get_value", return_value=1.0),
@@ -99,16 +101,16 @@ def on_cuda() -> Iterator[None]:
 
 
 @contextmanager
-def before_an_update(pair: ActorCritic) -> Iterator[None]:
-    """Contexts that the trainer has in force where it judges and scores a rollout."""
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), gathered(pair, reshard_after_forward=True):
+def before_an_update(model: ActorCritic) -> Iterator[None]:
+    """Enter the contexts in which the trainer computes values and old log-probabilities."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), gathered(model, reshard_after_forward=True):
         yield
 
 
 def eager_logprobs(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, temperature: float, bias: Tensor | None, **_: Any
 ) -> LogprobOutput:
-    """As plain trainers compute them, all logits at once."""
+    """Compute log-probabilities as plain trainers do, all logits at once."""
     logp = (nn.functional.linear(hidden, weight, bias).float() / temperature).log_softmax(-1)
     with torch.no_grad():
         entropy = -(logp.exp() * logp).sum(-1)
@@ -116,8 +118,10 @@ def eager_logprobs(
 
 
 @contextmanager
-def watched(allocations: StepAllocations, pair: ActorCritic, logprobs: Callable[..., LogprobOutput]) -> Iterator[None]:
-    """Log-probabilities come from ``logprobs``; kinds change as the step goes forward, and back in backward."""
+def tracked_kinds(
+    allocations: StepAllocations, model: ActorCritic, logprobs: Callable[..., LogprobOutput]
+) -> Iterator[None]:
+    """Compute log-probabilities with ``logprobs``, and set the kinds of allocations in forward and backward."""
 
     def turn(*kind: str) -> None:
         allocations.kind = kind
@@ -148,9 +152,9 @@ def watched(allocations: StepAllocations, pair: ActorCritic, logprobs: Callable[
         labelled("wait_for_unshard", "copies"),
         labelled("post_backward", "gradients"),
     ]
-    if (judge := pair.critic) is not None:
+    if (critic_model := model.critic) is not None:
         loss = allocations.making(("critic", "activations"))
-        patches.append(mock.patch.object(judge, "loss", loss(judge.loss)))
+        patches.append(mock.patch.object(critic_model, "loss", loss(critic_model.loss)))
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)

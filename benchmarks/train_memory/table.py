@@ -1,4 +1,4 @@
-"""What the peaks come to: the table, the chart, and what does not hold."""
+"""Table and chart of the peaks, and the checks that fail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEVICE = 80 * GIB
-LEAST_SAVED = 11  # points of DEVICE
+LEAST_SAVED = 11  # percentage points of DEVICE
 
 COLUMNS: results.Columns = {
     "policy": lambda row: row["model"],
@@ -39,7 +39,7 @@ def _percent(row: results.Row) -> float:
 
 
 def failures_of(rows: Sequence[results.Row]) -> list[str]:
-    """What does not hold of the rows that are there."""
+    """List the checks that the rows fail."""
     found = []
     ours = {(row["model"], row["case"]): row for row in rows if row["operations"]}
     for row in rows:
@@ -56,7 +56,7 @@ def failures_of(rows: Sequence[results.Row]) -> list[str]:
 
 
 def draw(path: Path, rows: Sequence[results.Row]) -> None:
-    """Stacked bars: the policy's kinds, then the critic's in the same colours, hatched."""
+    """Draw stacked bars: the policy's kinds, then the critic's in the same colours, hatched."""
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()

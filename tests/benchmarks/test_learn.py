@@ -75,7 +75,7 @@ def test_right_walks_are_rewarded_however_they_are_written():
     rng = random.Random(0)
     written = [digit_walk.demonstration(prompt, 16, 0.0, rng)[0] for prompt in rows["prompt"]]
     assert digit_walk.reward(rows["prompt"], written, rows["answer"], rows["steps"]) == [1.0] * len(rows)
-    assert any(character in digit_walk.OTHERWISE for character in written[0])
+    assert any(character in digit_walk.LETTERS for character in written[0])
 
 
 @pytest.mark.parametrize(("difficulty", "horizon"), [("even", 16), ("even", 256), ("mixed", 64)])
@@ -94,7 +94,7 @@ def test_a_policy_is_what_it_was_taught_and_made_once(tmp_path, monkeypatch):
     file = policy.make_policy(tmp_path, course)
     made = policy.load_policy(file)
     probabilities = made(torch.tensor([policy.tokenizer()("C37")["input_ids"]])).logits[0, -1].softmax(-1)
-    digits = policy.tokenizer()(digit_walk.DIGITS + digit_walk.OTHERWISE)["input_ids"]
+    digits = policy.tokenizer()(digit_walk.DIGITS + digit_walk.LETTERS)["input_ids"]
     assert probabilities[digits].sum() > 0.8  # of 20 of 30 tokens: it has learned that steps are digits
 
     taught = []

@@ -31,7 +31,7 @@ from benchmarks.train_memory.cases import (
     settings,
 )
 from benchmarks.train_memory.step import KINDS, OWNERS, Step, StepAllocations, build
-from benchmarks.train_memory.surroundings import eager_logprobs, on_cuda, processes, shard, watched
+from benchmarks.train_memory.surroundings import eager_logprobs, on_cuda, processes, shard, tracked_kinds
 from sppo.rollout.batching import make_micro_batches
 
 
@@ -84,17 +84,17 @@ def test_real_tensors_take_the_same(algorithm, devices, monkeypatch):
 
     samples = samples_of(args, kind := "token" if algorithm == "ppo" else "prompt")
     with processes(devices) as mesh, on_cuda(), on_cuda_without_kernels([]), StepAllocations() as allocations:
-        pair = build(case, TINY, args.cliprange_value)
+        model = build(case, TINY, args.cliprange_value)
         if mesh is not None:
-            shard(pair, mesh)
-        step = Step(allocations, pair, args, samples, make_micro_batches(samples[:1], 1, kind)[0])
-        with allocations.resizes(), watched(allocations, pair, eager_logprobs):
+            shard(model, mesh)
+        step = Step(allocations, model, args, samples, make_micro_batches(samples[:1], 1, kind)[0])
+        with allocations.resizes(), tracked_kinds(allocations, model, eager_logprobs):
             step.start()
             first = allocations.moment()
             step.update()
             real = allocations.peak_by_kind(first)
-            tracker = FSDPMemTracker(pair, step.optimizer) if mesh is not None else MemTracker()
-            tracker.track_external(pair, step.optimizer, *step.batch.values())
+            tracker = FSDPMemTracker(model, step.optimizer) if mesh is not None else MemTracker()
+            tracker.track_external(model, step.optimizer, *step.batch.values())
             with tracker:
                 step.update()
     peak = sum(real.values())

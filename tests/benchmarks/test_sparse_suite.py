@@ -35,36 +35,38 @@ def test_each_part_has_its_rows_and_its_table(report):
 def test_coverage_is_what_the_operation_keeps(report):
     """Counted by sorting, in float64; the operation selects in one read, in float32."""
     hidden, weight, labels = sparse._random_states(256)
-    for row in sparse.of("coverage", report["rows"]):
+    for row in sparse.rows_of("coverage", report["rows"]):
         if row["tolerance"] < 1e-4:  # next to what float32 sums are off by
             continue
         settings = {"backward": "sparse", "mass_tolerance": row["tolerance"], "max_entries": row["capacity"]}
-        certificate = linear_logprobs(hidden.requires_grad_(), weight, labels, **settings).certificate
+        certificate = linear_logprobs(
+            hidden.requires_grad_(), weight, labels, return_certificate=True, **settings
+        ).certificate
         assert float(certificate.sparse_share) == pytest.approx(row["covered"], abs=0.01)
         if row["covered"]:
             assert float(certificate.mean_entries) == pytest.approx(row["mean_entries"], rel=0.02)
 
 
 def test_ways_that_are_timed_say_how_many_passes_they_take(report):
-    rows = {(row["logits"], row["provider"]): row for row in sparse.of("times", report["rows"])}
+    rows = {(row["logits"], row["provider"]): row for row in sparse.rows_of("times", report["rows"])}
     assert rows["states", "cache"]["passes"] == pytest.approx(3, abs=0.01)
     assert rows["states", "sparse"]["passes"] < rows["noise", "sparse"]["passes"]
     assert rows["noise", "sparse"]["passes"] == pytest.approx(4, abs=0.01)
     assert all(row["both_ms"] > 0 for row in rows.values() if "note" not in row)
 
 
-def test_ways_take_turns(monkeypatch):
+def test_providers_take_turns(monkeypatch):
     called = []
-    ours = sparse._ours
+    ours = sparse._implementation
 
     def noting(provider):
         function = ours(provider)
         return lambda **given: called.append(provider) or function(**given)
 
-    monkeypatch.setattr(sparse, "_ours", noting)
+    monkeypatch.setattr(sparse, "_implementation", noting)
     rows = list(sparse.times(*sparse._random_states(64), rounds=3, peers=False))
-    assert called[-12:] == [*sparse.OURS] * 3
-    assert [row["provider"] for row in rows] == [*sparse.OURS]
+    assert called[-12:] == [*sparse.MODES] * 3
+    assert [row["provider"] for row in rows] == [*sparse.MODES]
     assert all(row["both_ms"] >= max(row["forward_ms"], row["backward_ms"]) for row in rows)
 
 
@@ -80,7 +82,7 @@ def test_ways_take_turns(monkeypatch):
 def test_a_broken_promise_is_a_failure(report, part, change, says):
     rows = [dict(row) for row in report["rows"]]
     spoilt = next(
-        row for row in sparse.of(part, rows) if part == "bound" or row["provider"] == "sparse, tolerance 0.0001"
+        row for row in sparse.rows_of(part, rows) if part == "bound" or row["provider"] == "sparse, tolerance 0.0001"
     )
     spoilt |= change
     (failure,) = sparse.failures_of(rows)
