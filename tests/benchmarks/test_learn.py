@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -352,7 +353,10 @@ def test_learn_walks_through_all_of_it_and_resumes(tmp_path, capsys, monkeypatch
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_an_interrupted_command_ends_at_once_and_keeps_what_it_has(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "learn", "--quick", "--workers", "2", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore SIGINT, and so would the command if the tests run in one.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=heed, **pipes)
     results = tmp_path / "learn-quick.json"
     for _ in range(1200):
         if results.exists():
