@@ -1,4 +1,4 @@
-"""Device, random tensors and the comparison with float64 that the tests of the operations share."""
+"""Devices, backends and the comparison with float64 that the tests of the operations share."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from torch import Tensor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-HALVES = [torch.float16, torch.bfloat16]
 
-# Few examples, since each runs kernels in an interpreter where there is no GPU; the same ones every time; and no search
-# for the smallest failure, which would take minutes there.
+# Few and fixed examples, because without a GPU each runs kernels in an interpreter. Shrinking a failure would take
+# minutes there, so it is off.
 ragged_shapes = settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 
-# Rounding to half precision costs half an eps, and the reference pays it too; one eps more is what Triton's interpreter
-# needs, which drops the low bits of a float32 when it stores bfloat16 where a GPU rounds to nearest. The reference's
-# float32 arithmetic may happen to be exact, so there a few eps are given besides.
+# Rounding to half precision costs half an eps, in the reference too. The additional eps is for Triton's interpreter,
+# which drops the low bits of a float32 when it stores bfloat16, where a GPU rounds to nearest. The reference's float32
+# arithmetic may happen to be exact, so float32 has a floor of a few eps.
 FLOOR = {torch.float32: 4.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, grad: bool = False) -> Tensor:
-    """Draw normal numbers on DEVICE from the CPU's generator, so that every device gets the same."""
+    """Normal numbers on DEVICE, drawn on the CPU so that every device gets the same values."""
     return (scale * torch.randn(shape)).to(device=DEVICE, dtype=dtype).requires_grad_(grad)
 
 
 def randint(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Draw integers in [low, high) on DEVICE from the CPU's generator."""
+    """Integers in [low, high) on DEVICE, drawn on the CPU."""
     return torch.randint(low, high, shape, dtype=dtype).to(DEVICE)
 
 
@@ -48,25 +47,25 @@ def assert_close_to_float64(
 ) -> None:
     """Check that errors against float64 are at most ``slack`` times those of the eager reference in the same dtype.
 
-    ``floor`` is added in eps of a result's dtype times its largest magnitude.
+    Each bound is raised by ``floor`` times the eps of the result's dtype times its largest magnitude.
 
     Args:
-        op, reference: public function and its definition, called with ``tensors`` and ``arguments``.
+        op, reference: public function and its reference, called with ``tensors`` and ``arguments``.
         backend: the backend of ``op`` under test.
-        tensors: arguments that are tensors; those that require a gradient get theirs compared.
-        term: size of the terms that the outputs, and gradients of a single number, are sums of, where they may cancel:
-            then neither the result nor what the reference happens to make of it says how exact it can be.
-        upstream: names of the outputs that a random gradient flows into; None: every differentiable one.
+        tensors: arguments that are tensors; gradients are compared for those that require one.
+        term: magnitude of the terms whose sum is an output or the gradient of a single number. If the terms cancel,
+            neither the result nor the error of the reference bounds the achievable accuracy.
+        upstream: names of the outputs that get a random upstream gradient; None: every differentiable one.
     """
     double = {k: x.double() if x is not None and x.is_floating_point() else x for k, x in tensors.items()}
     weights: dict[str, Tensor] = {}
     exact = _values_and_gradients(reference, double, arguments, upstream, weights)
     eager = _values_and_gradients(reference, tensors, arguments, upstream, weights)
-    ours = _values_and_gradients(op, tensors, {**arguments, "backend": backend}, upstream, weights)
+    results = _values_and_gradients(op, tensors, {**arguments, "backend": backend}, upstream, weights)
     gradients = {f"d {k}" for k in tensors}
-    assert ours.keys() == exact.keys()
+    assert results.keys() == exact.keys()
     for name, want in exact.items():
-        got = ours[name]
+        got = results[name]
         assert got.shape == want.shape, name
         magnitude = torch.where(want.isfinite(), want.abs(), 0.0).amax().item() if want.numel() else 0.0
         if name not in gradients or want.numel() == 1:
@@ -77,7 +76,7 @@ def assert_close_to_float64(
 
 
 def outputs_by_name(output: Any) -> dict[str, Tensor]:
-    """The tensors of a result: one tensor, a (named) tuple of them, a dict of metrics in it."""
+    """Return the tensors of a result by name: a tensor, or a (named) tuple that may contain a dict of metrics."""
     if isinstance(output, Tensor):
         return {"value": output}
     names = getattr(output, "_fields", range(len(output)))
@@ -88,18 +87,20 @@ def outputs_by_name(output: Any) -> dict[str, Tensor]:
 
 
 def _values_and_gradients(op, tensors, arguments, upstream, weights) -> dict[str, Tensor]:
-    """Outputs by name, and "d <name>" for each input that requires a gradient."""
-    # detach() keeps strides and storage offset: an odd layout is often what is under test.
+    """Return outputs by name, and "d <name>" for each input that requires a gradient."""
+    # detach() keeps strides and storage offset, because the layout is often under test.
     given = {k: None if x is None else x.detach().requires_grad_(x.requires_grad) for k, x in tensors.items()}
     outputs = outputs_by_name(op(**given, **arguments))
     leaves = {k: x for k, x in given.items() if x is not None and x.requires_grad}
     results = {name: x.detach() for name, x in outputs.items()}
     if leaves:
-        flows = {k: x for k, x in outputs.items() if x.requires_grad and (upstream is None or k in upstream)}
-        for name, x in flows.items():
+        differentiated = {k: x for k, x in outputs.items() if x.requires_grad and (upstream is None or k in upstream)}
+        for name, x in differentiated.items():
             weights.setdefault(name, randn(*x.shape))
         grads = torch.autograd.grad(
-            list(flows.values()), list(leaves.values()), [weights[k].to(x.dtype) for k, x in flows.items()]
+            list(differentiated.values()),
+            list(leaves.values()),
+            [weights[k].to(x.dtype) for k, x in differentiated.items()],
         )
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
             assert grad.dtype == leaf.dtype, f"d {name}"
@@ -108,6 +109,6 @@ def _values_and_gradients(op, tensors, arguments, upstream, weights) -> dict[str
 
 
 def _largest_error(got: Tensor, want: Tensor) -> Tensor:
-    """NaN where either is NaN, which no bound allows; equal infinities are no error."""
+    """Return the largest absolute error: NaN, which fails every bound, if there is a NaN; 0 for equal infinities."""
     got = got.double()
     return torch.where(got == want, 0.0, (got - want).abs()).amax() if want.numel() else want.new_zeros(())

@@ -1,6 +1,6 @@
-"""Triton's interpreter (3.6 to 3.9) cuts a float32 off where it stores bfloat16; a GPU rounds to the nearest.
+"""Rounding of bfloat16 in Triton's interpreter (3.6 to 3.9), which truncates float32 where a GPU rounds to nearest.
 
-Cut, the gradient of the logits would no longer add up to zero over a row, an error that no GPU makes.
+With truncation the logit gradient of a row would not sum to zero, an error that does not occur on a GPU.
 """
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 
 
 def round_to_nearest() -> None:
+    """Patch the interpreter to round float32 to the nearest bfloat16."""
     try:
         import triton.language as tl
         from triton.runtime import interpreter

@@ -1,4 +1,4 @@
-"""Inputs and checks that the tests of linear_logprobs share."""
+"""Inputs and checks shared by the tests of linear_logprobs."""
 
 import itertools
 
@@ -22,45 +22,48 @@ IGNORED = -100
 MODES = ["recompute", "cache"]
 
 
-each_way = pytest.mark.parametrize(("backend", "backward"), list(itertools.product(BACKENDS, MODES)))
+each_mode = pytest.mark.parametrize(("backend", "backward"), list(itertools.product(BACKENDS, MODES)))
 
 
-# The row's gradient is rounded to half precision before the two matrix products, which costs each of its elements half
-# an eps more than the reference loses.
-PRODUCTS_FLOOR = {**FLOOR, torch.float16: 4.0, torch.bfloat16: 4.0}
+# The logit gradient is rounded to half precision before the two matrix products, which costs each of its elements half
+# an eps more than in the reference.
+MATMUL_FLOOR = {**FLOOR, torch.float16: 4.0, torch.bfloat16: 4.0}
 
 
-SMALL_CHUNKS = {"chunk_bytes": 1}  # the minimum: blocks of 256 tokens, chunks of 64 (128 in torch's forward)
+# The minimum: 64 tokens per chunk of logits (128 in torch's forward), 256 per block of logit gradients.
+SMALL_CHUNKS = {"chunk_bytes": 1}
 
 
 def with_adapter(op):
-    """``op`` with the two tensors of the adapter as arguments u and b of their own."""
+    """Wrap ``op`` to take the two tensors of the adapter as separate arguments u and b."""
     return lambda *args, u=None, b=None, **kwargs: op(*args, adapter=None if u is None else (u, b), **kwargs)
 
 
 def check(backend, hidden, weight, labels, *, bias=None, temperature=1.0, u=None, b=None, **kwargs):
+    """Compare linear_logprobs with the float64 reference; ``kwargs`` are settings and ``upstream``."""
     tensors = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias, "u": u, "b": b}
     (tensors if isinstance(temperature, torch.Tensor) else kwargs)["temperature"] = temperature
     reference_kwargs = {k: v for k, v in kwargs.items() if k not in ("backward", "chunk_bytes", "logits_budget_bytes")}
-    ours = {k: v for k, v in kwargs.items() if k not in reference_kwargs}
+    op_kwargs = {k: v for k, v in kwargs.items() if k not in reference_kwargs}
     upstream = reference_kwargs.pop("upstream", None)
     assert_close_to_float64(
-        lambda *args, **more: with_adapter(linear_logprobs)(*args, **more, **ours),
+        lambda *args, **more: with_adapter(linear_logprobs)(*args, **more, **op_kwargs),
         with_adapter(reference.linear_logprobs),
         backend,
         tensors,
-        floor=PRODUCTS_FLOOR,
+        floor=MATMUL_FLOOR,
         upstream=upstream,
         **reference_kwargs,
     )
 
 
 def row_bytes(vocab, itemsize=4):
-    """Return the bytes of one cached logit gradient."""
+    """Return the bytes that a row of cached logit gradients takes."""
     return row_stride(vocab) * itemsize
 
 
 def inputs(n, width, vocab, dtype=torch.float32, bias=False, ignored=0, rank=0):
+    """Return arguments by name: the first ``ignored`` labels are ignored, and ``rank`` is that of the adapter."""
     labels = randint(0, vocab, n)
     labels[:ignored] = IGNORED
     given = {
@@ -76,7 +79,7 @@ def inputs(n, width, vocab, dtype=torch.float32, bias=False, ignored=0, rank=0):
 
 
 def multiply_adds(run):
-    """Count the multiply-adds of matrix products in ``run`` with the profiler."""
+    """Return how many multiply-adds of matrix products the profiler counts in ``run``."""
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as prof:
         run()
     return sum(event.flops for event in prof.key_averages() if event.key in ("aten::mm", "aten::addmm")) // 2

@@ -1,4 +1,4 @@
-"""Inputs and checks that the tests of policy_loss share."""
+"""Inputs and checks shared by the tests of policy_loss."""
 
 import torch
 from against_float64 import (
@@ -22,11 +22,12 @@ NAN = float("nan")
 
 
 def offsets(lengths):
+    """Return the cu_seqlens of sequences of these lengths."""
     return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
 
 
 def packed(lengths, dtype=torch.float32, spread=0.3, per_token=False):
-    """Sequences whose log-ratios spread over both sides of the clip range."""
+    """Return packed sequences with log-ratios on both sides of the clip range."""
     n, old = sum(lengths), randn(sum(lengths)) - 2
     near = lambda: (old + randn(n, scale=spread)).to(dtype)
     return {
@@ -40,7 +41,7 @@ def packed(lengths, dtype=torch.float32, spread=0.3, per_token=False):
 
 
 def check(backend, tensors, **arguments):
-    """The terms of the loss and of its metrics are as large as the log-ratios."""
+    """Compare policy_loss with the float64 reference; terms of the loss and metrics are as large as the log-ratios."""
     term = (tensors["logprobs"] - tensors["old_logprobs"]).abs().mean().item() if tensors["logprobs"].numel() else 0.0
     assert_close_to_float64(policy_loss, reference.policy_loss, backend, tensors, term=term, **arguments)
 
@@ -49,11 +50,12 @@ SEQUENCES = [4, 1, 0, 9, 3]  # one of them is an empty response
 
 
 def as_packed(columns, advantages):
+    """Return arguments for the packed layout."""
     return {**columns, "advantages": advantages, "cu_seqlens": offsets(SEQUENCES)}
 
 
 def as_padded(columns, advantages):
-    """Pad with NaN, which must not reach any result."""
+    """Return arguments for the padded layout; the padding holds NaN, which must not reach a result."""
     pad = lambda x: torch.nn.utils.rnn.pad_sequence(list(x.split(SEQUENCES)), batch_first=True, padding_value=NAN)
     if advantages.shape != (len(SEQUENCES),):
         advantages = pad(advantages)

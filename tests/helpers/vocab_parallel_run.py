@@ -1,4 +1,4 @@
-"""What test_vocab_parallel.py runs with torchrun: linear_logprobs with its vocabulary split over the ranks."""
+"""Checks of linear_logprobs with its vocabulary sharded over ranks, run with torchrun by test_vocab_parallel.py."""
 
 from unittest import mock
 
@@ -13,16 +13,16 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_dev
 from sppo_kernels import linear_logprobs, linear_policy_loss
 from sppo_kernels.ops.policy_loss import RATIO_LEVELS
 
-TOKENS, WIDTH, RANK_OF_ADAPTER = 9, 6, 2
-# Uneven, and in each a shard that has few rows: with 4 ranks a single one.
+TOKENS, WIDTH, ADAPTER_RANK = 9, 6, 2
+# Uneven sizes, including a shard with few rows (one row with 4 ranks).
 SHARDS = {2: (24, 5), 4: (12, 1, 6, 10)}
 NAMES = ("hidden", "weight", "bias", "u", "b")
 
 
 def inputs(dtype, vocab):
-    """Make inputs that are the same on every rank."""
+    """Return the full tensors by name and the labels, which are the same on every rank."""
     g = torch.Generator().manual_seed(0)
-    shapes = ((TOKENS, WIDTH), (vocab, WIDTH), (vocab,), (TOKENS, RANK_OF_ADAPTER), (vocab, RANK_OF_ADAPTER))
+    shapes = ((TOKENS, WIDTH), (vocab, WIDTH), (vocab,), (TOKENS, ADAPTER_RANK), (vocab, ADAPTER_RANK))
     tensors = {name: torch.randn(shape, generator=g).to(dtype) for name, shape in zip(NAMES, shapes, strict=True)}
     labels = torch.randint(vocab, (TOKENS,), generator=g)
     labels[0], labels[1], labels[2], labels[3] = 0, vocab - 1, -100, SHARDS[dist.get_world_size()][0]
@@ -30,7 +30,7 @@ def inputs(dtype, vocab):
 
 
 def run(tensors, labels, *, extras, upstream, **settings):
-    """Results and gradients; bias and adapter are there if ``extras``, and the last token's upstream gradient is 0."""
+    """Return outputs and gradients, with bias and adapter if ``extras``; the last token's upstream gradient is 0."""
     leaves = {k: x.detach().requires_grad_() for k, x in tensors.items() if extras or k in ("hidden", "weight")}
     more = {"bias": leaves["bias"], "adapter": (leaves["u"], leaves["b"])} if extras else {}
     logprobs, entropy = linear_logprobs(leaves["hidden"], leaves["weight"], labels, **more, **settings)
@@ -41,52 +41,54 @@ def run(tensors, labels, *, extras, upstream, **settings):
 
 
 def shard(tensors, sizes, rank):
+    """Return the tensors of one rank and its slice of the vocabulary."""
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     return {k: x[rows] if k in ("weight", "bias", "b") else x for k, x in tensors.items()}, rows
 
 
 def check_equal_to_one_process(dtype, **settings):
+    """Values and gradients equal those of one process, with as many all-reduces as expected."""
     group, rank, sizes = dist.group.WORLD, dist.get_rank(), SHARDS[dist.get_world_size()]
     tensors, labels = inputs(dtype, sum(sizes))
-    if settings.pop("forbid_a_shard"):
+    if settings.pop("mask_first_shard"):
         tensors["bias"][: sizes[0]] = float("-inf")
         labels = torch.where((labels >= 0) & (labels < sizes[0]), sizes[0], labels)
-    whole = run(tensors, labels, **settings)
+    expected = run(tensors, labels, **settings)
     part, rows = shard(tensors, sizes, rank)
     with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
-        ours = run(part, labels, **settings, group=group)
-    # Forward: the sizes of the shards, then two for the one chunk; backward: one for each factor of the logits.
-    # With the entries of the gradient alone one more at the end of forward, for the certificate.
-    of_certificate = settings["backward"] == "sparse"
-    assert all_reduce.call_count == 3 + (2 if settings["extras"] else 1) + of_certificate
+        got = run(part, labels, **settings, group=group)
+    # Forward: one for the shard sizes and two for the only chunk. Backward: one per factor of the logits.
+    # Sparse mode adds one at the end of forward, for the certificate.
+    for_certificate = settings["backward"] == "sparse"
+    assert all_reduce.call_count == 3 + (2 if settings["extras"] else 1) + for_certificate
     rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (0.03, 0.01)
-    for x, y in zip(ours[:2], whole[:2], strict=True):
+    for x, y in zip(got[:2], expected[:2], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
-    for name, grad in ours[2].items():
-        want = whole[2][name]
+    for name, grad in got[2].items():
+        want = expected[2][name]
         torch.testing.assert_close(grad, want[rows] if name in ("weight", "bias", "b") else want, rtol=rtol, atol=atol)
-    for x in (*ours[:2], *(ours[2][name] for name in ("hidden", "u") if name in ours[2])):
+    for x in (*got[:2], *(got[2][name] for name in ("hidden", "u") if name in got[2])):
         others = [torch.empty_like(x) for _ in sizes]
         dist.all_gather(others, x)
         assert all(torch.equal(x, other) for other in others), "ranks differ"
 
 
 def check_many_chunks():
-    """Shards of different sizes split the tokens alike, or a rank would wait forever."""
+    """Ranks with shards of different sizes split the tokens into the same chunks; otherwise a rank would deadlock."""
     group, rank, shards = dist.group.WORLD, dist.get_rank(), [40 * (r + 1) for r in range(dist.get_world_size())]
     hidden, weight = torch.randn(700, WIDTH), torch.randn(sum(shards), WIDTH)
     labels = torch.randint(sum(shards), (700,))
     for x in (hidden, weight, labels):
         dist.broadcast(x, 0)
     rows = slice(sum(shards[:rank]), sum(shards[: rank + 1]))
-    chunk_bytes = 5 * shards[-1] * 256  # 128 tokens of the largest shard, of a smaller one more
-    ours = linear_logprobs(hidden, weight[rows].contiguous(), labels, group=group, chunk_bytes=chunk_bytes)
-    for x, y in zip(ours, linear_logprobs(hidden, weight, labels), strict=True):
+    chunk_bytes = 5 * shards[-1] * 256  # 128 tokens for the largest shard, more for a smaller one
+    got = linear_logprobs(hidden, weight[rows].contiguous(), labels, group=group, chunk_bytes=chunk_bytes)
+    for x, y in zip(got, linear_logprobs(hidden, weight, labels), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
 def check_policy_loss():
-    """Compare linear_policy_loss with one process, for each ratio level and mode, with several blocks."""
+    """linear_policy_loss on each rank equals that of one process, per ratio level and mode, with several blocks."""
     group, rank, shards = dist.group.WORLD, dist.get_rank(), [40 * (r + 1) for r in range(dist.get_world_size())]
     hidden, weight, old = torch.randn(700, WIDTH), torch.randn(sum(shards), WIDTH), torch.randn(700) - 5
     labels, advantages = torch.randint(sum(shards), (700,)), torch.randn(5)
@@ -104,15 +106,15 @@ def check_policy_loss():
         for backward in ("cache", "sparse", "auto"):
             settings = {"ratio_level": ratio_level, "backward": backward, "mass_tolerance": 1e-8, "max_entries": 4}
             loss, dh, dw = results(weight, **settings)
-            ours = results(weight[rows].contiguous(), **settings, group=group)
-            for x, y in zip(ours, (loss, dh, dw[rows]), strict=True):
+            got = results(weight[rows].contiguous(), **settings, group=group)
+            for x, y in zip(got, (loss, dh, dw[rows]), strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
 def check_auto_agrees():
-    """Ranks whose rows differ in peakedness still choose the same mode."""
+    """All ranks choose the same mode although their shards of the logits differ."""
     world = dist.get_world_size()
-    hidden = 60.0 * torch.eye(64)[torch.arange(64) % 8]  # peaked, on rank 0's rows; elsewhere all is flat
+    hidden = 60.0 * torch.eye(64)[torch.arange(64) % 8]  # peaked on rank 0's rows, flat on all others
     weight = torch.eye(64)[dist.get_rank() * 64 // world : (dist.get_rank() + 1) * 64 // world].contiguous()
     shares = []
     for _ in range(3):
@@ -135,19 +137,20 @@ def check_auto_agrees():
 
 
 def check_errors():
+    """The error for a wrong label names the range of the full vocabulary."""
     sizes = SHARDS[dist.get_world_size()]
     tensors, labels = inputs(torch.float32, sum(sizes))
     part, _ = shard(tensors, sizes, dist.get_rank())
     for bad in (sum(sizes), -1):
         wrong = labels.clone()
         wrong[4] = bad
-        says = rf"labels must be in \[0, {sum(sizes)}\) or ignore_index=-100, got {bad}"
-        with pytest.raises(ValueError, match=says):
+        message = rf"labels must be in \[0, {sum(sizes)}\) or ignore_index=-100, got {bad}"
+        with pytest.raises(ValueError, match=message):
             linear_logprobs(part["hidden"], part["weight"], wrong, group=dist.group.WORLD)
 
 
 def check_tensor_parallel_dtensor():
-    """A weight that DTensor shards by rows goes in as its local part; its gradient comes back as a DTensor's."""
+    """A row-sharded DTensor weight is passed as its local tensor; its gradient is a DTensor."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     tensors, labels = inputs(torch.float32, 29)
     weight = nn.Parameter(distribute_tensor(tensors["weight"], mesh, [Shard(0)]))
@@ -156,36 +159,36 @@ def check_tensor_parallel_dtensor():
     ):
         linear_logprobs(tensors["hidden"], weight, labels)
     linear_logprobs(tensors["hidden"], weight.to_local(), labels, group=mesh.get_group()).logprobs.sum().backward()
-    whole = tensors["weight"].requires_grad_()
-    linear_logprobs(tensors["hidden"], whole, labels).logprobs.sum().backward()
+    full_weight = tensors["weight"].requires_grad_()
+    linear_logprobs(tensors["hidden"], full_weight, labels).logprobs.sum().backward()
     assert isinstance(weight.grad, DTensor)
-    torch.testing.assert_close(weight.grad.full_tensor(), whole.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight.grad.full_tensor(), full_weight.grad, rtol=1e-4, atol=1e-5)
 
 
 class Model(nn.Module):
-    """The operation inside the forward of the module that owns the head, where FSDP2 has gathered the weight."""
+    """A module that calls the operation in the forward of the LM head's owner, where FSDP2 has gathered the weight."""
 
     def __init__(self):
         super().__init__()
-        self.body, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 29, bias=False)
+        self.body, self.lm_head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 29, bias=False)
 
     def forward(self, x, labels):
-        return linear_logprobs(self.body(x), self.head.weight, labels).logprobs
+        return linear_logprobs(self.body(x), self.lm_head.weight, labels).logprobs
 
 
 def check_fsdp2():
-    """Data parallel: each rank has its own tokens, gradients are means over the ranks."""
+    """With data parallelism each rank has its own tokens, and gradients are means over the ranks."""
     torch.manual_seed(0)
-    model, alone = Model(), Model()
-    alone.load_state_dict(model.state_dict())
+    model, unsharded = Model(), Model()
+    unsharded.load_state_dict(model.state_dict())
     fully_shard(model)
     x = torch.randn(dist.get_world_size(), TOKENS, WIDTH)
     labels = torch.randint(29, x.shape[:2])
     rank = dist.get_rank()
     model(x[rank], labels[rank]).sum().backward()
-    (alone(x, labels).sum() / dist.get_world_size()).backward()
-    for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
+    (unsharded(x, labels).sum() / dist.get_world_size()).backward()
+    for (name, sharded), full in zip(model.named_parameters(), unsharded.parameters(), strict=True):
+        torch.testing.assert_close(sharded.grad.full_tensor(), full.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def main():
@@ -196,7 +199,7 @@ def main():
     for backend in ("torch", "triton"):
         for backward in ("recompute", "cache", "sparse"):
             for dtype in (torch.float32, torch.bfloat16):
-                for extras, upstream, softcap, temperature, forbid_a_shard in (
+                for extras, upstream, softcap, temperature, mask_first_shard in (
                     (False, "logprobs", None, 1.0, False),
                     (True, "both", 4.0, 0.6, False),
                     (True, "both", None, torch.linspace(0.5, 2.0, TOKENS), True),
@@ -205,12 +208,12 @@ def main():
                         dtype,
                         backend=backend,
                         backward=backward,
-                        mass_tolerance=1e-8,  # of so few columns next to nothing is left out
+                        mass_tolerance=1e-8,  # with so few columns almost nothing is dropped
                         extras=extras,
                         upstream=upstream,
                         softcap=softcap,
                         temperature=temperature,
-                        forbid_a_shard=forbid_a_shard,
+                        mask_first_shard=mask_first_shard,
                     )
                     cases += 1
     check_many_chunks()

@@ -1,4 +1,4 @@
-"""Marker ``gpu`` needs a GPU; random tensors are the same on every run, also in hypothesis' examples."""
+"""Hooks and fixtures that skip GPU tests without a GPU and make random tensors repeat, in hypothesis' examples too."""
 
 import interpreter
 import pytest
@@ -9,7 +9,7 @@ from sppo_kernels.ops.linear_logprobs.lm_head import LMHead
 
 
 class TorchRandom:
-    """torch's CPU generator in the form that hypothesis seeds before each example."""
+    """PyTorch's CPU generator with the interface that hypothesis seeds before each example."""
 
     seed = staticmethod(torch.manual_seed)
     getstate = staticmethod(torch.get_rng_state)
@@ -23,7 +23,7 @@ register_random(TORCH_RANDOM)
 
 
 def pytest_configure(config):
-    # numpy, which the interpreter computes with, warns of what a masked lane holds: -inf - -inf, 0 * inf, log 0.
+    # The interpreter computes with NumPy, which warns about the values in masked lanes: -inf - -inf, 0 * inf, log 0.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
@@ -36,11 +36,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _same_random_tensors_every_run():
+def _seed():
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 16 tokens in place of at least 256: chunks of logits of 4, on the PyTorch backend of 8."""
+    """Blocks of 16 tokens instead of at least 256, with 4 tokens per chunk of logits (8 on the PyTorch backend)."""
     monkeypatch.setattr(LMHead, "block_size", lambda self, vocab=None: 16)

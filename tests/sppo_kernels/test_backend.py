@@ -1,4 +1,4 @@
-"""Selection of a backend, and its errors."""
+"""Backend selection and its errors."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from sppo_kernels import _backend, whiten
     ("triton", "numpy", "works"),
     [("3.6.0", "2.4.0", False), ("3.6.0", "2.10.1", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.5.2", True)],
 )
-def test_the_interpreter_that_fails_on_this_numpy_is_named(triton, numpy, works, monkeypatch):
+def test_incompatible_interpreter_and_numpy_are_reported(triton, numpy, works, monkeypatch):
     fault = _backend.interpreter_fault(triton, numpy)
     assert (fault == "") == works
     if works:

@@ -1,4 +1,4 @@
-"""The checks of the stand-in for a CUDA device find what they are for."""
+"""The simulated CUDA device detects the errors that it checks for."""
 
 import pytest
 import torch
@@ -18,23 +18,23 @@ def cuda(monkeypatch):
 
 
 def moments(cuda, **changed):
-    """Arguments of a launch that is in order, but for what is changed."""
+    """Arguments of a valid launch, except for those in ``changed``."""
     given = {"x_ptr": cuda.new(1000, 80), "mask_ptr": cuda.new(1000, 80, dtype=torch.bool)}
     return {**given, "partial_ptr": cuda.new(3, 40), "N": 80_000, "BLOCKS": 40, **changed}
 
 
-def test_a_launch_in_order(cuda):
+def test_a_valid_launch_passes(cuda):
     launch(whiten.whiten_moments_kernel, (40,), **moments(cuda), BLOCK=2048, num_warps=4)
     assert len(cuda.launches.made) == 1
 
 
-def test_a_launch_without_guard_is_found(cuda):
+def test_a_launch_without_a_device_guard_is_detected(cuda):
     with pytest.raises(AssertionError, match="launched while cuda:0 is current"):
         whiten.whiten_moments_kernel[(40,)](**moments(cuda), BLOCK=2048)
 
 
 @pytest.mark.parametrize(
-    ("changed", "what"),
+    ("changed", "message"),
     [
         (lambda cuda: {"mask_ptr": torch.empty(80_000, device="cuda:0")}, "mask_ptr is on cuda:0"),
         (lambda cuda: {"partial_ptr": torch.empty(3, 40)}, "partial_ptr is on cpu"),
@@ -45,32 +45,32 @@ def test_a_launch_without_guard_is_found(cuda):
         (lambda cuda: {"x_ptr": cuda.new(1000, 81)[:, :80]}, r"x_ptr has strides \(81, 1\)"),
     ],
 )
-def test_wrong_arguments_of_a_launch_are_found(cuda, changed, what):
-    cuda.launches.sizes = {"N": 80_000} if "not 80000" in what else {}
-    with pytest.raises(AssertionError, match=what):
+def test_wrong_launch_arguments_are_detected(cuda, changed, message):
+    cuda.launches.sizes = {"N": 80_000} if "not 80000" in message else {}
+    with pytest.raises(AssertionError, match=message):
         launch(whiten.whiten_moments_kernel, (40,), **moments(cuda, **changed(cuda)), BLOCK=2048)
 
 
 @pytest.mark.parametrize("grid", [(0,), (2**31,), (1, 65536), (1, 1, 1, 1), (2.0,)])
-def test_a_grid_out_of_bounds_is_found(cuda, grid):
+def test_a_grid_out_of_bounds_is_detected(cuda, grid):
     with pytest.raises(AssertionError, match="whiten_moments_kernel"):
         launch(whiten.whiten_moments_kernel, grid, **moments(cuda), BLOCK=2048)
 
 
 @pytest.mark.parametrize("settings", [{}, {"BLOCK": 2048, "WIDTH": 3}])
-def test_missing_and_unknown_parameters_are_found(cuda, settings):
+def test_missing_and_unknown_parameters_are_detected(cuda, settings):
     with pytest.raises(TypeError):
         launch(whiten.whiten_moments_kernel, (40,), **moments(cuda), **settings)
 
 
 @pytest.mark.parametrize("settings", [{"BLOCK": 2000}, {"BLOCK": 2048, "num_warps": 3}])
-def test_what_does_not_compile_is_found(cuda, settings):
+def test_uncompilable_launch_settings_are_detected(cuda, settings):
     with pytest.raises(AssertionError):
         launch(whiten.whiten_moments_kernel, (40,), **moments(cuda), **settings)
 
 
 @pytest.mark.parametrize(
-    ("changed", "what"),
+    ("changed", "message"),
     [
         ({"a": (torch.float32, 4, 6)}, "input dtypes must be the same"),
         ({"b": (torch.bfloat16, 5, 8)}, "cannot be multiplied"),
@@ -84,15 +84,15 @@ def test_what_does_not_compile_is_found(cuda, settings):
         ({"a": (torch.bfloat16, 1, 6), "plus": (torch.float32, 1, 8), "out": (torch.float32, 1, 8)}, "Tunable GEMM"),
     ],
 )
-def test_products_that_pytorch_refuses_are_found(cuda, changed, what):
+def test_matmuls_that_pytorch_rejects_are_detected(cuda, changed, message):
     given = {"a": (torch.bfloat16, 4, 6), "b": (torch.bfloat16, 6, 8), "out": (torch.float32, 4, 8)}
     given |= {"plus": given["out"], "out_dtype": torch.float32, **changed}
     a, b, out, plus = (cuda.new(*given[name][1:], dtype=given[name][0]) for name in ("a", "b", "out", "plus"))
-    with pytest.raises(AssertionError, match=what):
+    with pytest.raises(AssertionError, match=message):
         torch.addmm(plus, a, b, out_dtype=given["out_dtype"], out=out)
 
 
-def test_products_that_are_slow_are_found(cuda):
+def test_slow_matmuls_are_detected(cuda):
     a, b = cuda.new(8, 12, dtype=torch.bfloat16), cuda.new(6, 8, dtype=torch.bfloat16)
     with pytest.raises(AssertionError, match=r"mat1 \(8, 6\) with strides \(12, 2\) is copied"):
         torch.mm(a[:, ::2], b)

@@ -1,4 +1,4 @@
-"""What importing the package requires and does, each case in its own Python process."""
+"""Requirements and side effects of importing the package, each tested in its own Python process."""
 
 import os
 import subprocess
@@ -9,15 +9,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def python(code: str) -> None:
-    """Run ``code`` without Triton's interpreter; what it asserts must hold."""
+    """Run ``code`` without Triton's interpreter and check that its assertions hold."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert completed.returncode == 0, completed.stderr
 
 
-def test_without_triton_and_transformers():
-    """macOS, Windows: the torch backend serves, and asking for the other one says what to install."""
+def test_torch_backend_works_without_triton_and_transformers():
+    """On macOS and Windows the torch backend works; requesting the other one raises an error that names the package."""
     python("""
 import sys
 
@@ -45,8 +47,8 @@ else:
 """)
 
 
-def test_triton_on_a_cpu_without_its_interpreter():
-    """Importing touches no GPU and no package of the trainer's; the error names the remedy."""
+def test_triton_on_cpu_requires_its_interpreter():
+    """Importing initializes no GPU and loads no dependency of the trainer; the error names the remedy."""
     python("""
 import sys
 
@@ -65,14 +67,14 @@ else:
 """)
 
 
-def test_integrations_change_nothing_until_asked():
-    """Importing the package with its integrations changes nothing in TRL and imports no other trainer."""
+def test_importing_integrations_has_no_side_effects():
+    """With TRL loaded, importing the integrations loads no other trainer and leaves TRL unpatched."""
     python("""
 import sys
 
-import trl.trainer.utils as theirs
+import trl.trainer.utils as trl_utils
 
-before, modules = dict(vars(theirs)), set(sys.modules)
+before, modules = dict(vars(trl_utils)), set(sys.modules)
 
 import sppo_kernels
 from sppo_kernels.integrations import openrlhf, trl, verl
@@ -80,5 +82,5 @@ from sppo_kernels.integrations import openrlhf, trl, verl
 assert {name.split(".")[0] for name in set(sys.modules) - modules} <= {"sppo_kernels", "triton", "torch"} | set(
     sys.stdlib_module_names
 ), set(sys.modules) - modules
-assert vars(theirs) == before
+assert vars(trl_utils) == before
 """)

@@ -1,4 +1,4 @@
-"""gae against float64, and against the sums of the paper, token by token."""
+"""Tests of gae against float64 and against the sums of the paper, token by token."""
 
 import pytest
 import torch
@@ -40,22 +40,22 @@ def test_agrees_with_float64(backend, dtype, rows, length, gamma, lam, density):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_equals_the_papers_sum(backend):
+def test_equals_the_sum_in_the_paper(backend):
     """arXiv 1506.02438, equation 16: A_t = sum_l (gamma lam)^l delta_{t+l}, over the unmasked tokens of each row."""
     gamma, lam = 0.9, 0.8
     rewards, values = randn(4, 12), randn(4, 12)
     mask = torch.ones(4, 12, device=DEVICE)
-    mask[0, 5:8] = 0  # a tool's answer inside the response
+    mask[0, 5:8] = 0  # tool output inside the response
     mask[1, :3] = mask[1, 9:] = 0  # prompt and padding
     mask[2] = 0
     mask[3, 1::2] = 0
     got_advantages, got_returns = gae(rewards, values, mask, gamma=gamma, lam=lam, backend=backend)
     want = torch.zeros(4, 12, dtype=torch.float64)
     for row in range(4):
-        kept = mask[row].nonzero().flatten().tolist()
-        r, v = rewards[row, kept].double().tolist(), [*values[row, kept].double().tolist(), 0.0]
-        delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(len(kept))]
-        for t, column in enumerate(kept):
+        unmasked = mask[row].nonzero().flatten().tolist()
+        r, v = rewards[row, unmasked].double().tolist(), [*values[row, unmasked].double().tolist(), 0.0]
+        delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(len(unmasked))]
+        for t, column in enumerate(unmasked):
             want[row, column] = sum((gamma * lam) ** k * d for k, d in enumerate(delta[t:]))
     want = want.to(DEVICE)
     torch.testing.assert_close(got_advantages.double(), want, rtol=1e-5, atol=1e-6)
@@ -65,7 +65,7 @@ def test_equals_the_papers_sum(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_monte_carlo_and_one_step(backend):
+def test_monte_carlo_and_one_step_limits(backend):
     rewards, values, mask = randn(2, 9), randn(2, 9), torch.ones(2, 9, device=DEVICE)
     _, returns = gae(rewards, values, mask, backend=backend)
     torch.testing.assert_close(returns, rewards.flip(1).cumsum(1).flip(1), rtol=1e-5, atol=1e-5)
@@ -83,7 +83,7 @@ def test_one_token_and_forty_thousand(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_masked_tokens_may_hold_anything(backend):
+def test_values_of_masked_tokens_are_ignored(backend):
     rewards, values, mask = randn(2, 9), randn(2, 9), randint(0, 2, 2, 9)
     want = gae(rewards, values, mask, gamma=0.9, lam=0.9, backend=backend)
     for bad in (float("nan"), float("inf")):
@@ -126,7 +126,7 @@ GOOD = {"rewards": torch.zeros(2, 3), "values": torch.zeros(2, 3), "mask": torch
 
 
 @pytest.mark.parametrize(
-    ("bad", "error", "says"),
+    ("bad", "error", "message"),
     [
         ({"rewards": [0.0]}, TypeError, "rewards must be a torch.Tensor, got list"),
         ({"rewards": torch.zeros(2, 3).long()}, TypeError, "rewards must be a floating-point tensor, got torch.int64"),
@@ -141,12 +141,12 @@ GOOD = {"rewards": torch.zeros(2, 3), "values": torch.zeros(2, 3), "mask": torch
         ({"backend": "cuda"}, ValueError, "backend must be one of reference, torch, triton.*got 'cuda'"),
     ],
 )
-def test_wrong_input_is_named(bad, error, says):
-    with pytest.raises(error, match=says):
+def test_errors_name_the_invalid_argument(bad, error, message):
+    with pytest.raises(error, match=message):
         gae(**{**GOOD, **bad})
 
 
 @pytest.mark.gpu
-def test_more_rows_than_a_grid_axis_holds():
+def test_rows_may_exceed_a_grid_axis():
     mask = torch.ones(70_000, 3, device=DEVICE)
     check("triton", randn(70_000, 3), randn(70_000, 3), mask, gamma=0.9, lam=0.9)

@@ -1,4 +1,4 @@
-"""group_advantages against float64, and against GRPO, Dr. GRPO and RLOO written out group by group."""
+"""Tests of group_advantages against float64 and against GRPO, Dr. GRPO and RLOO, group by group."""
 
 import statistics
 
@@ -24,7 +24,7 @@ ESTIMATORS = ["grpo", "dr_grpo", "rloo"]
 
 
 def check(backend, rewards, group_ids, estimator):
-    """A reward minus a mean is as exact as the rewards are large."""
+    """Compare with float64; the error of a reward minus a mean scales with the rewards."""
     tensors = {"rewards": rewards, "group_ids": group_ids}
     term = rewards.abs().max().item() if len(rewards) else 0.0
     assert_close_to_float64(
@@ -46,7 +46,7 @@ def test_agrees_with_float64(backend, estimator, dtype, n, groups, offset):
 
 
 def grpo(rewards):
-    """arXiv 2402.03300, section 4.1.2."""
+    """GRPO, arXiv 2402.03300, section 4.1.2."""
     if len(rewards) == 1:
         return [0.0]
     mean, std = statistics.fmean(rewards), statistics.stdev(rewards)
@@ -54,12 +54,12 @@ def grpo(rewards):
 
 
 def dr_grpo(rewards):
-    """arXiv 2503.20783: no division by the standard deviation."""
+    """Dr. GRPO, arXiv 2503.20783: no division by the standard deviation."""
     return [r - statistics.fmean(rewards) for r in rewards]
 
 
 def rloo(rewards):
-    """arXiv 2402.14740, equation 8: the baseline is the mean of the others."""
+    """RLOO, arXiv 2402.14740, equation 8: the baseline is the mean of the others."""
     if len(rewards) == 1:
         return [0.0]
     return [r - statistics.fmean(rewards[:i] + rewards[i + 1 :]) for i, r in enumerate(rewards)]
@@ -68,7 +68,7 @@ def rloo(rewards):
 @pytest.mark.parametrize("published", [grpo, dr_grpo, rloo])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_equals_the_published_formula(backend, published):
-    """Unequal groups with scattered members, a group of one, a group without spread, unusual group ids."""
+    """Interleaved groups of different sizes with arbitrary ids, including a singleton and one of equal rewards."""
     groups = {7: [1.0, 0.0, 0.5, 1.0], -3: [0.25], 2**40: [2.0, -1.0], 0: [0.5, 0.5, 0.5]}
     members = [(i, g, r, a) for g, rs in groups.items() for i, (r, a) in enumerate(zip(rs, published(rs), strict=True))]
     members.sort()  # interleaves the groups
@@ -117,7 +117,7 @@ GOOD = {"rewards": torch.zeros(3), "group_ids": torch.zeros(3).long()}
 
 
 @pytest.mark.parametrize(
-    ("bad", "error", "says"),
+    ("bad", "error", "message"),
     [
         ({"rewards": [0.0]}, TypeError, "rewards must be a torch.Tensor, got list"),
         ({"rewards": torch.zeros(3).long()}, TypeError, "rewards must be a floating-point tensor, got torch.int64"),
@@ -129,15 +129,15 @@ GOOD = {"rewards": torch.zeros(3), "group_ids": torch.zeros(3).long()}
         ({"backend": "cuda"}, ValueError, "backend must be one of reference, torch, triton.*got 'cuda'"),
     ],
 )
-def test_wrong_input_is_named(bad, error, says):
-    with pytest.raises(error, match=says):
+def test_errors_name_the_invalid_argument(bad, error, message):
+    with pytest.raises(error, match=message):
         group_advantages(**{**GOOD, **bad})
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_equal_rewards_give_exactly_zero(backend, estimator):
-    """0.7 and the rounded mean of eight of them differ; GRPO would amplify that to 0.06."""
+    """The rounded mean of eight times 0.7 is not 0.7, a difference that GRPO would amplify to 0.06."""
     rewards = torch.tensor([0.7] * 8 + [100.1] * 7 + [0.3], device=DEVICE)
     groups = torch.tensor([3] * 8 + [1] * 7 + [2], device=DEVICE)
     assert group_advantages(rewards, groups, estimator=estimator, backend=backend).tolist() == [0.0] * 16

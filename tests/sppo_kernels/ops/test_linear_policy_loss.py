@@ -1,4 +1,4 @@
-"""linear_policy_loss against float64 and the two operations that it combines; its passes and its memory."""
+"""Tests of linear_policy_loss against float64 and its two component operations, and of its FLOPs and memory."""
 
 import logging
 from itertools import cycle, pairwise, product
@@ -19,7 +19,7 @@ from sppo_kernels.ops.policy_loss import AGGREGATIONS, RATIO_LEVELS, ROLLOUT_COR
 IGNORED = -100
 MODES = ["recompute", "cache", "sparse"]
 LENGTHS = (3, 0, 1, 9, 4)
-SMALL_CHUNKS = {"chunk_bytes": 1}  # 256 tokens a block: the least there is
+SMALL_CHUNKS = {"chunk_bytes": 1}  # 256 tokens per block, the minimum
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +27,10 @@ def _no_history():
     auto_mode.reset_defaults()
 
 
-def batch(lengths=LENGTHS, width=8, vocab=41, dtype=torch.float32, spread=1.0, drift=0.3, per_token=False, parts=False):
-    """Make arguments by name, with old log-probabilities off by ``drift`` so that some tokens are clipped."""
+def batch(
+    lengths=LENGTHS, width=8, vocab=41, dtype=torch.float32, spread=1.0, drift=0.3, per_token=False, extras=False
+):
+    """Return arguments by name, with old log-probabilities that differ by ``drift`` so that some ratios are clipped."""
     n = sum(lengths)
     given = {
         "hidden": randn(n, width, dtype=dtype, scale=spread, grad=True),
@@ -40,9 +42,9 @@ def batch(lengths=LENGTHS, width=8, vocab=41, dtype=torch.float32, spread=1.0, d
     given["labels"][2::5] = IGNORED
     with torch.no_grad():
         exact = reference.linear_logprobs(given["hidden"], given["weight"], given["labels"])
-    of_sequence = torch.repeat_interleave(randn(len(lengths)), torch.tensor(lengths, device=DEVICE, dtype=torch.long))
-    given["old_logprobs"] = exact.logprobs + drift * (randn(n) + of_sequence)
-    if parts:
+    shift = torch.repeat_interleave(randn(len(lengths)), torch.tensor(lengths, device=DEVICE, dtype=torch.long))
+    given["old_logprobs"] = exact.logprobs + drift * (randn(n) + shift)
+    if extras:
         given["mask"] = torch.arange(n, device=DEVICE) % 7 != 3
         given["bias"] = randn(vocab, dtype=dtype, grad=True)
         given["adapter"] = (randn(n, 2, dtype=dtype, grad=True), randn(vocab, 2, dtype=dtype, grad=True))
@@ -52,22 +54,24 @@ def batch(lengths=LENGTHS, width=8, vocab=41, dtype=torch.float32, spread=1.0, d
 
 
 def leaves_of(given):
+    """Return the tensors that require a gradient."""
     tensors = [given["hidden"], given["weight"], given.get("bias"), *given.get("adapter", ())]
     return [x for x in tensors if x is not None and x.requires_grad]
 
 
 def composition(hidden, weight, labels, old_logprobs, advantages, *, mask=None, **settings):
-    """Run the two operations in succession."""
-    of_head = ("bias", "adapter", "temperature", "softcap", "backward", "chunk_bytes", "logits_budget_bytes")
-    of_head += ("mass_tolerance", "max_entries", "backend")
-    head = {name: value for name, value in settings.items() if name in of_head}
-    loss = {name: value for name, value in settings.items() if name not in of_head or name == "backend"}
+    """Compute the loss with linear_logprobs followed by policy_loss."""
+    logprob_names = ("bias", "adapter", "temperature", "softcap", "backward", "chunk_bytes", "logits_budget_bytes")
+    logprob_names += ("mass_tolerance", "max_entries", "backend")
+    logprob_settings = {name: value for name, value in settings.items() if name in logprob_names}
+    loss_settings = {name: value for name, value in settings.items() if name not in logprob_names or name == "backend"}
     loss_mask = (labels != IGNORED) & (True if mask is None else mask)
-    logprobs = linear_logprobs(hidden, weight, torch.where(loss_mask, labels, IGNORED), **head).logprobs
-    return policy_loss(logprobs, old_logprobs, advantages, mask=loss_mask, **loss)
+    logprobs = linear_logprobs(hidden, weight, torch.where(loss_mask, labels, IGNORED), **logprob_settings).logprobs
+    return policy_loss(logprobs, old_logprobs, advantages, mask=loss_mask, **loss_settings)
 
 
 def double(given):
+    """Return the arguments in float64."""
     cast = lambda x: x.detach().double().requires_grad_(x.requires_grad)
     floats = {name: cast(x) for name, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
     adapter = {"adapter": tuple(map(cast, given["adapter"]))} if "adapter" in given else {}
@@ -75,6 +79,7 @@ def double(given):
 
 
 def results(op, given, **settings):
+    """Return the output and the gradients of ``leaves_of(given)``."""
     per_token = {"return_per_token": True} if op is linear_policy_loss else {}
     out = op(**given, **per_token, **settings)
     return out, torch.autograd.grad(out.loss, leaves_of(given))
@@ -85,34 +90,34 @@ def relative(x, y):
 
 
 def check(given, backend, mode, **settings):
-    """Check that it is as close to float64 as the two operations, and nearly equal to them."""
-    ours, grads = results(linear_policy_loss, given, backend=backend, backward=mode, **settings)
-    theirs, their_grads = results(composition, given, backend=backend, backward=mode, **settings)
-    of_mode = ("chunk_bytes", "logits_budget_bytes", "mass_tolerance", "max_entries")
-    plain = {name: value for name, value in settings.items() if name not in of_mode}
+    """Check that the result is as close to float64 as the composition of both operations, and almost equal to it."""
+    got, grads = results(linear_policy_loss, given, backend=backend, backward=mode, **settings)
+    composed, composed_grads = results(composition, given, backend=backend, backward=mode, **settings)
+    mode_names = ("chunk_bytes", "logits_budget_bytes", "mass_tolerance", "max_entries")
+    plain = {name: value for name, value in settings.items() if name not in mode_names}
     exact, exact_grads = results(reference.linear_policy_loss, double(given), **plain)
     eps = torch.finfo(given["hidden"].dtype).eps
-    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=1e-4, atol=1e-5)
-    for name, metric in theirs.metrics.items():
-        torch.testing.assert_close(ours.metrics[name], metric, rtol=1e-5, atol=1e-6, msg=name)
-    torch.testing.assert_close(ours.metrics["entropy"].double(), exact.metrics["entropy"], rtol=1e-4, atol=1e-5)
-    for x, y, z, leaf in zip(grads, their_grads, exact_grads, leaves_of(given), strict=True):
+    torch.testing.assert_close(got.loss, composed.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.loss.double(), exact.loss, rtol=1e-4, atol=1e-5)
+    for name, metric in composed.metrics.items():
+        torch.testing.assert_close(got.metrics[name], metric, rtol=1e-5, atol=1e-6, msg=name)
+    torch.testing.assert_close(got.metrics["entropy"].double(), exact.metrics["entropy"], rtol=1e-4, atol=1e-5)
+    for x, y, z, leaf in zip(grads, composed_grads, exact_grads, leaves_of(given), strict=True):
         assert x.dtype == leaf.dtype
         assert relative(x, z) <= 2 * relative(y, z) + 8 * eps
-    return ours
+    return got
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_agrees_with_the_two_operations_and_with_float64(backend, ratio_level, mode):
-    """Every aggregation and correction, dual clip, KL; advantages per sequence or per token; mask, bias, adapter."""
+    """Aggregations, corrections, dual clip, KL, advantages per sequence or token, mask, bias and adapter."""
     cases = list(product((False, True), AGGREGATIONS, (None, *ROLLOUT_CORRECTIONS)))
-    if backend == "triton" and DEVICE == "cpu":  # interpreted: each choice once, not with each other
+    if backend == "triton" and DEVICE == "cpu":  # interpreted: each option once, not all combinations
         cases = list(zip(cycle((False, True)), cycle(AGGREGATIONS), (None, *ROLLOUT_CORRECTIONS), strict=False))
     for per_token, aggregation, correction in cases:
-        given = batch(per_token=per_token, parts=True)
+        given = batch(per_token=per_token, extras=True)
         settings = {
             "ratio_level": ratio_level, "aggregation": aggregation, "dual_clip": 1.5, "kl_coef": 0.1,
             "rollout_correction": correction, "rollout_cap": 1.1, "softcap": 5.0, "temperature": 0.7, "normalizer": 7.0,
@@ -125,18 +130,18 @@ def test_agrees_with_the_two_operations_and_with_float64(backend, ratio_level, m
 @pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_several_blocks(small_blocks, backend, ratio_level, dtype):
-    """Sequences that share a block, one longer than a block, with all, some or none of its logit gradients cached."""
+    """Sequences that share a block and one longer than a block, with all, some or no logit gradients cached."""
     given = batch(lengths=(7, 8, 0, 24, 2, 6), dtype=dtype)
     some = 9 * row_stride(41) * dtype.itemsize
     budgets = [("cache", some)] + [("cache", None), ("recompute", None)] * (backend == "torch" or DEVICE == "cuda")
     settings = {"ratio_level": ratio_level, "clip_low": 0.05, "clip_high": 0.05}
     for mode, budget in budgets:
-        ours = check(given, backend, mode, logits_budget_bytes=budget, **settings)
-    assert 0 < ours.metrics["clip_fraction"] < 1
+        out = check(given, backend, mode, logits_budget_bytes=budget, **settings)
+    assert 0 < out.metrics["clip_fraction"] < 1
 
 
 def passes(given, **settings):
-    """Count passes over the tokens with a loss, by the profiler and the FLOP counter."""
+    """Return the output and the passes over tokens with a loss, counted by the profiler and the FLOP counter."""
     run = lambda: results(linear_policy_loss, given, backend="torch", **settings)
     with FlopCounterMode(display=False) as counter:
         run()
@@ -148,8 +153,8 @@ def passes(given, **settings):
 
 
 @pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
-@pytest.mark.parametrize(("mode", "back"), [("cache", 2), ("auto", 2), ("recompute", 3)])
-def test_clipped_tokens_cost_only_the_forward(ratio_level, mode, back):
+@pytest.mark.parametrize(("mode", "backward_passes"), [("cache", 2), ("auto", 2), ("recompute", 3)])
+def test_clipped_tokens_and_sequences_cost_only_the_forward(ratio_level, mode, backward_passes):
     given = batch(lengths=(100, 120, 0, 300, 5, 90), drift=0.0)
     given["old_logprobs"][120:] -= 1.0  # the ratio is e
     given["advantages"].abs_()
@@ -157,9 +162,9 @@ def test_clipped_tokens_cost_only_the_forward(ratio_level, mode, back):
     loss_mask = given["labels"] != IGNORED
     clipped = loss_mask.clone()
     clipped[:120] = False
-    if ratio_level != "token":  # the second sequence is clipped as a whole: most of it has moved
+    if ratio_level != "token":  # the second sequence is clipped too, because most of its tokens have moved
         clipped[100:] = loss_mask[100:]
-    assert found == pytest.approx(1 + back * (1 - float(clipped.sum() / loss_mask.sum())), abs=0.01)
+    assert found == pytest.approx(1 + backward_passes * (1 - float(clipped.sum() / loss_mask.sum())), abs=0.01)
     assert out.metrics["clip_fraction"] > 0.5
 
 
@@ -170,7 +175,7 @@ def test_peaked_distributions_take_one_pass():
 
 
 @pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
-def test_never_holds_more_than_a_block(ratio_level):
+def test_allocates_at_most_one_block(ratio_level):
     given = batch(lengths=[200] * 10, vocab=64)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         results(linear_policy_loss, given, backend="torch", backward="cache", ratio_level=ratio_level, **SMALL_CHUNKS)
@@ -180,7 +185,7 @@ def test_never_holds_more_than_a_block(ratio_level):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
-def test_no_token_has_a_loss(backend, ratio_level):
+def test_no_tokens_with_a_loss_give_zero(backend, ratio_level):
     for lengths in ((4, 3), (0, 0), ()):
         given = batch(lengths=lengths)
         given["labels"].fill_(IGNORED)
@@ -192,8 +197,8 @@ def test_no_token_has_a_loss(backend, ratio_level):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_contents_of_masked_tokens_do_not_matter(backend):
-    given = batch(parts=True)
+def test_values_of_tokens_without_a_loss_are_ignored(backend):
+    given = batch(extras=True)
     given["hidden"].data[2::5] = float("nan")
     for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
         given[name][2::5] = float("nan")
@@ -205,16 +210,16 @@ def test_contents_of_masked_tokens_do_not_matter(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_per_token_results_are_those_of_linear_logprobs(backend):
-    """Log-probabilities have the bits of linear_logprobs and are detached; the certificate is the same."""
+def test_per_token_results_equal_linear_logprobs(backend):
+    """Per-token results and certificate are detached and equal those of linear_logprobs to the bit."""
     given = batch(spread=30.0)
     settings = {"backend": backend, "backward": "sparse"}
     out = linear_policy_loss(**given, **settings, return_per_token=True)
     arguments = given["hidden"], given["weight"], given["labels"]
-    alone = linear_logprobs(*arguments, **settings, return_certificate=True)
-    assert torch.equal(out.logprobs, alone.logprobs)
-    assert torch.equal(out.entropy, alone.entropy)
-    assert torch.equal(out.certificate.num_entries, alone.certificate.num_entries)
+    want = linear_logprobs(*arguments, **settings, return_certificate=True)
+    assert torch.equal(out.logprobs, want.logprobs)
+    assert torch.equal(out.entropy, want.entropy)
+    assert torch.equal(out.certificate.num_entries, want.certificate.num_entries)
     assert not any(x.requires_grad for x in (out.logprobs, out.entropy, *out.certificate))
     cached = linear_policy_loss(**given, backend=backend, backward="cache", return_per_token=True)
     assert cached.certificate.cached_share == 1
@@ -222,7 +227,7 @@ def test_per_token_results_are_those_of_linear_logprobs(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_frozen_parts_get_no_gradient_and_nothing_is_kept_for_none(backend):
+def test_frozen_inputs_get_no_gradient_and_no_cache(backend):
     given = batch()
     given["weight"].requires_grad_(False)
     _, (dh,) = results(linear_policy_loss, given, backend=backend)
@@ -236,8 +241,8 @@ def test_frozen_parts_get_no_gradient_and_nothing_is_kept_for_none(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_loss_scale_for_float16(backend):
-    """Gradients of a mean over many tokens would underflow before the loss scale is applied."""
+def test_float16_gradients_with_a_loss_scale(backend):
+    """Unscaled gradients of a mean over this many tokens would underflow before the loss scale is applied."""
     given = batch(lengths=(40, 40), dtype=torch.float16)
     scale = 2.0**14
     out = linear_policy_loss(**given, backend=backend, normalizer=1e6)
@@ -249,8 +254,8 @@ def test_a_loss_scale_for_float16(backend):
 
 @pytest.mark.parametrize("mode", ["cache", "recompute"])
 @pytest.mark.parametrize("advantages", [[0.0, 1.0], [1.0, 0.0], [1e-4, 1.0]])
-def test_float16_and_a_block_without_gradient_before_another(advantages, mode):
-    """Zeros must not set the scale of later blocks. Four of five tokens have a loss: each sequence is a block."""
+def test_float16_block_of_zero_gradients_before_another(advantages, mode):
+    """Zeros must not set the scale of later blocks. With a loss on four of five tokens, each sequence is a block."""
     given = batch(lengths=(320, 320), dtype=torch.float16, vocab=64)
     given["advantages"] = torch.tensor(advantages, device=DEVICE)
     settings = {"normalizer": 1e9, "backward": mode, **SMALL_CHUNKS}
@@ -261,7 +266,7 @@ def test_float16_and_a_block_without_gradient_before_another(advantages, mode):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_masked_labels_may_be_anything_and_labels_any_integer(backend):
+def test_masked_labels_are_ignored_in_any_integer_dtype(backend):
     given = batch()
     want, _ = results(linear_policy_loss, {**given, "mask": given["labels"] != IGNORED}, backend=backend)
     labels = torch.where(given["labels"] == IGNORED, 200, given["labels"])
@@ -270,7 +275,7 @@ def test_masked_labels_may_be_anything_and_labels_any_integer(backend):
     assert torch.equal(got.loss, want.loss)
 
 
-def test_a_float32_bias_of_a_bfloat16_head_keeps_its_gradient():
+def test_float32_bias_of_a_bfloat16_head_has_float32_gradient():
     given = {**batch(dtype=torch.bfloat16), "bias": randn(41, grad=True)}
     _, (*_, got) = results(linear_policy_loss, given)
     _, (*_, want) = results(composition, given)
@@ -278,7 +283,7 @@ def test_a_float32_bias_of_a_bfloat16_head_keeps_its_gradient():
     assert not torch.equal(got, got.bfloat16().float())
 
 
-def test_entropies_of_linear_logprobs_do_not_decide_for_it():
+def test_entropy_gradients_of_linear_logprobs_do_not_affect_it():
     given = batch()
     out = linear_logprobs(given["hidden"], given["weight"], given["labels"])
     with pytest.warns(UserWarning, match="for nothing"):
@@ -306,17 +311,17 @@ def test_same_bits_every_run(backend, ratio_level):
     given = batch(lengths=(100, 0, 200, 30) if backend == "torch" else (5, 0, 9), spread=10.0)
     for mode in MODES:
         settings = {"backend": backend, "backward": mode, "ratio_level": ratio_level, "max_entries": 16, **SMALL_CHUNKS}
-        (first, grads), (second, again) = (results(linear_policy_loss, given, **settings) for _ in range(2))
+        (first, grads), (second, second_grads) = (results(linear_policy_loss, given, **settings) for _ in range(2))
         assert torch.equal(first.loss, second.loss)
-        assert all(torch.equal(x, y) for x, y in zip(grads, again, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(grads, second_grads, strict=True))
 
 
 def test_micro_batches_add_up_to_the_update():
-    """With the update's normalizer the gradients of its parts add up to those of the update."""
+    """With the normalizer of the update, gradients of micro-batches add up to those of the full batch."""
     lengths = (30, 50, 20)
     given = batch(lengths=lengths)
     tokens = int((given["labels"] != IGNORED).sum())
-    whole, (_, want) = results(linear_policy_loss, given)
+    full, (_, want) = results(linear_policy_loss, given)
     total, loss, ends = 0, 0, [0, 30, 80, 100]
     for i, (first, last) in enumerate(pairwise(ends)):
         rows = slice(first, last)
@@ -326,7 +331,7 @@ def test_micro_batches_add_up_to_the_update():
         total = total + torch.autograd.grad(out.loss, given["weight"])[0]
         loss = loss + out.loss
     torch.testing.assert_close(total, want, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(loss, whole.loss)
+    torch.testing.assert_close(loss, full.loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -334,8 +339,8 @@ def test_autocast_rounds_inputs_and_not_logits(dtype):
     given = batch()
     with torch.autocast(DEVICE, dtype=dtype):
         out = linear_policy_loss(**given, return_per_token=True)
-        defined = linear_policy_loss(**given, backend="reference", return_per_token=True)
-    torch.testing.assert_close(out.logprobs, defined.logprobs, rtol=1e-5, atol=1e-5)
+        expected = linear_policy_loss(**given, backend="reference", return_per_token=True)
+    torch.testing.assert_close(out.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
     grads = torch.autograd.grad(out.loss, leaves_of(given))
     rounded = {**given, **{name: given[name].detach().to(dtype).requires_grad_() for name in ("hidden", "weight")}}
     want, want_grads = results(linear_policy_loss, rounded)
@@ -347,7 +352,7 @@ def test_autocast_rounds_inputs_and_not_logits(dtype):
 
 @pytest.mark.parametrize("backward", [*MODES, "auto"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_whole(backend, backward):
+def test_compiles_without_graph_breaks(backend, backward):
     torch.compiler.reset()
     given = batch()
     leaves = leaves_of(given)
@@ -378,8 +383,8 @@ def test_fake_tensors(backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("needs", [[True, True, True, True, True], [True, False, False, True, False]])
-def test_registration(backend, needs):
-    given = batch(parts=True)
+def test_registration_passes_opcheck(backend, needs):
+    given = batch(extras=True)
     u, b = given["adapter"]
     pairs = [given["hidden"].detach(), u.detach()], [given["weight"].detach(), b.detach()]
     names = ("old_logprobs", "advantages", "mask", "cu_seqlens", "normalizer", "ref_logprobs", "rollout_logprobs")
@@ -412,7 +417,7 @@ def test_registration(backend, needs):
     torch.library.opcheck(operation, tensors, settings, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_debug_log_reports_the_blocks(caplog):
+def test_debug_log_reports_mode_and_blocks(caplog):
     given = batch(lengths=(100, 120, 300))
     with caplog.at_level(logging.DEBUG, logger="sppo_kernels"):
         linear_policy_loss(**given, ratio_level="sequence_mean", backward="cache", **SMALL_CHUNKS)
@@ -420,7 +425,7 @@ def test_debug_log_reports_the_blocks(caplog):
 
 
 @pytest.mark.parametrize(
-    ("bad", "error", "says"),
+    ("bad", "error", "message"),
     [
         ({"hidden": torch.zeros(1, 17, 8)}, ValueError, r"hidden must be \[N, H\], packed.*got shape \(1, 17, 8\)"),
         ({"labels": torch.full((17,), 41)}, ValueError, r"labels must be in \[0, 41\)"),
@@ -439,7 +444,7 @@ def test_debug_log_reports_the_blocks(caplog):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_wrong_input_is_named(backend, bad, error, says):
+def test_errors_name_the_invalid_argument(backend, bad, error, message):
     given = {name: x.cpu() for name, x in batch().items()}
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         linear_policy_loss(**{**given, "backend": backend, **bad})

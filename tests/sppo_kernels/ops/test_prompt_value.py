@@ -1,4 +1,4 @@
-"""prompt_value_logits and prompt_value_loss against float64, and against PyTorch's own cross-entropy."""
+"""Tests of prompt_value_logits and prompt_value_loss against float64 and PyTorch's cross-entropy."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def check_logits(backend, tensors):
 
 
 def check_loss(backend, tensors, term=1.0, **arguments):
-    """The products in a logit, and values minus outcomes, are about as large as 1."""
+    """Compare with float64; products in a logit, and values minus outcomes, are of magnitude 1."""
     tensors = {"outcomes": torch.rand(tensors["last_index"].shape).to(DEVICE), **tensors}
     assert_close_to_float64(prompt_value_loss, reference.prompt_value_loss, backend, tensors, term=term, **arguments)
 
@@ -89,7 +89,7 @@ def test_any_layout(backend, layout):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_equals_pytorchs_cross_entropy(backend):
-    """Values, loss, advantage and gradient as in the paper: V = sigmoid(logit), A = R - V."""
+    """Values, loss, advantages and gradients in the notation of the paper: V = sigmoid(logit), A = R - V."""
     tensors = inputs(6, 20, 12)
     outcomes = torch.tensor([0.0, 1.0, 0.25, 1.0, 0.0, 0.5], device=DEVICE)
     out = prompt_value_loss(**tensors, outcomes=outcomes, backend=backend)
@@ -107,8 +107,8 @@ def test_equals_pytorchs_cross_entropy(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_prompts_that_share_a_row_add_their_gradients(backend):
-    """Several responses to one prompt read one row, more of them than a block of the kernel holds."""
+def test_gradients_of_a_shared_row_add_up(backend):
+    """Responses to one prompt share a row; here they are more than fit in a block of the kernel."""
     tensors = inputs(300, 4, 5)
     tensors["last_index"] = torch.tensor([2] * 299 + [0], device=DEVICE)
     check_loss(backend, tensors)
@@ -120,7 +120,7 @@ def test_prompts_that_share_a_row_add_their_gradients(backend):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_enormous_logits(backend):
-    """The loss is -log of a probability that is 0 in float32: it stays the logit itself."""
+    """The loss equals the logit, although it is -log of a probability that is 0 in float32."""
     tensors = inputs(4, 4, 3, bias=False)
     with torch.no_grad():
         tensors["hidden"].copy_(torch.tensor([[1e4], [-1e4], [1e4], [-1e4]]).expand(4, 3))
@@ -136,7 +136,7 @@ def test_enormous_logits(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nearly_certain_values(backend):
-    """log(1 + exp(-|x|)) on both sides of where a series takes over, and to where 1 + exp(-|x|) is nearly 1."""
+    """Accuracy of log(1 + exp(-|x|)) on both sides of the switch to a series, down to 1 + exp(-|x|) near 1."""
     tensors = inputs(40, 40, 1, bias=False)
     with torch.no_grad():
         tensors["hidden"].copy_(torch.linspace(-14, 14, 40)[:, None])
@@ -147,7 +147,7 @@ def test_nearly_certain_values(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_without_prompts(backend):
+def test_no_prompts_give_zero_loss_and_gradients(backend):
     tensors = inputs(0, 3, 4)
     out = prompt_value_loss(**tensors, outcomes=randn(0), backend=backend)
     (out.loss + out.logits.sum()).backward()
@@ -161,22 +161,22 @@ def test_without_prompts(backend):
 def test_micro_batches_add_up(backend):
     tensors, outcomes = inputs(5, 9, 4), torch.rand(5).to(DEVICE)
     leaves = [tensors[name] for name in ("hidden", "weight", "bias")]
-    whole = prompt_value_loss(**tensors, outcomes=outcomes, backend=backend).loss
+    full = prompt_value_loss(**tensors, outcomes=outcomes, backend=backend).loss
     parts = [
         prompt_value_loss(
             **{**tensors, "last_index": tensors["last_index"][s]}, outcomes=outcomes[s], normalizer=n, backend=backend
         ).loss
         for s, n in ((slice(0, 3), 5.0), (slice(3, 5), torch.tensor([5.0], device=DEVICE)))
     ]
-    torch.testing.assert_close(sum(parts), whole)
+    torch.testing.assert_close(sum(parts), full)
     assert sum(parts).shape == ()
-    for got, want in zip(torch.autograd.grad(sum(parts), leaves), torch.autograd.grad(whole, leaves), strict=True):
+    for got, want in zip(torch.autograd.grad(sum(parts), leaves), torch.autograd.grad(full, leaves), strict=True):
         torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_any_integer_index(backend, dtype):
+def test_index_of_any_integer_dtype(backend, dtype):
     tensors = inputs(3, 5, 4)
     want = prompt_value_logits(**tensors, backend=backend)
     got = prompt_value_logits(**{**tensors, "last_index": tensors["last_index"].to(dtype)}, backend=backend)
@@ -186,8 +186,8 @@ def test_any_integer_index(backend, dtype):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_outcomes_may_be_boolean(backend):
-    tensors, right = inputs(3, 5, 4), torch.tensor([True, False, True], device=DEVICE)
-    got, want = (prompt_value_loss(**tensors, outcomes=x, backend=backend) for x in (right, right.float()))
+    tensors, correct = inputs(3, 5, 4), torch.tensor([True, False, True], device=DEVICE)
+    got, want = (prompt_value_loss(**tensors, outcomes=x, backend=backend) for x in (correct, correct.float()))
     for x, y in zip(got, want, strict=True):
         assert torch.equal(x, y)
 
@@ -231,7 +231,7 @@ def test_same_bits_every_run(backend):
         assert torch.equal(first, second)
 
 
-def test_reference_is_its_own_derivative():
+def test_reference_passes_gradcheck():
     tensors, outcomes = inputs(4, 3, 5, torch.float64), torch.rand(4).to(DEVICE)
     index = tensors["last_index"]
     leaves = tuple(tensors[name] for name in ("hidden", "weight", "bias"))
@@ -242,7 +242,7 @@ def test_reference_is_its_own_derivative():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_registration(backend):
+def test_registration_passes_opcheck(backend):
     tensors = inputs(3, 5, 4, torch.bfloat16, padded=True)
     hidden, weight, bias, index = tensors.values()
     settings = {"backend": backend}
@@ -254,7 +254,7 @@ def test_registration(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_whole(backend):
+def test_compiles_without_graph_breaks(backend):
     tensors, outcomes = inputs(3, 5, 4), torch.rand(3).to(DEVICE)
     leaves = [tensors[name] for name in ("hidden", "weight", "bias")]
 
@@ -293,7 +293,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    ("bad", "error", "says"),
+    ("bad", "error", "message"),
     [
         ({"hidden": [0.0]}, TypeError, "hidden must be a torch.Tensor, got list"),
         ({"hidden": torch.zeros(4, 3).int()}, TypeError, "hidden must be a floating-point tensor, got torch.int32"),
@@ -321,16 +321,16 @@ GOOD = {
     ],
 )
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_wrong_input_is_named(backend, bad, error, says):
+def test_errors_name_the_invalid_argument(backend, bad, error, message):
     if backend == "triton" and DEVICE == "cuda":
-        pytest.skip("the tensors of this table are on the CPU")
-    with pytest.raises(error, match=says):
+        pytest.skip("the tensors of these cases are on the CPU")
+    with pytest.raises(error, match=message):
         prompt_value_loss(**{**GOOD, "backend": backend, **bad})
 
 
 @pytest.mark.gpu
-def test_values_are_looked_at_only_when_asked(monkeypatch):
-    """An index out of range gives NaN and accesses no other memory, forward or backward."""
+def test_values_are_validated_only_on_request(monkeypatch):
+    """An index out of range gives NaN and accesses no memory out of bounds, forward or backward."""
     tensors = inputs(2, 5, 4)
     tensors["last_index"] = torch.tensor([1, 1 << 40], device=DEVICE)
     monkeypatch.delenv("SPPO_KERNELS_CHECK", raising=False)
@@ -359,7 +359,7 @@ def test_one_launch_and_no_host_sync():
 
 
 @pytest.mark.gpu
-def test_more_prompts_than_a_grid_axis_holds():
+def test_prompts_may_exceed_a_grid_axis():
     check_loss("triton", inputs(70_000, 90, 8))
 
 

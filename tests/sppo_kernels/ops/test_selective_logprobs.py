@@ -1,4 +1,4 @@
-"""selective_logprobs against float64, on difficult logits and layouts."""
+"""Tests of selective_logprobs against float64, on difficult logits and layouts."""
 
 import pytest
 import torch
@@ -62,12 +62,12 @@ def enormous(n, vocab):
 
 
 def far_below_zero(n, vocab):
-    """A running maximum that started at 0 would stay there, and every exp would be 0."""
+    """Return logits for which a running maximum initialized to 0 would make every exp 0."""
     return torch.randn(n, vocab) - 500
 
 
 def rising(n, vocab):
-    """Each block of columns has a new maximum, so the running sums are scaled down again and again."""
+    """Return logits with a new maximum in each block of columns, so that running sums are rescaled every time."""
     return torch.linspace(-300, 300, vocab).expand(n, vocab)
 
 
@@ -95,7 +95,7 @@ def test_enormous_logits_through_softcap_and_low_temperature(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_softcap_where_it_saturates(backend):
-    """The cap's derivative, down to 6e-8 here, keeps its leading digits: ``1 - tanh^2`` in float32 would lose them."""
+    """The derivative of the cap, as small as 6e-8, is accurate, unlike ``1 - tanh^2`` in float32."""
     logits = torch.tensor([[8.0, -8.5, 6.0, -4.0, 7.3, 0.5]], device=DEVICE)
     label = torch.tensor([1], device=DEVICE)
 
@@ -112,7 +112,7 @@ def test_softcap_where_it_saturates(backend):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_impossible_tokens(backend, softcap):
-    """-inf in some columns, in the first whole block of them, in all but one, and at the label itself."""
+    """-inf in some columns, in a complete first block of columns, in all but one, and at the label."""
     logits = randn(4, 9000)
     logits[0, ::3] = MINUS_INF
     logits[1, :5000] = MINUS_INF
@@ -122,7 +122,7 @@ def test_impossible_tokens(backend, softcap):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_row_without_any_possible_token_is_nan_and_alone(backend):
+def test_only_the_row_without_a_possible_token_is_nan(backend):
     logits = randn(3, 50)
     logits[1] = MINUS_INF
     out = selective_logprobs(logits, randint(0, 50, 3), backend=backend)
@@ -179,8 +179,8 @@ def test_any_integer_labels(backend, dtype):
 
 
 @pytest.mark.parametrize("tokens", [1, 40_000])
-def test_sequences_of_one_and_of_many_tokens(tokens):
-    """Rows are independent of sequences; forty thousand rows in an interpreter would only be slow."""
+def test_one_and_many_tokens(tokens):
+    """Rows are independent, so forty thousand of them would only be slow in the interpreter."""
     backend = "triton" if DEVICE == "cuda" else "torch"
     check(backend, randn(1, tokens, 17, dtype=torch.bfloat16), randint(0, 17, 1, tokens))
 
@@ -192,7 +192,7 @@ def test_gradient_of_one_output_only(backend, upstream):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_temperature_a_row(backend):
+def test_temperature_per_row(backend):
     temperature = torch.tensor([[0.2, 1.0, 3.0], [1.0, 0.5, 9.0]], device=DEVICE)
     check(backend, randn(2, 3, 29), randint(0, 29, 2, 3), temperature=temperature, softcap=8.0)
     check(backend, randn(3, 2, 29), randint(0, 29, 3, 2), temperature=temperature.t())
@@ -200,7 +200,7 @@ def test_temperature_a_row(backend):
 
 @pytest.mark.parametrize("ignore_index", [-100, 5])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_ignored_rows_are_exactly_zero_whatever_they_hold(backend, ignore_index):
+def test_ignored_rows_are_exactly_zero(backend, ignore_index):
     logits = randn(5, 13)
     logits[1], logits[2], logits[3] = float("nan"), float("inf"), MINUS_INF
     labels = torch.tensor([2, ignore_index, ignore_index, ignore_index, 4], device=DEVICE)
@@ -223,7 +223,7 @@ def test_all_rows_ignored(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_row_without_upstream_gradient(backend):
+def test_row_without_upstream_gradient_gets_no_gradient(backend):
     logits, labels, upstream = randn(3, 13, grad=True), randint(0, 13, 3), torch.tensor([0.5, 0.0, -2.0], device=DEVICE)
     (selective_logprobs(logits, labels, backend=backend).logprobs * upstream).sum().backward()
     assert torch.equal(logits.grad[1], torch.zeros_like(logits.grad[1]))
@@ -238,10 +238,10 @@ def test_same_bits_every_run_and_in_any_batch(backend):
         out = selective_logprobs(logits[rows], labels[rows], backend=backend)
         return *out, torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), logits)[0][rows]
 
-    everything = run(slice(None))
-    for again, alone, first in zip(run(slice(None)), run(slice(2, 3)), everything, strict=True):
-        assert torch.equal(again, first)
-        assert torch.equal(alone, first[2:3])
+    full_batch = run(slice(None))
+    for second, single, first in zip(run(slice(None)), run(slice(2, 3)), full_batch, strict=True):
+        assert torch.equal(second, first)
+        assert torch.equal(single, first[2:3])
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -251,14 +251,14 @@ def test_results_are_float32(backend, dtype):
         assert x.dtype == torch.float32
 
 
-def test_reference_is_its_own_derivative():
+def test_reference_passes_gradcheck():
     logits, labels = randn(3, 7, dtype=torch.float64, grad=True), torch.tensor([1, IGNORED, 6], device=DEVICE)
     f = lambda x: tuple(reference.selective_logprobs(x, labels, temperature=0.7, softcap=3.0))
     assert torch.autograd.gradcheck(f, logits)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_registration(backend):
+def test_registration_passes_opcheck(backend):
     logits, labels, tau = randn(2, 3, 5, grad=True), randint(0, 5, 6), torch.ones(6, device=DEVICE)
     settings = {"softcap": 2.0, "ignore_index": IGNORED, "backend": backend}
     torch.library.opcheck(_selective_logprobs, (logits, labels, tau), settings)
@@ -268,7 +268,7 @@ def test_registration(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_whole(backend):
+def test_compiles_without_graph_breaks(backend):
     def loss(logits, labels):
         out = selective_logprobs(logits[:, :-1], labels, temperature=0.6, backend=backend)
         return (out.logprobs + 0.1 * out.entropy).sum()
@@ -297,7 +297,7 @@ X, LABELS = torch.zeros(2, 5), torch.tensor([0, 4])
 
 
 @pytest.mark.parametrize(
-    ("bad", "error", "says"),
+    ("bad", "error", "message"),
     [
         ({"logits": [[1.0]]}, TypeError, "logits must be a torch.Tensor, got list"),
         ({"logits": X.long()}, TypeError, "logits must be a floating-point tensor, got torch.int64"),
@@ -325,15 +325,15 @@ X, LABELS = torch.zeros(2, 5), torch.tensor([0, 4])
     ],
 )
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_wrong_input_is_named(backend, bad, error, says):
+def test_errors_name_the_invalid_argument(backend, bad, error, message):
     if backend == "triton" and DEVICE == "cuda":
-        pytest.skip("the tensors of this table are on the CPU")
-    with pytest.raises(error, match=says):
+        pytest.skip("the tensors of these cases are on the CPU")
+    with pytest.raises(error, match=message):
         selective_logprobs(**{"logits": X, "labels": LABELS, "backend": backend, **bad})
 
 
 @pytest.mark.gpu
-def test_values_are_looked_at_only_when_asked(monkeypatch):
+def test_values_are_validated_only_on_request(monkeypatch):
     logits, labels = randn(3, 5), torch.tensor([0, 5, -1], device=DEVICE)
     monkeypatch.delenv("SPPO_KERNELS_CHECK", raising=False)
     assert selective_logprobs(logits, labels).logprobs.isnan().tolist() == [False, True, True]
@@ -354,7 +354,7 @@ def test_no_host_sync():
 
 
 @pytest.mark.gpu
-def test_more_rows_than_a_grid_axis_holds():
+def test_rows_may_exceed_a_grid_axis():
     check("triton", randn(70_000, 5, dtype=torch.bfloat16), randint(0, 5, 70_000))
 
 

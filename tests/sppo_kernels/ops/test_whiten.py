@@ -1,4 +1,4 @@
-"""whiten against float64 and torch.var_mean."""
+"""Tests of whiten against float64 and torch.var_mean."""
 
 import pytest
 import torch
@@ -20,9 +20,9 @@ from sppo_kernels.ops.whiten import _whiten
 
 
 def check(backend, x, mask):
-    """An element minus the mean is as exact as the elements are large relative to their spread."""
-    kept = x[mask != 0].double()
-    term = (kept.abs().max() / kept.std()).item() if len(kept) > 1 else 0.0
+    """Compare with float64; the error of an element minus the mean scales with magnitude over spread."""
+    unmasked = x[mask != 0].double()
+    term = (unmasked.abs().max() / unmasked.std()).item() if len(unmasked) > 1 else 0.0
     assert_close_to_float64(whiten, reference.whiten, backend, {"x": x, "mask": mask}, term=term)
 
 
@@ -47,24 +47,24 @@ def test_zero_mean_and_unit_variance(backend):
     variance, mean = torch.var_mean(y[mask != 0].double())
     assert mean.abs() < 1e-5
     assert variance == pytest.approx(1.0, rel=1e-5)
-    kept = x[mask != 0].double()
-    want = (kept - kept.mean()) / kept.std()
+    unmasked = x[mask != 0].double()
+    want = (unmasked - unmasked.mean()) / unmasked.std()
     torch.testing.assert_close(y[mask != 0].double(), want, rtol=1e-4, atol=1e-5)
     assert torch.equal(y[mask == 0], torch.zeros_like(y[mask == 0]))
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_fewer_than_two_elements(backend):
+def test_fewer_than_two_unmasked_elements_give_zero(backend):
     x = torch.full((2, 3), 7.3, device=DEVICE)
-    for kept in ([], [4]):
+    for unmasked in ([], [4]):
         mask = torch.zeros(6, device=DEVICE)
-        mask[kept] = 1
+        mask[unmasked] = 1
         assert torch.equal(whiten(x, mask.view(2, 3), backend=backend), torch.zeros(2, 3, device=DEVICE))
     assert torch.equal(whiten(x, torch.ones(2, 3, device=DEVICE), backend=backend).round(decimals=1), 0 * x)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_masked_elements_may_hold_anything(backend):
+def test_values_of_masked_elements_are_ignored(backend):
     x, mask = randn(40), randint(0, 2, 40)
     want = whiten(x, mask, backend=backend)
     for bad in (float("nan"), float("inf")):
@@ -73,7 +73,7 @@ def test_masked_elements_may_hold_anything(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_offsets_do_not_cancel(backend):
-    """Blocks far from each other: 1e4 in one, -1e4 in the next, as spread out as 1."""
+    """Block means of 1e4 and -1e4 with a standard deviation of 1."""
     x = randn(5000)
     x[:2048] += 1e4
     x[2048:4096] -= 1e4
@@ -114,7 +114,7 @@ def test_registration_compile_and_fake_tensors(backend):
 
 
 @pytest.mark.parametrize(
-    ("bad", "error", "says"),
+    ("bad", "error", "message"),
     [
         ({"x": 1.0}, TypeError, "x must be a torch.Tensor, got float"),
         ({"x": torch.zeros(3).int()}, TypeError, "x must be a floating-point tensor, got torch.int32"),
@@ -124,6 +124,6 @@ def test_registration_compile_and_fake_tensors(backend):
         ({"backend": "cuda"}, ValueError, "backend must be one of reference, torch, triton.*got 'cuda'"),
     ],
 )
-def test_wrong_input_is_named(bad, error, says):
-    with pytest.raises(error, match=says):
+def test_errors_name_the_invalid_argument(bad, error, message):
+    with pytest.raises(error, match=message):
         whiten(**{"x": torch.zeros(3), "mask": torch.ones(3), **bad})

@@ -1,4 +1,4 @@
-"""Errors of linear_logprobs name the argument, its value and the remedy."""
+"""Tests that errors of linear_logprobs name the argument, its value and the remedy."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ HIDDEN, WEIGHT, LABELS = torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 
 
 
 @pytest.mark.parametrize(
-    ("bad", "error", "says"),
+    ("bad", "error", "message"),
     [
         ({"hidden": 1.0}, TypeError, "hidden must be a torch.Tensor, got float"),
         ({"hidden": HIDDEN.long()}, TypeError, "hidden must be a floating-point tensor, got torch.int64"),
@@ -73,28 +73,28 @@ HIDDEN, WEIGHT, LABELS = torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 
     ],
 )
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_wrong_input_is_named(backend, bad, error, says):
+def test_errors_name_the_invalid_argument(backend, bad, error, message):
     if backend == "triton" and DEVICE == "cuda":
-        pytest.skip("the tensors of this table are on the CPU")
-    with pytest.raises(error, match=says):
+        pytest.skip("the tensors of these cases are on the CPU")
+    with pytest.raises(error, match=message):
         linear_logprobs(**{"hidden": HIDDEN, "weight": WEIGHT, "labels": LABELS, "backend": backend, **bad})
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_scalars_are_accepted():
     want = linear_logprobs(HIDDEN, WEIGHT, LABELS, temperature=0.5, softcap=3.0)
     got = linear_logprobs(HIDDEN, WEIGHT, LABELS, temperature=np.float32(0.5), softcap=np.float64(3.0))
     assert torch.equal(got.entropy, want.entropy)
 
 
 @pytest.mark.parametrize("group", ["ranks", -100])
-def test_group_that_is_none_of_this_process(group):
-    """-100 is what torch.distributed.new_group returns on a rank outside the new group."""
+def test_invalid_process_group_raises(group):
+    """torch.distributed.new_group returns -100 on a rank outside the new group."""
     with pytest.raises(TypeError, match=f"group must be a torch.distributed.ProcessGroup .*got {group}"):
         linear_logprobs(HIDDEN, WEIGHT, LABELS, group=group)
 
 
 @pytest.mark.gpu
-def test_values_are_looked_at_only_when_asked(monkeypatch):
+def test_values_are_validated_only_on_request(monkeypatch):
     hidden, weight, labels = randn(3, 8), randn(5, 8), torch.tensor([0, 5, -1], device=DEVICE)
     monkeypatch.delenv("SPPO_KERNELS_CHECK", raising=False)
     assert linear_logprobs(hidden, weight, labels).logprobs.isnan().tolist() == [False, True, True]

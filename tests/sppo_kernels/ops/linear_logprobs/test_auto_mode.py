@@ -1,4 +1,4 @@
-"""linear_logprobs with backward="auto": the mode it chooses, which is all that it changes."""
+"""Tests of the mode that backward="auto" chooses, and that the choice changes nothing else."""
 
 import copy
 import pickle
@@ -13,8 +13,8 @@ from sppo_kernels import AutoBackward, linear_logprobs, linear_policy_loss
 from sppo_kernels.ops.linear_logprobs import auto_mode, cache
 from sppo_kernels.ops.linear_logprobs.matmul import row_stride
 
-VOCAB, CAPACITY, TOKENS = 100, 8, 128
-SETTINGS = {"max_entries": CAPACITY, "chunk_bytes": 1, "backward": "auto"}  # 64 tokens a chunk (torch: all)
+VOCAB, MAX_ENTRIES, TOKENS = 100, 8, 128
+SETTINGS = {"max_entries": MAX_ENTRIES, "chunk_bytes": 1, "backward": "auto"}  # 64 tokens per chunk (torch: all)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _no_history():
 
 
 def call(flat, entropy=False, op=linear_logprobs, **settings):
-    """Call with ``flat`` of each four tokens flat and the others peaked. Returns certificate and gradients."""
+    """Return certificate and gradients if ``flat`` of every four tokens are flat and the others peaked."""
     hidden = 40.0 * torch.eye(VOCAB, device=DEVICE)[torch.arange(TOKENS) % VOCAB]
     hidden[torch.arange(TOKENS, device=DEVICE) % 4 < flat] = 0.0
     leaves = hidden.requires_grad_(), torch.eye(VOCAB, device=DEVICE).requires_grad_()
@@ -45,31 +45,31 @@ def call(flat, entropy=False, op=linear_logprobs, **settings):
 
 @pytest.mark.parametrize("op", [linear_logprobs, linear_policy_loss])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sparse_once_the_previous_call_was_peaked(backend, op):
-    first, exact = call(1, op=op, backend=backend)
+def test_uses_sparse_after_a_peaked_call(backend, op):
+    first, cached = call(1, op=op, backend=backend)
     assert (first.cached_share, first.sparse_share) == (1, 0)
     second, sparse = call(1, op=op, backend=backend)
     assert (second.cached_share, second.sparse_share) == (0, 0.75)
-    for x, y in zip(sparse, exact, strict=True):
+    for x, y in zip(sparse, cached, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4 * float(y.abs().max()))
-    call(4, op=op, backend=backend)  # sparse, without any entries
+    call(4, op=op, backend=backend)  # sparse mode, without any sparse token
     assert call(4, op=op, backend=backend)[0].cached_share == 1
 
 
 def test_the_mode_does_not_flap():
-    """Between a third and a half of dense tokens the mode stays the same."""
-    seen = AutoBackward()
-    modes = []
-    for exact in (40, 34, 33, 40, 50, 51, 40, 33):
-        seen.record(torch.tensor(exact), 100, "")
-        modes.append(seen.use_sparse())
-    assert modes == [False, False, True, True, True, False, False, True]
-    assert seen.use_sparse()  # nothing new was seen
+    """The mode stays the same while between a third and a half of the tokens are dense."""
+    auto = AutoBackward()
+    sparse = []
+    for num_dense in (40, 34, 33, 40, 50, 51, 40, 33):
+        auto.record(torch.tensor(num_dense), 100, "")
+        sparse.append(auto.use_sparse())
+    assert sparse == [False, False, True, True, True, False, False, True]
+    assert auto.use_sparse()  # nothing was recorded since
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_probing_changes_no_bit(backend):
-    """Selection is tried on a copy of a few rows, so no result changes."""
+def test_probing_changes_no_bits(backend):
+    """Probing the selection on a few rows leaves the gradients of all rows unchanged."""
     for flat in (0, 2, 4):
         auto_mode.reset_defaults()
         certificate, probed = call(flat, backend=backend)
@@ -78,7 +78,7 @@ def test_probing_changes_no_bit(backend):
         assert all(torch.equal(x, y) for x, y in zip(probed, plain, strict=True))
 
 
-def test_nothing_is_cached_once_entropies_had_gradients():
+def test_caches_nothing_after_entropy_gradients():
     with pytest.warns(UserWarning, match="for nothing"):
         call(0, entropy=True)
     with warnings.catch_warnings():
@@ -86,17 +86,17 @@ def test_nothing_is_cached_once_entropies_had_gradients():
         certificate, _ = call(0, entropy=True)
         assert (certificate.cached_share, certificate.sparse_share) == (0, 0)
         assert call(0)[0].sparse_share == 0
-        assert call(0)[0].sparse_share == 1  # the very first call has seen that they are peaked
+        assert call(0)[0].sparse_share == 1  # the first call recorded that they are peaked
 
 
-def test_a_small_vocabulary_is_cached():
-    """With so few columns sparse entries save next to nothing."""
+def test_a_small_vocabulary_uses_the_dense_cache():
+    """Sparse gradients save almost nothing with so few columns."""
     for _ in range(3):
         certificate, _ = call(0, max_entries=64)
         assert (certificate.cached_share, certificate.sparse_share) == (1, 0)
 
 
-def test_heads_of_other_shapes_do_not_mix():
+def test_weights_of_different_shapes_have_separate_records():
     for _ in range(2):
         call(0)
     hidden, weight = randn(5, 3).requires_grad_(), randn(VOCAB, 3)
@@ -104,8 +104,8 @@ def test_heads_of_other_shapes_do_not_mix():
     assert out.certificate.cached_share == 1
 
 
-def test_a_recomputed_forward_uses_the_same_mode():
-    """The second forward of a checkpointed module caches what the first did; the next call is sparse."""
+def test_a_checkpointed_forward_is_recomputed_in_the_same_mode():
+    """The call that records peaked distributions caches dense gradients in both forwards; the next one is sparse."""
     hidden = (40.0 * torch.eye(VOCAB, device=DEVICE)).requires_grad_()
     weight, labels = torch.eye(VOCAB, device=DEVICE).requires_grad_(), torch.arange(VOCAB, device=DEVICE)
     certificates = []
@@ -115,33 +115,33 @@ def test_a_recomputed_forward_uses_the_same_mode():
         certificates.append(out.certificate)
         return out.logprobs
 
-    for _ in range(2):  # a second forward that kept something else would be refused; it ends before it appends
+    for _ in range(2):  # a recomputed forward that saved other tensors would raise; it stops before the append
         checkpoint(logprobs, hidden, use_reentrant=False).sum().backward()
     assert [float(x.cached_share) for x in certificates] == [1, 0]
     assert [float(x.sparse_share) for x in certificates] == [0, 1]
 
 
-def test_scoring_is_not_recorded():
+def test_calls_without_gradients_are_not_recorded():
     with torch.no_grad():
         for _ in range(2):
             linear_logprobs(40 * torch.eye(VOCAB), torch.eye(VOCAB), torch.arange(VOCAB), **SETTINGS)
     assert not auto_mode._defaults
 
 
-def test_an_object_of_the_caller_has_its_own_memory():
-    """Calls with the default have no influence on it, nor it on them; without it the defaults stay as they are."""
-    mine = AutoBackward()
+def test_an_explicit_object_has_its_own_history():
+    """Calls with the default and calls with an explicit object do not affect each other."""
+    auto = AutoBackward()
     for _ in range(2):
         call(0)
     assert call(0)[0].sparse_share == 1
-    assert call(0, backward=mine)[0].cached_share == 1
-    assert call(0, backward=mine)[0].sparse_share == 1
-    mine.reset()
-    assert call(0, backward=mine)[0].cached_share == 1
+    assert call(0, backward=auto)[0].cached_share == 1
+    assert call(0, backward=auto)[0].sparse_share == 1
+    auto.reset()
+    assert call(0, backward=auto)[0].cached_share == 1
     assert call(0)[0].sparse_share == 1
 
 
-def test_an_object_that_is_gone_by_backward_records_nothing():
+def test_an_object_freed_before_backward_records_nothing():
     hidden = (40.0 * torch.eye(VOCAB, device=DEVICE)).requires_grad_()
     arguments = hidden, torch.eye(VOCAB, device=DEVICE), torch.arange(VOCAB, device=DEVICE)
     out = linear_logprobs(*arguments, **{**SETTINGS, "backward": AutoBackward()})

@@ -1,4 +1,4 @@
-"""linear_logprobs against float64, on all backends and modes."""
+"""Tests of linear_logprobs against float64, on all backends and modes."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from linear_logprobs_cases import (
     MODES,
     SMALL_CHUNKS,
     check,
-    each_way,
+    each_mode,
     inputs,
     multiply_adds,
     row_bytes,
@@ -26,11 +26,11 @@ from linear_logprobs_cases import (
 
 from sppo_kernels import linear_logprobs, reference
 
-pytestmark = pytest.mark.filterwarnings("ignore:linear_logprobs cached")  # both outputs are differentiated everywhere
+pytestmark = pytest.mark.filterwarnings("ignore:linear_logprobs cached")  # all tests differentiate both outputs
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@each_way
+@each_mode
 @ragged_shapes
 @given(
     n=st.integers(0, 6),
@@ -54,7 +54,7 @@ def test_agrees_with_float64(
 @pytest.mark.parametrize("budget", [0, 7, None])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_chunks(small_blocks, backend, budget, dtype):
-    """Two blocks, the last of them short, with logit gradients cached for no token, for some, and for all."""
+    """Two blocks, the second one shorter, with logit gradients cached for no, some or all tokens."""
     given = inputs(22, 9, 21, dtype, bias=True, ignored=3)
     budget = None if budget is None else budget * row_bytes(21, dtype.itemsize)
     settings = {"backward": "cache", "logits_budget_bytes": budget}
@@ -63,16 +63,16 @@ def test_many_chunks(small_blocks, backend, budget, dtype):
 
 
 @pytest.mark.parametrize("backward", MODES)
-def test_gradient_of_the_weight_is_rounded_once(backward):
-    """Rounding to bfloat16 after each of 64 chunks would lose several times as much as rounding the sum."""
+def test_weight_gradient_is_rounded_once(backward):
+    """Rounding to bfloat16 after each of 64 chunks would have several times the error of rounding the sum."""
     given = inputs(64 * 64, 8, 16, torch.bfloat16)
     double = given["weight"].detach().double().requires_grad_()
     out = linear_logprobs(**given, backward=backward, **SMALL_CHUNKS, backend="torch")
     (got,) = torch.autograd.grad(out.logprobs.sum(), given["weight"])
     exact = reference.linear_logprobs(given["hidden"].double(), double, given["labels"])
     (want,) = torch.autograd.grad(exact.logprobs.sum(), double)
-    once = (want.bfloat16().double() - want).square().mean()
-    assert (got.double() - want).square().mean() <= 1.5**2 * once
+    rounding_error = (want.bfloat16().double() - want).square().mean()
+    assert (got.double() - want).square().mean() <= 1.5**2 * rounding_error
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -81,8 +81,8 @@ def test_vocabulary_of_a_real_model(backend):
 
 
 @pytest.mark.parametrize("tokens", [1, 40_000])
-def test_sequences_of_one_and_of_many_tokens(tokens):
-    """Rows are independent of sequences; forty thousand in an interpreter would only be slow."""
+def test_one_and_many_tokens(tokens):
+    """Rows are independent, so forty thousand of them would only be slow in the interpreter."""
     backend = "triton" if DEVICE == "cuda" else "torch"
     check(backend, **inputs(tokens, 5, 13, torch.bfloat16))
 
@@ -90,7 +90,7 @@ def test_sequences_of_one_and_of_many_tokens(tokens):
 @pytest.mark.parametrize("backward", ["recompute", "cache", "sparse"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_softcap_where_it_saturates(backend, backward):
-    """The weight is the identity, so that the gradient of hidden is that of the logits."""
+    """With the identity as weight, the gradient of hidden is the logit gradient."""
     hidden = torch.tensor([[8.0, -8.5, 6.0, -4.0, 7.3, 0.5]], device=DEVICE)
     weight, label = torch.eye(6, device=DEVICE), torch.tensor([1], device=DEVICE)
 
@@ -104,29 +104,29 @@ def test_softcap_where_it_saturates(backend, backward):
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0])
-@each_way
-def test_softcap_where_the_label_is_next_to_impossible(backend, backward, temperature):
-    """Its probability is 0 in float32; its log-probability and the gradients are not."""
+@each_mode
+def test_softcap_with_a_nearly_impossible_label(backend, backward, temperature):
+    """The probability of the label is 0 in float32; its log-probability and gradients are not."""
     hidden = torch.tensor([[40.0, -10.0, 3.0]], device=DEVICE, requires_grad=True)
     weight = torch.eye(3, device=DEVICE, requires_grad=True)
     label = torch.tensor([1], device=DEVICE)
     check(backend, hidden, weight, label, softcap=30.0, temperature=temperature, backward=backward)
 
 
-@each_way
+@each_mode
 def test_peaked_and_enormous_logits(backend, backward):
     given = inputs(5, 16, 40, bias=True)
     with torch.no_grad():
-        given["hidden"][0] = 100 * given["weight"][given["labels"][0]]  # nearly sure of its label
-        given["hidden"][1] = 300 * given["weight"][given["labels"][0]]  # nearly sure of another
+        given["hidden"][0] = 100 * given["weight"][given["labels"][0]]  # almost certain of its label
+        given["hidden"][1] = 300 * given["weight"][given["labels"][0]]  # almost certain of another token
         given["hidden"][2] *= 1e4
         given["hidden"][3] = 0
     check(backend, **given, backward=backward)
     check(backend, **given, softcap=30.0, backward=backward)
 
 
-@each_way
-def test_vocabulary_entries_that_a_bias_forbids(backend, backward):
+@each_mode
+def test_tokens_excluded_by_the_bias(backend, backward):
     given = inputs(4, 7, 30, bias=True)
     with torch.no_grad():
         given["bias"][::2] = float("-inf")
@@ -134,7 +134,7 @@ def test_vocabulary_entries_that_a_bias_forbids(backend, backward):
     check(backend, **given, backward=backward)
 
 
-@each_way
+@each_mode
 def test_any_layout(backend, backward):
     labels = randint(0, 17, 3, 2).t()
     for hidden in (
@@ -156,15 +156,15 @@ def test_any_number_of_leading_dimensions(backend, shape):
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@each_way
-def test_temperature_a_token(backend, backward, softcap):
+@each_mode
+def test_temperature_per_token(backend, backward, softcap):
     temperature = torch.tensor([0.2, 1.0, 3.0, 0.7], device=DEVICE)
     check(backend, **inputs(4, 6, 29, ignored=1), temperature=temperature, softcap=softcap, backward=backward)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("upstream", ["logprobs", "entropy"])
-@each_way
+@each_mode
 def test_gradient_of_one_output_only(backend, backward, upstream, dtype):
     check(backend, **inputs(4, 6, 29, dtype), upstream=[upstream], temperature=0.7, backward=backward)
 
@@ -173,7 +173,7 @@ def test_gradient_of_one_output_only(backend, backward, upstream, dtype):
     "frozen",
     [("hidden",), ("weight",), ("bias",), ("weight", "bias"), ("hidden", "weight"), ("weight", "bias", "u"), ("b",)],
 )
-@each_way
+@each_mode
 def test_frozen_inputs_get_no_gradient(backend, backward, frozen):
     given = inputs(4, 6, 29, bias=True, rank=2)
     for name in frozen:
@@ -189,18 +189,18 @@ def test_frozen_inputs_get_no_gradient(backend, backward, frozen):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_token_gets_its_own_gradient(backend, dtype, budget):
-    """Tokens without a loss, without an upstream gradient, with an entropy gradient, and beyond the budget."""
+    """Some tokens have no loss, no upstream gradient, an entropy gradient, or are over the budget."""
     given = inputs(12, 16, 29, dtype, bias=True)
     given["labels"][[0, 5]] = IGNORED
-    of_logprobs = torch.linspace(-1, 2, 12, device=DEVICE)
-    of_logprobs[[2, 3, 7, 11]] = 0.0
-    of_entropy = torch.zeros(12, device=DEVICE)
-    of_entropy[[3, 6, 9]] = 0.5
+    logprob_coef = torch.linspace(-1, 2, 12, device=DEVICE)
+    logprob_coef[[2, 3, 7, 11]] = 0.0
+    entropy_coef = torch.zeros(12, device=DEVICE)
+    entropy_coef[[3, 6, 9]] = 0.5
     settings = {"backward": "cache", "logits_budget_bytes": None if budget is None else budget * 29 * dtype.itemsize}
 
     def gradients(op, given, **settings):
         out = op(**given, temperature=0.7, **settings)
-        loss = (out.logprobs * of_logprobs + out.entropy * of_entropy).sum()
+        loss = (out.logprobs * logprob_coef + out.entropy * entropy_coef).sum()
         return torch.autograd.grad(loss, [given[name] for name in ("hidden", "weight", "bias")])
 
     double = {k: x.detach().double().requires_grad_() if x.is_floating_point() else x for k, x in given.items()}
@@ -210,12 +210,12 @@ def test_each_token_gets_its_own_gradient(backend, dtype, budget):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@each_way
-def test_gradient_of_the_bias_of_a_mean(backend, backward, dtype):
-    """Every token has the same coefficient, whose rounding error would be the same for all of them."""
+@each_mode
+def test_bias_gradient_of_a_mean(backend, backward, dtype):
+    """All tokens have the same coefficient, so rounding it would give them all the same relative error."""
     given = inputs(96, 8, 40, dtype, bias=True)
     given["bias"] = given["bias"].detach().float().requires_grad_()
-    upstream = 1.498 / 96  # nearly half way between two of bfloat16, and of float16
+    upstream = 1.498 / 96  # almost halfway between two numbers of bfloat16, and of float16
     out = linear_logprobs(**given, backend=backend, backward=backward)
     (got,) = torch.autograd.grad(out.logprobs.sum() * upstream, given["bias"])
     double = {k: x.detach().double() if x.is_floating_point() else x for k, x in given.items()}
@@ -224,7 +224,7 @@ def test_gradient_of_the_bias_of_a_mean(backend, backward, dtype):
     assert (got - want).norm() <= 0.25 * torch.finfo(dtype).eps * want.norm()
 
 
-@each_way
+@each_mode
 def test_all_upstream_gradients_zero(backend, backward):
     given = inputs(5, 6, 29, bias=True)
     (0.0 * linear_logprobs(**given, backend=backend, backward=backward).logprobs).sum().backward()
@@ -233,9 +233,9 @@ def test_all_upstream_gradients_zero(backend, backward):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@each_way
-def test_upstream_gradients_too_small_for_the_dtype_of_the_inputs(backend, backward, dtype):
-    """A mean over many tokens: single terms would vanish in float16, their sum does not."""
+@each_mode
+def test_upstream_gradients_below_the_range_of_the_inputs(backend, backward, dtype):
+    """In a mean over many tokens scaled terms underflow in float16, but their sum over the tokens does not."""
     given = inputs(128, 8, 16, dtype)
     double = given["weight"].detach().double().requires_grad_()
     tiny = 2.0**-24
@@ -250,7 +250,7 @@ def test_upstream_gradients_too_small_for_the_dtype_of_the_inputs(backend, backw
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_budget_changes_only_rounding(small_blocks, backend, softcap):
-    """Cached for some tokens, recomputed for the others: in float32 the same gradients to a few eps."""
+    """Cached and recomputed logit gradients give the same float32 gradients to a few eps."""
     given = inputs(20, 6, 29)
     leaves = [given["hidden"], given["weight"]]
     grads = []
@@ -268,7 +268,7 @@ def test_budget_changes_only_rounding(small_blocks, backend, softcap):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_ignored_tokens_are_exactly_zero_whatever_they_hold(backend):
+def test_ignored_tokens_are_exactly_zero(backend):
     given = inputs(5, 6, 29, bias=True)
     given["labels"][1:4] = IGNORED
     with torch.no_grad():
@@ -295,7 +295,7 @@ def test_all_tokens_ignored(backend):
     assert multiply_adds(lambda: linear_logprobs(**given, backend="torch")) == 0
 
 
-@each_way
+@each_mode
 def test_same_bits_every_run(small_blocks, backend, backward):
     given = inputs(22, 9, 43, bias=True)
 
@@ -310,38 +310,38 @@ def test_same_bits_every_run(small_blocks, backend, backward):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_same_bits_however_the_tokens_are_padded(backend, dtype):
-    """Only tokens with a loss reach the matrix product, so the places of the others cannot change a bit.
+def test_same_bits_for_any_padding(backend, dtype):
+    """Only tokens with a loss enter the matrix product, so the positions of the others cannot change any bit.
 
-    A token alone has other last bits than in a batch: a matrix product of one row takes another path in the BLAS.
+    A single token has other last bits than in a batch, because BLAS computes a product of one row differently.
     """
     given = inputs(70, 9, 43, dtype, bias=True)
     packed = linear_logprobs(**given, **SMALL_CHUNKS, backend=backend)
-    where = torch.arange(70, device=DEVICE) * 2 + 30
+    position = torch.arange(70, device=DEVICE) * 2 + 30
     padded = {
         **given,
-        "hidden": randn(200, 9, dtype=dtype).index_copy(0, where, given["hidden"]).view(2, 100, 9),
-        "labels": torch.full((200,), IGNORED, device=DEVICE).index_copy(0, where, given["labels"]).view(2, 100),
+        "hidden": randn(200, 9, dtype=dtype).index_copy(0, position, given["hidden"]).view(2, 100, 9),
+        "labels": torch.full((200,), IGNORED, device=DEVICE).index_copy(0, position, given["labels"]).view(2, 100),
     }
     with torch.no_grad():
-        again = linear_logprobs(**padded, **SMALL_CHUNKS, backend=backend)
-    for x, y in zip(again, packed, strict=True):
-        assert torch.equal(x.flatten()[where], y)
+        got = linear_logprobs(**padded, **SMALL_CHUNKS, backend=backend)
+    for x, y in zip(got, packed, strict=True):
+        assert torch.equal(x.flatten()[position], y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_batches_and_orders_change_last_bits_at_most(dtype):
-    """The size that the documentation names, with logits of a usual size."""
+def test_batch_and_order_change_only_last_bits(dtype):
+    """Differences stay within the documented bound for logits of typical magnitude."""
     given = inputs(300, 64, 1000, dtype)
-    whole = linear_logprobs(**given, **SMALL_CHUNKS, backend="torch")
+    full = linear_logprobs(**given, **SMALL_CHUNKS, backend="torch")
     order = torch.randperm(300)
     for rows in (order, order[:37], order[5:6], torch.arange(100, 300)):
         part = linear_logprobs(given["hidden"][rows], given["weight"], given["labels"][rows], backend="torch")
-        for x, y in zip(part, whole, strict=True):
+        for x, y in zip(part, full, strict=True):
             assert (x - y[rows]).abs().max() <= 1e-5
 
 
-@each_way
+@each_mode
 def test_gradients_accumulate_over_micro_batches(backend, backward):
     given = inputs(8, 6, 29)
     leaves = [given["hidden"], given["weight"]]
@@ -355,9 +355,9 @@ def test_gradients_accumulate_over_micro_batches(backend, backward):
         torch.testing.assert_close(leaf.grad, grad, rtol=1e-5, atol=1e-6)
 
 
-@each_way
+@each_mode
 def test_tied_embeddings(backend, backward):
-    """The weight is also where the hidden states come from; both of its gradients arrive."""
+    """Hidden states depend on the weight too, which gets both of its gradients."""
     ids = randint(0, 29, 7)
     weight = randn(29, 6, grad=True)
 
@@ -370,9 +370,9 @@ def test_tied_embeddings(backend, backward):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-@each_way
-def test_lora_on_the_head_is_the_merged_weight(backend, backward):
-    """Values, and the gradients of A, B and hidden, with the weight itself frozen."""
+@each_mode
+def test_lora_on_the_lm_head_equals_the_merged_weight(backend, backward):
+    """With the weight frozen, values and the gradients of A, B and hidden equal those of the merged weight."""
     given = inputs(6, 16, 29)
     weight = given["weight"].requires_grad_(False)
     a, b, scaling = randn(4, 16, grad=True), randn(29, 4, grad=True), 0.5

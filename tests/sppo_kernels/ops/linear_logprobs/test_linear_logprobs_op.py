@@ -1,4 +1,4 @@
-"""linear_logprobs under autograd, autocast, checkpointing, torch.compile and fake tensors."""
+"""Tests of linear_logprobs under autograd, autocast, checkpointing, torch.compile and fake tensors."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from against_float64 import (
     DEVICE,
     randn,
 )
-from linear_logprobs_cases import IGNORED, MODES, check, each_way, inputs
+from linear_logprobs_cases import IGNORED, MODES, check, each_mode, inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -15,13 +15,13 @@ from sppo_kernels import linear_logprobs, reference
 from sppo_kernels.ops.linear_logprobs import op
 from sppo_kernels.ops.linear_logprobs.output import ForwardOutput
 
-pytestmark = pytest.mark.filterwarnings("ignore:linear_logprobs cached")  # both outputs are differentiated everywhere
+pytestmark = pytest.mark.filterwarnings("ignore:linear_logprobs cached")  # all tests differentiate both outputs
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_rounds_inputs_and_not_logits(backend, dtype):
-    """Inputs are rounded as if cast outside; gradients have the dtype of the inputs."""
+    """Results equal those of inputs cast by the caller; gradients have the dtype of the original inputs."""
     given = inputs(6, 16, 29, bias=True)
     with torch.autocast(DEVICE, dtype=dtype):
         inside = linear_logprobs(**given, backend=backend)
@@ -37,7 +37,7 @@ def test_autocast_rounds_inputs_and_not_logits(backend, dtype):
         assert torch.equal(grad, want)
 
 
-@each_way
+@each_mode
 def test_backward_under_autocast(backend, backward):
     given = inputs(6, 16, 29)
     settings = {"backend": backend, "backward": backward}
@@ -48,7 +48,7 @@ def test_backward_under_autocast(backend, backward):
     assert torch.equal(got[0], want[0])
 
 
-@each_way
+@each_mode
 def test_activation_checkpointing(backend, backward):
     given = inputs(6, 8, 29)
 
@@ -63,9 +63,9 @@ def test_activation_checkpointing(backend, backward):
         assert torch.equal(x, y)
 
 
-@each_way
+@each_mode
 def test_outputs_used_twice_and_backward_twice(backend, backward):
-    """The cache is read, not consumed: two losses on one output with a retained graph add up."""
+    """Backward does not consume cached logit gradients: gradients of two losses on one output add up."""
     given = inputs(6, 8, 29, ignored=1)
     leaves = [given["hidden"], given["weight"]]
     run = lambda: linear_logprobs(**given, backend=backend, backward=backward)
@@ -78,7 +78,7 @@ def test_outputs_used_twice_and_backward_twice(backend, backward):
         torch.testing.assert_close(leaf.grad, x + y, rtol=1e-5, atol=1e-6)
 
 
-def test_reference_is_its_own_derivative():
+def test_reference_passes_gradcheck():
     given = inputs(3, 4, 7, torch.float64, bias=True, ignored=1, rank=2)
     names = ("hidden", "weight", "bias", "u", "b")
     f = lambda h, w, bias, *adapter: tuple(
@@ -87,15 +87,15 @@ def test_reference_is_its_own_derivative():
     assert torch.autograd.gradcheck(f, tuple(given[name] for name in names))
 
 
-@each_way
-def test_registration(backend, backward):
+@each_mode
+def test_registration_passes_opcheck(backend, backward):
     hidden, weight, labels, bias, u, b = inputs(4, 6, 11, bias=True, rank=2).values()
     tau = torch.ones(4, device=DEVICE)
     common = {"ignore_index": IGNORED, "backward": backward, "auto_key": "", "chunk_bytes": 1000, "group": ""}
     common["backend"] = backend
     settings = {**common, "logits_budget_bytes": None, "mass_tolerance": 1e-4, "max_entries": 8}
     pairs = [hidden, u], [weight, b]
-    # With a size that is known only when it runs, the checks of autograd and of dynamic shapes do not get along.
+    # The opcheck tests of autograd and of dynamic shapes do not support a data-dependent output size.
     tests = ["test_schema", "test_faketensor"] + ["test_autograd_registration", "test_aot_dispatch_dynamic"] * (
         backward == "recompute"
     )
@@ -111,7 +111,7 @@ def test_registration(backend, backward):
     ):
         saved = output.entropy, output.row_stats, *output[5:]
         tensors = randn(4), randn(4), *pairs, None, labels, tau, *saved
-        # Inputs that are no leaves: the backward itself has no derivative to check.
+        # Detached inputs, because the backward op has no derivative to check.
         torch.library.opcheck(
             op.linear_logprobs_backward,
             tensors,
@@ -123,7 +123,7 @@ def test_registration(backend, backward):
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backward", [*MODES, "auto"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_whole(backend, backward, compiler):
+def test_compiles_without_graph_breaks(backend, backward, compiler):
     torch.compiler.reset()
     given = inputs(6, 8, 29, bias=True, ignored=2)
     leaves = [given[name] for name in ("hidden", "weight", "bias")]
@@ -164,5 +164,5 @@ def test_meta_tensors(needs_gradient):
 
 
 @pytest.mark.gpu
-def test_more_tokens_than_a_grid_axis_holds():
+def test_tokens_may_exceed_a_grid_axis():
     check("triton", **inputs(70_000, 16, 9, torch.bfloat16))

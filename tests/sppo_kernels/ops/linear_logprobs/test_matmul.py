@@ -1,7 +1,7 @@
-"""Products of half-precision factors with float32 results, as on CUDA, with values: they are emulated on a CPU.
+"""Tests of matrix products with half-precision factors and float32 results, emulated on a CPU.
 
-PyTorch has them for CUDA alone; elsewhere factors are converted first. What is added to what, in which dtype and where
-it is written, is the same code on both.
+PyTorch implements such products only for CUDA; on other devices the factors are converted first. The code that
+accumulates the products and selects their dtypes and outputs is the same on all devices.
 """
 
 import pytest
@@ -17,20 +17,20 @@ from sppo_kernels.ops.linear_logprobs.lm_head import LMHead
 from sppo_kernels.ops.linear_logprobs.matmul import Projection, row_stride
 
 pytestmark = [
-    pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU all tests multiply so"),
-    pytest.mark.filterwarnings("ignore:linear_logprobs cached"),  # for tokens whose entropies have gradients too
+    pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU all tests use such products"),
+    pytest.mark.filterwarnings("ignore:linear_logprobs cached"),  # for tokens whose entropies also have gradients
 ]
 fault = _backend._INTERPRETER_FAULT
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(fault != "", reason=fault))]
 TOKENS, WIDTH, VOCAB, RANK = 600, 24, 300, 3
-FEW, FEW_A_BLOCK = 86, 36  # where an interpreter runs
-# As in test_linear_logprobs: E is rounded to half precision before it is multiplied.
-PRODUCTS_FLOOR = {**FLOOR, torch.float16: 4.0, torch.bfloat16: 4.0}
+FEW_TOKENS, FEW_TOKENS_PER_BLOCK = 86, 36  # for the interpreter
+# As in linear_logprobs_cases: the logit gradient is rounded to half precision before it is multiplied.
+MATMUL_FLOOR = {**FLOOR, torch.float16: 4.0, torch.bfloat16: 4.0}
 
 
 @pytest.fixture
 def products(monkeypatch):
-    """All projections are mixed, whatever the device."""
+    """Make all projections mixed on any device, and record their products."""
     mixed = property(lambda self: True, lambda self, value: None)
     monkeypatch.setattr(Projection, "mixed", mixed, raising=False)
     return Products(monkeypatch)
@@ -51,15 +51,15 @@ def inputs(n, dtype, bias, adapter, spread):
     return given
 
 
-PART = {"backward": "cache", "logits_budget_bytes": row_stride(VOCAB) * 2 * 50}  # E of 50 tokens
+PARTIAL = {"backward": "cache", "logits_budget_bytes": row_stride(VOCAB) * 2 * 50}  # 50 tokens are cached
 SPARSE = {"backward": "sparse", "max_entries": 32}
 CASES = {
     "recompute bf16, entropies": (torch.bfloat16, True, True, None, {"backward": "recompute"}),
     "recompute fp16": (torch.float16, False, False, ["logprobs"], {"backward": "recompute"}),
     "cache fp16": (torch.float16, True, False, ["logprobs"], {"backward": "cache"}),
     "cache bf16": (torch.bfloat16, False, False, ["logprobs"], {"backward": "cache"}),
-    "part kept fp16": (torch.float16, True, True, ["logprobs"], PART),
-    "part kept bf16, entropies": (torch.bfloat16, False, True, None, PART),
+    "partly cached fp16": (torch.float16, True, True, ["logprobs"], PARTIAL),
+    "partly cached bf16, entropies": (torch.bfloat16, False, True, None, PARTIAL),
     "sparse fp16": (torch.float16, True, True, ["logprobs"], SPARSE),
     "sparse bf16": (torch.bfloat16, False, False, ["logprobs"], SPARSE),
     "sparse bf16, entropies": (torch.bfloat16, True, False, None, SPARSE),
@@ -69,14 +69,14 @@ CASES = {
 @pytest.mark.parametrize(("dtype", "bias", "adapter", "upstream", "settings"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_agrees_with_float64(products, monkeypatch, backend, dtype, bias, adapter, upstream, settings):
-    """Three blocks and ten chunks, the last of a single token: 577 of 600, or 82 of 86, tokens have a loss.
+    """There are three blocks of logit gradients and ten chunks of logits, the last with one token.
 
-    Sparse entries suffice for most tokens, not for all.
+    577 of 600 tokens, or 82 of 86, have a loss. In sparse mode most of them are sparse, but not all.
     """
     n, certificates = TOKENS, []
-    if backend == "triton" and not (bias and adapter and settings is PART):
-        n = FEW
-        monkeypatch.setattr(LMHead, "block_size", lambda self, vocab=None: FEW_A_BLOCK)
+    if backend == "triton" and not (bias and adapter and settings is PARTIAL):
+        n = FEW_TOKENS
+        monkeypatch.setattr(LMHead, "block_size", lambda self, vocab=None: FEW_TOKENS_PER_BLOCK)
 
     def op(*, u=None, b=None, **given):
         adapter = None if u is None else (u, b)
@@ -88,7 +88,7 @@ def test_agrees_with_float64(products, monkeypatch, backend, dtype, bias, adapte
         return reference.linear_logprobs(**given, adapter=None if u is None else (u, b))
 
     given = inputs(n, dtype, bias, adapter, spread=8.0 if settings["backward"] == "sparse" else 1.0)
-    more = {"floor": PRODUCTS_FLOOR, "upstream": upstream, "temperature": 0.6}
+    more = {"floor": MATMUL_FLOOR, "upstream": upstream, "temperature": 0.6}
     assert_close_to_float64(op, definition, backend, given, **more)
     assert {product.dtype for product in products.made} == {dtype}
     assert {product.out_dtype for product in products.made} == {torch.float32}

@@ -1,4 +1,4 @@
-"""How many passes over the vocabulary linear_logprobs makes, and how much memory it holds."""
+"""Tests of the number of passes over the vocabulary and the memory of linear_logprobs."""
 
 import logging
 from contextlib import nullcontext
@@ -18,12 +18,12 @@ from sppo_kernels import linear_logprobs
 from sppo_kernels.ops.linear_logprobs.cache import _num_cacheable
 from sppo_kernels.ops.linear_logprobs.matmul import Projection
 
-pytestmark = pytest.mark.filterwarnings("ignore:linear_logprobs cached")  # both outputs are differentiated everywhere
+pytestmark = pytest.mark.filterwarnings("ignore:linear_logprobs cached")  # all tests differentiate both outputs
 
 
 def passes(given, upstream=1.0, **settings):
-    """Count passes of 2 N H V operations by PyTorch's FLOP counter; the profiler must agree."""
-    n, one = len(given["labels"]), given["hidden"].shape[1] * given["weight"].shape[0]
+    """Return the passes of 2 N H V FLOPs, forward and backward, on which FLOP counter and profiler must agree."""
+    n, per_token = len(given["labels"]), given["hidden"].shape[1] * given["weight"].shape[0]
 
     def run():
         out = linear_logprobs(**given, **settings, **SMALL_CHUNKS, backend="torch")
@@ -32,7 +32,7 @@ def passes(given, upstream=1.0, **settings):
     with FlopCounterMode(display=False) as counter:
         run()
     assert counter.get_total_flops() == 2 * multiply_adds(run)
-    return counter.get_total_flops() / (2 * n * one)
+    return counter.get_total_flops() / (2 * n * per_token)
 
 
 @pytest.mark.parametrize(
@@ -48,22 +48,22 @@ def passes(given, upstream=1.0, **settings):
     ],
 )
 def test_passes_over_the_vocabulary(backward, frozen, expected):
-    """One forward, one per gradient, and one to recompute the logits of what was not cached."""
+    """Forward takes one pass, each gradient one, and recomputing the logits that were not cached another."""
     given = inputs(330, 6, 29)
     if frozen:
         given[frozen].requires_grad_(False)
     assert passes(given, backward=backward) == expected
 
 
-@pytest.mark.parametrize(("kept", "expected"), [(0, 4), (0.5, 3.5), (1, 3)])
-def test_passes_over_what_the_budget_holds(kept, expected):
+@pytest.mark.parametrize(("cached", "expected"), [(0, 4), (0.5, 3.5), (1, 3)])
+def test_passes_with_a_limited_budget(cached, expected):
     given = inputs(330, 6, 29)
-    assert passes(given, backward="auto", logits_budget_bytes=int(kept * 330) * row_bytes(29)) == expected
+    assert passes(given, backward="auto", logits_budget_bytes=int(cached * 330) * row_bytes(29)) == expected
 
 
 @pytest.mark.parametrize(("entropies", "expected"), [(0, 3), (110, 3 + 1 / 3), (330, 4)])
-def test_entropies_with_a_gradient_are_recomputed(entropies, expected):
-    """Token by token; a warning reports a cache that is of no use."""
+def test_entropies_with_a_gradient_recompute_their_logits(entropies, expected):
+    """Only their tokens are recomputed; if no cached token can be used, there is a warning."""
     given = inputs(330, 6, 29)
     upstream = (torch.arange(330, device=DEVICE) < entropies).float()
 
@@ -79,13 +79,13 @@ def test_entropies_with_a_gradient_are_recomputed(entropies, expected):
         assert counter.get_total_flops() == 2 * multiply_adds(run)
 
 
-@pytest.mark.parametrize(("backward", "in_all", "after_forward"), [("recompute", 4, 3), ("cache", 3, 2)])
-def test_tokens_without_loss_or_gradient_cost_nothing(backward, in_all, after_forward):
+@pytest.mark.parametrize(("backward", "total", "after_forward"), [("recompute", 4, 3), ("cache", 3, 2)])
+def test_tokens_without_loss_or_upstream_gradient_cost_no_flops(backward, total, after_forward):
     given = inputs(330, 6, 29, ignored=110)
-    assert passes(given, backward=backward) == pytest.approx(in_all * 2 / 3)
+    assert passes(given, backward=backward) == pytest.approx(total * 2 / 3)
     given = inputs(330, 6, 29)
     upstream = torch.ones(330, device=DEVICE)
-    upstream[::3] = 0.0  # a clipped sequence, say
+    upstream[::3] = 0.0  # for example of a clipped sequence
     assert passes(given, upstream, backward=backward) == pytest.approx(1 + after_forward * 2 / 3)
     assert torch.equal(given["hidden"].grad.abs().sum(-1) > 0, upstream > 0)
 
@@ -93,7 +93,7 @@ def test_tokens_without_loss_or_gradient_cost_nothing(backward, in_all, after_fo
 @pytest.mark.parametrize(("backward", "expected"), [("recompute", 4), ("cache", 3)])
 @pytest.mark.parametrize("kind", ["fake", "meta"])
 def test_flop_counter_on_tensors_without_values(kind, backward, expected):
-    """Labels have no values, so every token counts."""
+    """Without label values every token counts."""
     with FakeTensorMode() if kind == "fake" else torch.device("meta"), FlopCounterMode(display=False) as counter:
         hidden, weight = (torch.empty(n, 8, requires_grad=True) for n in (20, 31))
         labels = torch.empty(20, dtype=torch.int64)
@@ -102,6 +102,7 @@ def test_flop_counter_on_tensors_without_values(kind, backward, expected):
 
 
 def largest_allocation(run):
+    """Return the bytes of the largest single allocation in ``run``."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE == "cuda")
     with profile(activities=activities, profile_memory=True) as prof:
         run()
@@ -110,16 +111,16 @@ def largest_allocation(run):
 
 @pytest.mark.parametrize("upstream", ["logprobs", "entropy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward_allocates_nothing_of_the_cache_size(dtype, upstream):
-    """Autograd must not allocate a gradient of the size of the cache."""
+def test_backward_allocates_nothing_as_large_as_the_cache(dtype, upstream):
+    """Autograd must not allocate a zero gradient for the cache that forward returns."""
     n, vocab = 2048, 64
     given = inputs(n, 4, vocab, dtype)
     out = linear_logprobs(**given, backend="torch", backward="cache", **SMALL_CHUNKS)
     assert largest_allocation(lambda: getattr(out, upstream).sum().backward()) <= 4 * 256 * vocab
 
 
-def test_never_holds_all_logits():
-    """The largest single allocation, forward and backward, is one block of logit gradients."""
+def test_never_allocates_all_logits():
+    """The largest single allocation, forward and backward, is a block of logit gradients."""
     n, vocab = 2048, 64
     given = inputs(n, 4, vocab, bias=True)
 
@@ -131,7 +132,7 @@ def test_never_holds_all_logits():
 
 
 @pytest.mark.parametrize("backward", ["auto", "cache"])
-def test_nothing_is_cached_without_gradients(backward):
+def test_caches_nothing_if_no_input_requires_a_gradient(backward):
     n, vocab = 2048, 256
     given = inputs(n, 4, vocab)
     with torch.no_grad():
@@ -143,7 +144,7 @@ def test_nothing_is_cached_without_gradients(backward):
 
 
 @pytest.mark.parametrize(
-    ("settings", "kept"),
+    ("settings", "cached"),
     [
         ({"backward": "recompute"}, 0),
         ({"backward": "cache"}, 6),
@@ -155,45 +156,45 @@ def test_nothing_is_cached_without_gradients(backward):
         ({}, 6),
     ],
 )
-def test_debug_log_reports_what_is_cached(settings, kept, caplog):
-    """Tokens without a loss use none of the budget."""
+def test_debug_log_reports_the_mode(settings, cached, caplog):
+    """The log counts tokens with a loss; the others take nothing of the budget."""
     given = inputs(8, 4, 29, torch.bfloat16, ignored=2)
     with caplog.at_level(logging.DEBUG, logger="sppo_kernels"):
         linear_logprobs(**given, **settings, backend="torch").logprobs[:-1].sum().backward()
     forward, backward = caplog.messages
-    assert f"6 of 8 tokens have a loss, keeping {kept} dense logit gradients" in forward
-    cached = min(kept, 5)
-    assert f"{cached} tokens cached, 0 sparse, {5 - cached} recomputed" in backward
+    assert f"6 of 8 tokens have a loss, keeping {cached} dense logit gradients" in forward
+    used = min(cached, 5)
+    assert f"{used} tokens cached, 0 sparse, {5 - used} recomputed" in backward
 
 
-@pytest.mark.parametrize("kept", [0, 3, 6])
-def test_rows_of_logits_and_their_gradients_are_aligned(kept, monkeypatch):
-    """Matrix products read and write 16 bytes at a time for any vocabulary, also where part of the cache is used."""
+@pytest.mark.parametrize("cached", [0, 3, 6])
+def test_rows_of_logits_and_their_gradients_are_aligned(cached, monkeypatch):
+    """Matrix products read and write rows 16 bytes at a time for any vocabulary; only some cached rows are used."""
     strides = []
     product = Projection.product
 
-    def noted(self, a, b, plus=None, out=None):
+    def recorded(self, a, b, plus=None, out=None):
         result = product(self, a, b, plus=plus, out=out)
         strides.extend(x.stride(0) for x in (a, a.t(), result) if x.shape[1] == 29 and x.stride(1) == 1)
         return result
 
-    monkeypatch.setattr(Projection, "product", noted)
+    monkeypatch.setattr(Projection, "product", recorded)
     given = inputs(8, 4, 29, ignored=2)
-    budget = kept * row_bytes(29)
+    budget = cached * row_bytes(29)
     out = linear_logprobs(**given, backward="cache", logits_budget_bytes=budget, backend="torch")
     out.logprobs[:-1].sum().backward()
-    assert len(strides) == (5 if 0 < kept < 6 else 3) + (kept < 6)
+    assert len(strides) == (5 if 0 < cached < 6 else 3) + (cached < 6)
     assert all(stride % 64 == 0 for stride in strides)
 
 
-@pytest.mark.parametrize(("backward", "kept"), [("recompute", 0), ("cache", 10**6), ("auto", 2**30 // 4000)])
-def test_budget_unless_it_is_given(backward, kept):
-    """On a CPU; on an accelerator it depends on what is free."""
-    assert _num_cacheable(backward, None, 10**6, 4000, torch.device("cpu")) == kept
+@pytest.mark.parametrize(("backward", "cached"), [("recompute", 0), ("cache", 10**6), ("auto", 2**30 // 4000)])
+def test_default_budget_on_cpu(backward, cached):
+    """On an accelerator the default depends on the free memory."""
+    assert _num_cacheable(backward, None, 10**6, 4000, torch.device("cpu")) == cached
 
 
-def test_auto_caches_in_a_quarter_of_the_free_memory(monkeypatch):
-    """Free memory is what the driver has, and what PyTorch's allocator holds unused."""
+def test_auto_uses_a_quarter_of_the_free_memory(monkeypatch):
+    """Free memory is that of the driver and what the allocator has reserved but not allocated."""
     device = torch.device("cuda:1")
     memory = {"mem_get_info": (1000 * 4000, 9000 * 4000), "memory_reserved": 700 * 4000, "memory_allocated": 300 * 4000}
     for name, value in memory.items():
@@ -201,8 +202,8 @@ def test_auto_caches_in_a_quarter_of_the_free_memory(monkeypatch):
     assert _num_cacheable("auto", None, 10**9, 4000, device) == (1000 + 700 - 300) / 4
 
 
-def test_lora_on_the_head_makes_no_merged_copy():
-    """A frozen weight costs no gradient, and nothing of its size is allocated."""
+def test_lora_on_the_lm_head_computes_no_weight_gradient():
+    """The FLOPs are those of the logits, the gradient of hidden and the adapter; the weight is frozen."""
     given = inputs(300, 512, 64)
     given["weight"].requires_grad_(False)
     u, b = randn(300, 2, grad=True), randn(64, 2, grad=True)
@@ -215,5 +216,5 @@ def test_lora_on_the_head_makes_no_merged_copy():
     )
     with FlopCounterMode(display=False) as counter:
         run()
-    assert counter.get_total_flops() == 2 * 300 * 64 * (512 + 2 + 512 + 2 + 2)  # logits, dH, and u's and b's parts
+    assert counter.get_total_flops() == 2 * 300 * 64 * (512 + 2 + 512 + 2 + 2)  # logits, dH, and the terms of u and b
     assert counter.get_total_flops() == 2 * multiply_adds(run)

@@ -1,4 +1,4 @@
-"""linear_logprobs with backward="sparse": what it drops is bounded and measured, and the rest is exact."""
+"""Tests that backward="sparse" bounds and reports the dropped mass and is exact otherwise."""
 
 import logging
 
@@ -17,7 +17,7 @@ IGNORED = -100
 
 
 def inputs(n, width, vocab, spread, dtype=torch.float32):
-    """Logits of standard deviation ``spread``; every other label is the likeliest token."""
+    """Return inputs with logits of standard deviation ``spread``; every other label is the likeliest token."""
     hidden = randn(n, width, dtype=dtype, scale=spread)
     weight = randn(vocab, width, dtype=dtype, scale=width**-0.5)
     labels = randint(0, vocab, n)
@@ -26,10 +26,10 @@ def inputs(n, width, vocab, spread, dtype=torch.float32):
 
 
 def gradients(op, hidden, weight, labels, **settings):
-    """Results, the upstream gradient, and the gradients of hidden and weight."""
+    """Return the output, the upstream gradient, and the gradients of hidden and weight."""
     leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    certified = {"return_certificate": True} if op is linear_logprobs else {}
-    out = op(*leaves, labels, **certified, **settings)
+    certificate = {"return_certificate": True} if op is linear_logprobs else {}
+    out = op(*leaves, labels, **certificate, **settings)
     upstream = torch.linspace(-1, 2, len(labels), device=DEVICE, dtype=out.logprobs.dtype)
     return out, upstream, torch.autograd.grad((out.logprobs * upstream).sum(), leaves)
 
@@ -43,52 +43,52 @@ def gradients(op, hidden, weight, labels, **settings):
     temperature=st.sampled_from([0.3, 0.6, 1.0]),
     softcap=st.sampled_from([None, 20.0]),
     tolerance=st.sampled_from([1e-2, 1e-4]),
-    capacity=st.sampled_from([1, 7, 64]),
+    max_entries=st.sampled_from([1, 7, 64]),
     ignored=st.integers(0, 2),
 )
-def test_the_error_bound_holds_and_is_the_dropped_mass(
-    backend, n, vocab, spread, temperature, softcap, tolerance, capacity, ignored
+def test_the_bound_holds_and_is_what_was_left_out(
+    backend, n, vocab, spread, temperature, softcap, tolerance, max_entries, ignored
 ):
-    """The weight is the identity, so that the gradient of hidden is that of the logits."""
+    """With the identity as weight, the gradient of hidden is the logit gradient."""
     hidden, weight, labels = randn(n, vocab, scale=spread), torch.eye(vocab, device=DEVICE), randint(0, vocab, n)
     labels[:ignored] = IGNORED
     settings = {"temperature": temperature, "softcap": softcap}
-    sparse = {"backward": "sparse", "mass_tolerance": tolerance, "max_entries": capacity, "backend": backend}
+    sparse = {"backward": "sparse", "mass_tolerance": tolerance, "max_entries": max_entries, "backend": backend}
     out, upstream, (got, _) = gradients(linear_logprobs, hidden, weight, labels, **settings, **sparse)
     double = hidden.double(), weight.double(), labels
     exact, _, (want, _) = gradients(reference.linear_logprobs, *double, **settings)
     error = (got - want).abs().sum(-1)
-    dropped, entries = out.certificate
+    dropped, num_entries = out.certificate
     rounding = 1e-5 * upstream.abs() / temperature
     assert (error <= upstream.abs() * dropped / temperature + rounding).all()
-    if softcap is None:  # the bound is tight
+    if softcap is None:  # the error equals the dropped mass
         assert (error >= upstream.abs() * dropped / temperature - rounding).all()
     assert (dropped <= tolerance).all()
-    assert (dropped[entries <= 0] == 0).all()
-    assert torch.equal(entries == 0, labels == IGNORED)
-    assert (entries <= capacity).all()
+    assert (dropped[num_entries <= 0] == 0).all()
+    assert torch.equal(num_entries == 0, labels == IGNORED)
+    assert (num_entries <= max_entries).all()
     torch.testing.assert_close(out.logprobs.double(), exact.logprobs, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_as_few_entries_as_suffice(backend):
-    """No fewer entries would satisfy the tolerance, and no token that could be sparse is recomputed."""
+def test_number_of_entries_is_minimal(backend):
+    """Fewer entries would drop more than the tolerance, and a token is dense only if it needs more than the maximum."""
     hidden, weight, labels = inputs(12, 16, 3000, 8.0)
-    capacity, tolerance = 40, 1e-3
-    sparse = {"backward": "sparse", "mass_tolerance": tolerance, "max_entries": capacity, "backend": backend}
-    entries = linear_logprobs(
+    max_entries, tolerance = 40, 1e-3
+    sparse = {"backward": "sparse", "mass_tolerance": tolerance, "max_entries": max_entries, "backend": backend}
+    num_entries = linear_logprobs(
         hidden, weight.requires_grad_(), labels, return_certificate=True, **sparse
     ).certificate.num_entries
     p = (hidden.double() @ weight.double().t()).softmax(-1)
     p = p.scatter(1, labels[:, None], 0.0).sort(-1).values
     needed = (p.cumsum(-1) > tolerance).sum(-1) + 1
-    assert torch.equal(entries.long(), torch.where(needed <= capacity, needed, -1))
-    assert 0 < (entries > 0).sum() < 12
+    assert torch.equal(num_entries.long(), torch.where(needed <= max_entries, needed, -1))
+    assert 0 < (num_entries > 0).sum() < 12
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_top_that_comes_late_and_is_not_the_label(backend):
-    """Before the maximum is known, more columns look likely than there is space for candidates."""
+def test_a_late_maximum_that_is_not_the_label(backend):
+    """Before the maximum is found, more negligible logits than fit look like candidates."""
     vocab, peak = 5000, 4990
     hidden, weight, labels = (
         randn(3, vocab),
@@ -106,7 +106,7 @@ def test_a_top_that_comes_late_and_is_not_the_label(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_of_peaked_logits_against_float64(backend, dtype):
+def test_gradients_of_peaked_logits_are_close_to_float64(backend, dtype):
     given = inputs(40, 32, 5000, 12.0, dtype)
     _, _, exact = gradients(reference.linear_logprobs, *(x.double() if x.is_floating_point() else x for x in given))
     error = lambda grads: [float((x - y).norm() / y.norm()) for x, y in zip(grads, exact, strict=True)]
@@ -118,7 +118,7 @@ def test_gradients_of_peaked_logits_against_float64(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_flat_rows_and_gradients_of_the_entropy_are_exact(backend):
+def test_flat_rows_and_entropy_gradients_are_exact(backend):
     hidden, weight, labels = inputs(6, 16, 900, 0.2)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     results = []
@@ -132,7 +132,7 @@ def test_flat_rows_and_gradients_of_the_entropy_are_exact(backend):
 
 @pytest.mark.parametrize(("spread", "expected"), [(60.0, 1), (0.1, 4)])
 def test_passes_over_the_vocabulary(spread, expected):
-    """One pass where all tokens are peaked, and as many as with recompute where none is."""
+    """One pass suffices if all rows are peaked; if none is, there are as many as with recompute."""
     hidden, weight, labels = inputs(300, 64, 2000, spread)
     labels = (hidden @ weight.t()).argmax(-1)
     hidden, weight = (10 * hidden if expected == 1 else hidden).requires_grad_(), weight.requires_grad_()
@@ -148,8 +148,8 @@ def test_passes_over_the_vocabulary(spread, expected):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_everything_at_once_a_few_tokens_at_a_time(small_blocks, backend):
-    """Adapter, bias, a temperature per token, tokens without loss or gradient; several blocks; frozen parts."""
+def test_all_options_together_in_small_blocks(small_blocks, backend):
+    """Adapter, bias, temperature per token, tokens without a loss or a gradient, several blocks, frozen inputs."""
     n, vocab = 40, 97
     hidden, weight, labels = inputs(n, 16, vocab, 10.0)
     labels[::7] = IGNORED
@@ -173,18 +173,18 @@ def test_everything_at_once_a_few_tokens_at_a_time(small_blocks, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_as_without_and_every_run(backend):
-    """Log-probabilities have the same bits without gradients, where nothing is selected."""
+    """Gradients repeat, and log-probabilities have the same bits as in a forward without gradients."""
     hidden, weight, labels = inputs(50, 16, 700, 10.0)
     first, _, grads = gradients(linear_logprobs, hidden, weight, labels, backward="sparse", backend=backend)
-    _, _, again = gradients(linear_logprobs, hidden, weight, labels, backward="sparse", backend=backend)
-    assert all(torch.equal(x, y) for x, y in zip(grads, again, strict=True))
+    _, _, second = gradients(linear_logprobs, hidden, weight, labels, backward="sparse", backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(grads, second, strict=True))
     with torch.no_grad():
         assert torch.equal(first.logprobs, linear_logprobs(hidden, weight, labels, backend=backend).logprobs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_many_entries_are_summed_in_pieces(backend):
-    """Ranges with more entries than one piece, with none, and with one."""
+def test_rows_with_many_entries_are_summed_in_pieces(backend):
+    """The rows have more entries than fit in one piece, none, and one."""
     bounds = torch.tensor([0, 2500, 2500, 2501], device=DEVICE)
     index, weight, rows = randint(0, 9, 2501), randn(2501), randn(9, 5)
     out = randn(4, 5)
@@ -200,30 +200,30 @@ def test_rows_of_many_entries_are_summed_in_pieces(backend):
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 16, 32, 130])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weighted_rows_of_any_width(backend, width):
-    """Widths include ranks of adapters; ranges span several blocks; rows are strided."""
+    """Widths include adapter ranks; ranges span several blocks of entries; rows are strided."""
     lengths = torch.tensor([0, 1, 33, 100, 64])
     bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(DEVICE)
     index, weight, rows = randint(0, 9, int(lengths.sum())), randn(int(lengths.sum())), randn(9, 2 * width)[:, ::2]
     place = torch.tensor([4, 0, 2, 5, 1], device=DEVICE)
     out = randn(6, width)
-    want, again = out.double(), out.clone()
+    want, second = out.double(), out.clone()
     for i in range(len(lengths)):
         part = slice(int(bounds[i]), int(bounds[i + 1]))
         want[place[i]] += weight[part].double() @ rows[index[part]].double()
-    for result in (out, again):
+    for result in (out, second):
         WEIGHTED_ROWS[backend](out=result, place=place, index=index, weight=weight, bounds=bounds, rows=rows)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-4)
-    assert torch.equal(out, again)
+    assert torch.equal(out, second)
 
 
-@pytest.mark.parametrize(("value", "says"), [(0, "at least 1, got 0"), (2000, "at most 1024.*got 2000")])
-def test_wrong_capacity_is_named(value, says):
-    with pytest.raises(ValueError, match=f"max_entries must be {says}"):
+@pytest.mark.parametrize(("value", "message"), [(0, "at least 1, got 0"), (2000, "at most 1024.*got 2000")])
+def test_invalid_max_entries_raises(value, message):
+    with pytest.raises(ValueError, match=f"max_entries must be {message}"):
         linear_logprobs(torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 4]), max_entries=value)
 
 
-def test_debug_log_reports_how_many_tokens_are_sparse(caplog):
-    """One of five is too flat; another has no loss."""
+def test_debug_log_counts_sparse_tokens(caplog):
+    """One of five tokens with a loss is too flat; the sixth token has no loss."""
     hidden, weight, labels = inputs(6, 16, 900, 30.0)
     labels[4], hidden[3] = IGNORED, 0.0
     with caplog.at_level(logging.DEBUG, logger="sppo_kernels"):

@@ -1,4 +1,4 @@
-"""linear_logprobs with a vocabulary split by rows over processes, against one process that has all of it."""
+"""Tests of linear_logprobs with the vocabulary sharded over processes, against a single process."""
 
 import os
 import subprocess
@@ -11,24 +11,24 @@ import torch.distributed as dist
 
 from sppo_kernels import linear_logprobs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 SCRIPT = Path(__file__).parents[3] / "helpers/vocab_parallel_run.py"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_equal_to_one_process(ranks):
-    """Values and gradients, in each mode and backend, uneven shards; also under DTensor and FSDP2."""
+    """Values and gradients agree in each mode and backend, for uneven shards, and under DTensor and FSDP2."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", SCRIPT]
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     env = {**os.environ, **settings}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "36 cases passed" in done.stdout
+    completed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert completed.returncode == 0, completed.stderr
+    assert "36 cases passed" in completed.stdout
 
 
-def test_group_of_one():
-    """A group with only this process changes nothing."""
+def test_group_of_one_equals_no_group():
+    """A group with only this process gives the gradients of a call without a group."""
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

@@ -1,4 +1,4 @@
-"""policy_loss against float64: values, gradients and metrics."""
+"""Tests of values, gradients and metrics of policy_loss against float64."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_agrees_with_float64(backend, level, dtype, lengths, per_token, masked, 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_token_beside_forty_thousand(backend, level):
+def test_one_token_next_to_forty_thousand(backend, level):
     tensors = packed([1, 40_000, 0, 3], spread=0.004)
     check(backend, tensors, ratio_level=level, clip_low=0.5, clip_high=0.5, kl_coef=0.1, aggregation=AGGREGATIONS[1])
 
@@ -75,8 +75,8 @@ def test_packed_slices_and_mixed_dtypes(backend):
 
 @pytest.mark.parametrize("dual", [None, 3.0])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_gradient_stops_exactly_where_the_loss_is_flat(backend, dual):
-    """Ratios on each side of each bound, for both signs of the advantage."""
+def test_gradient_is_zero_exactly_where_the_loss_is_flat(backend, dual):
+    """Ratios lie on each side of each bound, for both signs of the advantage."""
     ratio = torch.tensor([0.5, 0.79, 0.81, 1.19, 1.21, 2.9, 3.1, 100.0] * 2, device=DEVICE)
     advantages = torch.tensor([2.0] * 8 + [-2.0] * 8, device=DEVICE)
     logprobs = ratio.log().requires_grad_()
@@ -100,7 +100,7 @@ def metrics_of(backend, ratios, advantages, lengths, **arguments):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_metrics_at_token_level(backend):
-    """Eight tokens; the empty sequence does not count."""
+    """There are eight tokens; the empty sequence does not affect any metric."""
     ratios = [0.5, 1.0, 1.5, 1.1, 0.5, 0.9, 4.0, 2.0]
     got = metrics_of(
         backend,
@@ -131,7 +131,7 @@ def test_metrics_at_token_level(backend):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_metrics_at_sequence_level(backend):
-    """Ratios of the sequences that have tokens: 2, 0.5, 4 and 1."""
+    """The ratios of the nonempty sequences are 2, 0.5, 4 and 1."""
     got = metrics_of(
         backend,
         [4.0, 1.0, 0.5, 4.0, 4.0, 4.0, 1.0],
@@ -165,8 +165,8 @@ def test_micro_batches_add_up(backend, level):
     lengths = [4, 1, 0, 9, 3]
     tensors = packed(lengths)
     arguments = {"ratio_level": level, "kl_coef": 0.1, "dual_clip": 3.0, "backend": backend}
-    whole = policy_loss(**tensors, **arguments).loss
-    (want,) = torch.autograd.grad(whole, tensors["logprobs"])
+    full = policy_loss(**tensors, **arguments).loss
+    (want,) = torch.autograd.grad(full, tensors["logprobs"])
     count = 17.0 if level == "token" else 4.0
     parts = []
     for sequences, tokens in ((slice(0, 2), slice(0, 5)), (slice(2, 5), slice(5, 17))):
@@ -175,7 +175,7 @@ def test_micro_batches_add_up(backend, level):
         normalizer = count if not parts else torch.tensor(count, device=DEVICE)
         parts.append(policy_loss(**part, **arguments, normalizer=normalizer).loss)
     (got,) = torch.autograd.grad(sum(parts), tensors["logprobs"])
-    torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(sum(parts), full, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
@@ -183,7 +183,7 @@ def test_micro_batches_add_up(backend, level):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_enormous_log_ratios(backend, level, dual):
-    """No NaN and no infinity; a bad response far too likely is still pushed away, unless dual clip says not to."""
+    """Results are finite; a bad response that became far too likely has a gradient unless dual clip removes it."""
     new = torch.tensor([1e4, -1e4, 1e4, -1e4, 0.0, 0.0], device=DEVICE, requires_grad=True)
     old = torch.tensor([0.0, 0.0, 0.0, 0.0, 1e4, -1e4], device=DEVICE)
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0, -1.0], device=DEVICE)
@@ -202,7 +202,7 @@ def test_enormous_log_ratios(backend, level, dual):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_masked_tokens_may_hold_anything(backend, level):
+def test_values_of_masked_tokens_are_ignored(backend, level):
     tensors = packed([5, 4, 3], per_token=True)
     mask = torch.tensor([1, 0, 1, 1, 0] + [0] * 4 + [1, 1, 0], device=DEVICE)
     arguments = {"ratio_level": level, "kl_coef": 0.1, "dual_clip": 3.0, "aggregation": "seq-mean-token-mean"}
@@ -224,9 +224,9 @@ def test_masked_tokens_may_hold_anything(backend, level):
 @pytest.mark.parametrize("correction", [None, *CORRECTIONS])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_without_tokens(backend, level, correction):
-    """No sequences, empty ones, all tokens masked: loss, gradient and metrics are 0, ratios 1."""
-    nothing = [
+def test_no_unmasked_tokens_give_zero(backend, level, correction):
+    """Loss, gradient and metrics are 0 and ratios 1 if sequences are missing, empty or fully masked."""
+    cases = [
         packed([]),
         packed([0, 0]),
         {**packed([2, 3]), "mask": torch.zeros(5, device=DEVICE)},
@@ -242,7 +242,7 @@ def test_without_tokens(backend, level, correction):
             for shape in ((0, 3), (2, 0), (2, 3))
         ),
     ]
-    for tensors in nothing:
+    for tensors in cases:
         out = policy_loss(
             **tensors, ratio_level=level, kl_coef=0.1, rollout_correction=correction, dual_clip=3.0, backend=backend
         )
@@ -255,13 +255,14 @@ def test_without_tokens(backend, level, correction):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_ambiguous_advantages_are_per_sequence(backend):
+    """With as many tokens as sequences the shape of the advantages does not show which they belong to."""
     logprobs = torch.zeros(2, device=DEVICE)
     inputs = {"advantages": torch.tensor([5.0, 7.0], device=DEVICE), "cu_seqlens": offsets([2, 0])}
     assert policy_loss(logprobs, logprobs, **inputs, backend=backend).loss.item() == -5.0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_new_logprobs_are_differentiated(backend):
+def test_only_the_new_logprobs_get_a_gradient(backend):
     tensors = {k: x if k == "cu_seqlens" else x.detach().requires_grad_() for k, x in packed([3, 2]).items()}
     policy_loss(**tensors, kl_coef=0.1, rollout_correction="token_truncate", backend=backend).loss.backward()
     assert {k for k, x in tensors.items() if x.grad is not None} == {"logprobs"}

@@ -1,4 +1,4 @@
-"""policy_loss under autograd and torch.compile, with fake tensors, and as one launch."""
+"""Tests of policy_loss under autograd and torch.compile, with fake tensors, and as a single launch."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def op_arguments(backend, tensors, mask=None, normalizer=None, level="token"):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_registration(backend, dtype):
+def test_registration_passes_opcheck(backend, dtype):
     tensors = packed([3, 0, 2], dtype)
     torch.library.opcheck(op.policy_loss, *op_arguments(backend, tensors))
     extra = {"mask": randint(0, 2, 5), "normalizer": torch.tensor(4.0, device=DEVICE)}
@@ -51,7 +51,7 @@ def test_registration(backend, dtype):
 
 @pytest.mark.parametrize("layout", [as_packed, as_padded])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_whole(backend, layout):
+def test_compiles_without_graph_breaks(backend, layout):
     columns = packed(SEQUENCES)
     advantages = columns.pop("advantages")
     columns.pop("cu_seqlens")
@@ -86,7 +86,7 @@ def test_fake_tensors(backend):
 
 @pytest.mark.gpu
 def test_one_launch_and_no_host_sync():
-    """Packed input: loss, metrics and gradient are one kernel, without a host sync."""
+    """For packed input one kernel computes loss, metrics and gradient, without a host synchronization."""
     tensors = packed([700, 0, 1500, 1])
     arguments = {"ratio_level": "sequence_mean", "kl_coef": 0.1, "rollout_correction": "sequence_mask"}
     policy_loss(**tensors, **arguments).loss.backward()  # compiles
@@ -98,17 +98,18 @@ def test_one_launch_and_no_host_sync():
         torch.cuda.set_sync_debug_mode("default")
     kernels = [e.name for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     assert sum(name == "policy_loss_fwd_bwd_kernel" for name in kernels) == 1, kernels
-    assert len([name for name in kernels if not name.startswith("Mem")]) <= 2, kernels  # ours, and a counter set to 0
+    # The second kernel zeroes a counter.
+    assert len([name for name in kernels if not name.startswith("Mem")]) <= 2, kernels
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("level", LEVELS)
-def test_more_sequences_than_a_grid_axis_holds(level):
+def test_sequences_may_exceed_a_grid_axis(level):
     check("triton", packed([2] * 70_000), ratio_level=level)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_second_derivative_is_refused(backend):
+def test_second_derivative_raises(backend):
     tensors = packed([3, 2])
     out = policy_loss(**tensors, backend=backend)
     with pytest.raises(RuntimeError, match="policy_loss has no second derivative"):
@@ -116,10 +117,10 @@ def test_a_second_derivative_is_refused(backend):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_reference_is_its_own_derivative(level):
-    """Where the loss is smooth: at token level the reference is the derivative of its own value.
+def test_reference_passes_gradcheck(level):
+    """Within the clip range the gradient of the reference is the derivative of its value.
 
-    A sequence ratio with one advantage a sequence is a smooth function too, of all its tokens.
+    That holds for token ratios and for sequence ratios with one advantage per sequence.
     """
     tensors = packed([3, 0, 2], torch.float64, spread=0.01)
     rest = {k: x for k, x in tensors.items() if k != "logprobs"}
@@ -128,8 +129,8 @@ def test_reference_is_its_own_derivative(level):
 
 
 @pytest.mark.parametrize(("prefix", "names"), [("S_", "SUMS"), ("M_", "METRICS")])
-def test_slots_of_the_kernel_match_the_names(prefix, names):
-    """Each name has one slot, in order, and no slot has another name."""
+def test_kernel_slots_match_the_names(prefix, names):
+    """Slots and names correspond one to one, in order."""
     kernels = pytest.importorskip("sppo_kernels.ops.policy_loss.triton")
     slots = {name: value.value for name, value in vars(kernels).items() if name.startswith(prefix)}
     assert slots == {prefix + name.upper(): i for i, name in enumerate(getattr(kernels, names))}

@@ -1,4 +1,4 @@
-"""policy_loss against PPO, DAPO, GSPO, SPPO and GRPO, written out sequence by sequence."""
+"""Tests of policy_loss against PPO, DAPO, GSPO, SPPO and GRPO, written out sequence by sequence."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ from sppo_kernels import policy_loss
 
 
 def ppo(ratio, advantage, clip_low=0.2, clip_high=0.2):
-    """arXiv 1707.06347, equation 7, as a loss."""
+    """PPO, arXiv 1707.06347, equation 7, as a loss."""
     return -torch.min(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
 
 def dual_clip(ratio, advantage, c=3.0):
-    """arXiv 1912.09729, equation 5, as a loss: max(min(r A, clip(r) A), c A) for A < 0."""
+    """Dual clip, arXiv 1912.09729, equation 5, as a loss: max(min(r A, clip(r) A), c A) for A < 0."""
     return torch.where(advantage < 0, torch.min(ppo(ratio, advantage), -c * advantage), ppo(ratio, advantage))
 
 
@@ -47,7 +47,7 @@ def clip_higher(sequences):
 
 
 def gspo(sequences):
-    """arXiv 2507.18071, equations 5 and 7."""
+    """GSPO, arXiv 2507.18071, equations 5 and 7."""
     losses = []
     for x in sequences:
         s = ((x["new"] - x["old"]).sum() / len(x["new"])).exp()
@@ -56,7 +56,7 @@ def gspo(sequences):
 
 
 def gspo_token(sequences):
-    """arXiv 2507.18071, equations 13 and 14: sg[s] pi / sg[pi], with one advantage per token."""
+    """GSPO-token, arXiv 2507.18071, equations 13 and 14: sg[s] pi / sg[pi], with one advantage per token."""
     losses = []
     for x in sequences:
         s = ((x["new"] - x["old"]).sum() / len(x["new"])).exp().detach()
@@ -66,13 +66,13 @@ def gspo_token(sequences):
 
 
 def bandit(sequences):
-    """One action per prompt: the ratio of complete responses, arXiv 2604.08865."""
+    """Bandit with one action per prompt, arXiv 2604.08865: the ratio is that of complete responses."""
     losses = [ppo((x["new"].sum() - x["old"].sum()).exp(), x["advantage"][0], 0.5, 0.5) for x in sequences]
     return sum(losses) / len(losses)
 
 
 def sppo(sequences):
-    """arXiv 2604.08865 as published: outcome minus value to each token, token ratio, dual clip 3, token mean."""
+    """SPPO as published in arXiv 2604.08865: outcome minus value per token, token ratio, dual clip 3, token mean."""
     total, count = 0.0, 0
     for x in sequences:
         for new, old in zip(x["new"], x["old"], strict=True):
@@ -82,7 +82,7 @@ def sppo(sequences):
 
 
 def grpo(sequences):
-    """arXiv 2402.03300, equations 3 and 4."""
+    """GRPO, arXiv 2402.03300, equations 3 and 4."""
     losses = []
     for x in sequences:
         kl = (x["ref"] - x["new"]).exp() - (x["ref"] - x["new"]) - 1
@@ -106,7 +106,7 @@ def k2(x):
 
 
 def corrected(weight, aggregate=token_mean):
-    """Importance weights between the engine that sampled and the trainer, constants in the gradient."""
+    """Apply importance weights between rollout engine and trainer, which are constants in the gradient."""
 
     def published(sequences):
         return aggregate([weight(x) * ppo((x["new"] - x["old"]).exp(), x["advantage"]) for x in sequences])
@@ -193,8 +193,8 @@ def test_equals_the_published_algorithm(backend, published, arguments, layout):
     (want_grad,) = torch.autograd.grad(want, exact["logprobs"])
 
     arguments = dict(arguments)
-    chosen = token_advantage if arguments.pop("advantages", "") == "token_advantage" else advantage
-    loss = policy_loss(**layout(columns, chosen), **arguments, backend=backend).loss
+    advantages = token_advantage if arguments.pop("advantages", "") == "token_advantage" else advantage
+    loss = policy_loss(**layout(columns, advantages), **arguments, backend=backend).loss
     (grad,) = torch.autograd.grad(loss, columns["logprobs"])
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(grad.double(), want_grad, rtol=1e-5, atol=1e-7)

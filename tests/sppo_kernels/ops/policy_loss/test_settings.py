@@ -1,4 +1,4 @@
-"""Errors of policy_loss name the argument, its value and the remedy."""
+"""Tests that errors of policy_loss name the argument, its value and the remedy."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def cu(*values, dtype=torch.int32):
 
 
 @pytest.mark.parametrize(
-    ("base", "bad", "error", "says"),
+    ("base", "bad", "error", "message"),
     [
         (PADDED, {"logprobs": [0.0]}, TypeError, "logprobs must be a torch.Tensor, got list"),
         (PADDED, {"logprobs": X.long()}, TypeError, "logprobs must be a floating-point tensor, got torch.int64"),
@@ -77,15 +77,15 @@ def cu(*values, dtype=torch.int32):
     ],
 )
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_wrong_input_is_named(backend, base, bad, error, says):
+def test_errors_name_the_invalid_argument(backend, base, bad, error, message):
     if backend == "triton" and DEVICE == "cuda":
-        pytest.skip("the tensors of this table are on the CPU")
-    with pytest.raises(error, match=says):
+        pytest.skip("the tensors of these cases are on the CPU")
+    with pytest.raises(error, match=message):
         policy_loss(**{**base, "backend": backend, **bad})
 
 
 @pytest.mark.gpu
-def test_values_are_looked_at_only_when_asked(monkeypatch):
+def test_values_are_validated_only_on_request(monkeypatch):
     tensors = packed([2, 3])
     monkeypatch.setenv("SPPO_KERNELS_CHECK", "1")
     with pytest.raises(ValueError, match="cu_seqlens must be rising"):
