@@ -13,7 +13,7 @@ from sppo_kernels import AutoBackward, linear_logprobs, linear_policy_loss
 from sppo_kernels.ops.linear_logprobs import auto_mode, cache
 from sppo_kernels.ops.linear_logprobs.matmul import row_stride
 
-VOCAB, MAX_ENTRIES, TOKENS = 100, 8, 128
+VOCAB, MAX_ENTRIES, TOKENS = 100, 8, 64
 SETTINGS = {"max_entries": MAX_ENTRIES, "chunk_bytes": 1, "backward": "auto"}  # 64 tokens per chunk (torch: all)
 
 
