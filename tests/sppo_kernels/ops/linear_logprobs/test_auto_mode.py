@@ -174,3 +174,27 @@ def test_a_recomputed_forward_caches_as_much_when_memory_has_changed(monkeypatch
 
     checkpoint(logprobs, hidden, use_reentrant=False, early_stop=False).sum().backward()
     assert shares == [pytest.approx(0.6)] * 2
+
+
+def test_two_objects_do_not_share_a_memory():
+    first, second = AutoBackward(), AutoBackward()
+    for _ in range(2):
+        call(0, backward=second)
+    assert call(0, backward=first)[0].cached_share == 1
+    assert call(0, backward=second)[0].sparse_share == 1
+
+
+def test_reentrant_checkpointing_remains_in_cache_mode():
+    """Every forward that records is a recomputation, which must decide as the first forward did."""
+    hidden = (40.0 * torch.eye(VOCAB, device=DEVICE)).requires_grad_()
+    weight, labels = torch.eye(VOCAB, device=DEVICE).requires_grad_(), torch.arange(VOCAB, device=DEVICE)
+    shares = []
+
+    def logprobs(hidden):
+        out = linear_logprobs(hidden, weight, labels, **SETTINGS, return_certificate=True)
+        shares.append(float(out.certificate.cached_share))
+        return out.logprobs
+
+    for _ in range(3):
+        checkpoint(logprobs, hidden, use_reentrant=True).sum().backward()
+    assert shares == [0, 1] * 3  # without gradients nothing is cached
