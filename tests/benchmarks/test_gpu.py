@@ -330,10 +330,13 @@ def test_without_a_gpu_it_says_what_to_do(tmp_path, monkeypatch, capsys):
 def test_dry_run(tmp_path):
     """The command itself, as on a GPU, without the packages of the trainer and of charts."""
     blocked = "datasets", "trl", "accelerate", "matplotlib"
-    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({blocked})")
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules |= dict.fromkeys({blocked})\n"
+        "import interpreter\ninterpreter.patch_language_once_per_launch()"
+    )
     out = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(gpu.ROOT / "tests/helpers")])}
     done = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()[-3000:]
     report = json.loads((out / "gpu.json").read_text())

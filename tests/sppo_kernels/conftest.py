@@ -1,6 +1,5 @@
 """Hooks and fixtures that skip GPU tests without a GPU and make random tensors repeat, in hypothesis' examples too."""
 
-import interpreter
 import pytest
 import torch
 from hypothesis import register_random
@@ -15,8 +14,6 @@ class TorchRandom:
     getstate = staticmethod(torch.get_rng_state)
     setstate = staticmethod(torch.set_rng_state)
 
-
-interpreter.round_to_nearest()
 
 TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference
 register_random(TORCH_RANDOM)
