@@ -133,6 +133,8 @@ _BACKENDS = {"torch": _torch_gae}
 
 # Triton backend: one program per row; blocks of tokens from the last to the first, with two numbers carried over
 
+MAX_BLOCK = 1024  # tokens
+
 if HAS_TRITON:
 
     @triton.jit
@@ -197,7 +199,7 @@ if HAS_TRITON:
                 T=length,
                 gamma=gamma,
                 decay=gamma * lam,
-                BLOCK=min(1024, triton.next_power_of_2(length)),
+                BLOCK=min(MAX_BLOCK, triton.next_power_of_2(length)),
                 num_warps=4,
             )
         return advantages, returns

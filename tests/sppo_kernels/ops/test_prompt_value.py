@@ -44,9 +44,9 @@ def check_loss(backend, tensors, term=1.0, **arguments):
 @pytest.mark.parametrize("backend", BACKENDS)
 @ragged_shapes
 @given(
-    prompts=st.integers(0, 3) | st.just(17),
+    prompts=st.sampled_from([0, 1, 2, 3, 17]),
     tokens=st.integers(1, 9),
-    width=st.integers(1, 70) | st.sampled_from([1024, 1025]),
+    width=st.integers(1, 70) | st.just(1025),
     bias=st.booleans(),
     padded=st.booleans(),
     normalizer=st.sampled_from([None, 3.5]),
