@@ -16,9 +16,9 @@ quickstart: $(VENV)/ready
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto --dist worksteal
 
-# Skips tests marked slow.
+# Skips tests marked slow, and tries fewer examples of each property.
 test-fast: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" --hypothesis-profile fast -n auto --dist worksteal
 
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest

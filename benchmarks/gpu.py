@@ -6,7 +6,7 @@
     torch-compile    the same cases with torch.compile
     tune             launch configurations for a vocabulary of 151,936
     headline-tuned   this library with the chosen configurations
-    other-tests      all other tests of the kernels that are not marked slow, as far as time allows
+    other-tests      all other tests of the kernels, as far as time allows
 
 ``--minutes 3`` runs only the first three; parts that do not fit are listed as "no time left". Each part is a process
 with its own time limit, so that a part that crashes, hangs or breaks the driver affects only itself: it is reported and
@@ -120,7 +120,8 @@ def parts(folder: Path, dry: bool) -> list[Part]:
     compiled = run.kernels("torch-compile", "compiled", *brief, providers=["torch.compile"])
     tune = run.suite("tune", "tune", "--vocab", "151936")
     retimed = run.kernels("headline-tuned", "headline", *brief, *tuned, providers=baseline)
-    others = _pytest("tests/sppo_kernels", "-m", "not slow", "-k", f"not ({ESSENTIAL})")
+    # The tests of a sharded vocabulary run on CPUs.
+    others = _pytest("tests/sppo_kernels", "-k", f"not ({ESSENTIAL} or test_vocab_parallel)")
     return [
         Part("correctness", _pytest("-q", "--maxfail=10", "tests/sppo_kernels", "-k", ESSENTIAL), 45),
         Part("headline", run.kernels("headline", "headline", *brief), 100),

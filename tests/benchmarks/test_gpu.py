@@ -78,6 +78,7 @@ def test_a_part_that_fails_is_reported_and_passed_over(run_parts, tmp_path, caps
     assert b"what went wrong" in (tmp_path / "out" / "log.txt").read_bytes()
 
 
+@pytest.mark.slow
 def test_what_a_part_saved_before_its_limit_counts(run_parts, tmp_path):
     start = time.monotonic()
     pid = tmp_path / "pid"
@@ -122,6 +123,7 @@ main(["gpu", "--dry-run", "--out", {str(tmp_path / "out")!r}])
         os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_what_it_had_and_no_process(hanging, tmp_path):
     """SIGTERM, as of a scheduler."""
     process, child = hanging
@@ -133,6 +135,7 @@ def test_an_interrupted_run_leaves_what_it_had_and_no_process(hanging, tmp_path)
     assert json.loads((tmp_path / "out" / "kernels.json").read_text())["rows"][0]["both_ms"] == 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the part outlives a killed command")
 def test_a_killed_run_leaves_the_rows_of_the_part_that_ran_and_no_process(hanging, tmp_path):
     """SIGKILL, which no program can answer."""
@@ -144,6 +147,7 @@ def test_a_killed_run_leaves_the_rows_of_the_part_that_ran_and_no_process(hangin
     assert report["rows"][0]["both_ms"] == 2.0
 
 
+@pytest.mark.slow
 def test_a_part_finds_what_lies_on_pythonpath(run_parts, tmp_path, monkeypatch):
     """Packages that were brought along lie in a folder of their own, which PYTHONPATH alone names."""
     (tmp_path / "brought_along.py").touch()
@@ -171,6 +175,7 @@ def test_results_of_an_earlier_run_are_replaced_and_nothing_else_is_removed(run_
     assert left == {"saving/test.py", "mine.json", "gpu.json", "kernels.json", "log.txt"}
 
 
+@pytest.mark.slow
 def test_rows_of_a_part_that_was_stopped_can_be_judged(tmp_path, monkeypatch):
     """They are saved before they are related to the copy bandwidth; the parts after it run all the same."""
     row = {"operation": "selective_logprobs", **BASE._asdict(), "provider": "sppo_kernels", "both_ms": 1.0}
@@ -221,6 +226,7 @@ def test_no_part_begins_after_the_deadline(tmp_path, monkeypatch):
     assert session.failures == ["late: no time left"]
 
 
+@pytest.mark.slow
 def test_an_open_ended_part_takes_what_time_is_left(tmp_path, monkeypatch):
     command = ["-c", "import time; time.sleep(99)"]
     made = lambda folder, dry: [Part("first", command, 1, True, open_ended=True), Part("second", command, 1, True)]
@@ -295,12 +301,14 @@ def test_the_most_valuable_comes_first(tmp_path):
     assert all(re.fullmatch(r"[\w.-]+", part.name) for part in wanted)  # names of folders
 
 
+@pytest.mark.slow
 def test_essential_tests_are_those_against_float64_and_those_that_need_a_gpu():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/sppo_kernels", "-k", gpu.ESSENTIAL]
     found = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, env={**os.environ}).stdout
     for name in ("test_agrees_with_float64", "test_the_bound_holds", "test_tokens_may_exceed_a_grid_axis"):
         assert name in found
-    assert f"not ({gpu.ESSENTIAL})" in parts(gpu.ROOT, dry=False)[-1].command  # the other tests repeat none of them
+    others = parts(gpu.ROOT, dry=False)[-1].command
+    assert f"not ({gpu.ESSENTIAL} or test_vocab_parallel)" in others  # the other tests repeat none of them
 
 
 def test_the_clocks_of_the_gpu_are_recorded(tmp_path, monkeypatch):
@@ -313,6 +321,7 @@ def test_the_clocks_of_the_gpu_are_recorded(tmp_path, monkeypatch):
     assert report["gpu"] == report["parts"][0]["gpu_after"] == facts
 
 
+@pytest.mark.slow
 def test_output_is_short_even_if_everything_fails(run_parts, capsys):
     failing = "for i in range(300): print('line', i)\nraise SystemExit(3)"
     run_parts(*[(f"part{i}", failing, 60) for i in range(12)])

@@ -80,6 +80,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoilt", WRONG.values(), ids=WRONG)
 def test_a_wrong_kernel_gets_no_time(suite, monkeypatch, capsys, spoilt):
     spoil(monkeypatch, POLICY, spoilt)
@@ -95,6 +96,7 @@ def test_a_wrong_kernel_gets_no_time(suite, monkeypatch, capsys, spoilt):
     assert failure in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_goes_on_after_a_point_that_raises(suite, monkeypatch):
     def inputs(*_):
         raise torch.OutOfMemoryError("no such luck")
@@ -105,6 +107,7 @@ def test_goes_on_after_a_point_that_raises(suite, monkeypatch):
     assert {row["operation"] for row in report["rows"]} == {"whiten"}
 
 
+@pytest.mark.slow
 def test_another_library_that_is_wrong_gets_no_time_and_fails_nothing(suite, monkeypatch):
     wrong = lambda device: lambda **tensors: {"loss": tensors["logprobs"].sum()}
     raises = lambda device: 1 / 0
@@ -123,6 +126,7 @@ def test_another_library_that_is_wrong_gets_no_time_and_fails_nothing(suite, mon
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "shown"),
     [(RuntimeError("no such luck"), "RuntimeError: no such luck"), (torch.OutOfMemoryError("full"), "out of memory")],
@@ -169,6 +173,7 @@ def test_a_claim_that_is_not_held_is_listed_and_is_no_failure(tmp_path):
     assert "NOT HELD" in suite.table()
 
 
+@pytest.mark.slow
 def test_rows_are_saved_as_they_come(suite, monkeypatch, tmp_path):
     """A run that is killed while it measures the second provider leaves the row of the first."""
     measure = kernels.KernelComparison._time
@@ -186,6 +191,7 @@ def test_rows_are_saved_as_they_come(suite, monkeypatch, tmp_path):
     assert row["both_ms"] > 0
 
 
+@pytest.mark.slow
 def test_others_are_measured_without_ours(suite):
     _, report = suite("selective_logprobs", without=(OURS, "torch.compile"))
     assert not any(row["provider"].startswith((OURS, GEMM_ONLY)) for row in report["rows"])

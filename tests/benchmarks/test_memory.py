@@ -125,6 +125,7 @@ def test_a_passed_limit_is_reported(tmp_path, monkeypatch, capsys):
     assert failure in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_quick_is_the_smaller_size(tmp_path):
     assert main(["memory", "--quick", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]

@@ -38,6 +38,7 @@ def test_every_table_is_in_a_page():
     assert set(re.findall(r"^<!-- table: (\S+) ", text, re.M)) == set(tables()) - without_a_device_yet
 
 
+@pytest.mark.slow
 def test_an_edited_table_is_found_and_generated_again(copy, capsys, monkeypatch):
     monkeypatch.setattr(report, "draw_charts", lambda folder: None)
     page = copy / "docs/results.md"

@@ -23,6 +23,7 @@ def report(tmp_path_factory):
     return json.loads((folder / "sparse.json").read_text())
 
 
+@pytest.mark.slow
 def test_each_part_has_its_rows_and_its_table(report):
     assert report["failures"] == []
     tables = sparse.tables(report["rows"])

@@ -74,6 +74,7 @@ def attend(module, query, key, value, attention_mask, *, scaling, **_):
     return out.transpose(1, 2), None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "devices"), [("sppo", 1), ("ppo", 4)])
 def test_real_tensors_take_the_same(algorithm, devices, monkeypatch):
     """Of every kind, where the log-probabilities are plain PyTorch; and PyTorch's own tracker sees the same peak."""
@@ -104,6 +105,7 @@ def test_real_tensors_take_the_same(algorithm, devices, monkeypatch):
     assert peak == pytest.approx(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"], rel=0.002)
 
 
+@pytest.mark.slow
 def test_kinds_add_up_to_the_peak(rows):
     for row in chain(*rows.values()):
         assert sum(row[owner][kind] for owner in OWNERS for kind in KINDS) == row["peak_bytes"] > 0
@@ -147,6 +149,7 @@ def test_a_step_takes_less_with_our_operations(rows):
         assert without["policy"]["logits"] >= 2 * 4 * 512 * 4096
 
 
+@pytest.mark.slow
 def test_what_compares_responses_has_steps_of_one_size():
     cases = [Case(algorithm, "small", None, 1) for algorithm in WITHOUT_CRITIC]
     first, *others = [measure(case, settings(case, **SHORT), TINY) for case in cases]

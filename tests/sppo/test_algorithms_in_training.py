@@ -30,6 +30,7 @@ def test_every_algorithm_learns(tmp_path, settings):
     assert ("brier" in trainer.state.log_history[0]) == (trainer.model.critic is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("outcome", [0.0, 1.0])
 def test_equal_outcomes_change_no_policy(tmp_path, algorithm, outcome):
@@ -73,6 +74,7 @@ def test_greedy_responses_are_counted_and_subtracted(tmp_path):
     assert logged(trainer, "total_generated_tokens") == [total]
 
 
+@pytest.mark.slow
 def test_running_mean_of_rewards_of_any_size(tmp_path):
     shifted = lambda completions, **_: [100.0 + ("a" in completion) for completion in completions]
     trainer = make(tmp_path, shifted, algorithm="reinforce", max_steps=1)
@@ -83,6 +85,7 @@ def test_running_mean_of_rewards_of_any_size(tmp_path):
     assert logged(ppo, "value") == pytest.approx(logged(ppo, "reward"))
 
 
+@pytest.mark.slow
 def test_state_set_in_the_constructor_survives_the_start_of_training(tmp_path, monkeypatch):
     class Counting(Algorithm):
         def __init__(self, args):
@@ -117,6 +120,7 @@ def test_a_prompt_without_a_greedy_reward_is_rejected(tmp_path):
     assert logged(trainer, "rejected_rewards") == [6]
 
 
+@pytest.mark.slow
 def test_rewards_of_any_size_for_algorithms_without_a_prompt_critic(tmp_path):
     far = lambda completions, **_: [10.0 * ("a" in completion) - 3 for completion in completions]
     for algorithm in ("ppo", "grpo"):

@@ -202,6 +202,7 @@ def test_saved_models_are_ordinary_models(tmp_path):
     assert not list(Path(tmp_path, "final").rglob("*.bin"))
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_known_under_its_final_name(tmp_path):
     trainer = make_trainer(tmp_path, **WHOLE, save_strategy="best", load_best_model_at_end=True)
     trainer.train()
@@ -213,6 +214,7 @@ def test_best_checkpoint_is_known_under_its_final_name(tmp_path):
         assert tensor.equal(trainer.model.policy.state_dict()[name])
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_only_loaded(tmp_path):
     trainer = make_trainer(tmp_path, **WHOLE)
     trainer.train()
@@ -223,6 +225,7 @@ def test_a_finished_run_is_only_loaded(tmp_path):
         assert tensor.equal(again.model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_folders_of_other_programs_are_skipped(tmp_path):
     trainer = make_trainer(tmp_path, **WHOLE)
     trainer.args.max_steps = 3

@@ -42,6 +42,7 @@ NORMALIZATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", NORMALIZATIONS, ids=lambda s: "-".join(map(str, s.values())))
 def test_gradient_does_not_depend_on_the_micro_batches(tmp_path, settings):
     whole = gradients(tmp_path, 1, **settings)

@@ -15,6 +15,7 @@ from sppo import HFRollout
 from sppo.models.packed_attention import use_attention
 
 
+@pytest.mark.slow
 def test_learns(tmp_path):
     trainer = make(tmp_path, max_steps=40, per_device_train_batch_size=16, eval_dataset=DATASET)
     before = trainer.evaluate()
@@ -26,6 +27,7 @@ def test_learns(tmp_path):
     assert sum(reward[-5:]) > sum(reward[:5]) + 1.5
 
 
+@pytest.mark.slow
 def test_critic_learns_which_prompts_succeed(tmp_path):
     def only_some(prompts, completions, **_):
         return [float(prompt[0] in "012") for prompt in prompts]
@@ -71,6 +73,7 @@ def test_first_advantages_are_outcome_minus_mean(tmp_path):
     torch.testing.assert_close(advantages, rewards - (rewards.sum() + 1) / 38)
 
 
+@pytest.mark.slow
 def test_ratio_is_one_until_the_policy_moves(tmp_path):
     once = make(tmp_path, max_steps=2)
     once.train()
@@ -104,6 +107,7 @@ def test_only_the_critic_learns_during_its_warmup(tmp_path):
     assert trainer.model.critic.model.score.weight.any()
 
 
+@pytest.mark.slow
 def test_beta_pulls_back_to_the_initial_policy(tmp_path):
     free, bound = (make(tmp_path, max_steps=12, beta=beta) for beta in (0.0, 5.0))
     start = snapshot(free.model.policy)
@@ -188,6 +192,7 @@ def test_logits_budget_reaches_the_log_probabilities(tmp_path, caplog, budget, k
     assert update.endswith(" 0 recomputed") == kept
 
 
+@pytest.mark.slow
 def test_mass_tolerance_reaches_the_log_probabilities(tmp_path, caplog):
     """A looser tolerance keeps fewer entries, and the update is nearly the same."""
     weights = {}
@@ -215,6 +220,7 @@ def test_two_learning_rates(tmp_path):
     assert named["critic.model.score.bias"] == (2e-3, 0.0)
 
 
+@pytest.mark.slow
 def test_evaluate_does_not_affect_training(tmp_path):
     trainers = [
         make(tmp_path, max_steps=4, eval_dataset=DATASET, **s)
@@ -235,6 +241,7 @@ def test_evaluate_several_datasets_without_training(tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_evaluation_scores_as_many_samples_at_once_as_a_rollout(tmp_path):
     def slow(completions, **_):
         time.sleep(0.05 * len(completions))

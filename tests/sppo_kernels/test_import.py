@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -18,6 +20,7 @@ def python(code: str) -> None:
     assert completed.returncode == 0, completed.stderr
 
 
+@pytest.mark.slow
 def test_torch_backend_works_without_triton_and_transformers():
     """On macOS and Windows the torch backend works; requesting the other one raises an error that names the package."""
     python("""
@@ -47,6 +50,7 @@ else:
 """)
 
 
+@pytest.mark.slow
 def test_triton_on_cpu_requires_its_interpreter():
     """Importing initializes no GPU and loads no dependency of the trainer; the error names the remedy."""
     python("""
@@ -67,6 +71,7 @@ else:
 """)
 
 
+@pytest.mark.slow
 def test_importing_integrations_has_no_side_effects():
     """With TRL loaded, importing the integrations loads no other trainer and leaves TRL unpatched."""
     python("""

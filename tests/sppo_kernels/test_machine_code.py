@@ -75,6 +75,7 @@ def ptx_of(compiled, kernel, vocab):
     return next(ptx for _, name, case, ptx in compiled["ptx"] if name == kernel and json.loads(case)[1] == vocab)
 
 
+@pytest.mark.slow
 def test_selection_reads_a_row_once(compiled):
     """With one pass no thread overwrites a candidate of another; row statistics come from the forward pass."""
     kernels = [name for _, name, case, _ in compiled["ptx"] if json.loads(case) == [33, 97, "sparse"]]

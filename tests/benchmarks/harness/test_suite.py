@@ -104,6 +104,7 @@ def test_every_module_declares_a_suite_and_has_a_one_line_summary(name):
     assert suite.summary(name).endswith(".")
 
 
+@pytest.mark.slow
 def test_kernel_suites_import_nothing_of_the_trainer():
     program = f"{WITHOUT_TRAINER}from benchmarks.harness import suite\nfor name in {KERNEL_SUITES}: suite.load(name)"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -191,6 +191,7 @@ def test_help_does_not_import_torch():
 # Complete runs
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_resumed_and_evaluated(recipe, capsys):
     assert main(["train", recipe]) == 0
     output = capsys.readouterr().out
@@ -277,6 +278,7 @@ def test_result_files_are_named_after_datasets():
 # sppo value
 
 
+@pytest.mark.slow
 def test_value_prints_the_predictions_of_the_critic(recipe, capsys):
     from sppo.models.critic_io import load_critic
     from sppo.models.critics import prompt_values
@@ -292,6 +294,7 @@ def test_value_prints_the_predictions_of_the_critic(recipe, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_value_without_a_prompt_critic_raises(recipe, capsys):
     assert main(["value", "2+2="]) == 2
     assert "there is no critic in 'runs/quickstart'; train one" in capsys.readouterr().err
@@ -305,12 +308,14 @@ def test_value_without_a_prompt_critic_raises(recipe, capsys):
     assert "is a token critic, which predicts returns" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "remax"])
 def test_algorithms_without_a_critic_save_none(recipe, algorithm, capsys):
     assert main(["train", recipe, "--algorithm", algorithm, "--num_generations", "2", "--output_dir", "run"]) == 0
     assert not Path("run/critic").exists()
 
 
+@pytest.mark.slow
 def test_suggested_commands_repeat_the_overrides(recipe, capsys):
     assert main(["train", recipe, "--algorithm", "ppo", "--output_dir", "run", "--max_steps", "2"]) == 0
     output = capsys.readouterr().out
@@ -346,6 +351,7 @@ def own(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_training_needs_no_recipe(own, capsys):
     assert main(["train", *own, "--output_dir", "runs/mine"]) == 0
     assert "reward      score" in capsys.readouterr().out
@@ -355,6 +361,7 @@ def test_training_needs_no_recipe(own, capsys):
     assert "the recipe has no 'model'; give --model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_evaluated_and_continued(own, capsys):
     assert main(["train", *own, "--peft_config.r", "4", "--output_dir", "runs/lora"]) == 0
     assert not Path("runs/lora/config.json").exists()

@@ -97,6 +97,7 @@ def test_saved_adapter_and_critic_load_as_transformers_own(tmp_path, base):
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "critic")
 
 
+@pytest.mark.slow
 def test_a_loaded_adapter_continues_to_learn(tmp_path, base):
     trainer = make(tmp_path / "run", base, lora())
     trainer.train()
@@ -114,6 +115,7 @@ def test_a_loaded_adapter_continues_to_learn(tmp_path, base):
     assert all(".lora_" in name or name.startswith("critic.model.score.") for name in moved)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_resumes_to_the_same_bits(tmp_path):
     settings = {"peft_config": lora(), "save_strategy": "steps", "save_steps": 2}
     whole = make(tmp_path / "whole", **settings, max_steps=4)

@@ -45,6 +45,7 @@ def test_a_failed_phase_is_counted(clock):
     assert (read["seconds/inner"], read["seconds/outer"], read["seconds/update"]) == (1, 2, 0)
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_a_phase_of_several_updates(tmp_path):
     trainer = make(tmp_path, steps_per_generation=2, max_steps=4)
     trainer.train()

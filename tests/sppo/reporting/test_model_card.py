@@ -183,6 +183,7 @@ def test_checkpoints_are_pushed_with_their_critic(tmp_path, hub):
     assert {"last-checkpoint/critic/model.safetensors", "last-checkpoint/trainer_state.json"} <= checkpoint["files"]
 
 
+@pytest.mark.slow
 def test_sppo_train_writes_the_card_and_pushes(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     recipe = {

@@ -78,6 +78,7 @@ def test_held_out_prompts_and_logs_are_optional(tmp_path, capsys):
     assert "accuracy" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_totals_of_a_resumed_run_include_all_updates(tmp_path):
     """A run resumed from update 6 reports the same as an uninterrupted run."""
     uninterrupted, resumed = (make_trainer(tmp_path / name) for name in ("uninterrupted", "resumed"))

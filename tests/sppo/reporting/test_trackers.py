@@ -40,6 +40,7 @@ def test_evaluation_only_does_not_change_the_metrics_file(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_each_line_once(tmp_path):
     """Stop within a line after update 8, resume from update 6; entries before training are kept."""
     make_trainer(tmp_path, logging_steps=1).train()

@@ -18,6 +18,7 @@ from sppo.rewards import resolve, score
 from sppo.rewards.limits import Worker
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "message"), [("fine", None), ("raise", "KeyError"), ("none", "returned None"), ("loop", "took")]
 )
@@ -27,6 +28,7 @@ def test_the_worker_calls_rewards_per_sample(how, message):
     assert [message in failure for failure in scores.failures] == [True] * (how != "fine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait", [asyncio.sleep, lambda seconds: asyncio.to_thread(time.sleep, seconds)])
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_async_rewards_end_at_the_limit(wait, per_sample):

@@ -114,6 +114,7 @@ def test_tests_use_the_original_builtins():
     assert grade(code, "assert all([twice(1) == 2])") == 0.0
 
 
+@pytest.mark.slow
 def test_time_and_memory_are_limited(isolation):
     start = time.monotonic()
     assert grade("while True: pass", isolation=isolation, seconds=0.5) == 0.0
@@ -130,6 +131,7 @@ def test_output_and_files_are_limited(isolation):
     assert grade("files = [open('/dev/null') for _ in range(100)]" + TWICE, isolation=isolation) == 0.0
 
 
+@pytest.mark.slow
 def test_a_fork_bomb_is_bounded_and_ends(isolation):
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
     start = time.monotonic()
@@ -164,6 +166,7 @@ def is_running(mark):
     return False
 
 
+@pytest.mark.slow
 def test_no_process_outlives_its_sample(isolation):
     mark = uuid.uuid4().hex
     assert grade(daemon(mark) + TWICE, isolation=isolation) == 1.0

@@ -129,6 +129,7 @@ def test_a_reward_of_the_wrong_type_raises():
         resolve(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -159,6 +160,7 @@ def test_a_failed_batch_is_narrowed_down_in_process(how):
     assert len(scores.failures) == 1
 
 
+@pytest.mark.slow
 def test_a_hanging_reward_takes_at_most_three_time_limits():
     def hang(prompts, completions, **columns):
         time.sleep(60)

@@ -100,6 +100,7 @@ def continuous(**settings):
     return ContinuousRollout(tiny_model(), char_tokenizer(), **settings)
 
 
+@pytest.mark.slow
 def test_continuous_batching_samples_the_policy():
     """Greedy responses equal those of generate(); the log-probabilities of sampled ones are the model's."""
     rollout = continuous()

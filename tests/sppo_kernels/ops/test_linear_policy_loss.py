@@ -108,6 +108,7 @@ def check(given, backend, mode, **settings):
     return got
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -168,6 +169,7 @@ def test_clipped_tokens_and_sequences_cost_only_the_forward(ratio_level, mode, b
     assert out.metrics["clip_fraction"] > 0.5
 
 
+@pytest.mark.slow
 def test_peaked_distributions_take_one_pass():
     given = batch(lengths=(100, 300), width=64, vocab=3000, spread=400.0, drift=0.0)
     _, found = passes(given, backward="sparse", **SMALL_CHUNKS)
@@ -305,6 +307,7 @@ def test_backward_twice_scaled_and_into_a_tied_weight(backend):
         torch.autograd.grad(out.loss, leaves, create_graph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
 def test_same_bits_every_run(backend, ratio_level):
@@ -350,6 +353,7 @@ def test_autocast_rounds_inputs_and_not_logits(dtype):
         torch.testing.assert_close(x, y.float(), rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", [*MODES, "auto"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_graph_breaks(backend, backward):

@@ -106,6 +106,7 @@ def test_equals_pytorchs_cross_entropy(backend):
     assert not out.advantages.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_a_shared_row_add_up(backend):
     """Responses to one prompt share a row; here they are more than fit in a block of the kernel."""

@@ -43,6 +43,7 @@ def call(flat, entropy=False, op=linear_logprobs, **settings):
     return out.certificate, torch.autograd.grad(loss, leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [linear_logprobs, linear_policy_loss])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_uses_sparse_after_a_peaked_call(backend, op):
@@ -67,6 +68,7 @@ def test_the_mode_does_not_flap():
     assert auto.use_sparse()  # nothing was recorded since
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_probing_changes_no_bits(backend):
     """Probing the selection on a few rows leaves the gradients of all rows unchanged."""

@@ -87,6 +87,7 @@ def test_reference_passes_gradcheck():
     assert torch.autograd.gradcheck(f, tuple(given[name] for name in names))
 
 
+@pytest.mark.slow
 @each_mode
 def test_registration_passes_opcheck(backend, backward):
     hidden, weight, labels, bias, u, b = inputs(4, 6, 11, bias=True, rank=2).values()

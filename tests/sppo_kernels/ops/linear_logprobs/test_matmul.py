@@ -66,6 +66,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bias", "adapter", "upstream", "settings"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_agrees_with_float64(products, monkeypatch, backend, dtype, bias, adapter, upstream, settings):

@@ -34,6 +34,7 @@ def gradients(op, hidden, weight, labels, **settings):
     return out, upstream, torch.autograd.grad((out.logprobs * upstream).sum(), leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @ragged_shapes
 @given(
@@ -104,6 +105,7 @@ def test_a_late_maximum_that_is_not_the_label(backend):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_peaked_logits_are_close_to_float64(backend, dtype):
@@ -147,6 +149,7 @@ def test_passes_over_the_vocabulary(spread, expected):
     assert seen / (2 * 300 * 64 * 2000) == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_options_together_in_small_blocks(small_blocks, backend):
     """Adapter, bias, temperature per token, tokens without a loss or a gradient, several blocks, frozen inputs."""
@@ -171,6 +174,7 @@ def test_all_options_together_in_small_blocks(small_blocks, backend):
             assert (x - y).norm() <= 1e-4 * y.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_as_without_and_every_run(backend):
     """Gradients repeat, and log-probabilities have the same bits as in a forward without gradients."""
