@@ -74,8 +74,11 @@ def pick_backend(backend: str | None, tensor: Tensor) -> str:
 
 
 def autocast_is_on(device: torch.device) -> bool:
-    """Return whether autocast is enabled for ``device``; some devices (meta) do not support it."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    """Return whether autocast is enabled for ``device``; meta tensors, which have no values, do not support it.
+
+    ``torch.amp.is_autocast_available`` would break the graph of torch.compile before torch 2.12.
+    """
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
