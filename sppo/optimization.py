@@ -95,7 +95,10 @@ def _record_loss(
     unused = set() if "rollout_logprobs" in batch else {"rollout_kl", "rollout_weight_mean"}
     unused |= set() if args.beta else {"kl"}
     for name in policy.metrics.keys() - unused:
-        over_tokens = args.ratio_level == "token" or name in ("approx_kl", "kl", "rollout_kl")
+        if name == "rollout_weight_mean":
+            over_tokens = not args.rollout_correction.startswith("sequence_")
+        else:
+            over_tokens = args.ratio_level == "token" or name in ("approx_kl", "kl", "rollout_kl")
         meter.mean({name: policy.metrics[name]}, weight=num_tokens if over_tokens else num_sequences)
     meter.mean({"entropy": output.entropy.mean()}, weight=num_tokens)
 

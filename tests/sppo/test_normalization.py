@@ -1,5 +1,6 @@
 """An update's loss and gradient do not depend on how it is divided into micro-batches."""
 
+import offset_engines
 import pytest
 import torch
 from tiny_run import logged, make
@@ -79,6 +80,28 @@ def test_gradients_are_synchronized_after_the_last_micro_batch_by_default(tmp_pa
     trainer.train()
     assert len(trainer.rollouts.update.micro_batches) > 1
     assert bool(waits) != each
+
+
+@pytest.mark.parametrize("ratio_level", ["token", "sequence_mean"])
+@pytest.mark.parametrize("correction", ["token_truncate", "sequence_truncate"])
+def test_mean_rollout_weight_does_not_depend_on_the_micro_batches(tmp_path, correction, ratio_level):
+    found = []
+    for parts in (1, 4):
+        trainer = make(
+            tmp_path / str(parts),
+            rollout_engine=f"{offset_engines.__file__}:OffByLength",
+            rollout_correction=correction,
+            rollout_cap=1e3,
+            ratio_level=ratio_level,
+            gradient_accumulation_steps=parts,
+            per_device_train_batch_size=16 // parts,
+            max_steps=1,
+            max_completion_length=12,
+        )
+        trainer.train()
+        found += logged(trainer, "rollout_weight_mean")
+    assert found[0] > 1.01
+    assert found[1] == pytest.approx(found[0], rel=3e-6)
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])

@@ -6,13 +6,11 @@ import re
 import time
 
 import datasets
+import offset_engines
 import pytest
 import torch
 from tiny_models import char_tokenizer, tiny_model
 from tiny_run import DATASET, changed, has_a, logged, make, snapshot
-
-from sppo import HFRollout
-from sppo.models.packed_attention import use_attention
 
 
 @pytest.mark.slow
@@ -337,20 +335,6 @@ def test_settings_that_deepspeed_does_not_support_are_rejected(tmp_path, setting
         make(tmp_path, **settings)
 
 
-class OffByATenth(HFRollout):
-    """An engine with its own kernels, which underestimate every log-probability by a tenth of a nat."""
-
-    def generate(self, prompts, **settings):
-        samples = super().generate(prompts, **settings)
-        for sample in samples:
-            ids = torch.tensor([sample.prompt_ids + sample.response_ids])
-            with use_attention(self.policy, self.attention):
-                logits = self.policy(ids).logits[0, len(sample.prompt_ids) - 1 : -1] / settings["temperature"]
-            chosen = logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
-            sample.logprobs = (chosen - 0.1).tolist()
-        return samples
-
-
 @pytest.mark.parametrize(
     ("settings", "weight"),
     [
@@ -361,7 +345,11 @@ class OffByATenth(HFRollout):
     ],
 )
 def test_the_loss_corrects_for_the_engines_log_probabilities(tmp_path, settings, weight):
-    settings = {"rollout_engine": f"{__file__}:OffByATenth", "temperature": 0.7, "max_steps": 1} | settings
+    settings = {
+        "rollout_engine": f"{offset_engines.__file__}:OffByATenth",
+        "temperature": 0.7,
+        "max_steps": 1,
+    } | settings
     trainer = make(tmp_path, **settings)
     before = snapshot(trainer.actor_critic.policy)
     trainer.train()
