@@ -1,6 +1,6 @@
 """Passes over the vocabulary that linear_logprobs takes, counted on a CPU, compared with its design.
 
-A pass is one product of all tokens with the output embedding, 2 N H V operations: the forward needs one, the gradients
+A pass is one product of all unmasked tokens with the LM head, 2 N H V FLOPs: the forward needs one, the gradients
 of hidden and weight one each. They are counted in two ways: with FlopCounterMode, which uses the operation's registered
 formula, and with the profiler, which records the matrix products themselves. The exit code is 1 when either differs
 from the design by more than a hundredth of a pass.

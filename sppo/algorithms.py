@@ -196,7 +196,7 @@ class DrGRPO(Algorithm):
 
 
 class RLOO(Algorithm):
-    """REINFORCE Leave-One-Out (arXiv 2402.14740): ``A = R - mean of the group's others``, the response one action."""
+    """REINFORCE Leave-One-Out (arXiv 2402.14740): ``A = R - mean of the group's others``, per response."""
 
     uses_groups = True
     defaults = Algorithm.defaults | {"num_generations": 4, "ratio_level": "sequence_sum"}

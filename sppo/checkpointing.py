@@ -1,4 +1,7 @@
-"""Checkpoints that are complete or absent, and their contents in addition to what transformers saves."""
+"""Parts of a checkpoint beyond what transformers saves, and its publication, complete or not at all.
+
+``SPPOTrainer._save_checkpoint`` writes a checkpoint from these parts.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,7 @@ def _sync(path: Path) -> None:
 
 
 def save_stream(stream: RolloutStream, folder: Path) -> None:
-    """Save a process's place in the run, with the remaining updates of its rollout if it is in the middle of one."""
+    """Save a process's position in the run, with the remaining updates of its rollout if it is in the middle of one."""
     midway = stream.progress.updates % stream.args.updates_per_rollout != 0
     updates = stream.updates if midway else []
     tensors = {
@@ -198,7 +201,7 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset, rewards: Sequence[str]) -> dict[str, Any]:
-    """Return what must be equal for a run to resume from another run's checkpoint."""
+    """Return what a run and a checkpoint must agree on for the run to resume from it."""
     return {
         **{name: value for name, value in args.to_dict().items() if not name.startswith(_MAY_DIFFER)},
         "world_size": args.world_size,

@@ -42,7 +42,7 @@ logger = logging.get_logger(__name__)
 
 
 class SPPOTrainer(Trainer):
-    """Trains a causal language model on verifiable rewards, with Sequence-Level PPO (arXiv 2604.08865) or a relative.
+    """Trains a causal language model on verifiable rewards, with SPPO (arXiv 2604.08865) or a related algorithm.
 
     The setting ``algorithm`` selects the algorithm; see :mod:`sppo.algorithms`.
 
@@ -165,7 +165,8 @@ class SPPOTrainer(Trainer):
             args, kwargs: arguments of ``transformers.Trainer.train``.
 
         Raises:
-            ValueError: ``output_dir`` contains another run's checkpoint, or there is none to resume from.
+            ValueError: ``output_dir`` contains checkpoints and none is resumed, or the one to resume from is missing or
+                belongs to another run, or there is no ``train_dataset``.
         """
         if self.train_dataset is None:
             raise ValueError("train_dataset is None; pass one to train on")
@@ -238,7 +239,7 @@ class SPPOTrainer(Trainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Clip the gradients of policy and critic separately; DeepSpeed has already clipped and made its step."""
+        """Clip the gradients of policy and critic separately; DeepSpeed has already clipped and taken its step."""
         if self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         max_norms = {"policy": self.args.max_grad_norm, "critic": self.args.critic_max_grad_norm}

@@ -1,1 +1,1 @@
-"""Policy and critic: the models that a run trains, and what is done to them."""
+"""Policy and critic: the models that a run trains: construction, packed forward, LoRA, FSDP."""

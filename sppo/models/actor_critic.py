@@ -30,7 +30,7 @@ class ActorCriticOutput(NamedTuple):
 class ActorCritic(nn.Module):
     """A causal language model and its critic, whose ``forward`` runs both on one packed micro-batch.
 
-    Dropout is switched off in both, because ratios compare the same function before and after an update.
+    Dropout is switched off in both, so that a ratio differs from 1 only because the weights changed.
 
     Args:
         policy: model of ``AutoModelForCausalLM``.

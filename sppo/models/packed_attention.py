@@ -119,7 +119,7 @@ def by_flash_attention(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Compute :func:`packed_attention` with a flash-attn, through transformers, which adapts to its version.
+    """Compute :func:`packed_attention` with flash-attn, through transformers, which adapts to its version.
 
     Its backward is not deterministic unless the training arguments have ``full_determinism=True``.
     """

@@ -1,7 +1,7 @@
 """A script, started by ``sandbox.py``, that runs a solution and its tests in a process that can only compute.
 
-    this process   (root or the user)   creates the namespaces, waits, kills at the limit
-    └─ its child   (no rights, limits)  runs the solution, then the tests; process 1 of its own process namespace
+    this process   (root or the user)         creates the namespaces, waits, kills at the limit
+    └─ its child   (no capabilities, limits)  runs the solution, then the tests; process 1 of its own process namespace
 
 The script reads one line of JSON from standard input. Its standard output is a file that the child hides from
 ``print``; the nonce is written to it once when the child is ready to start, and once more for each test that passes.

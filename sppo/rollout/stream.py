@@ -197,11 +197,11 @@ class RolloutStream(IterableDataset):
         self.restart(Progress(), [])
 
     def restart(self, progress: Progress, updates: list[Update], algorithm_state: dict[str, Any] | None = None) -> None:
-        """Continue from another place in the run.
+        """Continue from another position in the run.
 
         Args:
-            progress: the place.
-            updates: those of the current rollout, if the place is in the middle of one.
+            progress: the position.
+            updates: those of the current rollout, if the position is in the middle of one.
             algorithm_state: what the algorithm remembers; None for its initial state.
         """
         self.progress = progress

@@ -1,4 +1,4 @@
-"""Replacement of names in another package's modules, at once or after the package imports them, and its undoing."""
+"""Replacement of names in another package's modules, now or once they are imported, and their restoration."""
 
 from __future__ import annotations
 

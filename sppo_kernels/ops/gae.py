@@ -1,10 +1,11 @@
-"""gae: generalized advantage estimation, as one reverse scan.
+"""gae: generalized advantage estimation, by reverse scans.
 
     delta_t = r_t + gamma V_next - V_t         A_t = delta_t + gamma lam A_next         return_t = A_t + V_t
 
 "next" is the next unmasked token of the row (a tool's output inside a response is skipped); after the last one both V
-and A are 0. Masked tokens get 0. A_t = delta_t + a_t A_{t+1} is a linear recurrence, so maps x -> d + a x compose, and
-a block of tokens is an associative scan instead of a loop over tokens.
+and A are 0. Masked tokens get 0. A_t = delta_t + a_t A_{t+1}, with a_t = gamma lam (where masked, a_t = 1 and
+delta_t = 0), is a linear recurrence. Maps x -> d + a x compose, so a block of tokens is an associative scan instead of
+a loop over tokens. V_next is a scan too.
 
 Traffic: rewards, values and mask are read once (values and mask a second time from the cache). Advantages and returns
 are written once.

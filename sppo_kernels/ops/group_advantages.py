@@ -9,8 +9,8 @@ rewards gets exactly 0 (from 0.7 and its rounded mean GRPO would otherwise compu
 their members need not be adjacent.
 
 The Triton backend compares all pairs of group ids in one launch: B^2 comparisons for B rewards, 16 million at
-B = 4,096, where sorting would take several launches. Nothing is summed in memory, so the bits do not depend on the
-order of programs.
+B = 4,096, where sorting would take several launches. There are no atomic additions, so the bits do not depend on
+the order of programs.
 """
 
 from __future__ import annotations

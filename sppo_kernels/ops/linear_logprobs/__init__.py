@@ -4,7 +4,7 @@
 
 Only tokens with a loss are projected, in chunks. What backward needs of a chunk is cached or recomputed.
 
-A pass is 2 N H V operations: one forward, one for d hidden, one for d weight. ``backward="cache"`` takes three,
+A pass is 2 N H V FLOPs: one forward, one for d hidden, one for d weight. ``backward="cache"`` takes three,
 ``"recompute"`` computes the logits again and takes four. ``"sparse"`` takes one, and three more for the tokens whose
 distribution is too flat.
 
@@ -125,8 +125,8 @@ def linear_logprobs(
         backward: how the gradient is computed.
 
             - ``"recompute"`` computes each chunk of logits again in backward.
-            - ``"cache"`` keeps the gradient of the log-probabilities by the logits, ``V`` elements per token in the
-              dtype of ``hidden``, and saves a quarter of the work.
+            - ``"cache"`` keeps the gradient of the log-probabilities with respect to the logits, ``V`` elements per
+              token in the dtype of ``hidden``, and saves a quarter of the work.
             - ``"sparse"`` keeps only the few largest entries of it, and saves nearly all of backward's work for tokens
               whose distribution is peaked (the others are recomputed).
             - ``"auto"``, or an :class:`AutoBackward`, is ``"cache"`` for as many tokens as the budget allows, and
@@ -142,8 +142,8 @@ def linear_logprobs(
         chunk_bytes: memory for one block of tokens, at least 256 tokens; None for 2 GiB on an accelerator, 256 MiB on a
             CPU. The last bits of results depend on it.
         mass_tolerance: the probability that a token's sparse entries may leave out, in (0, 1). The gradient of the loss
-            by a token's logits is then off by at most ``|c| mass_tolerance / temperature``, summed over the vocabulary,
-            with ``c`` the upstream gradient. What was left out is in the certificate.
+            with respect to a token's logits is then off by at most ``|c| mass_tolerance / temperature``, summed over
+            the vocabulary, with ``c`` the upstream gradient. What was left out is in the certificate.
         max_entries: the most sparse entries per token, 1 to 1024, of 8 bytes; a token that needs more is recomputed.
         group: the process group over which ``weight``, ``bias`` and ``adapter[1]`` are split by rows, in the order of
             the ranks, at least one row each. ``hidden``, ``labels``, ``adapter[0]``, what requires a gradient, every

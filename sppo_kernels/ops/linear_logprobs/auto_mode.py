@@ -2,8 +2,8 @@
 
 A token whose logit gradient fits in a few entries takes one pass over the vocabulary. Any other takes 1 + 1 + g: g for
 the gradients of hidden and weight, and the logits again. If half of the tokens are of the second kind that makes
-1 + (1 + g) / 2, which never exceeds the 1 + g of the dense cache: from there on sparse no longer pays. Sparse begins at
-a third and ends at a half, so that a share that moves between the two does not change the mode, and with it the last
+1 + (1 + g) / 2: as many as the 1 + g of the dense cache for g = 1, and half a pass fewer for g = 2. Sparse begins at a
+third and ends at a half, so that a share that moves between the two does not change the mode, and with it the last
 bits, every few calls.
 """
 

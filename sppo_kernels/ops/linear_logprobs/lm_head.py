@@ -18,7 +18,7 @@ Logit gradients have the dtype of the inputs, as in eager PyTorch. d weight is r
 Memory besides inputs and gradients: ``chunk_bytes`` for the logits and logit gradients of one block, 4 V H bytes for d
 weight where it is needed, and what is cached (in the PyTorch backend's forward with a dense cache up to a third of
 ``chunk_bytes`` more). A block of logit gradients comes from four chunks of logits: d weight is read and written once
-per block, 8 V H bytes, which has to hide behind the 6 H V operations per token of the block.
+per block, 8 V H bytes, which has to hide behind the 6 H V FLOPs per token of the block.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class LMHead:
         """Return how many tokens' logit gradients, with float32 logits for a quarter of them, fit in ``chunk_bytes``.
 
         The result is rounded down to a multiple of 256 for efficient matrix products. ``vocab`` is that of the largest
-        shard where all ranks have to meet in every block.
+        shard where all ranks communicate in every block.
         """
         row = row_stride(vocab or self.vocab) * (self.weights[0].itemsize + 1)
         return max(256, self.chunk_bytes // row // 256 * 256)

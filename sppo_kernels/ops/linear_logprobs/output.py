@@ -16,7 +16,7 @@ class Certificate(NamedTuple):
 
     Attributes:
         dropped_mass: ``[...]`` float32, the probability that is in none of a token's sparse entries; 0 where the
-            gradient is exact. The gradient of the loss by a token's logits is off by at most
+            gradient is exact. The gradient of the loss with respect to a token's logits is off by at most
             ``|c| dropped_mass / temperature`` in the L1 norm, apart from float32 rounding (which exceeds a tolerance
             below 1e-6).
         num_entries: ``[...]`` int32, the number of sparse entries; 0 for a token without a loss; -2 if the token's

@@ -1,5 +1,7 @@
 """Selection of sparse logit gradients: the few entries per token that matter.
 
+This is the forward; ``gradients.add_sparse`` and ``weighted_rows`` are the backward.
+
 At the temperatures that people train at, a language model's p is almost all zero. Of a token's row of
 (onehot(label) - p) cap'(logit) only the label and the largest p are kept, until the probability left out is at most
 ``mass_tolerance``; that mass is measured. The loss multiplies the row by c / tau, so the gradient of the logits is off

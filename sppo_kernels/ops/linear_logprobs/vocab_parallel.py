@@ -1,9 +1,10 @@
 """Vocabulary parallelism: an output embedding split by rows over a process group.
 
-Every rank projects the same hidden states on its own rows, and computes log-sum-exp, entropy and, where it has it, the
-target logit over them. Two all-reduces per chunk of tokens combine these, of one and then four floats per token. One
-more at the end of backward sums the ranks' gradients of the hidden states. Nothing of the size of the vocabulary is
-communicated.
+Every rank projects the same hidden states on its own rows, and computes log-sum-exp, entropy and, if the label is in
+its shard, the target logit. Two all-reduces per chunk of tokens combine these, of one and then four floats per token.
+At the end of backward one all-reduce per factor of the logits (hidden, and the adapter's) sums the ranks' gradients.
+The sizes of the shards, the certificate and the choice of "auto" take a few numbers more. Nothing of the size of the
+vocabulary is communicated.
 """
 
 from __future__ import annotations

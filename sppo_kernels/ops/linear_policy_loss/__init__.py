@@ -6,14 +6,14 @@
 
 The results are those of linear_logprobs followed by policy_loss. There, the logit gradients of all tokens wait for the
 loss, or are computed twice. Here a block's coefficients c are known as soon as its log-probabilities are, so only one
-block's logit gradients are alive at a time: the three passes of "cache" need only the memory of "recompute". Tokens and
-sequences that are clipped have c = 0 and cost only the forward pass.
+block's logit gradients are alive at a time: the three passes of "cache" need only the memory of "recompute". Without a
+KL penalty, tokens and sequences that are clipped have c = 0 and cost only the forward pass.
 
 A token's coefficient depends on its own log-probability and, with a sequence-level ratio, on those of its sequence. A
 block then consists of complete sequences, as many as fit. Of a sequence longer than a block, as many logit gradients
 are cached as ``logits_budget_bytes`` allows, and the rest is recomputed. The loss is computed again after each block,
 with the old log-probabilities in place of those not computed yet. Its coefficients for the block are final, and after
-the last block so is the loss. That is one launch over about 20 bytes per token, next to 6 H V operations per token.
+the last block so is the loss. That is one launch over about 20 bytes per token, next to 6 H V FLOPs per token.
 
 The gradients are complete before backward, which multiplies them by the gradient of the loss. They have the H N and H V
 elements of ``hidden`` and ``weight`` that backward would have allocated anyway.

@@ -1,4 +1,4 @@
-"""policy_loss: the clipped surrogate loss of PPO, GSPO and SPPO, and its gradient by the log-probabilities.
+"""policy_loss: the clipped surrogate loss of PPO, GSPO and SPPO, and its gradient with respect to log-probabilities.
 
 For token t of sequence i with d_t = logprob_t - old_t and n tokens in the sequence:
 
@@ -13,7 +13,7 @@ For token t of sequence i with d_t = logprob_t - old_t and n tokens in the seque
     seq-mean-token-sum     1        sequences that have tokens
     any, sequence ratio    1 / n    sequences that have tokens
 
-A sequence ratio is one number per sequence, and so are its terms. Writing them as a mean over tokens admits per-token
+A sequence ratio is one number per sequence, and so are its terms. Writing them as a mean over tokens allows per-token
 KL and, where advantages differ within a sequence, per-token advantages (GSPO-token, arXiv 2507.18071, section 4.3).
 
 Traffic: each input of N elements is read once (twice where a sum over the sequence is needed first), and the gradient
@@ -107,9 +107,11 @@ def policy_loss(
         backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for triton on an accelerator and torch elsewhere.
 
     Returns:
-        ``PolicyLossOutput(loss, metrics)``. Fractions, ``ratio_*`` and ``rollout_weight_mean`` are means over tokens at
-        token level and over sequences at sequence level; ``approx_kl`` (old - new), ``kl`` and ``rollout_kl`` (rollout
-        - old) are means over tokens. Without tokens the loss, its gradient and the metrics are 0 and the ratios 1.
+        ``PolicyLossOutput(loss, metrics)``. Fractions and ``ratio_mean`` are means over tokens or over sequences, and
+        ``ratio_min`` and ``ratio_max`` extremes of them, according to ``ratio_level``. ``rollout_weight_mean`` is a
+        mean over sequences if ``rollout_correction`` is per sequence, and otherwise over tokens. ``approx_kl`` (old -
+        new), ``kl`` and ``rollout_kl`` (rollout - old) are means over tokens. Without tokens the loss, its gradient and
+        the metrics are 0 and the ratios 1.
 
     Raises:
         ValueError: a shape or device does not match, or a choice or bound is invalid. Values of ``cu_seqlens`` and of a

@@ -48,7 +48,7 @@ class Segments:
 
 
 class Terms(NamedTuple):
-    """The loss, and what its gradient by the log-probabilities is computed from."""
+    """The loss, and what its gradient with respect to the log-probabilities is computed from."""
 
     loss: Tensor  # []
     metrics: Tensor  # [len(METRICS)]
@@ -218,7 +218,7 @@ def torch_policy_loss(*, settings: Settings, **inputs) -> LossAndGradient:
 
 
 def _kl_slope(ref_gap: Tensor | None, estimator: str) -> Tensor | float:
-    """Differentiate ``_kl`` by the log-probability."""
+    """Differentiate ``_kl`` with respect to the log-probability."""
     assert ref_gap is not None
     if estimator == "k1":
         return 1.0

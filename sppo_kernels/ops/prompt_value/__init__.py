@@ -80,7 +80,7 @@ def prompt_value_loss(
     Args:
         hidden, weight, last_index, bias, backend: as in :func:`prompt_value_logits`.
         outcomes: ``[B]``, the reward of each prompt's response, in ``[0, 1]``.
-        normalizer: replaces the batch size in the mean (the number of prompts of the complete update); greater than 0.
+        normalizer: replaces the batch size in the mean (the number of outcomes of the complete update); greater than 0.
 
     Returns:
         ``PromptValueOutput(loss, logits, values, advantages)``; the loss of an empty batch is 0.
