@@ -76,7 +76,7 @@ def pick_backend(backend: str | None, tensor: Tensor) -> str:
 def autocast_is_on(device: torch.device) -> bool:
     """Return whether autocast is enabled for ``device``; meta tensors, which have no values, do not support it.
 
-    ``torch.amp.is_autocast_available`` would break the graph of torch.compile before torch 2.12.
+    ``torch.amp.is_autocast_available`` would break the graph of torch.compile on torch 2.11.
     """
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "triton"]
+BACKENDS_ON_CPU = ["reference", "torch", *(["triton"] if DEVICE == "cpu" else [])]  # compiled kernels run on a GPU only
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 # Few and fixed examples, because without a GPU each runs kernels in an interpreter. Shrinking a failure would take

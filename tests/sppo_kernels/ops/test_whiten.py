@@ -13,6 +13,7 @@ from against_float64 import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from registration import check_registration
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sppo_kernels import reference, whiten
@@ -104,12 +105,9 @@ def test_same_bits_every_run_float32_and_no_gradient(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_registration_compile_and_fake_tensors(backend):
     tensors = (randn(5, 2).t(), randint(0, 2, 2, 5).bool())
-    torch.library.opcheck(_whiten, tensors, {"backend": backend})
-    run = lambda x, m: whiten(x, m, backend=backend)
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*tensors), run(*tensors))
+    check_registration(_whiten, whiten, tensors, backend=backend)
     with FakeTensorMode():
-        y = run(*(torch.empty(2, 5, dtype=torch.float16, device=DEVICE) for _ in range(2)))
+        y = whiten(*(torch.empty(2, 5, dtype=torch.float16, device=DEVICE) for _ in range(2)), backend=backend)
         assert (y.shape, y.dtype) == ((2, 5), torch.float32)
 
 
