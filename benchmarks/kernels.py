@@ -33,7 +33,7 @@ import torch
 from benchmarks.harness import checking, claims, library_seams, results, timing
 from benchmarks.harness.cases import GEMM_ONLY, OURS, PLANS, BenchmarkCase, is_ours, provider_name
 from benchmarks.harness.operations import OPERATIONS
-from benchmarks.harness.peers import PEERS, PeerFactory, explain
+from benchmarks.harness.peers import PEERS, PeerFactory, explain, on_any_device
 from benchmarks.harness.problem import IGNORE_INDEX, Implementation, MinimalCost, Outputs, Problem
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
@@ -173,7 +173,7 @@ class KernelComparison:
             unclipped = operation.minimal_cost(case.size._replace(clipped=0.0), problem.dtype)
             self._record(case, GEMM_ONLY, partial(self._time_products, problem, unclipped))
         for name, (implementation, row) in right.items():
-            self._record(case, name, partial(self._time, problem, implementation, cost, row))
+            self._record(case, name, partial(self._time, problem, implementation, cost, row), known=row)
         order = [GEMM_ONLY, *providers]
         self.rows[start:] = sorted(self.rows[start:], key=lambda row: order.index(row["provider"]))
 
@@ -181,7 +181,7 @@ class KernelComparison:
         found: dict[str, PeerFactory] = {}
         if OURS not in self.without:
             for mode, implementation in OPERATIONS[case.operation].implementations(self.backend).items():
-                found[provider_name(mode)] = partial(_constant, implementation)
+                found[provider_name(mode)] = on_any_device(implementation)
         return found | {name: build for name, build in PEERS[case.operation].items() if name not in self.without}
 
     def _check_all(
@@ -205,6 +205,7 @@ class KernelComparison:
                     allowed=allowed,
                     right=right,
                 ),
+                known={"allowed": allowed},
             )
         return right
 
@@ -231,13 +232,15 @@ class KernelComparison:
             self._fail(f"{case.title}: {name} is wrong: errors {row['errors']}, allowed {allowed}")
         return row | {"note": "wrong, so no time"}
 
-    def _record(self, case: BenchmarkCase, provider: str, measure: Callable[[], Row | None]) -> None:
-        """Add the row that ``measure`` returns, or one that says why it raised."""
+    def _record(
+        self, case: BenchmarkCase, provider: str, measure: Callable[[], Row | None], *, known: Row | None = None
+    ) -> None:
+        """Add the row that ``measure`` returns, or what is ``known`` and why it raised."""
         row: Row | None
         try:
             row = measure()
         except Exception as error:  # whatever another library raises; of this library it is a failure
-            row = {"note": explain(error)}
+            row = {**(known or {}), "note": explain(error)}
             if is_ours(provider):
                 self._fail(f"{case.title}: {provider}: {row['note']}")
         if row is not None:
@@ -287,11 +290,6 @@ class KernelComparison:
         texts = [f"{title}\n{results.table(rows, COLUMNS)}" for title, rows in by_case(self.rows).items()]
         judged = [results.table(self.claims, claims.COLUMNS)] if self.claims else []
         return "\n\n".join([*texts, *judged])
-
-
-def _constant(implementation: Implementation, device: torch.device) -> Implementation:
-    """Build an implementation that is the same on every device."""
-    return implementation
 
 
 def _worst_error(row: Row) -> float | None:

@@ -2,7 +2,7 @@
 
 A peer is built when it is needed. Where it cannot be, it raises why: a package that is not installed, or a device that
 it does not support. Each is called as its own documentation describes. What a user has to add, such as leaving out
-tokens without a label, is part of the call and therefore timed.
+tokens without a loss, is part of the call and therefore timed.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ def _needs_gpu(device: torch.device) -> None:
         raise Unavailable("needs a GPU")
 
 
-# PyTorch
-
-
-def _eager(implementation: Implementation) -> PeerFactory:
+def on_any_device(implementation: Implementation) -> PeerFactory:
+    """Return a factory of an implementation that is the same on every device."""
     return lambda device: implementation
+
+
+# PyTorch
 
 
 def _compiled(implementation: Implementation) -> PeerFactory:
@@ -92,7 +93,7 @@ def _torch_chunked(reduction: str) -> PeerFactory:
 
 
 def _trl_chunked(finish: Implementation) -> PeerFactory:
-    """Call it as TRL's trainers do: only on tokens with a label, the vocabulary in tiles of 32,768."""
+    """Call it as TRL's trainers do: only on tokens with a loss, the vocabulary in tiles of 32,768."""
 
     def build(device: torch.device) -> Implementation:
         from trl.kernels import ChunkedLogProbFunction
@@ -180,7 +181,7 @@ def _cut_cross_entropy(reduction: str) -> PeerFactory:
 
 
 def _pytorch(implementation: Implementation) -> dict[str, PeerFactory]:
-    return {"eager PyTorch": _eager(implementation), "torch.compile": _compiled(implementation)}
+    return {"eager PyTorch": on_any_device(implementation), "torch.compile": _compiled(implementation)}
 
 
 PEERS: dict[str, dict[str, PeerFactory]] = {
@@ -217,5 +218,5 @@ PEERS: dict[str, dict[str, PeerFactory]] = {
         )
     },
     # The reference of gae is a loop over tokens, which torch.compile would unroll.
-    "gae": {"eager PyTorch": _eager(OPERATIONS["gae"].eager)},
+    "gae": {"eager PyTorch": on_any_device(OPERATIONS["gae"].eager)},
 }

@@ -97,7 +97,7 @@ def test_a_wrong_kernel_gets_no_time(suite, monkeypatch, capsys, spoilt):
 
 
 @pytest.mark.slow
-def test_goes_on_after_a_point_that_raises(suite, monkeypatch):
+def test_continues_after_a_case_that_raises(suite, monkeypatch):
     def inputs(*_):
         raise torch.OutOfMemoryError("no such luck")
 
@@ -105,6 +105,19 @@ def test_goes_on_after_a_point_that_raises(suite, monkeypatch):
     code, report = suite("gae", "whiten")
     assert (code, report["failures"]) == (1, ["gae: 64 tokens: out of memory"])
     assert {row["operation"] for row in report["rows"]} == {"whiten"}
+
+
+def test_errors_of_a_provider_that_raises_when_timed_are_kept(suite, monkeypatch):
+    def raises(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(kernels, "clock", raises)
+    code, report = suite("gae")
+    assert (code, report["failures"]) == (1, ["gae: 64 tokens: sppo_kernels: out of memory"])
+    for row in report["rows"]:
+        assert (row["passed"], row["note"]) == (True, "out of memory")
+        assert row["allowed"].keys() == row["errors"].keys()
+        assert "both_ms" not in row
 
 
 @pytest.mark.slow
