@@ -1,9 +1,9 @@
 """Passes over the vocabulary that linear_logprobs takes, counted on a CPU, compared with its design.
 
-A pass is one product of all unmasked tokens with the LM head, 2 N H V FLOPs: the forward needs one, the gradients
-of hidden and weight one each. They are counted in two ways: with FlopCounterMode, which uses the operation's registered
-formula, and with the profiler, which records the matrix products themselves. The exit code is 1 when either differs
-from the design by more than a hundredth of a pass.
+A pass is here one product of all tokens, masked ones included, with the LM head, 2 N H V FLOPs. The forward needs one,
+the gradients of hidden and weight one each. They are counted in two ways: with FlopCounterMode, which uses the
+operation's registered formula, and with the profiler, which records the matrix products themselves. The exit code is 1
+when either differs from the design by more than a hundredth of a pass.
 """
 
 from __future__ import annotations

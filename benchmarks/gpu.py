@@ -6,7 +6,7 @@
     torch-compile    the same cases with torch.compile
     tune             launch configurations for a vocabulary of 151,936
     headline-tuned   this library with the chosen configurations
-    other-tests      all other tests of the kernels, as far as time allows
+    other-tests      all other tests of the kernels but the sharded vocabulary's, as far as time allows
 
 ``--minutes 3`` runs only the first three; parts that do not fit are listed as "no time left". Each part is a process
 with its own time limit, so that a part that crashes, hangs or breaks the driver affects only itself: it is reported and

@@ -65,24 +65,14 @@ def _inputs(size: Size, gradients: bool = True) -> tuple[Tensor, Tensor, Tensor]
     return hidden, weight, torch.empty(size.tokens, dtype=torch.int64)
 
 
-def _num_cached(size: Size, setting: Setting) -> int:
-    """Return how many tokens' logit gradients are kept."""
-    if setting.backward != "cache":
-        return 0
-    budget = setting.logits_budget_bytes
-    row_bytes = library_seams.row_stride(size.vocab) * torch.bfloat16.itemsize
-    return size.tokens if budget is None else min(size.tokens, budget // row_bytes)
-
-
 def linear_logprobs_peak(size: Size, setting: Setting) -> tuple[int, int]:
     """Measure the peak in bytes, and how many of them are kept for backward."""
     with FakeTensorMode():
         hidden, weight, labels = _inputs(size, setting.gradients)
-        kept = _num_cached(size, setting)
-        # Tokens selected by their values: those with a label; in backward the same, those kept, those left.
-        spans = [(0, size.tokens), (0, size.tokens), *([(0, kept)] if kept else []), (kept, size.tokens)]
+        is_cached = setting.backward == "cache"
+        kept = library_seams.num_cached(size.tokens, size.vocab, setting.logits_budget_bytes) if is_cached else 0
         with (
-            library_seams.on_cuda_without_kernels(spans),
+            library_seams.on_cuda_without_kernels(library_seams.selected_spans(size.tokens, kept)),
             Allocations([hidden, weight, labels]) as allocations,
         ):
             out = library_seams.linear_logprobs(
@@ -108,7 +98,7 @@ def linear_policy_loss_peak(size: Size) -> int:
         cu_seqlens = torch.empty(9, dtype=torch.int32)
         chunk_bytes = library_seams.ACCELERATOR_CHUNK_BYTES
         block = library_seams.block_size(hidden, weight, labels, chunk_bytes)
-        # Tokens selected by their values: those with a label; of each block those kept, which are all, and those left.
+        # Tokens selected by their values: those with a loss; of each block those kept, which are all, and those left.
         spans = [(0, size.tokens)]
         for first in range(0, size.tokens, block):
             spans += [(0, min(block, size.tokens - first)), (0, 0)]

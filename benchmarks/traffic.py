@@ -12,8 +12,6 @@ be wrong, or when no case launches a kernel.
 from __future__ import annotations
 
 import argparse
-import importlib
-import pkgutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -293,17 +291,7 @@ def _row(case: Case, kernel: Kernel, traffic: Traffic) -> Row:
 
 def launched_by_none(rows: list[Row]) -> list[str]:
     """List the kernels of the package that no case launches."""
-    modules = [
-        importlib.import_module(m.name)
-        for m in pkgutil.walk_packages(sppo_kernels.__path__, f"{sppo_kernels.__name__}.")
-    ]
-    kernels = {
-        name
-        for module in modules
-        for name, value in vars(module).items()
-        if isinstance(value, interpreter.InterpretedFunction) and name.endswith("kernel")
-    }
-    return sorted(kernels - {row["kernel"] for row in rows})
+    return sorted(library_seams.kernel_names() - {row["kernel"] for row in rows})
 
 
 def _title(row: Row) -> str:

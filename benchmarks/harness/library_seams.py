@@ -5,6 +5,9 @@ A suite that follows allocations or compiles kernels has no GPU: here the librar
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 import sppo_kernels
-from sppo_kernels import _backend, _triton_utils
+from sppo_kernels import _backend, _triton_utils, ops
 from sppo_kernels.ops.linear_logprobs import arguments, indexing, matmul, sparse, weighted_rows
 from sppo_kernels.ops.linear_logprobs import op as linear_logprobs_op
 from sppo_kernels.ops.linear_logprobs import output as linear_logprobs_output
@@ -44,6 +47,14 @@ OPERATION_BODIES: dict[Any, Callable[..., Any]] = {
 def is_interpreted() -> bool:
     """Tell whether kernels run in Triton's interpreter."""
     return _backend.INTERPRETED
+
+
+@functools.cache
+def kernel_names() -> frozenset[str]:
+    """Return the names of the library's Triton kernels."""
+    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.")]
+    names = {name for module in modules for name, value in vars(module).items() if hasattr(value, "arg_names")}
+    return frozenset(name for name in names if name.endswith("_kernel"))
 
 
 def accept_cpu_tensors() -> Any:
@@ -94,9 +105,16 @@ def _modules() -> list[ModuleType]:
     return [module for name, module in list(sys.modules.items()) if module and name.split(".")[0] == prefix]
 
 
-def row_stride(vocab: int) -> int:
-    """Return the elements from one row of logits to the next."""
-    return matmul.row_stride(vocab)
+def num_cached(tokens: int, vocab: int, budget: int | None) -> int:
+    """Return for how many tokens a budget of bytes, or None, lets "cache" keep logit gradients in half precision."""
+    return tokens if budget is None else min(tokens, budget // (matmul.row_stride(vocab) * torch.bfloat16.itemsize))
+
+
+def selected_spans(tokens: int, cached: int) -> list[tuple[int, int]]:
+    """Return the spans that linear_logprobs selects by value: forward those with a loss, here all; backward the same,
+    those cached, if any, and those left.
+    """
+    return [(0, tokens), (0, tokens), *([(0, cached)] if cached else []), (cached, tokens)]
 
 
 def linear_logprobs(

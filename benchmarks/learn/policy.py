@@ -104,7 +104,7 @@ def imitate(model: LlamaForCausalLM, lesson: Lesson) -> None:
             *(digit_walk.demonstration(p, lesson.horizon, lesson.slip[p[0]], rng) for p in chosen), strict=True
         )
         tokens = torch.tensor(encode([prompt + walk for prompt, walk in zip(chosen, made, strict=True)])["input_ids"])
-        labels = tokens[:, 3:]  # three tokens of the prompt are given
+        labels = tokens[:, 3:]  # the three tokens of the prompt are given
         if not lesson.with_slips:
             labels = labels.masked_fill(torch.tensor(drawn), -100)
         loss = cross_entropy(model(tokens[:, :-1]).logits[:, 2:].flatten(0, 1), labels.flatten())

@@ -29,12 +29,13 @@ import torch
 
 from benchmarks.harness import library_seams, results, timing
 from benchmarks.harness.cases import BASE, LM_SHAPES
+from benchmarks.harness.peers import explain
 from benchmarks.harness.problem import ProblemSize
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
 from benchmarks.roofline.profiling import LINEAR_POLICY_LOSS, Case, count, inputs, observe, profiled, step
 from benchmarks.roofline.rows import relate, rows_of
-from benchmarks.roofline.table import table
+from benchmarks.roofline.terminal_table import table
 
 SMALL = ProblemSize(16_384, *LM_SHAPES["1.5B"])  # where row passes weigh most compared with the products
 TINY = ProblemSize(12, 16, 256)
@@ -89,7 +90,7 @@ class RooflineRun:
             try:
                 self._measure(case)
             except Exception as error:  # such as a case that does not fit into memory: the next may
-                self.failures.append(f"{case.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                self.failures.append(f"{case.name}: {explain(error)}")
             gc.collect()
             if self.device.type != "cpu":
                 torch.cuda.empty_cache()

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sppo_kernels
 from benchmarks.harness import library_seams, timing
 from benchmarks.harness.operations import OPERATIONS
+from benchmarks.harness.operations.sampling import equal_cu_seqlens
 from benchmarks.harness.problem import Problem, ProblemSize
 
 CALLS = 2  # profiled
@@ -49,7 +50,7 @@ class Sizes(NamedTuple):
     """What the bytes and FLOPs of a call depend on.
 
     Attributes:
-        tokens: tokens with a label.
+        tokens: tokens with a loss.
         hidden: hidden size.
         vocab: vocabulary size.
         itemsize: bytes of an input element.
@@ -135,9 +136,7 @@ def step(case: Case, problem: Problem, backend: str | None) -> Callable[[], Tens
 
     if case.mode != LINEAR_POLICY_LOSS:
         return logprobs
-    sequences = len(tensors["advantages"])
-    starts = torch.arange(sequences + 1, dtype=torch.int32, device=labels.device)
-    cu_seqlens = starts * (len(labels) // sequences)
+    cu_seqlens = equal_cu_seqlens(len(labels), len(tensors["advantages"]), labels.device)
     return loss
 
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable
 
+from benchmarks.harness import library_seams
 from benchmarks.harness.results import Row
 from benchmarks.roofline.profiling import Product, Profile, Sizes
 
@@ -35,19 +36,14 @@ BYTES: dict[str, Callable[[Sizes, float], float]] = {
 }
 
 
-_OURS = re.compile(
-    r"(?:gae|group_advantages|linear_logprobs|policy_loss|prompt_value|selective_logprobs|whiten)_(?:[a-z]+_)*kernel"
-    r"(?![A-Za-z])"
-)
-
-
 def short_name(name: str) -> str:
     """Return a kernel's name without return type, namespaces and template arguments, but with its functor.
 
     Kernels that differ only in template arguments share a name.
     """
-    if found := _OURS.match(name):
-        return found[0]
+    for ours in library_seams.kernel_names():
+        if re.match(ours + r"(?![A-Za-z])", name):  # a number may follow
+            return ours
     if found := re.match(r"Memset|Memcpy \w+", name):
         return found[0]
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
@@ -62,9 +58,9 @@ def is_product(name: str) -> bool:
     return re.search(r"nvjet|gemm|cutlass|xmma|Cijk_|aten::(?:add)?mm$", name, re.IGNORECASE) is not None
 
 
-def is_ours(short: str) -> bool:
+def is_our_kernel(short: str) -> bool:
     """Tell whether a short name is that of a kernel of this library."""
-    return _OURS.fullmatch(short) is not None
+    return short in library_seams.kernel_names()
 
 
 def role(product: Product, sizes: Sizes) -> str:
@@ -88,7 +84,7 @@ def rows_of(case: str, seen: Profile, sizes: Sizes, expected: Collection[str] = 
     for name in sorted(ms, key=ms.__getitem__, reverse=True):
         row: Row = {"case": case, "kernel": name, "launches": launches[name] / seen.calls, "ms": ms[name]}
         row["of_call"] = row["ms"] / seen.wall_ms
-        if is_ours(name):
+        if is_our_kernel(name):
             if name in BYTES:
                 row["bytes"] = BYTES[name](sizes, row["launches"])
                 row["gb_s"] = row["bytes"] / row["ms"] / 1e6

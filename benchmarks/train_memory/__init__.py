@@ -40,7 +40,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen2Config
 
 from benchmarks.harness import results
-from benchmarks.harness.library_seams import on_cuda_without_kernels
+from benchmarks.harness.library_seams import num_cached, on_cuda_without_kernels, selected_spans
 from benchmarks.harness.suite import Suite
 from benchmarks.train_memory.cases import CASES, MODELS, QUICK, QUICK_SETTINGS, Case, samples_of, settings
 from benchmarks.train_memory.step import KINDS, OWNERS, Step, StepAllocations, build
@@ -80,9 +80,7 @@ def measure(case: Case, args: SPPOConfig, models: dict[str, Qwen2Config]) -> lis
     samples = samples_of(args, kind)
     (batch,) = make_micro_batches(samples[:1], 1, kind)
     tokens = args.max_completion_length
-    kept = min(tokens, args.logits_budget_bytes // (2 * models[case.policy].vocab_size))
-    # Tokens selected by their values: those with a label; in backward the same, those kept, those left.
-    spans = [(0, tokens), (0, tokens), *([(0, kept)] if kept else []), (kept, tokens)]
+    spans = selected_spans(tokens, num_cached(tokens, models[case.policy].vocab_size, args.logits_budget_bytes))
     rows = []
     with (
         processes(case.devices) as mesh,

@@ -370,3 +370,4 @@ def test_dry_run(tmp_path):
     tuning.load(out / "tuning.json")
     assert all(tunable.chosen == {} for tunable in TUNABLES.values())  # an interpreter's times choose nothing
     assert "headline" in done.stdout
+    assert "times mean nothing and nothing is chosen" in (out / "log.txt").read_text()

@@ -14,7 +14,6 @@ pytest.importorskip("triton")
 from benchmarks import memory
 from benchmarks.__main__ import main
 from benchmarks.harness.allocations import GIB, Allocations
-from benchmarks.harness.library_seams import row_stride
 from benchmarks.memory import (
     FULL,
     SETTINGS,
@@ -24,6 +23,7 @@ from benchmarks.memory import (
     linear_logprobs_peak,
     linear_policy_loss_peak,
 )
+from sppo_kernels.ops.linear_logprobs.matmul import row_stride
 
 
 @pytest.mark.parametrize("mode", [FakeTensorMode, torch.enable_grad], ids=["fake", "real"])

@@ -48,7 +48,7 @@ def test_coverage_is_what_the_operation_keeps(report):
             assert float(certificate.mean_entries) == pytest.approx(row["mean_entries"], rel=0.02)
 
 
-def test_ways_that_are_timed_say_how_many_passes_they_take(report):
+def test_timed_providers_have_their_numbers_of_passes(report):
     rows = {(row["logits"], row["provider"]): row for row in sparse.rows_of("times", report["rows"])}
     assert rows["states", "cache"]["passes"] == pytest.approx(3, abs=0.01)
     assert rows["states", "sparse"]["passes"] < rows["noise", "sparse"]["passes"]

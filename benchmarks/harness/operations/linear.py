@@ -81,7 +81,7 @@ class LinearLogprobs(Operation):
 
 
 class LinearNLL(LinearLogprobs):
-    """Mean negative log-likelihood over the tokens with a label, as in supervised fine-tuning."""
+    """Mean negative log-likelihood over the tokens with a loss, as in supervised fine-tuning."""
 
     def inputs(self, size: ProblemSize, device: torch.device, dtype: torch.dtype) -> Problem:
         tensors = self._hidden_weight_labels(size, device, dtype)
@@ -138,14 +138,13 @@ class LinearPolicyLoss(LinearLogprobs):
         old_logprobs: Tensor,
         advantages: Tensor,
     ) -> Outputs:
-        sequences = torch.arange(len(advantages) + 1, dtype=torch.int32, device=labels.device)
         out = sppo_kernels.linear_policy_loss(
             hidden,
             weight,
             labels,
             old_logprobs,
             advantages,
-            cu_seqlens=sequences * (len(labels) // len(advantages)),
+            cu_seqlens=sampling.equal_cu_seqlens(len(labels), len(advantages), labels.device),
             backward=mode,
             backend=backend,
         )

@@ -44,6 +44,11 @@ def token_gradient(size: ProblemSize, device: torch.device) -> Tensor:
     return gradient * (torch.rand(size.tokens, device=device) >= size.clipped)
 
 
+def equal_cu_seqlens(tokens: int, responses: int, device: torch.device) -> Tensor:
+    """Return offsets ``[responses + 1]`` of packed responses of equal length."""
+    return torch.arange(responses + 1, dtype=torch.int32, device=device) * (tokens // responses)
+
+
 def padded_shape(size: ProblemSize) -> tuple[int, int]:
     """Return ``[B, T]`` of padded responses with ``tokens`` places."""
     length = min(RESPONSE_LENGTH, size.tokens)

@@ -44,7 +44,7 @@ class SelectiveLogprobs(Operation):
         return {"logprobs": out.logprobs, "entropy": out.entropy}
 
     def minimal_cost(self, size: ProblemSize, dtype: torch.dtype) -> MinimalCost:
-        """Count the rows with a label forward, those with a gradient backward, and all rows written."""
+        """Count the rows with a loss forward, those with a gradient backward, and all rows written."""
         row, tokens = size.vocab * dtype.itemsize, size.tokens * (1 - size.ignored)
         backward = row * (tokens * (1 - size.clipped) + size.tokens)
         return MinimalCost(
