@@ -12,8 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-interpreter.round_to_nearest()
-interpreter.patch_language_once_per_launch()
+interpreter.patch()
 
 if importlib.util.find_spec("hypothesis"):  # the environments of test-integrations and test-vllm do without
     from hypothesis import settings

@@ -60,5 +60,6 @@ def test_each_metric_occurs_in_its_source():
             continue
         text = "".join(file.read_text() for file in ([path] if path.is_file() else path.glob("*.py")))
         for name in re.findall(r"`([^`]+)`", names):
-            prefixes = (f"{name.split('_')[0]}_", "eval_", "seconds/", "eval_rewards/NAME", "rewards/NAME")
+            name = name.partition("NAME")[0]
+            prefixes = ("policy_", "critic_", "eval_", "seconds/")
             assert any(name.removeprefix(prefix) in text for prefix in prefixes), (name, source)

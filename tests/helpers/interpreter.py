@@ -6,6 +6,12 @@ import numpy as np
 import torch
 
 
+def patch() -> None:
+    """Apply both patches."""
+    round_to_nearest()
+    patch_language_once_per_launch()
+
+
 def round_to_nearest() -> None:
     """Patch the interpreter to round float32 to the nearest bfloat16, as a GPU does, where it truncates.
 

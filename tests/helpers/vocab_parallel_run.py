@@ -192,8 +192,7 @@ def check_fsdp2():
 
 
 def main():
-    interpreter.round_to_nearest()
-    interpreter.patch_language_once_per_launch()
+    interpreter.patch()
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     cases = 0

@@ -31,12 +31,13 @@ def gradients(tmp_path, parts, **settings):
     return found
 
 
-# Algorithms, ratios and aggregations that differ in the divisor of the loss.
+# Algorithms, ratios and aggregations that differ in the divisor of the loss. A sequence ratio has no other aggregation.
 NORMALIZATIONS = [
     {"algorithm": "sppo", "aggregation": "token-mean"},
     {"algorithm": "sppo", "aggregation": "seq-mean-token-mean"},
     {"algorithm": "sppo", "aggregation": "seq-mean-token-sum"},
     {"algorithm": "sppo", "ratio_level": "sequence_mean"},
+    {"algorithm": "sppo", "num_generations": 4},
     {"algorithm": "ppo"},
     {"algorithm": "dr_grpo", "num_generations": 4},
     {"algorithm": "gspo", "num_generations": 4},

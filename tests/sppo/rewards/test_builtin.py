@@ -190,6 +190,21 @@ def test_an_answer_too_hard_to_evaluate_is_wrong(answer, tolerance):
     assert time.monotonic() - start < 4
 
 
+def test_an_answer_too_hard_to_compare_within_the_tolerance_is_wrong(monkeypatch):
+    value = rewards._value
+
+    def slow(parsed):
+        if 8 in parsed:
+            time.sleep(5)
+        return value(parsed)
+
+    monkeypatch.setattr(rewards, "_value", slow)
+    start = time.monotonic()
+    completions = [r"\boxed{8}", r"\boxed{7.01}"]
+    assert rewards.math(["p", "q"], completions, answer=["7", "7"], tolerance=0.01, seconds=1) == [0.0, 1.0]
+    assert time.monotonic() - start < 4
+
+
 # reasoning_gym
 
 

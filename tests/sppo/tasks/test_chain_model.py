@@ -116,7 +116,7 @@ def test_the_recipe_is_consistent():
 
 @pytest.mark.slow
 def test_quickstart_learns(cache, tmp_path):
-    """Run a smaller version of the recipe; with a learning rate of 0 the accuracy does not change."""
+    """Run a smaller version of the recipe."""
     out = tmp_path / "out"
     chains = ["--model_kwargs.length", "3", "--train_dataset.length", "3", "--eval_dataset.length", "3"]
     model = ["--model_kwargs.num_hidden_layers", "1", "--model_kwargs.batch_size", "64"]
