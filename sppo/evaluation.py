@@ -34,8 +34,8 @@ from sppo.config import SPPOConfig
 from sppo.data import text_of
 from sppo.reporting.meter import Gather, Meter
 from sppo.rewards import BUILTIN, Reward, resolve, score
-from sppo.rewards.builtin import final_answer
-from sppo.rewards.samples import score_samples
+from sppo.rewards.builtin import short_answer
+from sppo.rewards.samples import grade, score_samples
 from sppo.rollout import RolloutEngine, Sample, rollout_seed
 
 FORMAT = 1
@@ -43,8 +43,6 @@ FORMAT = 1
 
 _EVALUATION_SEED = 2**32 - 1  # takes the place of a training rollout's number in a seed
 _EQUIVALENCE_GRADERS = {BUILTIN["numeric"], BUILTIN["math"]}  # can tell that two texts are the same answer
-_MAX_VOTE_CHARS = 1000  # longer answers are degenerate repetition, which these graders also ignore
-_MAX_FAILURES_SHOWN = 3
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +131,7 @@ def evaluate(
                     temperature=temperature,
                     batch_size=batch_size,
                 )
-                _grade(samples, rows, graders, reward_weights, timeout)
+                grade(samples, rows, graders, weights=reward_weights, timeout=timeout, max_failures_shown=3)
                 new_results = [
                     _result(start + i // k, samples[i : i + k], rows[i].get("answer"), graders, timeout)
                     for i in range(0, len(rows), k)
@@ -226,30 +224,6 @@ def model_identity(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict
     return {"weights_digest": weights.hexdigest()[:16], "template_digest": _digest([tokenizer.chat_template])}
 
 
-def _grade(
-    samples: Sequence[Sample],
-    rows: Sequence[Mapping[str, Any]],
-    graders: Sequence[Reward],
-    reward_weights: Sequence[float] | None,
-    timeout: float,
-) -> None:
-    """Set the reward of each sample and log failures."""
-    scores = score(
-        graders,
-        [sample.prompt for sample in samples],
-        [sample.completion for sample in samples],
-        {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
-        weights=reward_weights,
-        timeout=timeout,
-    )
-    for sample, reward in zip(samples, scores.rewards, strict=True):
-        sample.reward = reward
-    for failure in scores.failures[:_MAX_FAILURES_SHOWN]:
-        logger.warning(failure)
-    if len(scores.failures) > _MAX_FAILURES_SHOWN:
-        logger.warning("%d more failures for %d samples", len(scores.failures) - _MAX_FAILURES_SHOWN, len(samples))
-
-
 def _result(index: int, samples: Sequence[Sample], answer: Any, graders: Sequence[Reward], timeout: float) -> Result:
     return {
         "index": index,
@@ -274,8 +248,7 @@ def _majority_is_correct(samples: Sequence[Sample], graders: Sequence[Reward], t
         return all(is_correct)
     by_text: dict[str, list[Sample]] = {}
     for sample in samples:
-        answer = final_answer(sample.prompt, sample.completion)
-        if answer and len(answer) <= _MAX_VOTE_CHARS:
+        if answer := short_answer(sample.prompt, sample.completion):
             by_text.setdefault(answer, []).append(sample)
     grader = next((grader for grader in graders if grader.target in _EQUIVALENCE_GRADERS), None)
     votes: dict[str, list[Sample]] = {}

@@ -66,7 +66,7 @@ def numeric(
 
 
 def _numeric(prompt: Any, completion: Any, truth: Any, tolerance: float | None) -> float:
-    expected, given = _last_number(str(truth)), _last_number(_short_answer(prompt, completion) or "")
+    expected, given = _last_number(str(truth)), _last_number(short_answer(prompt, completion) or "")
     if expected is None:
         raise ValueError(f"the ground truth {truth!r} contains no number")
     if tolerance is None:
@@ -109,7 +109,7 @@ def _math(prompt: Any, completion: Any, truth: str, tolerance: float | None, sec
     expected = _parse_math(truth, seconds) if is_complete else []
     if not expected:
         raise ValueError(f"math-verify cannot parse the ground truth {truth!r}")
-    answer = _short_answer(prompt, completion)
+    answer = short_answer(prompt, completion)
     if not answer:
         return 0.0
     if _base(answer) not in (None, _base(truth) or "10"):  # math-verify reads 204_5 as 204
@@ -239,8 +239,8 @@ def text_after_thinking(prompt: Any, completion: Any) -> str | None:
     return text.rpartition("</think>")[2].strip()
 
 
-def _short_answer(prompt: Any, completion: Any) -> str | None:
-    """Return the final answer unless it is too long to be one."""
+def short_answer(prompt: Any, completion: Any) -> str | None:
+    """Return the final answer, or None if there is none or it is too long to be one, as degenerate repetition is."""
     answer = final_answer(prompt, completion)
     return answer if answer is None or len(answer) <= _MAX_ANSWER_CHARS else None
 

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from sppo.rewards.worker import Expired, Outcome, RewardError
+from sppo.rewards.worker import Expired, RewardError, SampleResult
 
 LOAD_TIMEOUT = 300.0
 """Time limit for starting a worker and importing a reward's module, in seconds."""
@@ -61,7 +61,7 @@ class Worker:
             self.request({"load": spec, "cwd": cwd}, LOAD_TIMEOUT)
             self.loaded[spec] = cwd
 
-    def request(self, message: dict[str, Any], timeout: float) -> list[Outcome]:
+    def request(self, message: dict[str, Any], timeout: float) -> list[SampleResult]:
         """Send a request and wait for the reply; kill the worker after ``timeout`` seconds.
 
         Raises:
@@ -107,7 +107,7 @@ class Worker:
         self.process.wait()
 
 
-def run_within(seconds: float, work: Callable[[], list[Outcome]]) -> list[Outcome]:
+def run_within(seconds: float, work: Callable[[], list[SampleResult]]) -> list[SampleResult]:
     """Call ``work`` in this process with a time limit.
 
     Raises:
@@ -142,8 +142,8 @@ def _can_use_alarm() -> bool:
     return False
 
 
-def _run_in_thread(seconds: float, work: Callable[[], list[Outcome]]) -> list[Outcome]:
-    results: queue.SimpleQueue[list[Outcome] | RewardError] = queue.SimpleQueue()
+def _run_in_thread(seconds: float, work: Callable[[], list[SampleResult]]) -> list[SampleResult]:
+    results: queue.SimpleQueue[list[SampleResult] | RewardError] = queue.SimpleQueue()
 
     def run() -> None:
         try:

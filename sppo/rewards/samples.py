@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from transformers.utils import logging
 
 from sppo.config import SPPOConfig
-from sppo.rewards import Reward, resolve, score
+from sppo.rewards import Reward, Scores, resolve, score
 from sppo.rollout.engine import Sample
 
 logger = logging.get_logger(__name__)
 
 RewardFunction = Reward | Callable[..., Any] | str
 
-_MAX_FAILURES_SHOWN = 10  # per rollout, so that a reward that always fails does not flood the log
+
+def grade(
+    samples: Sequence[Sample],
+    rows: Sequence[Mapping[str, Any]],
+    reward_funcs: Sequence[Reward],
+    *,
+    weights: Sequence[float] | None,
+    timeout: float,
+    max_failures_shown: int = 10,
+) -> Scores:
+    """Set the reward of each sample, or None if a reward function failed on it, and log failures.
+
+    Args:
+        samples: the samples, modified in place.
+        rows: their rows of the dataset.
+        reward_funcs, weights, timeout: as in :func:`sppo.rewards.score`.
+        max_failures_shown: how many failures to log one by one, so that a reward that always fails does not flood the
+            log.
+    """
+    scores = score(
+        reward_funcs,
+        [sample.prompt for sample in samples],
+        [sample.completion for sample in samples],
+        {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
+        weights=weights,
+        timeout=timeout,
+    )
+    for sample, reward in zip(samples, scores.rewards, strict=True):
+        sample.reward = reward
+    for failure in scores.failures[:max_failures_shown]:
+        logger.warning(failure)
+    if len(scores.failures) > max_failures_shown:
+        logger.warning("%d more failures for %d samples", len(scores.failures) - max_failures_shown, len(samples))
+    return scores
 
 
 def score_samples(
@@ -41,28 +74,15 @@ def score_samples(
     Raises:
         ValueError: with ``as_probability``, a reward outside [0, 1].
     """
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    scores = score(
-        reward_funcs,
-        [s.prompt for s in samples],
-        [s.completion for s in samples],
-        columns,
-        weights=args.reward_weights,
-        timeout=args.reward_timeout,
-    )
-    for failure in scores.failures[:_MAX_FAILURES_SHOWN]:
-        logger.warning(failure)
-    if len(scores.failures) > _MAX_FAILURES_SHOWN:
-        more = len(scores.failures) - _MAX_FAILURES_SHOWN
-        logger.warning(f"{more} more failures for {len(samples)} samples; rejected_rewards counts the samples")
-    for sample, reward in zip(samples, scores.rewards, strict=True):
+    scores = grade(samples, rows, reward_funcs, weights=args.reward_weights, timeout=args.reward_timeout)
+    for sample in samples:
+        reward = sample.reward
         if as_probability and reward is not None and not 0 <= reward <= 1:
             raise ValueError(
                 f"reward must be in [0, 1], because the critic predicts it as a probability; got {reward} for the "
                 f"prompt {sample.prompt!r}. Rescale the reward functions, or set reward_weights to bring their sum "
                 "into that range."
             )
-        sample.reward = reward
     return scores.metrics()
 
 

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 
 from sppo._utils import suggest
 from sppo.rewards.limits import Worker, run_within
-from sppo.rewards.worker import Outcome, RewardError, call
+from sppo.rewards.worker import RewardError, SampleResult, call
 
 BUILTIN = {name: f"sppo.rewards.builtin:{name}" for name in ("exact", "numeric", "math", "reasoning_gym")} | {
     "unit_tests": "sppo.rewards.sandbox:unit_tests"
@@ -64,7 +64,7 @@ class Reward:
 
     def run(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any], timeout: float
-    ) -> list[Outcome]:
+    ) -> list[SampleResult]:
         """Call the reward once on a batch.
 
         Raises:
@@ -162,14 +162,14 @@ def score(
     failures: list[str] = []
     for reward, weight, name in zip(rewards, weights, names, strict=True):
         values = []
-        for i, outcome in enumerate(_score_each(reward, prompts, completions, columns, timeout)):
-            if isinstance(outcome, float):
-                values.append(outcome)
+        for i, result in enumerate(_score_each(reward, prompts, completions, columns, timeout)):
+            if isinstance(result, float):
+                values.append(result)
             else:
-                failures.append(f"reward {name!r} {outcome or 'returned None'}; prompt: {_excerpt(prompts[i])}")
+                failures.append(f"reward {name!r} {result or 'returned None'}; prompt: {_excerpt(prompts[i])}")
             if weight:
                 total = totals[i]
-                totals[i] = total + weight * outcome if isinstance(outcome, float) and total is not None else None
+                totals[i] = total + weight * result if isinstance(result, float) and total is not None else None
         means[name] = statistics.fmean(values) if values else math.nan
         stds[name] = statistics.stdev(values) if len(values) > 1 else 0.0 if values else math.nan
     # In floating point, weights such as 0.7, 0.2, 0.1 do not add up to 1; rounding makes a full reward exactly 1.
@@ -178,7 +178,7 @@ def score(
 
 def _score_each(
     reward: Reward, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any], timeout: float
-) -> list[Outcome]:
+) -> list[SampleResult]:
     """Call a reward on the batch and, if that fails, on each sample with at most a quarter of the remaining time."""
     if len(completions) == 0:
         return []
@@ -188,22 +188,22 @@ def _score_each(
         if len(completions) == 1:
             return [str(error)]
     remaining = 2 * timeout
-    outcomes: list[Outcome] = []
+    results: list[SampleResult] = []
     for i in range(len(completions)):
         if remaining < timeout / 20:
-            outcomes.append("was not called: other samples of the batch used up the time limit")
+            results.append("was not called: other samples of the batch used up the time limit")
             continue
         sample = {name: [column[i]] for name, column in columns.items()}
         try:
             reward.load()  # a worker that was killed restarts here, outside the sample's time
             start = time.monotonic()
             try:
-                outcomes += reward.run([prompts[i]], [completions[i]], sample, remaining / 4)
+                results += reward.run([prompts[i]], [completions[i]], sample, remaining / 4)
             finally:
                 remaining -= time.monotonic() - start
         except RewardError as error:
-            outcomes.append(str(error))
-    return outcomes
+            results.append(str(error))
+    return results
 
 
 def _check_length(n: int, of: str, /, **lists: Sequence[Any]) -> None:

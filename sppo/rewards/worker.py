@@ -30,7 +30,7 @@ from sppo._utils import import_object
 
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
-Outcome = float | None | str
+SampleResult = float | None | str
 """The result of a reward on one sample: its value, None if it returned None, or a description of the failure."""
 
 
@@ -48,7 +48,7 @@ def call(
     prompts: Sequence[Any],
     completions: Sequence[Any],
     columns: dict[str, Sequence[Any]],
-) -> list[Outcome]:
+) -> list[SampleResult]:
     """Call a reward function, await it if it is async, and check each value.
 
     A function that takes ``completion`` rather than ``completions`` is called once per sample, with single values.
@@ -90,7 +90,7 @@ def call(
 
 def _call_per_sample(
     function: Callable[..., Any], options: dict[str, Any], samples: list[dict[str, Any]]
-) -> list[Outcome]:
+) -> list[SampleResult]:
     """Call the function once per sample; an error affects only its sample, and async calls run concurrently."""
     results = [_result_or_error(partial(function, **sample, **options)) for sample in samples]
     if any(inspect.isawaitable(result) for result in results):
@@ -132,7 +132,7 @@ def _to_list(result: Any) -> list[Any]:
     return list(values)  # runs a generator's code
 
 
-def _check_value(value: Any) -> Outcome:
+def _check_value(value: Any) -> SampleResult:
     try:
         return _to_float(value)
     except (KeyboardInterrupt, Expired):
@@ -141,7 +141,7 @@ def _check_value(value: Any) -> Outcome:
         return _describe(error)
 
 
-def _to_float(value: Any) -> Outcome:
+def _to_float(value: Any) -> SampleResult:
     if value is None:
         return None
     try:
