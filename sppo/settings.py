@@ -44,7 +44,10 @@ class SPPOSettings:
     )
     max_tokens_per_micro_batch: int | None = field(
         default=None,
-        metadata={"help": "Maximum number of tokens per micro-batch; larger ones are split. None: no limit."},
+        metadata={
+            "help": "Maximum number of tokens per micro-batch; larger ones are split. A single longer sample is one by "
+            "itself. None: no limit."
+        },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling and of the log-probabilities."})
     top_p: float = field(
@@ -75,7 +78,11 @@ class SPPOSettings:
         default=None, metadata={"help": "Weight of each reward function. None: all 1. The sum must stay in [0, 1]."}
     )
     reward_timeout: float = field(
-        default=30.0, metadata={"help": "Time limit of a reward function per rollout, in seconds."}
+        default=30.0,
+        metadata={
+            "help": "Time limit of a reward function per call, in seconds. A batch that fails takes up to three times "
+            "as long."
+        },
     )
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Exclude completions without an end-of-sequence token from the update."}

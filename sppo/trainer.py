@@ -166,7 +166,7 @@ class SPPOTrainer(Trainer):
 
         Raises:
             ValueError: ``output_dir`` contains checkpoints and none is resumed, or the one to resume from is missing or
-                belongs to another run, or there is no ``train_dataset``.
+                belongs to another run, another process trains into ``output_dir``, or there is no ``train_dataset``.
         """
         if self.train_dataset is None:
             raise ValueError("train_dataset is None; pass one to train on")

@@ -1,1 +1,1 @@
-"""Policy and critic: the models that a run trains: construction, packed forward, LoRA, FSDP."""
+"""The models that a run trains, policy and critic: construction, packed forward, LoRA, FSDP."""

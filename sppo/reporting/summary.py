@@ -32,7 +32,8 @@ def write_report(
     Args:
         trainer: a trainer after ``train()``.
         before, after: metrics of ``trainer.evaluate()`` before and after training; empty without held-out prompts.
-        recipe: arguments of ``sppo train`` that repeat the run, for the suggested commands.
+        recipe: arguments of ``sppo train`` that repeat the run, without ``--seed`` and ``--output_dir``, for the
+            suggested commands.
         evaluation: arguments of ``sppo eval`` that evaluate its model, for the suggested commands.
 
     Returns:
