@@ -83,7 +83,7 @@ def linear_logprobs_peak(size: Size, setting: Setting) -> tuple[int, int]:
                 logits_budget_bytes=setting.logits_budget_bytes,
                 chunk_bytes=setting.chunk_bytes,
             )
-            kept_bytes = out.cached_grads.untyped_storage().nbytes()
+            kept_bytes = out.cached_probs.untyped_storage().nbytes()
             grads: tuple[Tensor, ...] = ()
             if setting.gradients:
                 grads = torch.autograd.grad(out.logprobs.sum(), (hidden, weight))

@@ -28,6 +28,7 @@ from sppo_kernels.ops.linear_policy_loss import op as linear_policy_loss_op
 from sppo_kernels.ops.policy_loss import op as policy_loss_op
 from sppo_kernels.ops.policy_loss.settings import Settings
 from sppo_kernels.ops.prompt_value import op as prompt_value_op
+from sppo_kernels.ops.row_passes import RowResults
 
 RECOMPUTED, CACHED = (
     linear_logprobs_output.RECOMPUTED,
@@ -247,7 +248,8 @@ def select_entries(logits: Tensor, labels: Tensor, *, max_entries: int, mass_tol
         temperature=torch.ones(len(labels)),
         softcap=0.0,
         mass_tolerance=mass_tolerance,
-        row_stats=None,
+        combine=None,
+        out=RowResults.empty(len(labels), labels.device),
         index=index,
         value=value,
     )

@@ -28,7 +28,7 @@ from .._validation import (
     reject,
     values_are_checked,
 )
-from ._row_kernels import ROW_PASSES, RowResults
+from .row_passes import ROW_PASSES, RowResults
 
 
 class LogprobOutput(NamedTuple):
@@ -167,15 +167,21 @@ def _selective_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the fields of RowResults from logits [B, T, V], labels [B * T] and temperature [B * T]."""
     check_label_and_temperature_values(labels, temperature, logits.shape[-1], ignore_index)
-    return ROW_PASSES[backend].forward(
-        logits=logits, labels=labels, temperature=temperature, softcap=softcap, ignore_index=ignore_index
+    out = RowResults.empty(len(labels), logits.device)
+    ROW_PASSES[backend].forward(
+        logits=logits,
+        labels=labels.contiguous(),
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        out=out,
     )
+    return out
 
 
 @_selective_logprobs.register_fake
 def _(logits, labels, temperature, *, softcap, ignore_index, backend):
-    n = labels.shape[0]
-    return RowResults(*(logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (2, n))))
+    return RowResults.empty(len(labels), logits.device)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::selective_logprobs_backward", mutates_args=())
@@ -194,10 +200,10 @@ def _selective_logprobs_backward(
 ) -> Tensor:
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     ROW_PASSES[backend].backward(
-        grad_logprobs=grad_logprobs,
-        grad_entropy=grad_entropy,
+        grad_logprobs=grad_logprobs.contiguous(),
+        grad_entropy=grad_entropy.contiguous(),
         logits=logits,
-        labels=labels,
+        labels=labels.contiguous(),
         temperature=temperature,
         entropy=entropy,
         row_stats=row_stats,

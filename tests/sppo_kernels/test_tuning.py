@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import sppo_kernels
 from sppo_kernels import reference, tuning
-from sppo_kernels.ops._row_kernels import launch_shape
+from sppo_kernels.ops.row_passes.triton.shared import launch_shape
 from sppo_kernels.tuning import TUNABLES, Config, shape_class
 
 KERNELS = ["selective_logprobs.forward", "selective_logprobs.backward", "linear_logprobs.logit_grads", "policy_loss"]

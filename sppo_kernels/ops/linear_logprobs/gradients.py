@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .matmul import Projection
-from .weighted_rows import WEIGHTED_ROWS, Entries, by_column
+from .scaled_rows import SCALED_ROWS
+from .weighted_rows import WEIGHTED_ROWS, Entries
 
 
 def same_dtype(x: Tensor) -> torch.dtype:
@@ -16,12 +19,20 @@ def same_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+class ColumnSums(NamedTuple):
+    """Gradients of which some columns of the logits have been added."""
+
+    hiddens: list[Tensor | None]  # [C, H] float32
+    new_weights: list[bool]  # whether d weight has been allocated, and not set, for these columns
+
+
 class GradientAccumulator:
     """Sums d hiddens, d weights and d bias over blocks of tokens.
 
-    d weight accumulates in float32. For float16 inputs, upstream gradients are divided by a power of two (``scale``)
-    near the largest of them: a loss averaged over 100,000 tokens leaves gradients that float16 could not represent.
-    Gradients passed to ``add`` must already be divided by what ``rescale`` returned last.
+    d weight accumulates in float32, unless ``single_product`` says that one product makes it. For float16 inputs,
+    upstream gradients are divided by a power of two (``scale``) near the largest of them: a loss averaged over 100,000
+    tokens leaves gradients that float16 could not represent. Gradients passed to ``add`` must already be divided by
+    what ``rescale`` returned last.
     """
 
     def __init__(
@@ -32,8 +43,10 @@ class GradientAccumulator:
         bias: Tensor | None,
         needs: Sequence[bool],
         hidden_dtype: torch.dtype,
+        backend: str,
     ) -> None:
         n = len(hiddens)
+        self.scaled_rows, self.weighted_rows = SCALED_ROWS[backend], WEIGHTED_ROWS[backend]
         self.projection = Projection(weights, bias)
         self.hiddens, self.weights, self.bias = hiddens, weights, bias
         self.needs_hiddens, self.needs_weights, self.needs_bias = needs[:n], needs[n:-1], needs[-1]
@@ -42,6 +55,7 @@ class GradientAccumulator:
             for x, needed in zip(hiddens, self.needs_hiddens, strict=True)
         ]
         self.grad_weights: list[Tensor | None] = [None] * n
+        self.single_product = False
         self.scaled = weights[0].dtype == torch.float16
         initial = 2.0**-100 if self.scaled else 1.0
         self.scale = torch.full((), initial, dtype=torch.float32, device=weights[0].device)
@@ -63,69 +77,123 @@ class GradientAccumulator:
             self.scale = scale
         return self.scale
 
-    def add(self, index: Tensor, logit_grads: Tensor, coefficient: Tensor | None = None) -> None:
-        """Add logit gradients [C, V] of tokens ``index``, each row multiplied by ``coefficient`` [C, 1]."""
+    def add(self, index: Tensor, hiddens: Sequence[Tensor], logit_grads: Tensor) -> None:
+        """Add logit gradients [C, V] of tokens ``index``, with hidden states [C, H]."""
+        columns = self.begin_columns()
+        self.add_columns(hiddens, logit_grads, slice(0, logit_grads.shape[1]), columns)
+        self.finish_columns(index, columns)
+
+    def begin_columns(self) -> ColumnSums:
+        """Begin to add the logit gradients of some tokens, one block of columns after the other."""
+        new = [self._allocate_weight(i, torch.empty) for i in range(len(self.weights))]
+        return ColumnSums([None] * len(self.hiddens), new)
+
+    def add_columns(self, hiddens: Sequence[Tensor], logit_grads: Tensor, columns: slice, sums: ColumnSums) -> None:
+        """Add logit gradients [C, columns] of tokens with hidden states [C, H]."""
         factor = self.projection.factor(logit_grads)
+        for i, (hidden, weight) in enumerate(zip(hiddens, self.projection.weights, strict=True)):
+            if self.needs_hiddens[i]:
+                sums.hiddens[i] = self.projection.product(factor, weight[columns], plus=sums.hiddens[i])
+            if self.needs_weights[i]:
+                self._add_to_weight(i, factor, hidden, columns, new=sums.new_weights[i])
+        if self.needs_bias:
+            self.grad_bias[columns] += logit_grads.sum(0, dtype=torch.float32)
+
+    def finish_columns(self, index: Tensor, sums: ColumnSums) -> None:
+        """Set the gradients of the hidden states of tokens ``index``, all of whose columns have been added."""
+        for grads, total in zip(self.grad_hiddens, sums.hiddens, strict=True):
+            if total is not None:
+                self.scaled_rows(out=grads, x=total, factor=self.scale, target=index)
+
+    def add_cached(self, index: Tensor, probs: Tensor, *, factors: Tensor, labels: Tensor) -> None:
+        """Add logit gradients ``factors[1] onehot(label) - factors[0] probs`` of tokens ``index``.
+
+        Args:
+            index: ``[C]``.
+            probs: ``[C, V]``, of ``CachedRows``.
+            factors: ``[2, C]``, of ``CachedRows``, times the upstream gradients.
+            labels: ``[C]``; V for one that another rank has.
+        """
+        factor = self.projection.factor(probs)
+        row, label = -factors[0], factors[1]
+        scaled = factors * self.scale
+        place, order = labels.sort(stable=True)
+        at_label = {"place": place, "weight": label[order]}
         for i, (hidden, weight) in enumerate(zip(self.hiddens, self.projection.weights, strict=True)):
             if self.needs_hiddens[i]:
-                grad = self.projection.product(factor, weight)
-                grad *= self.scale if coefficient is None else self.scale * coefficient
-                self.grad_hiddens[i][index] = grad.to(self.grad_hiddens[i].dtype)
-                del grad
-            if self.needs_weights[i]:
-                h = hidden[index] if coefficient is None else (hidden[index] * coefficient).to(hidden.dtype)
-                self.grad_weights[i] = self.projection.product(
-                    factor.t(), self.projection.factor(h), plus=self.grad_weights[i]
-                )
-        if not self.needs_bias:
-            return
-        if coefficient is None:
-            self.grad_bias += logit_grads.sum(0, dtype=torch.float32)
-        else:  # in two parts: where the coefficient is the same for all tokens, so is its rounding error
-            high = coefficient.to(logit_grads.dtype)
-            parts = torch.cat([high, (coefficient - high).to(logit_grads.dtype)], 1)
-            self.grad_bias += self.projection.product(factor.t(), self.projection.factor(parts)).sum(1)
-
-    def add_sparse(self, index: Tensor, entries: Entries, *, backend: str, tokens_per_block: int) -> None:
-        """Add sparse logit gradients of tokens ``index``, with their coefficients already multiplied in."""
-        weighted_rows = WEIGHTED_ROWS[backend]
-        columns = by_column(entries)
-        token, weight = entries.token[columns.order], entries.weight[columns.order]
-        for i, (hidden, factor) in enumerate(zip(self.hiddens, self.projection.weights, strict=True)):
-            if self.needs_hiddens[i]:
-                for first in range(0, len(index), tokens_per_block):
-                    part = index[first : first + tokens_per_block]
-                    grad = self.scale.new_zeros(len(part), hidden.shape[1])
-                    weighted_rows(
-                        out=grad,
-                        place=torch.arange(len(part), device=index.device),
-                        index=entries.column,
-                        weight=entries.weight,
-                        bounds=entries.bounds[first : first + len(part) + 1],
-                        rows=factor,
-                    )
-                    self.grad_hiddens[i][part] = grad.mul_(self.scale).to(self.grad_hiddens[i].dtype)
-                    del grad  # before the next block's
-            if self.needs_weights[i]:
-                if self.grad_weights[i] is None:
-                    self.grad_weights[i] = self.scale.new_zeros(self.weights[i].shape)
-                weighted_rows(
-                    out=self.grad_weights[i],
-                    place=columns.column,
-                    index=index[token],
+                self.scaled_rows(
+                    out=self.grad_hiddens[i],
+                    x=self.projection.product(factor, weight),
+                    factor=-scaled[0],
+                    target=index,
+                    label_factor=scaled[1],
+                    labels=labels,
                     weight=weight,
-                    bounds=columns.bounds,
-                    rows=hidden,
                 )
+            if self.needs_weights[i]:
+                h = hidden.new_empty(len(index), hidden.shape[1])
+                self.scaled_rows(out=h, x=hidden, factor=row, source=index)
+                new = self._allocate_weight(i, torch.empty)
+                self._add_to_weight(i, factor, h, slice(0, len(weight)), new=new)
+                del h
+                self.weighted_rows(out=self.grad_weights[i], index=index[order], rows=hidden, **at_label)
         if self.needs_bias:
-            weighted_rows(
-                out=self.grad_bias[:, None],
-                place=columns.column,
-                index=torch.zeros_like(token),
-                weight=weight,
-                bounds=columns.bounds,
-                rows=self.scale.new_ones(1, 1),
-            )
+            # In two parts: where the factor is the same for all tokens, so is its rounding error.
+            high = row.to(probs.dtype)
+            parts = torch.stack([high, (row - high).to(probs.dtype)], 1)
+            self.grad_bias += self.projection.product(factor.t(), self.projection.factor(parts)).sum(1)
+            self._add_to_bias(**at_label)
+
+    def add_sparse(self, index: Tensor, entries: Entries, *, tokens_per_block: int) -> None:
+        """Add sparse logit gradients of tokens ``index``, with their coefficients already multiplied in."""
+        column, order = entries.column.sort(stable=True)
+        token = index[entries.token[order]]
+        by_column = {"place": column, "weight": entries.weight[order]}
+        for i, (hidden, weight) in enumerate(zip(self.hiddens, self.projection.weights, strict=True)):
+            if self.needs_hiddens[i]:
+                for tokens, part in _blocks_of_tokens(entries, len(index), tokens_per_block):
+                    total = self.scale.new_zeros(tokens.stop - tokens.start, hidden.shape[1])
+                    place = part.token - tokens.start if tokens.start else part.token
+                    self.weighted_rows(out=total, place=place, index=part.column, weight=part.weight, rows=weight)
+                    self.scaled_rows(out=self.grad_hiddens[i], x=total, factor=self.scale, target=index[tokens])
+                    del total  # before the next block's
+            if self.needs_weights[i]:
+                self._allocate_weight(i, torch.zeros)
+                self.weighted_rows(out=self.grad_weights[i], index=token, rows=hidden, **by_column)
+        if self.needs_bias:
+            self._add_to_bias(**by_column)
+
+    def _allocate_weight(self, i: int, allocate: Callable[..., Tensor]) -> bool:
+        """Allocate d weight if it is needed and is not yet there. Return whether it was allocated.
+
+        It has its own dtype where a single product makes it. A float16 gradient waits for its scale in float32.
+        """
+        if not self.needs_weights[i] or self.grad_weights[i] is not None:
+            return False
+        own = self.single_product and self.projection.mixed and not self.scaled
+        weight = self.weights[i]
+        dtype = weight.dtype if own else torch.float32
+        self.grad_weights[i] = allocate(weight.shape, dtype=dtype, device=weight.device)
+        return True
+
+    def _add_to_weight(self, i: int, factor: Tensor, hidden: Tensor, columns: slice, *, new: bool) -> None:
+        """Add the product of logit gradients [C, columns] and hidden states [C, H], or set d weight to it if new."""
+        total = self.grad_weights[i]
+        assert total is not None
+        rows = total[columns]
+        self.projection.product(
+            factor.t(),
+            self.projection.factor(hidden),
+            plus=None if new else rows,
+            out=rows if new else None,
+            dtype=rows.dtype,
+        )
+
+    def _add_to_bias(self, *, place: Tensor, weight: Tensor) -> None:
+        """Add ``weight`` to the gradient of the bias at the sorted ``place``."""
+        ones = self.scale.new_ones(1, 1)
+        index = torch.zeros_like(place)
+        self.weighted_rows(out=self.grad_bias[:, None], place=place, index=index, weight=weight, rows=ones)
 
     def results(self, dtype_of: Callable[[Tensor], torch.dtype] = same_dtype) -> list[Tensor]:
         """Return gradients of hiddens, weights and bias; an empty tensor for one that is not needed.
@@ -140,3 +208,14 @@ class GradientAccumulator:
             for total, weight, needed in zip(self.grad_weights, self.weights, self.needs_weights, strict=True)
         ]
         return [*self.grad_hiddens, *grad_weights, (self.grad_bias * self.scale).to(dtype_of(bias))]
+
+
+def _blocks_of_tokens(entries: Entries, num_tokens: int, size: int) -> Iterator[tuple[slice, Entries]]:
+    """Yield ranges of up to ``size`` tokens, and the entries of each."""
+    if num_tokens <= size:
+        yield slice(0, num_tokens), entries
+        return
+    starts = range(0, num_tokens, size)
+    bounds = torch.searchsorted(entries.token, torch.tensor([*starts, num_tokens], device=entries.token.device))
+    for start, (first, last) in zip(starts, pairwise(bounds.tolist()), strict=True):
+        yield slice(start, min(start + size, num_tokens)), Entries(*(field[first:last] for field in entries))

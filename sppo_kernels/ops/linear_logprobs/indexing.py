@@ -6,10 +6,11 @@ everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+_MULTIPLE = 128
 
 
 def nonzero_indices(mask: Tensor) -> Tensor:
@@ -17,9 +18,22 @@ def nonzero_indices(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(-1)
 
 
-def chunks(index: Tensor, size: int) -> Sequence[Tensor]:
-    """Split indices into chunks of at most ``size``; none if there are no indices."""
-    return index.split(size) if len(index) else ()
+def partition(kind: Tensor, number: int) -> list[Tensor]:
+    """Return the indices where ``kind`` ``[N]`` is 0, 1 ... ``number - 1``. Larger kinds are left out."""
+    sizes = torch.bincount(kind, minlength=number + 1).tolist()
+    return list(kind.argsort(stable=True).split(sizes)[:number])
+
+
+def ranges(number: int, size: int) -> list[range]:
+    """Split ``range(number)`` into ranges of at most ``size`` that differ little in length.
+
+    Lengths are multiples of 128 where ``size`` is, for efficient matrix products.
+    """
+    if not number:
+        return []
+    even = -(-number // -(-number // size))
+    step = min(size, -(-even // _MULTIPLE) * _MULTIPLE)
+    return [range(first, min(first + step, number)) for first in range(0, number, step)]
 
 
 def count(mask: Tensor, without_values: int | None = None) -> int:

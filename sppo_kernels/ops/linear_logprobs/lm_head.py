@@ -1,28 +1,30 @@
 """The LM head in chunks of tokens: hidden states to log-probabilities, and their gradients back.
 
-    forward     hidden --(W^T)--> logits --(row pass)--> logprob, entropy, row maximum, log-sum
-                                  logits --(row pass)--> logit gradients: dense ones of as many tokens as the budget
-                                                         allows, or sparse ones of every token
-    backward    dense cached:     logit gradient, c
+    forward     hidden --(W^T)--> logits --(row pass)--> logprob, entropy, row maximum, log-sum; and probabilities of as
+                                                         many tokens as the budget allows, or sparse logit gradients
+    backward    cached:           probabilities, factors, c
                 sparse:           entries, c                   (weighted_rows.py)
                 recomputed:       hidden --(W^T)--> logits --(row pass)--> logit gradient times c, and the entropy's
-                logit gradient --(W)--> d hidden      logit gradient^T --(hidden)--> d weight, accumulated in float32
+                logit gradient --(W)--> d hidden      logit gradient^T --(hidden)--> d weight
 
 c is the upstream gradient of a token's log-probability, cap' the derivative of the softcap (1 without one). The logit
 gradient (onehot(label) - p) cap'(logit) does not depend on the loss: any function of the log-probabilities reaches
 token t's logits as c_t times it, divided by the temperature. Only the gradient of an entropy is not of this form, so a
 token that has one is recomputed from its logits.
 
-Logit gradients have the dtype of the inputs, as in eager PyTorch. d weight is rounded to its own dtype at the end.
+Logit gradients and probabilities have the dtype of the inputs. d weight is accumulated in float32 and rounded to its
+own dtype at the end; where a single product makes it, it is computed in its own dtype.
 
 Memory besides inputs and gradients: ``chunk_bytes`` for the logits and logit gradients of one block, 4 V H bytes for d
-weight where it is needed, and what is cached (in the PyTorch backend's forward with a dense cache up to a third of
-``chunk_bytes`` more). A block of logit gradients comes from four chunks of logits: d weight is read and written once
-per block, 8 V H bytes, which has to hide behind the 6 H V FLOPs per token of the block.
+weight where it has several contributions, and what is cached (in the PyTorch backend's forward with a cache up to a
+third of ``chunk_bytes`` more). A block of logit gradients comes from four chunks of logits: d weight is read and
+written once per block, 8 V H bytes, which has to hide behind the 6 H V FLOPs per token of the block.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -30,10 +32,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._row_kernels import ROW_PASSES, RowResults
+from ..row_passes import ROW_PASSES, RowResults
 from . import indexing, sparse, vocab_parallel
 from .auto_mode import PROBE_EVERY
-from .cache import LOGIT_GRADS, CachedLogitGrads, CachePlan, allocate
+from .cache import Cache, CachePlan, allocate
 from .gradients import GradientAccumulator, same_dtype
 from .matmul import Projection, row_stride
 from .output import CACHED, RECOMPUTED
@@ -41,35 +43,102 @@ from .weighted_rows import gather_entries
 
 _log = logging.getLogger(__name__)
 
+_LEAST_COLUMNS = (
+    4096  # of a block of the vocabulary: as many FLOPs per byte of d hidden as 2,300 tokens per byte of d weight
+)
+_RECOMPUTED, _CACHED, _SPARSE, _NO_GRADIENT = range(4)  # where the gradient of a token comes from
+
 
 class TokenResults(NamedTuple):
-    """Results of all N tokens; zeros for tokens that ``LMHead.forward`` has not computed."""
+    """Results of N tokens."""
 
-    logprobs: Tensor  # [N]
-    entropy: Tensor  # [N]
-    row_stats: Tensor  # [2, N], row maximum and log-sum
+    row: RowResults
     dropped_mass: Tensor  # [N], probability that is in no sparse entry
     num_entries: Tensor  # [N] int32: entries on this rank, or RECOMPUTED, or CACHED
 
     @classmethod
     def zeros(cls, num_tokens: int, device: torch.device) -> TokenResults:
         """Allocate results of tokens without a loss."""
-        logprobs, entropy, dropped_mass = (torch.zeros(num_tokens, device=device) for _ in range(3))
-        return cls(
-            logprobs=logprobs,
-            entropy=entropy,
-            row_stats=torch.zeros(2, num_tokens, device=device),
-            dropped_mass=dropped_mass,
-            num_entries=torch.zeros(num_tokens, dtype=torch.int32, device=device),
-        )
+        row = RowResults.empty(num_tokens, device)
+        for field in row:
+            field.zero_()
+        num_entries = torch.zeros(num_tokens, dtype=torch.int32, device=device)
+        return cls(row, dropped_mass=torch.zeros(num_tokens, device=device), num_entries=num_entries)
+
+    def set(self, tokens: Tensor, results: TokenResults) -> None:
+        """Set the results of ``tokens``."""
+        for mine, theirs in zip(
+            (*self.row, self.dropped_mass, self.num_entries),
+            (*results.row, results.dropped_mass, results.num_entries),
+            strict=True,
+        ):
+            mine.index_copy_(-1, tokens, theirs)
+
+    def among(self, num_tokens: int, tokens: Tensor) -> TokenResults:
+        """Return the results of ``num_tokens`` tokens, of which only ``tokens`` have a loss."""
+        if len(tokens) == num_tokens:
+            return self
+        everyone = TokenResults.zeros(num_tokens, tokens.device)
+        everyone.set(tokens, self)
+        return everyone
 
 
 class SavedForBackward(NamedTuple):
-    """Fields of ``TokenResults`` that ``LMHead.backward`` reads."""
+    """Results of all N tokens that ``LMHead.backward`` reads."""
 
-    entropy: Tensor
-    row_stats: Tensor
-    num_entries: Tensor
+    entropy: Tensor  # [N]
+    row_stats: Tensor  # [2, N]
+    num_entries: Tensor  # [N]
+
+
+class Batch:
+    """Tokens of a call, in its order, with labels and temperatures ``[n]``.
+
+    Args:
+        head: the hidden states, labels and temperatures of all N tokens.
+        tokens: ``[n]``, indices among these.
+    """
+
+    def __init__(self, head: LMHead, tokens: Tensor) -> None:
+        everyone = len(tokens) == len(head.labels)
+        self.start = 0  # of these tokens, among those of the call
+        self.tokens = tokens
+        self.labels = head.labels if everyone else head.labels[tokens]
+        self.temperature = head.temperature if everyone else head.temperature[tokens]
+        self._hiddens = head.hiddens
+        self._adjacent = everyone
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, first: int, last: int) -> Batch:
+        """Return tokens ``first`` to ``last`` of these."""
+        part = copy.copy(self)
+        part.start = self.start + first
+        part.tokens, part.labels, part.temperature = (
+            x[first:last] for x in (self.tokens, self.labels, self.temperature)
+        )
+        return part
+
+    def hiddens(self) -> list[Tensor]:
+        """Return their hidden states [n, H]: a view if the call has all N tokens."""
+        rows = slice(self.start, self.start + len(self)) if self._adjacent else self.tokens
+        return [hidden[rows] for hidden in self._hiddens]
+
+
+class Upstream:
+    """Upstream gradients of tokens, and what the row pass needs of their results."""
+
+    def __init__(self, tokens: Tensor, saved: SavedForBackward, *, grad_logprobs: Tensor, grad_entropy: Tensor) -> None:
+        self.grad_logprobs, self.grad_entropy = grad_logprobs[tokens], grad_entropy[tokens]
+        self.entropy, self.row_stats = saved.entropy[tokens], saved.row_stats[:, tokens]
+
+    def part(self, first: int, last: int) -> Upstream:
+        """Return those of tokens ``first`` to ``last`` of these."""
+        part = copy.copy(self)
+        for name, field in vars(self).items():
+            setattr(part, name, field[..., first:last])
+        return part
 
 
 class LMHead:
@@ -125,135 +194,130 @@ class LMHead:
     def accumulator(self, needs: Sequence[bool], hidden_dtype: torch.dtype) -> GradientAccumulator:
         """Create the accumulator of the gradients of hiddens, weights and bias that are needed."""
         return GradientAccumulator(
-            hiddens=self.hiddens, weights=self.weights, bias=self.bias, needs=needs, hidden_dtype=hidden_dtype
+            hiddens=self.hiddens,
+            weights=self.weights,
+            bias=self.bias,
+            needs=needs,
+            hidden_dtype=hidden_dtype,
+            backend=self.backend,
         )
 
     # Forward
 
-    def forward(self, tokens: Tensor, results: TokenResults, plan: CachePlan, shards: list[int]) -> CachedLogitGrads:
-        """Compute the results of ``tokens`` into ``results``. ``shards`` are the numbers of rows on each rank."""
-        cached = allocate(self.weights[0], plan, len(tokens))
-        results.num_entries[tokens] = RECOMPUTED
-        results.num_entries[tokens[: plan.num_dense]] = CACHED
+    def forward(self, tokens: Tensor, plan: CachePlan, shards: list[int]) -> tuple[TokenResults, Cache]:
+        """Compute the results of ``tokens``, and what is kept of them.
+
+        Args:
+            tokens: indices of tokens with a loss, in ascending order.
+            plan: what to keep.
+            shards: the numbers of rows on each rank.
+        """
+        n, device = len(tokens), tokens.device
+        cached = allocate(self.weights[0], plan, n)
+        results = TokenResults(
+            RowResults.empty(n, device),
+            dropped_mass=torch.zeros(n, device=device),
+            num_entries=torch.full((n,), RECOMPUTED, dtype=torch.int32, device=device),
+        )
+        results.num_entries[: plan.num_dense] = CACHED
+        batch = Batch(self, tokens)
         projection = Projection(self.weights, self.bias)
         # The PyTorch backend is for CPUs, where a matrix product copies the weight in every call, so small chunks cost
         # more per token. Without the logit gradients that backward also holds, twice as many logits fit.
         chunk_size = self.block_size(max(shards)) // (2 if self.backend == "torch" else 4)
-        workspace = projection.workspace(min(chunk_size, len(tokens)))
-        done = num_seen = 0
+        chunks = indexing.ranges(n, chunk_size)
+        workspace = projection.workspace(len(chunks[0])) if chunks else None
+        num_seen = 0
         num_need_dense = results.num_entries.new_zeros((), dtype=torch.int64)  # among those seen
         # The number of chunks is the same on each rank, whatever the size of its shard: all communicate in each chunk.
-        for index in indexing.chunks(tokens, chunk_size):
-            logits = projection.logits([hidden[index] for hidden in self.hiddens], workspace)
-            rows = slice(done, done + len(index))
+        for chunk in chunks:
+            part = batch.part(chunk.start, chunk.stop)
+            logits = projection.logits(part.hiddens(), workspace)
             if plan.sparse:
-                row = self._sparse_row_pass(
-                    logits,
-                    index,
-                    results=results,
-                    mass_tolerance=plan.mass_tolerance / len(shards),
-                    sparse_index=cached.sparse_index[rows],
-                    sparse_value=cached.sparse_value[rows],
-                )
+                self._select(logits, part, results=results, cached=cached, plan=plan, num_ranks=len(shards))
             else:
-                row = self._row_pass(logits, index)
+                self._row_pass(logits, part, results.row, cached)
                 if plan.monitor is not None:
-                    num_probed = -(-len(index) // PROBE_EVERY)
-                    num_need_dense += self._count_dense(logits, index[:num_probed], row, plan, len(shards))
+                    num_probed = -(-len(chunk) // PROBE_EVERY)
+                    num_need_dense += self._count_dense(logits, part.part(0, num_probed), plan, len(shards))
                     num_seen += num_probed
-                LOGIT_GRADS[self.backend](
-                    logits=logits,
-                    labels=self.labels[index],
-                    temperature=self.temperature[index],
-                    row_stats=row.row_stats,
-                    softcap=self.softcap,
-                    out=cached.dense[rows, : self.vocab],
-                )
-            results.logprobs[index], results.entropy[index], results.row_stats[:, index] = row
-            done += len(index)
             del logits  # before the next chunk's
         if plan.monitor is not None and plan.sparse:
-            num_need_dense, num_seen = (results.num_entries[tokens] < 0).sum(), len(tokens)
+            num_need_dense, num_seen = (results.num_entries < 0).sum(), n
         if plan.monitor is not None and num_seen:
             plan.monitor.record(num_need_dense, num_seen, self.group)
-        return cached
+        return results, cached
 
-    def _row_pass(self, logits: Tensor, index: Tensor) -> RowResults:
-        """Compute the results of tokens ``index``, over the complete vocabulary."""
-        row = ROW_PASSES[self.backend].forward(
-            logits=logits,
-            labels=self.labels[index],
-            temperature=self.temperature[index],
-            softcap=self.softcap,
-            ignore_index=self.ignore_index,
-        )
+    def _row_pass(self, logits: Tensor, batch: Batch, results: RowResults, cached: Cache) -> None:
+        """Compute the results of a chunk over the complete vocabulary, and what is cached of its first tokens."""
+        row_pass, start, n = ROW_PASSES[self.backend], batch.start, len(batch)
+        num_cached = min(max(len(cached.probs) - start, 0), n)
+        probs = cached.rows(start, num_cached, self.vocab)
+        out = results.rows(start, start + n)
+        for first, last, target in ((0, num_cached, probs), (num_cached, n, None)):
+            if first < last:
+                row_pass.forward(
+                    logits=logits[:, first:last],
+                    labels=batch.labels[first:last],
+                    temperature=batch.temperature[first:last],
+                    softcap=self.softcap,
+                    ignore_index=self.ignore_index,
+                    out=out.rows(first, last),
+                    cached=None if self.group else target,
+                )
         if self.group:
-            row = vocab_parallel.combine(self.group, row, is_local=self.labels[index] < self.vocab)
-        return row
+            self._combine(batch, out)
+            row_pass.cache(
+                logits=logits[:, :num_cached],
+                labels=batch.labels[:num_cached],
+                temperature=batch.temperature[:num_cached],
+                softcap=self.softcap,
+                row_stats=out.row_stats[:, :num_cached],
+                cached=probs,
+            )
 
-    def _sparse_row_pass(
-        self,
-        logits: Tensor,
-        index: Tensor,
-        *,
-        results: TokenResults,
-        mass_tolerance: float,
-        sparse_index: Tensor,
-        sparse_value: Tensor,
-    ) -> RowResults:
-        """Compute the results of tokens ``index``, and select their sparse logit gradients.
-
-        Selection computes the statistics of the rows itself, unless their sums come from other ranks.
-        """
-        row = self._row_pass(logits, index) if self.group else None
-        selected = self._select(
-            logits,
-            index,
-            row_stats=None if row is None else row.row_stats,
-            mass_tolerance=mass_tolerance,
-            sparse_index=sparse_index,
-            sparse_value=sparse_value,
+    def _combine(self, batch: Batch, results: RowResults) -> Tensor:
+        """Combine results over all ranks, in place. Return the probability of this shard."""
+        return vocab_parallel.combine(
+            self.group, results, temperature=batch.temperature, is_local=batch.labels < self.vocab
         )
-        results.num_entries[index], results.dropped_mass[index] = selected.num_entries, selected.dropped_mass
-        return RowResults(selected.logprobs, selected.entropy, selected.row_stats) if row is None else row
 
     def _select(
-        self,
-        logits: Tensor,
-        index: Tensor,
-        *,
-        row_stats: Tensor | None,
-        mass_tolerance: float,
-        sparse_index: Tensor,
-        sparse_value: Tensor,
-    ) -> sparse.Selected:
-        """Select sparse logit gradients. The PyTorch backend overwrites the logits."""
-        return sparse.SELECT[self.backend](
-            logits=logits,
-            labels=self.labels[index],
-            temperature=self.temperature[index],
-            softcap=self.softcap,
-            mass_tolerance=mass_tolerance,
-            row_stats=row_stats,
-            index=sparse_index,
-            value=sparse_value,
-        )
+        self, logits: Tensor, batch: Batch, *, results: TokenResults, cached: Cache, plan: CachePlan, num_ranks: int
+    ) -> None:
+        """Compute the results of a chunk, and select its sparse logit gradients.
 
-    def _count_dense(self, logits: Tensor, index: Tensor, row: RowResults, plan: CachePlan, num_ranks: int) -> Tensor:
-        """Count how many of the chunk's first tokens, ``index``, would need the dense path.
-
-        Selection runs on a copy of their logits.
+        The PyTorch backend overwrites the logits.
         """
-        scratch = allocate(self.weights[0], plan._replace(sparse=True, num_dense=0), len(index))
-        selected = self._select(
-            logits[:, : len(index)].clone(),
-            index,
-            row_stats=row.row_stats[:, : len(index)],
+        rows = slice(batch.start, batch.start + len(batch))
+        selected = sparse.SELECT[self.backend](
+            logits=logits,
+            labels=batch.labels,
+            temperature=batch.temperature,
+            softcap=self.softcap,
             mass_tolerance=plan.mass_tolerance / num_ranks,
-            sparse_index=scratch.sparse_index,
-            sparse_value=scratch.sparse_value,
+            combine=functools.partial(self._combine, batch) if self.group else None,
+            out=results.row.rows(rows.start, rows.stop),
+            index=cached.sparse_index[rows],
+            value=cached.sparse_value[rows],
         )
-        return (selected.num_entries < 0).sum()
+        results.num_entries[rows], results.dropped_mass[rows] = selected.num_entries, selected.dropped_mass
+
+    def _count_dense(self, logits: Tensor, batch: Batch, plan: CachePlan, num_ranks: int) -> Tensor:
+        """Count how many of the chunk's first tokens would need the dense path."""
+        n, plan = len(batch), plan._replace(sparse=True, num_dense=0)
+        batch.start = 0  # in results of their own
+        results = TokenResults.zeros(n, logits.device)
+        probed = logits[:, :n]
+        self._select(
+            probed.clone() if self.backend == "torch" else probed,  # which selection overwrites
+            batch,
+            results=results,
+            cached=allocate(self.weights[0], plan, n),
+            plan=plan,
+            num_ranks=num_ranks,
+        )
+        return (results.num_entries < 0).sum()
 
     # Backward
 
@@ -262,12 +326,13 @@ class LMHead:
         tokens: Tensor,
         *,
         accumulator: GradientAccumulator,
-        cached: CachedLogitGrads,
+        cached: Cache,
         saved: SavedForBackward,
         grad_logprobs: Tensor,
         grad_entropy: Tensor,
+        is_only_call: bool,
     ) -> int:
-        """Add the gradients of ``tokens`` to ``accumulator``.
+        """Add the gradients of ``tokens`` to ``accumulator``. The host waits for the device once.
 
         Args:
             tokens: indices of the tokens that ``forward`` was called with.
@@ -276,25 +341,48 @@ class LMHead:
             saved: results of all N tokens.
             grad_logprobs: ``[N]``, divided by the accumulator's scale.
             grad_entropy: ``[N]``, divided likewise.
+            is_only_call: whether all gradients come from this call.
 
         Returns:
             The number of tokens whose gradient came from ``cached``.
         """
-        has_grad = (grad_logprobs[tokens] != 0) | (grad_entropy[tokens] != 0)
-        # The cache does not cover the entropy: a token whose entropy has a gradient needs its logits again.
-        usable = has_grad & (grad_entropy[tokens] == 0)
-        in_dense = usable & (torch.arange(len(tokens), device=tokens.device) < len(cached.dense))
-        in_sparse = usable & (saved.num_entries[tokens] >= 0)
-        from_dense = indexing.nonzero_indices(in_dense) if len(cached.dense) else tokens[:0]
-        from_sparse = indexing.nonzero_indices(in_sparse) if len(cached.sparse_index) else tokens[:0]
-        recomputed = tokens[indexing.nonzero_indices(has_grad & ~in_dense & ~in_sparse)]
+        has_entropy_grad = grad_entropy[tokens] != 0
+        has_grad = (grad_logprobs[tokens] != 0) | has_entropy_grad
+        in_cache = torch.arange(len(tokens), device=tokens.device) < len(cached.probs)
+        kind = torch.where(in_cache, _CACHED, torch.where(saved.num_entries[tokens] >= 0, _SPARSE, _RECOMPUTED))
+        # What is kept does not cover the entropy: a token whose entropy has a gradient needs its logits again.
+        kind = torch.where(has_grad, torch.where(has_entropy_grad, _RECOMPUTED, kind), _NO_GRADIENT)
+        recomputed, from_cache, from_sparse = indexing.partition(kind, _NO_GRADIENT)
         _log.debug(
-            "backward: %d tokens cached, %d sparse, %d recomputed", len(from_dense), len(from_sparse), len(recomputed)
+            "backward: %d tokens cached, %d sparse, %d recomputed", len(from_cache), len(from_sparse), len(recomputed)
         )
-        coefficient = grad_logprobs / self.temperature
+        # The cache is read in place, in blocks as large as their hidden states allow, if all of it is used in the dtype
+        # that is multiplied. Otherwise blocks of rows are gathered.
+        in_place = len(from_cache) == len(cached.probs) and accumulator.projection.accepts(cached.probs.dtype)
+        cache_size = self._tokens_per_hidden_block() if in_place else self.block_size()
+        cache_blocks = indexing.ranges(len(from_cache), cache_size)
+        recomputed_blocks = indexing.ranges(len(recomputed), self.block_size())
+        columns = self._columns_per_block(len(recomputed), needs_weights=any(accumulator.needs_weights))
+        num_products = len(cache_blocks) + bool(len(from_sparse)) + (1 if columns else len(recomputed_blocks))
+        accumulator.single_product = is_only_call and num_products == 1
         # Sparse entries last: they need d weight zeroed, whereas the first product of the others creates it.
-        self._add_recomputed(recomputed, accumulator, saved, grad_logprobs, grad_entropy)
-        self._add_cached(tokens, from_dense, accumulator, cached.dense, coefficient)
+        if len(recomputed):
+            given = Upstream(tokens[recomputed], saved, grad_logprobs=grad_logprobs, grad_entropy=grad_entropy)
+            batch = Batch(self, tokens[recomputed])
+            if columns:
+                self._add_by_columns(batch, given, accumulator, columns)
+            else:
+                self._add_by_tokens(batch, given, accumulator, recomputed_blocks)
+        coefficient = grad_logprobs / self.temperature
+        for block in cache_blocks:
+            rows = from_cache[block.start : block.stop]
+            index = tokens[rows]
+            accumulator.add_cached(
+                index,
+                (cached.probs[block.start : block.stop] if in_place else cached.probs[rows])[:, : self.vocab],
+                factors=cached.factors[:, rows] * coefficient[index],
+                labels=self.labels[index],
+            )
         if len(from_sparse):
             index = tokens[from_sparse]
             entries = gather_entries(
@@ -303,56 +391,78 @@ class LMHead:
                 saved.num_entries[index],
                 coefficient[index],
             )
-            accumulator.add_sparse(
-                index, entries, backend=self.backend, tokens_per_block=self._tokens_per_hidden_block()
-            )
-        return len(from_dense) + len(from_sparse)
+            accumulator.add_sparse(index, entries, tokens_per_block=self._tokens_per_hidden_block())
+        return len(from_cache) + len(from_sparse)
 
-    def _add_cached(
-        self, tokens: Tensor, rows: Tensor, accumulator: GradientAccumulator, dense: Tensor, coefficient: Tensor
+    def _add_by_tokens(
+        self, batch: Batch, given: Upstream, accumulator: GradientAccumulator, blocks: Sequence[range]
     ) -> None:
-        """Add the gradients of rows of the dense cache.
-
-        It is read in place, in blocks as large as their hidden states allow, if all of it is used in the dtype that is
-        multiplied. Otherwise blocks of rows are gathered.
-        """
-        in_place = len(rows) == len(dense) and accumulator.projection.accepts(dense.dtype)
-        size = self._tokens_per_hidden_block() if in_place else self.block_size()
-        for i, part in enumerate(indexing.chunks(rows, size)):
-            block = dense[i * size : (i + 1) * size] if in_place else dense[part]
-            accumulator.add(tokens[part], block[:, : self.vocab], coefficient[tokens[part]].unsqueeze(-1))
-            del block  # before the next one
-
-    def _add_recomputed(
-        self,
-        tokens: Tensor,
-        accumulator: GradientAccumulator,
-        saved: SavedForBackward,
-        grad_logprobs: Tensor,
-        grad_entropy: Tensor,
-    ) -> None:
-        """Add the gradients of tokens whose logits are computed again."""
-        size = self.block_size()
-        workspace = accumulator.projection.workspace(min(size // 4, len(tokens)))
-        blocks = self.weights[0].new_empty(min(size, len(tokens)), row_stride(self.vocab))
-        for index in indexing.chunks(tokens, size):
-            logit_grads = blocks[: len(index), : self.vocab]
-            for part, rows in zip(index.split(size // 4), logit_grads.split(size // 4), strict=True):
-                logits = accumulator.projection.logits([hidden[part] for hidden in self.hiddens], workspace)
-                ROW_PASSES[self.backend].backward(
-                    grad_logprobs=grad_logprobs[part],
-                    grad_entropy=grad_entropy[part],
-                    logits=logits,
-                    labels=self.labels[part],
-                    temperature=self.temperature[part],
-                    entropy=saved.entropy[part],
-                    row_stats=saved.row_stats[:, part],
-                    softcap=self.softcap,
-                    ignore_index=self.ignore_index,
-                    grad_logits=rows.unsqueeze(0),
+        """Add the gradients of tokens whose logits are computed again, block by block of tokens."""
+        largest = max(map(len, blocks))
+        size = max(1, self.block_size() // 4)
+        workspace = accumulator.projection.workspace(min(size, largest))
+        buffer = self.weights[0].new_empty(largest, row_stride(self.vocab))
+        for block in blocks:
+            logit_grads = buffer[: len(block), : self.vocab]
+            for first in range(block.start, block.stop, size):
+                last = min(first + size, block.stop)
+                part = batch.part(first, last)
+                logits = accumulator.projection.logits(part.hiddens(), workspace)
+                self._row_pass_backward(
+                    logits, part, given.part(first, last), logit_grads[first - block.start : last - block.start]
                 )
                 del logits  # before the next chunk's, and before the products
-            accumulator.add(index, logit_grads)
+            rows = batch.part(block.start, block.stop)
+            accumulator.add(rows.tokens, rows.hiddens(), logit_grads)
+
+    def _add_by_columns(self, batch: Batch, given: Upstream, accumulator: GradientAccumulator, size: int) -> None:
+        """Add the gradients of tokens whose logits are computed again, block by block of the vocabulary.
+
+        The log-sum-exp is known, so a block of columns needs no other. It completes its rows of d weight in one
+        product, and d hidden accumulates.
+        """
+        n, hiddens = len(batch), batch.hiddens()
+        workspace = accumulator.projection.workspace(n, size)
+        buffer = self.weights[0].new_empty(n, row_stride(size))
+        sums = accumulator.begin_columns()
+        for first in range(0, self.vocab, size):
+            columns = slice(first, min(first + size, self.vocab))
+            logit_grads = buffer[:, : columns.stop - columns.start]
+            logits = accumulator.projection.logits(hiddens, workspace, columns)
+            self._row_pass_backward(logits, batch, given, logit_grads, first_column=first)
+            del logits
+            accumulator.add_columns(hiddens, logit_grads, columns, sums)
+        accumulator.finish_columns(batch.tokens, sums)
+
+    def _columns_per_block(self, num_tokens: int, *, needs_weights: bool) -> int:
+        """Return how many columns of the logits of ``num_tokens`` tokens to compute again at a time.
+
+        Each block of columns reads and writes the sums of d hidden, 8 H bytes per token, which has to hide behind the
+        6 H FLOPs per token and column. 0 if blocks of tokens are better: d weight is not needed, or there are too many
+        tokens for blocks of columns that are wide enough.
+        """
+        if not num_tokens or not needs_weights:
+            return 0
+        row = num_tokens * (4 + self.weights[0].itemsize)
+        fit = max(self.chunk_bytes // 4, min(self.chunk_bytes, _LEAST_COLUMNS * row)) // row
+        return min(fit // 64 * 64, self.vocab) if fit >= min(_LEAST_COLUMNS, self.vocab) else 0
+
+    def _row_pass_backward(
+        self, logits: Tensor, batch: Batch, given: Upstream, logit_grads: Tensor, first_column: int = 0
+    ) -> None:
+        """Compute the gradients of logits, which begin at ``first_column``."""
+        ROW_PASSES[self.backend].backward(
+            grad_logprobs=given.grad_logprobs,
+            grad_entropy=given.grad_entropy,
+            logits=logits,
+            labels=batch.labels - first_column if first_column else batch.labels,
+            temperature=batch.temperature,
+            entropy=given.entropy,
+            row_stats=given.row_stats,
+            softcap=self.softcap,
+            ignore_index=sparse.NO_IGNORE_INDEX,
+            grad_logits=logit_grads.unsqueeze(0),
+        )
 
     def reduce_hidden_grads(
         self,

@@ -39,12 +39,19 @@ class Projection:
         """Convert ``x`` to the dtype that ``product`` multiplies."""
         return x if self.mixed else x.float()
 
-    def product(self, a: Tensor, b: Tensor, plus: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """Compute ``a b + plus`` in float32, overwriting ``plus``.
+    def product(
+        self,
+        a: Tensor,
+        b: Tensor,
+        plus: Tensor | None = None,
+        out: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Compute ``a b + plus`` in ``dtype``, overwriting ``plus``. A dtype other than float32 is that of the factors.
 
         No second tensor of that size is allocated, unless it has one row.
         """
-        out_dtype: dict[str, Any] = {"out_dtype": torch.float32} if self.mixed else {}
+        out_dtype: dict[str, Any] = {"out_dtype": dtype} if self.mixed and dtype == torch.float32 else {}
         with without_autocast(a.device):
             if plus is None:
                 return torch.mm(a, b, **out_dtype, out=out)
@@ -52,24 +59,28 @@ class Projection:
                 return plus.add_(torch.mm(a, b, **out_dtype))
             return torch.addmm(plus, a, b, **out_dtype, out=plus)
 
-    def workspace(self, tokens: int) -> Tensor | None:
-        """Allocate memory for the logits of successive chunks on a CPU; None elsewhere, where the allocator reuses it.
+    def workspace(self, tokens: int, columns: int | None = None) -> Tensor | None:
+        """Allocate memory for the logits of successive blocks on a CPU; None elsewhere, where the allocator reuses it.
 
         On a CPU the system clears each new page first, which takes a third of the time of the product.
         """
-        return self._allocate(tokens) if self.weights[0].device.type == "cpu" and not self.mixed else None
+        if self.weights[0].device.type != "cpu" or self.mixed:
+            return None
+        return self._allocate(tokens, len(self.weights[0]) if columns is None else columns)
 
-    def _allocate(self, tokens: int) -> Tensor:
-        """Allocate [tokens, V] float32 with rows ``row_stride(V)`` apart."""
-        weight = self.weights[0]
-        return weight.new_empty(tokens, row_stride(len(weight)), dtype=torch.float32)[:, : len(weight)]
+    def _allocate(self, tokens: int, columns: int) -> Tensor:
+        """Allocate [tokens, columns] float32 with rows ``row_stride(columns)`` apart."""
+        return self.weights[0].new_empty(tokens, row_stride(columns), dtype=torch.float32)[:, :columns]
 
-    def logits(self, hiddens: Sequence[Tensor], workspace: Tensor | None = None) -> Tensor:
-        """Compute the logits of a chunk, [1, C, V] float32, in ``workspace`` if given."""
-        tokens = len(hiddens[0])
-        out = self._allocate(tokens) if workspace is None else workspace[:tokens]
+    def logits(
+        self, hiddens: Sequence[Tensor], workspace: Tensor | None = None, columns: slice = slice(None)
+    ) -> Tensor:
+        """Compute columns of the logits of C tokens, [1, C, columns] float32, in ``workspace`` if given."""
+        weights = [weight[columns] for weight in self.weights]
+        shape = len(hiddens[0]), len(weights[0])
+        out = self._allocate(*shape) if workspace is None else workspace[: shape[0], : shape[1]]
         logits = None
-        for hidden, weight in zip(hiddens, self.weights, strict=True):
+        for hidden, weight in zip(hiddens, weights, strict=True):
             logits = self.product(self.factor(hidden), weight.t(), plus=logits, out=out)
         assert logits is not None
-        return (logits if self.bias is None else logits.add_(self.bias)).unsqueeze(0)
+        return (logits if self.bias is None else logits.add_(self.bias[columns])).unsqueeze(0)

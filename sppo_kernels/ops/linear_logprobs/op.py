@@ -13,8 +13,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ..._backend import NAMESPACE, OPS
 from ..selective_logprobs import check_label_and_temperature_values
 from . import auto_mode, indexing, vocab_parallel
-from .cache import CachedLogitGrads, plan_cache
-from .lm_head import LMHead, SavedForBackward, TokenResults
+from .cache import Cache, plan_cache
+from .lm_head import LMHead, SavedForBackward
 from .matmul import row_stride
 from .output import RECOMPUTED, ForwardOutput
 
@@ -38,7 +38,7 @@ def forward(
     max_entries: int,
     group: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the fields of ForwardOutput. Arguments are those of ``Arguments``."""
     vocab = weights[0].shape[0]
     shards = vocab_parallel.sizes(group, vocab, labels.device)
@@ -69,24 +69,30 @@ def forward(
         shards=shards,
         entropies=True,
     )
-    kept = f"up to {max_entries} sparse entries per token" if plan.sparse else f"{plan.num_dense} dense logit gradients"
+    kept = (
+        f"up to {max_entries} sparse entries per token"
+        if plan.sparse
+        else f"the probabilities of {plan.num_dense} tokens"
+    )
     _log.debug("forward: %d of %d tokens have a loss, keeping %s (%s)", len(tokens), len(labels), kept, backward)
-    results = TokenResults.zeros(len(labels), labels.device)
-    cached = head.forward(tokens, results, plan, shards)
+    results, cached = head.forward(tokens, plan, shards)
+    results = results.among(len(labels), tokens)
     num_entries, dropped_mass = results.num_entries.clone(), results.dropped_mass
     if group and plan.sparse:
         num_entries, dropped_mass = reduce_certificate(group, results.num_entries, results.dropped_mass)
     return ForwardOutput(
-        logprobs=results.logprobs,
-        entropy=results.entropy,
-        row_stats=results.row_stats,
+        logprobs=results.row.logprobs,
+        entropy=results.row.entropy,
+        row_stats=results.row.row_stats,
         dropped_mass=dropped_mass,
         num_entries=num_entries,
-        cached_grads=cached.dense,
+        cached_probs=cached.probs,
+        cached_factors=cached.factors,
         sparse_index=cached.sparse_index,
         sparse_value=cached.sparse_value,
         local_num_entries=results.num_entries,
         first_row=first_row,
+        tokens=tokens,
     )
 
 
@@ -118,11 +124,13 @@ def _(hiddens, weights, bias, labels, temperature, *, backward, max_entries, **s
         row_stats=new(2, n),
         dropped_mass=new(n),
         num_entries=new(n, dtype=torch.int32),
-        cached_grads=weights[0].new_empty(num_dense, row_stride(len(weights[0]))),
+        cached_probs=weights[0].new_empty(num_dense, row_stride(len(weights[0]))),
+        cached_factors=new(2, num_dense),
         sparse_index=new(sparse, max_entries, dtype=torch.int32),
         sparse_value=new(sparse, max_entries),
         local_num_entries=new(n, dtype=torch.int32),
         first_row=labels.new_empty(1),
+        tokens=labels.new_empty(_size_known_at_run_time(at_most=n)),
     )
 
 
@@ -143,11 +151,13 @@ def backward_pass(
     temperature: Tensor,
     entropy: Tensor,
     row_stats: Tensor,
-    cached_grads: Tensor,
+    cached_probs: Tensor,
+    cached_factors: Tensor,
     sparse_index: Tensor,
     sparse_value: Tensor,
     local_num_entries: Tensor,
     first_row: Tensor,
+    tokens: Tensor,
     *,
     needs: list[bool],
     softcap: float,
@@ -172,7 +182,6 @@ def backward_pass(
         backend=backend,
         first_row=first_row,
     )
-    tokens = indexing.nonzero_indices(head.loss_mask)
     has_entropy_grad = head.loss_mask & (grad_entropy != 0)
     has_grad = head.loss_mask & (grad_logprobs != 0) | has_entropy_grad
     monitor = auto_mode.find(auto_key, weights[0]) if backward == "auto" else None
@@ -184,14 +193,15 @@ def backward_pass(
     num_served = head.backward(
         tokens,
         accumulator=accumulator,
-        cached=CachedLogitGrads(cached_grads, sparse_index, sparse_value),
+        cached=Cache(cached_probs, cached_factors, sparse_index, sparse_value),
         saved=SavedForBackward(entropy=entropy, row_stats=row_stats, num_entries=local_num_entries),
         grad_logprobs=grad_logprobs / scale,
         grad_entropy=grad_entropy / scale,
+        is_only_call=True,
     )
-    if len(cached_grads) and not num_served and has_grad[tokens[: len(cached_grads)]].any():
+    if len(cached_probs) and not num_served and has_grad[tokens[: len(cached_probs)]].any():
         warnings.warn(
-            f"linear_logprobs cached {cached_grads.nbytes} bytes for nothing: the entropies have gradients, for which "
+            f"linear_logprobs cached {cached_probs.nbytes} bytes for nothing: the entropies have gradients, for which "
             "the logits are computed again; pass backward='recompute'",
             stacklevel=1,  # autograd's thread has no caller
         )
@@ -224,11 +234,13 @@ def _save(ctx, inputs, keyword_only_inputs, output):
         "temperature": temperature,
         "entropy": output.entropy,
         "row_stats": output.row_stats,
-        "cached_grads": output.cached_grads,
+        "cached_probs": output.cached_probs,
+        "cached_factors": output.cached_factors,
         "sparse_index": output.sparse_index,
         "sparse_value": output.sparse_value,
         "local_num_entries": output.local_num_entries,
         "first_row": output.first_row,
+        "tokens": output.tokens,
     }
     ctx.names = tuple(saved)
     ctx.save_for_backward(*hiddens, *weights, *saved.values())
@@ -275,11 +287,13 @@ def _backward_flops(
     temperature,
     entropy,
     row_stats,
-    cached_grads,
+    cached_probs,
+    cached_factors,
     sparse_index,
     sparse_value,
     local_num_entries,
     first_row,
+    tokens,
     *,
     needs,
     ignore_index,
@@ -288,10 +302,10 @@ def _backward_flops(
     loss_mask = labels != ignore_index
     has_grad = loss_mask & ((grad_logprobs != 0) | (grad_entropy != 0))
     is_sparse = local_num_entries >= 0
-    is_kept = (loss_mask.cumsum(0) <= len(cached_grads)) | is_sparse
+    is_kept = (loss_mask.cumsum(0) <= len(cached_probs)) | is_sparse
     num_recomputed = indexing.count(
         has_grad & ~(is_kept & (grad_entropy == 0)),
-        without_values=len(labels) - len(cached_grads) - len(sparse_index),
+        without_values=len(labels) - len(cached_probs) - len(sparse_index),
     )
     num_dense = indexing.count(
         has_grad & ~(is_sparse & (grad_entropy == 0)), without_values=len(labels) - len(sparse_index)

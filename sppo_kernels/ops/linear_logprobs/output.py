@@ -20,7 +20,7 @@ class Certificate(NamedTuple):
             ``|c| dropped_mass / temperature`` in the L1 norm, apart from float32 rounding (which exceeds a tolerance
             below 1e-6).
         num_entries: ``[...]`` int32, the number of sparse entries; 0 for a token without a loss; -2 if the token's
-            logit gradient is cached, -1 if its logits are recomputed. With ``group`` a token has -1 if that is so on
+            probabilities are cached, -1 if its logits are recomputed. With ``group`` a token has -1 if that is so on
             any rank, and -2 as on this one.
     """
 
@@ -44,7 +44,7 @@ class Certificate(NamedTuple):
 
     @property
     def cached_share(self) -> Tensor:
-        """Share of the tokens with a loss whose dense logit gradient is cached, 0-d in [0, 1]."""
+        """Share of the tokens with a loss whose probabilities are cached, 0-d in [0, 1]."""
         return (self.num_entries == CACHED).sum() / self._num_tokens
 
     @property
@@ -70,11 +70,13 @@ class ForwardOutput(NamedTuple):
 
     logprobs: Tensor  # [N]
     entropy: Tensor  # [N]
-    row_stats: Tensor  # [2, N], row maximum and log-sum
+    row_stats: Tensor  # [2, N], of RowResults
     dropped_mass: Tensor  # [N], of the certificate
     num_entries: Tensor  # [N] int32, of the certificate
-    cached_grads: Tensor  # [num_dense, row_stride(V)]
+    cached_probs: Tensor  # [num_dense, row_stride(V)]
+    cached_factors: Tensor  # [2, num_dense]
     sparse_index: Tensor  # [T or 0, max_entries] int32
     sparse_value: Tensor  # [T or 0, max_entries]
     local_num_entries: Tensor  # [N] int32, on this rank
     first_row: Tensor  # [1] int64, of this rank's shard
+    tokens: Tensor  # [T] int64, indices of the tokens with a loss

@@ -10,18 +10,20 @@ by at most |c| dropped_mass / tau, summed over the row, for any loss (cap' is at
 Selection, row by row of a chunk of logits [C, V], with K = max_entries:
 
     1  collect as candidates all p > mass_tolerance / K, by comparing logits with the true log-sum-exp that the forward
-       pass of selective_logprobs has computed; sum up the rest
+       pass of selective_logprobs has computed; what they leave out is the rest
     2  find by bisection the largest threshold below which the candidates and the rest sum up to at most
        mass_tolerance; there are at most 4 K candidates, or the next larger power of two, held in registers
     3  write the candidates above the threshold, in the order of the vocabulary
 
-    traffic per row   4 V bytes read once more than without selection; per candidate its column written and read and
-                      its logit read again; 8 bytes per entry kept. Dense logit gradients read 4 V again and write 2 V.
+The forward pass leaves the largest logit of each group of four columns (``GroupMaxima``). Step 1 reads these, and then
+only the groups that can hold a candidate.
 
-A row so flat that K entries could not suffice is not read again. (The PyTorch backend has a block of rows in the cache,
+    traffic per row   V / 2 bytes written and read, 16 bytes read per group with a candidate; per candidate its column
+                      written and read and its logit read again; 8 bytes per entry kept
+
+A row so flat that K entries could not suffice is not looked at. (The PyTorch backend has a block of rows in the cache,
 where a second look costs no traffic.) A token that needs more than K entries, or whose candidates leave out too much,
 has a count of -1 and takes the dense path.
-
 """
 
 from __future__ import annotations
@@ -34,13 +36,12 @@ import torch
 from torch import Tensor
 
 from ..._backend import HAS_TRITON
-from ...tuning import Config
-from .._row_kernels import (
-    ROW_PASSES,
+from ..row_passes import ROW_PASSES
+from ..row_passes.torch import (
+    capped_rows,
     row_statistics,
     rows_per_block,
     safe_labels,
-    scaled_rows,
     softcap_derivative,
 )
 
@@ -49,20 +50,18 @@ if HAS_TRITON:
     import triton.language as tl
 
     from ..._triton_utils import launch
-    from .._row_kernels import fitted, scaled_block, scaled_logits
+    from ..row_passes.triton import GroupMaxima
+    from ..row_passes.triton.shared import LOG2_E, capped, load_capped
 
 MAX_ENTRIES = 1024
-_BISECTIONS = 16  # of some 20 nats: the threshold is within a thousandth of the best
-_NATS_BELOW_FLOOR = 12.0  # where that search begins
-_NO_IGNORE_INDEX = 1 - 2**31  # ignores nothing: all tokens here have a loss
+_BISECTIONS = 16  # of some 26 powers of two: the threshold is within a thousandth of the best
+_LOG2_BELOW_FLOOR = 17.0  # where that search begins
+NO_IGNORE_INDEX = 1 - 2**31  # ignores nothing: all tokens here have a loss
 
 
 class Selected(NamedTuple):
-    """Results of selection for C tokens, in addition to the entries."""
+    """Results of the selection for C tokens, in addition to the entries."""
 
-    logprobs: Tensor  # [C]
-    entropy: Tensor  # [C]
-    row_stats: Tensor  # [2, C]
     num_entries: Tensor  # [C] int32; -1 where entries do not suffice
     dropped_mass: Tensor  # [C], probability left out; 0 where there are no entries
 
@@ -85,33 +84,43 @@ class Candidates(NamedTuple):
 # PyTorch backend: a block of rows stays in the cache, so that reading it once more costs no traffic
 
 
-def _torch_select(*, logits, labels, temperature, softcap, mass_tolerance, row_stats, index, value):
+def _torch_select(*, logits, labels, temperature, softcap, mass_tolerance, combine, out, index, value):
     """Select entries of logits [1, C, V], which are overwritten, into index and value [C, K]. Returns Selected.
 
-    ``row_stats`` [2, C] are those of the complete rows where the logits are one shard of them, else None.
+    Also fills ``out``, a ``RowResults``. ``combine`` replaces the results of a shard of the rows in it by those of
+    complete rows, and returns the probability of the shard; None if the rows are complete.
     """
     n, vocab = len(labels), logits.shape[-1]
-    complete = row_stats is None
-    logprobs, entropy, rest = (logits.new_empty(n) for _ in range(3))
-    row_stats = logits.new_empty(2, n) if complete else row_stats
+    rest = logits.new_empty(n)
+    if combine is not None:
+        ROW_PASSES["torch"].forward(
+            logits=logits,
+            labels=labels,
+            temperature=temperature,
+            softcap=softcap,
+            ignore_index=NO_IGNORE_INDEX,
+            out=out,
+        )
+        combine(out)
     height = min(n, rows_per_block(vocab))
     buffer = logits.new_empty(height, vocab)
     candidates = []
     for first in range(0, n, height):
         rows = slice(first, min(n, first + height))
-        z, ratio = scaled_rows(logits[0, rows], temperature[rows], softcap)
+        z = logits[0, rows]
+        ratio = capped_rows(z, softcap)
         e = buffer[: len(z)]
-        if complete:
-            row_stats[0, rows], target, total = row_statistics(z, labels[rows], e)
-            row_stats[1, rows] = total.log()
-            logprobs[rows] = target - row_stats[1, rows]
-            entropy[rows] = row_stats[1, rows] - z.mul_(e).sum(-1) / total
+        if combine is None:
+            out.row_stats[0, rows], target, total = row_statistics(z, labels[rows], temperature[rows], e)
+            out.row_stats[1, rows] = total.log()
+            out.logprobs[rows] = target - out.row_stats[1, rows]
+            out.entropy[rows] = out.row_stats[1, rows] - z.mul_(e).sum(-1) / total
         else:
-            total = row_stats[1, rows].exp()
-            torch.exp(z.sub_(row_stats[0, rows, None]), out=e)
+            total = out.row_stats[1, rows].exp()
+            torch.exp(z.sub_(out.row_stats[0, rows, None]).div_(temperature[rows, None]), out=e)
         found = _collect_candidates(
             e,
-            mass=total if complete else e.sum(-1),
+            mass=total if combine is None else e.sum(-1),
             total=total,
             labels=labels[rows],
             mass_tolerance=mass_tolerance,
@@ -124,7 +133,7 @@ def _torch_select(*, logits, labels, temperature, softcap, mass_tolerance, row_s
     num_entries, dropped_mass = _fill(
         Candidates.cat(candidates), rest=rest, mass_tolerance=mass_tolerance, index=index, value=value
     )
-    return Selected(logprobs, entropy, row_stats, num_entries, dropped_mass)
+    return Selected(num_entries, dropped_mass)
 
 
 def _collect_candidates(
@@ -177,13 +186,13 @@ def _fill(
     def left_out(threshold: Tensor) -> Tensor:
         return rest.index_add(0, row, torch.where(optional <= threshold[row], optional, 0.0))
 
-    low = torch.full_like(rest, math.log(mass_tolerance / max_entries) - _NATS_BELOW_FLOOR)
-    high = torch.full_like(rest, math.log(mass_tolerance))
+    low = torch.full_like(rest, math.log2(mass_tolerance / max_entries) - _LOG2_BELOW_FLOOR)
+    high = torch.full_like(rest, math.log2(mass_tolerance))
     threshold = torch.zeros_like(rest)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        fine = left_out(middle.exp()) <= mass_tolerance
-        threshold = torch.where(fine, middle.exp(), threshold)
+        fine = left_out(middle.exp2()) <= mass_tolerance
+        threshold = torch.where(fine, middle.exp2(), threshold)
         low, high = torch.where(fine, middle, low), torch.where(fine, high, middle)
     dropped = left_out(threshold)
     keep = (optional > threshold[row]) | is_label
@@ -200,66 +209,105 @@ SELECT: dict[str, Callable[..., Selected]] = {"torch": _torch_select}
 
 
 if HAS_TRITON:
+    _MINUS_INF: tl.constexpr = tl.constexpr(-128)  # the upper half of -inf in float32
+    _TILE = 2048  # groups
 
     @triton.jit
-    def _append(candidate_ptr, column, near, found, MAX_CANDIDATES: tl.constexpr):
-        """Store the columns that are near after the ``found`` ones, up to MAX_CANDIDATES. Return the new count."""
+    def _append(list_ptr, item, near, found, MAX_ITEMS: tl.constexpr):
+        """Store the items that are near after the ``found`` ones, up to MAX_ITEMS. Return the new count."""
         place = found + tl.cumsum(near.to(tl.int32), 0) - 1
-        tl.store(candidate_ptr + place, column, mask=near & (place < MAX_CANDIDATES))
+        tl.store(list_ptr + place, item, mask=near & (place < MAX_ITEMS))
         return tl.max(place, 0) + 1
 
-    _CANDIDATES_CONFIG = Config(1024, 8)  # four elements per thread: 16 bytes, and registers left for the scan
+    @triton.jit
+    def _log2_p(x_ptr, column, mask, top, c, log2_total, softcap, HAS_SOFTCAP: tl.constexpr):
+        """Compute log2 p of columns, and the derivative of the cap (unused without one)."""
+        y, slope = capped(tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32), softcap, HAS_SOFTCAP)
+        return (y - top) * c - log2_total, slope
 
     # Step 1, one program per row. A launch of its own, since steps 2 and 3 need a number of threads that depends on K.
-    @triton.jit(do_not_specialize=["N"])
+    @triton.jit(do_not_specialize=["stride_stat"])
     def linear_logprobs_candidates_kernel(
         x_ptr,
         label_ptr,
         tau_ptr,
         stat_ptr,
+        mass_ptr,
+        maxima_ptr,
+        group_ptr,
         candidate_ptr,
         found_ptr,
         left_out_ptr,
         stride_x,
         stride_tau,
-        N,
+        stride_stat,
+        stride_maxima,
         V,
         softcap,
         tolerance,
-        log_floor,
+        log2_floor,
         K,
-        COMPLETE_ROWS: tl.constexpr,
         HAS_SOFTCAP: tl.constexpr,
         MAX_CANDIDATES: tl.constexpr,
-        BLOCK: tl.constexpr,
+        GROUP: tl.constexpr,
+        HALF: tl.constexpr,
+        TILE: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
-        m = tl.load(stat_ptr + row)
-        log_total = tl.load(stat_ptr + N + row)
-        if COMPLETE_ROWS and K * tl.exp(-log_total) < 1.0 - tolerance:  # K times the largest p are not enough
-            tl.store(found_ptr + row, 0)
-            tl.store(left_out_ptr + row, 1.0)
-            return
+        top = tl.load(stat_ptr + row)
+        log2_total = tl.load(stat_ptr + stride_stat + row) * LOG2_E
+        if mass_ptr is None:
+            mass = 1.0
+            if K * tl.exp2(-log2_total) < 1.0 - tolerance:  # K times the largest p are not enough
+                tl.store(found_ptr + row, 0)
+                tl.store(left_out_ptr + row, 1.0)
+                return
+        else:
+            mass = tl.load(mass_ptr + row)
         x_ptr += row * stride_x
+        group_ptr += row * MAX_CANDIDATES
         candidate_ptr += row * MAX_CANDIDATES
-        tau = tl.load(tau_ptr + row * stride_tau)
+        c = LOG2_E / tl.load(tau_ptr + row * stride_tau)
         label = tl.load(label_ptr + row)
-        label = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)  # -1, no column, if it is on another rank
-        lanes = tl.arange(0, BLOCK)
+        in_range = (label >= 0) & (label < V)
+        label = tl.where(in_range, label, -GROUP).to(tl.int32)  # in no group, if it is on another rank
+        origin, _ = load_capped(x_ptr + tl.where(in_range, label, 0), softcap, HAS_SOFTCAP)
+        # A little below the floor: what is in these groups is compared exactly afterwards.
+        margin = 0.01 / c + 1e-6 * (tl.abs(top) + tl.abs(origin))
+        floor = (top - origin) + (log2_floor + log2_total) / c - margin
+        # Groups i and i + HALF of each block share a word.
+        lane = tl.arange(0, TILE)
+        half_word = lane // (2 * HALF) * (2 * HALF) + 2 * (lane % HALF) + lane // HALF % 2
+        maxima_ptr = (maxima_ptr + row * stride_maxima).to(tl.pointer_type(tl.int16))
+        groups = 2 * stride_maxima
         found = tl.zeros([], tl.int32)
-        beyond = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, V, BLOCK):
-            z, _ = scaled_block(x_ptr, start, 1, V, softcap, tau, HAS_SOFTCAP, BLOCK)
-            log_p = z - m - log_total
-            near = (log_p > log_floor) | (lanes == label - start)
-            beyond += tl.where(near, 0.0, tl.exp(log_p))
-            if (tl.max(log_p, 0) > log_floor) | ((label >= start) & (label < start + BLOCK)):
-                found = _append(candidate_ptr, start + lanes, near, found, MAX_CANDIDATES)
+        for start in range(0, groups, TILE):
+            bits = tl.load(maxima_ptr + start + half_word, mask=start + lane < groups, other=_MINUS_INF)
+            largest = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+            of_label = label // GROUP - start
+            if (tl.max(largest, 0) > floor) | ((of_label >= 0) & (of_label < TILE)):
+                near = (largest > floor) | (lane == of_label)
+                found = _append(group_ptr, start + lane, near, found, MAX_CANDIDATES)
+        tl.debug_barrier()  # other threads have stored the groups that this one reads
+        many = found > MAX_CANDIDATES
+        groups = tl.where(many, 0, found)
+        found = tl.where(many, MAX_CANDIDATES + 1, 0)
+        collected = tl.zeros([TILE // GROUP, GROUP], tl.float32)
+        for start in range(0, groups, TILE // GROUP):
+            place = start + tl.arange(0, TILE // GROUP)
+            group = tl.load(group_ptr + place, mask=place < groups, other=0)
+            column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+            mask = (place < groups)[:, None] & (column < V)
+            log2_p, _slope = _log2_p(x_ptr, column, mask, top, c, log2_total, softcap, HAS_SOFTCAP)
+            near = mask & ((log2_p > log2_floor) | (column == label))
+            collected += tl.where(near, tl.exp2(log2_p), 0.0)
+            found = _append(candidate_ptr, tl.reshape(column, [TILE]), tl.reshape(near, [TILE]), found, MAX_CANDIDATES)
         tl.store(found_ptr + row, found)
-        tl.store(left_out_ptr + row, tl.sum(beyond, 0))
+        # The difference of numbers near 1 has an error near 1e-7, which the certificate does not count.
+        tl.store(left_out_ptr + row, tl.maximum(mass - tl.sum(tl.sum(collected, 1), 0), 0.0))
 
     # Steps 2 and 3, one program per row.
-    @triton.jit(do_not_specialize=["N"])
+    @triton.jit(do_not_specialize=["stride_stat"])
     def linear_logprobs_select_kernel(
         x_ptr,
         label_ptr,
@@ -274,39 +322,40 @@ if HAS_TRITON:
         dropped_ptr,
         stride_x,
         stride_tau,
-        N,
+        stride_stat,
         V,
         softcap,
         tolerance,
-        log_tolerance,
-        log_floor,
+        log2_tolerance,
+        log2_floor,
         K,
         HAS_SOFTCAP: tl.constexpr,
         MAX_CANDIDATES: tl.constexpr,
         STEPS: tl.constexpr,
-        NATS_BELOW_FLOOR: tl.constexpr,
+        BELOW_FLOOR: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         label = tl.load(label_ptr + row)
         found = tl.load(found_ptr + row)
         left_out = tl.load(left_out_ptr + row)
-        m = tl.load(stat_ptr + row)
-        log_total = tl.load(stat_ptr + N + row)
+        top = tl.load(stat_ptr + row)
+        log2_total = tl.load(stat_ptr + stride_stat + row) * LOG2_E
         lane = tl.arange(0, MAX_CANDIDATES)
         is_candidate = lane < found
         column = tl.load(candidate_ptr + row * MAX_CANDIDATES + lane, mask=is_candidate, other=V)
-        tau = tl.load(tau_ptr + row * stride_tau)
-        z, slope = scaled_logits(x_ptr + row * stride_x, column, 1, V, softcap, tau, HAS_SOFTCAP, False)
-        p = tl.where(is_candidate, tl.exp(z - m - log_total), 0.0)
+        c = LOG2_E / tl.load(tau_ptr + row * stride_tau)
+        x_ptr += row * stride_x
+        log2_p, slope = _log2_p(x_ptr, column, is_candidate, top, c, log2_total, softcap, HAS_SOFTCAP)
+        p = tl.where(is_candidate, tl.exp2(log2_p), 0.0)
         is_label = is_candidate & (column == label)
         optional = tl.where(is_label, 0.0, p)
-        low = log_floor - NATS_BELOW_FLOOR
-        high = log_tolerance
+        low = log2_floor - BELOW_FLOOR
+        high = log2_tolerance
         threshold = 0.0
         for _ in range(STEPS):
             middle = (low + high) / 2
-            fine = left_out + tl.sum(tl.where(optional <= tl.exp(middle), optional, 0.0), 0) <= tolerance
-            threshold = tl.where(fine, tl.exp(middle), threshold)
+            fine = left_out + tl.sum(tl.where(optional <= tl.exp2(middle), optional, 0.0), 0) <= tolerance
+            threshold = tl.where(fine, tl.exp2(middle), threshold)
             low = tl.where(fine, middle, low)
             high = tl.where(fine, high, middle)
         dropped = left_out + tl.sum(tl.where(optional <= threshold, optional, 0.0), 0)
@@ -324,52 +373,59 @@ if HAS_TRITON:
         tl.store(count_ptr + row, tl.where(enough, count, -1))
         tl.store(dropped_ptr + row, tl.where(enough, dropped, 0.0))
 
-    def _triton_select(*, logits, labels, temperature, softcap, mass_tolerance, row_stats, index, value):
+    def _triton_select(*, logits, labels, temperature, softcap, mass_tolerance, combine, out, index, value):
         """Select entries as ``_torch_select`` does, without overwriting the logits."""
         (n, max_entries), vocab = index.shape, logits.shape[-1]
 
         def new(*shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device=logits.device)
 
-        complete = row_stats is None
-        if complete:
-            logprobs, entropy, row_stats = ROW_PASSES["triton"].forward(
-                logits=logits,
-                labels=labels,
-                temperature=temperature,
-                softcap=softcap,
-                ignore_index=_NO_IGNORE_INDEX,
-            )
-        else:
-            logprobs, entropy, row_stats = new(n), new(n), row_stats.contiguous()
-        selected = Selected(logprobs, entropy, row_stats, num_entries=new(n, dtype=torch.int32), dropped_mass=new(n))
+        maxima = GroupMaxima.allocate(logits)
+        ROW_PASSES["triton"].forward(
+            logits=logits,
+            labels=labels,
+            temperature=temperature,
+            softcap=softcap,
+            ignore_index=NO_IGNORE_INDEX,
+            out=out,
+            group_maxima=maxima,
+        )
+        mass = None if combine is None else combine(out)
+        selected = Selected(num_entries=new(n, dtype=torch.int32), dropped_mass=new(n))
         max_candidates = 4 * triton.next_power_of_2(max_entries)
         shared = {
             "x_ptr": logits,
             "label_ptr": labels,
             "tau_ptr": temperature,
-            "stat_ptr": row_stats,
+            "stat_ptr": out.row_stats,
             "candidate_ptr": new(n, max_candidates, dtype=torch.int32),
             "found_ptr": new(n, dtype=torch.int32),
             "left_out_ptr": new(n),
             "stride_x": logits.stride(1),
             "stride_tau": temperature.stride(0),
-            "N": n,
+            "stride_stat": out.row_stats.stride(0),
             "V": vocab,
             "softcap": softcap,
             "tolerance": mass_tolerance,
-            "log_floor": math.log(mass_tolerance / max_entries),
+            "log2_floor": math.log2(mass_tolerance / max_entries),
             "K": max_entries,
             "HAS_SOFTCAP": softcap > 0,
             "MAX_CANDIDATES": max_candidates,
         }
         if n:
+            tile = max(2 * maxima.half, min(_TILE, triton.next_power_of_2(2 * maxima.words.shape[1])))
             launch(
                 linear_logprobs_candidates_kernel,
                 (n,),
                 **shared,
-                COMPLETE_ROWS=complete,
-                **fitted(_CANDIDATES_CONFIG, vocab),
+                mass_ptr=mass,
+                maxima_ptr=maxima.words,
+                group_ptr=new(n, max_candidates, dtype=torch.int32),
+                stride_maxima=maxima.words.stride(0),
+                GROUP=maxima.group,
+                HALF=maxima.half,
+                TILE=tile,
+                num_warps=max(1, tile // 256),
             )
             launch(
                 linear_logprobs_select_kernel,
@@ -379,9 +435,9 @@ if HAS_TRITON:
                 value_ptr=value,
                 count_ptr=selected.num_entries,
                 dropped_ptr=selected.dropped_mass,
-                log_tolerance=math.log(mass_tolerance),
+                log2_tolerance=math.log2(mass_tolerance),
                 STEPS=_BISECTIONS,
-                NATS_BELOW_FLOOR=_NATS_BELOW_FLOOR,
+                BELOW_FLOOR=_LOG2_BELOW_FLOOR,
                 num_warps=max(1, max_candidates // 256),
             )
         return selected

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._row_kernels import RowResults
+from ..row_passes import RowResults
 
 
 def sizes(group: str, rows: int, device: torch.device) -> list[int]:
@@ -41,27 +41,31 @@ def local_labels(labels: Tensor, ignore_index: int, first_row: Tensor, rows: int
     return torch.where(labels == ignore_index, -1, local), -1
 
 
-def combine(group: str, results: RowResults, *, is_local: Tensor) -> RowResults:
-    """Combine the results over each shard into those over the complete vocabulary.
+def combine(group: str, results: RowResults, *, temperature: Tensor, is_local: Tensor) -> Tensor:
+    """Replace the results over each shard by those over the complete vocabulary. Return this shard's probability.
 
     Args:
         group: name of the process group.
         results: of C tokens over this shard's rows.
+        temperature: ``[C]``.
         is_local: ``[C]``, whether a token's label is one of this shard's rows.
     """
     logprobs, entropy, (maximum, log_sum) = results
     top = all_reduce(maximum.clone(), group, dist.ReduceOp.MAX)
-    # exp(z - top) summed over the shard, and times (z - top): mean z - m is log_sum - entropy. A shard in which all
-    # logits are -inf has neither a maximum nor a mean.
-    share = torch.where(maximum == float("-inf"), 0.0, (maximum - top + log_sum).exp())
-    weighted = torch.where(share > 0, share * (log_sum - entropy + maximum - top), 0.0)
-    target = torch.where(is_local, logprobs + log_sum + (maximum - top), 0.0)
-    sums = torch.stack([share, weighted, target, is_local.float()])
-    share, weighted, target, owners = all_reduce(sums, group)
-    log_total = share.log()
+    # exp(z - top) summed over the shard, and times (z - top): the mean of z - m is log_sum - entropy. A shard in which
+    # all logits are -inf has neither a maximum nor a mean.
+    gap = (maximum - top) / temperature
+    share = torch.where(maximum == float("-inf"), 0.0, (gap + log_sum).exp())
+    weighted = torch.where(share > 0, share * (log_sum - entropy + gap), 0.0)
+    target = torch.where(is_local, logprobs + log_sum + gap, 0.0)
+    total, weighted, target, owners = all_reduce(torch.stack([share, weighted, target, is_local.float()]), group)
+    log_total = total.log()
     # A label that no shard has becomes NaN, as without a group.
-    logprobs = torch.where(owners > 0, target - log_total, float("nan"))
-    return RowResults(logprobs, log_total - weighted / share, torch.stack([top, log_total]))
+    logprobs.copy_(torch.where(owners > 0, target - log_total, float("nan")))
+    entropy.copy_(log_total - weighted / total)
+    maximum.copy_(top)
+    log_sum.copy_(log_total)
+    return share / total
 
 
 def all_reduce(x: Tensor, group: str, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:

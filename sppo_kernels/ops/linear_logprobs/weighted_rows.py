@@ -1,12 +1,13 @@
-"""Products with sparse logit gradients.
+"""Products with sparse matrices of few entries per row: sparse logit gradients, and the labels' entries of dense ones.
 
 The entries of all tokens are in one list of (token, column, weight = c value / tau):
 
     d hidden[t] = sum of weight W[column] over the entries of t           gathers rows of W
     d weight[v] = sum of weight hidden[token] over the entries of v       with the list sorted by column
 
-Both are one operation, ``weighted_rows``: out[d] += sum over a range of the list. A column that very many tokens share
-is summed in pieces of the list, and the sums of the pieces in order: no atomics, the same bits in every run.
+Both are one operation, ``weighted_rows``: out[place] += weight row, over a list that is sorted by place. The list is
+cut into pieces of equal length. What a piece has of a place that lies in several pieces is stored apart, and added in
+the order of the pieces: no atomics, the same bits in every run, and the host need not know where places begin.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..._backend import HAS_TRITON
-from .sparse import MAX_ENTRIES
 
 if HAS_TRITON:
     import triton
@@ -27,141 +27,148 @@ if HAS_TRITON:
 
     from ..._triton_utils import launch
 
-_PIECE = MAX_ENTRIES  # entries summed in one piece: those of a token always, those of a column mostly
-
 
 class Entries(NamedTuple):
-    """Sparse logit gradients; those of token t are entries ``bounds[t]`` to ``bounds[t + 1]``."""
+    """Entries of a sparse [tokens, V] matrix, sorted by token and then by column."""
 
     token: Tensor  # [M] int64
     column: Tensor  # [M] int64
     weight: Tensor  # [M] float32
-    bounds: Tensor  # [tokens + 1] int64
 
 
 def gather_entries(index: Tensor, value: Tensor, count: Tensor, coefficient: Tensor) -> Entries:
     """List the first ``count`` entries of each row of ``[tokens, K]``, multiplied by the token's coefficient."""
     filled = torch.arange(index.shape[1], device=index.device) < count[:, None]
     token, slot = filled.nonzero(as_tuple=True)
-    weight = value[token, slot] * coefficient[token]
-    ends = count.long().cumsum(0)
-    return Entries(token, index[token, slot].long(), weight, torch.cat([ends.new_zeros(1), ends]))
+    return Entries(token, index[token, slot].long(), weight=value[token, slot] * coefficient[token])
 
 
-class Columns(NamedTuple):
-    """The same list in the order of the vocabulary: ``order[bounds[i] : bounds[i + 1]]`` belong to ``column[i]``."""
-
-    order: Tensor  # [M]
-    column: Tensor  # [columns], each that occurs
-    bounds: Tensor  # [columns + 1]
-
-
-def by_column(entries: Entries) -> Columns:
-    """Sort entries by column, and by token within a column."""
-    order = entries.column.argsort(stable=True)
-    column, count = entries.column[order].unique_consecutive(return_counts=True)
-    ends = count.cumsum(0)
-    return Columns(order, column, torch.cat([ends.new_zeros(1), ends]))
-
-
-def _torch_weighted_rows(*, out, place, index, weight, bounds, rows):
-    """Add to out[place[i]] the sum of weight[e] rows[index[e]] over e in [bounds[i], bounds[i + 1]).
-
-    No place occurs twice.
-    """
-    first, last = int(bounds[0]), int(bounds[-1])
+def _torch_weighted_rows(*, out, place, index, weight, rows):
+    """Add weight[e] rows[index[e]] to out[place[e]] for all e. ``place`` is sorted; places past the end are skipped."""
+    places, counts = place.unique_consecutive(return_counts=True)
     bag = functional.embedding_bag(
-        index[first:last],
+        index,
         rows.float(),
-        bounds - first,
+        functional.pad(counts.cumsum(0), (1, 0)),
         mode="sum",
-        per_sample_weights=weight[first:last],
+        per_sample_weights=weight,
         include_last_offset=True,
     )
-    out.index_add_(0, place, bag)
+    inside = places < len(out)
+    out.index_add_(0, places[inside], bag[inside].to(out.dtype))
 
 
 WEIGHTED_ROWS: dict[str, Callable[..., None]] = {"torch": _torch_weighted_rows}
 
 
 if HAS_TRITON:
-    # One program per range of the list and block of columns, BLOCK_E rows of the range at a time. Partial sums are
-    # reduced after the loop. Reduced in each iteration, those of a narrow block were held by several threads, summed in
-    # different orders, and all written to one place in shared memory.
-    @triton.jit
+    _PIECE = 64  # entries per program: few enough for thousands of programs, enough for most places to lie in one
+    _WIDEST = 1024  # columns per program
+    _COLUMNS_PER_WARP = 256
+
+    # One program per piece of the list and block of columns. It adds up one place after the other. The next entry's
+    # place, index and weight are loaded one step ahead of its row.
+    @triton.jit(do_not_specialize=["M", "NUM_PLACES"])
     def linear_logprobs_weighted_rows_kernel(
         out_ptr,
         place_ptr,
         index_ptr,
         weight_ptr,
-        first_ptr,
-        last_ptr,
         rows_ptr,
+        open_ptr,
         stride_row,
         stride_column,
+        M,
+        NUM_PLACES,
         H,
-        BLOCK_E: tl.constexpr,
+        PIECE: tl.constexpr,
         BLOCK_H: tl.constexpr,
     ):
-        i = tl.program_id(0).to(tl.int64)
+        piece = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-        first = tl.load(first_ptr + i)
-        last = tl.load(last_ptr + i)
-        total = tl.zeros([BLOCK_E, BLOCK_H], tl.float32)
-        for start in range(first, last, BLOCK_E):
-            entry = start + tl.arange(0, BLOCK_E)
-            row = tl.load(index_ptr + entry, mask=entry < last, other=0)
-            weight = tl.load(weight_ptr + entry, mask=entry < last, other=0.0)
-            mask = (entry < last)[:, None] & (column < H)[None, :]
-            x = tl.load(rows_ptr + row[:, None] * stride_row + column[None, :] * stride_column, mask=mask, other=0.0)
-            total += weight[:, None] * x.to(tl.float32)
-        out_ptr += tl.load(place_ptr + i) * H + column
-        tl.store(out_ptr, tl.load(out_ptr, mask=column < H, other=0.0) + tl.sum(total, 0), mask=column < H)
+        mask = column < H
+        first = piece * PIECE
+        last = tl.minimum(first + PIECE, M)
+        before = tl.load(place_ptr + first - 1, mask=first > 0, other=-1)
+        place = tl.load(place_ptr + first)
+        index = tl.load(index_ptr + first)
+        weight = tl.load(weight_ptr + first)
+        # What began in an earlier piece, and what goes on in the next one, are stored in open_ptr [pieces, 2, H].
+        open_ptr += piece * 2 * H + column
+        goes_on = before == place
+        total = tl.zeros([BLOCK_H], tl.float32)
+        for entry in range(first, last):
+            row = tl.load(rows_ptr + index * stride_row + column * stride_column, mask=mask, other=0.0).to(tl.float32)
+            total += weight * row
+            following = tl.load(place_ptr + entry + 1, mask=entry + 1 < M, other=-1)
+            index = tl.load(index_ptr + entry + 1, mask=entry + 1 < last, other=0)
+            weight = tl.load(weight_ptr + entry + 1, mask=entry + 1 < last, other=0.0)
+            if (following != place) | (entry + 1 == last):
+                if goes_on:
+                    tl.store(open_ptr, total, mask=mask)
+                elif following == place:
+                    tl.store(open_ptr + H, total, mask=mask)
+                elif place < NUM_PLACES:
+                    at = out_ptr + place * H + column
+                    tl.store(at, tl.load(at, mask=mask, other=0.0).to(tl.float32) + total, mask=mask)
+                goes_on = following == place
+                total = tl.zeros([BLOCK_H], tl.float32)
+            place = following
 
-    def _triton_weighted_rows(*, out, place, index, weight, bounds, rows):
-        """Compute what ``_torch_weighted_rows`` does, a range of over _PIECE entries piece by piece."""
-        first, last = bounds[:-1], bounds[1:]
-        short = last - first <= _PIECE
-        entries = {"index": index, "weight": weight, "rows": rows}
-        _launch_weighted_rows(out=out, place=place[short], first=first[short], last=last[short], **entries)
-        place, first, last = place[~short], first[~short], last[~short]
-        pieces = (last - first + _PIECE - 1) // _PIECE
-        ends = pieces.cumsum(0)
-        owner = torch.repeat_interleave(torch.arange(len(place), device=out.device), pieces)
-        number = torch.arange(len(owner), device=out.device)
-        begin = first[owner] + _PIECE * (number - (ends - pieces)[owner])
-        end = torch.minimum(begin + _PIECE, last[owner])
-        sums = out.new_zeros(len(owner), out.shape[1])
-        _launch_weighted_rows(out=sums, place=number, first=begin, last=end, **entries)
-        _launch_weighted_rows(
-            out=out,
-            place=place,
-            first=ends - pieces,
-            last=ends,
-            index=number,
-            weight=torch.ones_like(sums[:, 0]),
-            rows=sums,
+    # One program per piece and block of columns, which adds up the place that begins in this piece and goes on.
+    @triton.jit(do_not_specialize=["M", "NUM_PLACES"])
+    def linear_logprobs_open_rows_kernel(
+        out_ptr, place_ptr, open_ptr, M, NUM_PLACES, H, PIECE: tl.constexpr, BLOCK_H: tl.constexpr
+    ):
+        piece = tl.program_id(0).to(tl.int64)
+        end = (piece + 1) * PIECE
+        place = tl.load(place_ptr + end - 1)
+        before = tl.load(place_ptr + piece * PIECE - 1, mask=piece > 0, other=-1)
+        # The grid has no program for the last piece, which nothing follows.
+        if (place != tl.load(place_ptr + end)) | (place == before) | (place >= NUM_PLACES):
+            return
+        column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+        mask = column < H
+        open_ptr += piece * 2 * H + column
+        total = tl.load(open_ptr + H, mask=mask, other=0.0)
+        following = place
+        while following == place:
+            open_ptr += 2 * H
+            total += tl.load(open_ptr, mask=mask, other=0.0)
+            end += PIECE
+            following = tl.load(place_ptr + end, mask=end < M, other=-1)
+        at = out_ptr + place * H + column
+        tl.store(at, tl.load(at, mask=mask, other=0.0).to(tl.float32) + total, mask=mask)
+
+    def _triton_weighted_rows(*, out, place, index, weight, rows):
+        """Compute what ``_torch_weighted_rows`` does."""
+        (num_places, width), entries = out.shape, len(place)
+        if not entries:
+            return
+        pieces, block = triton.cdiv(entries, _PIECE), min(_WIDEST, triton.next_power_of_2(width))
+        sums = torch.empty(pieces, 2, width, dtype=torch.float32, device=out.device)
+        shared = {
+            "out_ptr": out,
+            "place_ptr": place,
+            "open_ptr": sums,
+            "M": entries,
+            "NUM_PLACES": num_places,
+            "H": width,
+            "PIECE": _PIECE,
+            "BLOCK_H": block,
+            "num_warps": max(1, block // _COLUMNS_PER_WARP),
+        }
+        launch(
+            linear_logprobs_weighted_rows_kernel,
+            (pieces, triton.cdiv(width, block)),
+            **shared,
+            index_ptr=index,
+            weight_ptr=weight,
+            rows_ptr=rows,
+            stride_row=rows.stride(0),
+            stride_column=rows.stride(1),
         )
-
-    def _launch_weighted_rows(*, out, place, first, last, index, weight, rows):
-        if len(place):
-            block = min(128, triton.next_power_of_2(out.shape[1]))
-            launch(
-                linear_logprobs_weighted_rows_kernel,
-                (len(place), triton.cdiv(out.shape[1], block)),
-                out_ptr=out,
-                place_ptr=place,
-                index_ptr=index,
-                weight_ptr=weight,
-                first_ptr=first,
-                last_ptr=last,
-                rows_ptr=rows,
-                stride_row=rows.stride(0),
-                stride_column=rows.stride(1),
-                H=out.shape[1],
-                BLOCK_E=32,
-                BLOCK_H=block,
-                num_warps=4,
-            )
+        if pieces > 1:
+            launch(linear_logprobs_open_rows_kernel, (pieces - 1, triton.cdiv(width, block)), **shared)
 
     WEIGHTED_ROWS["triton"] = _triton_weighted_rows

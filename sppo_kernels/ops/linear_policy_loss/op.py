@@ -120,9 +120,10 @@ def forward(
         )
 
     results = TokenResults.zeros(len(labels), labels.device)
-    saved = SavedForBackward(entropy=results.entropy, row_stats=results.row_stats, num_entries=results.num_entries)
+    row = results.row
+    saved = SavedForBackward(entropy=row.entropy, row_stats=row.row_stats, num_entries=results.num_entries)
     accumulator = head.accumulator(needs, torch.float32 if group else _grad_dtype(hiddens[0]))
-    logprobs, coefficients = old_logprobs.float(), torch.zeros_like(results.logprobs)
+    logprobs, coefficients = old_logprobs.float(), torch.zeros_like(row.logprobs)
     logprobs = logprobs.clone() if logprobs is old_logprobs else logprobs
     no_grad = torch.zeros_like(coefficients)
     tokens = indexing.nonzero_indices(loss_mask)
@@ -141,8 +142,9 @@ def forward(
     )
     _log.debug("%d of %d tokens have a loss, in %d blocks (%s)", len(tokens), len(labels), len(blocks), backward)
     for block in blocks:
-        cached = head.forward(block, results, plan._replace(num_dense=min(plan.num_dense, len(block))), shards)
-        logprobs[block] = results.logprobs[block]
+        computed, cached = head.forward(block, plan._replace(num_dense=min(plan.num_dense, len(block))), shards)
+        results.set(block, computed)
+        logprobs[block] = computed.row.logprobs
         if any(needs):
             loss = loss_of(logprobs)
             coefficients[block] = (loss.gradient * loss.scale)[block]
@@ -154,6 +156,7 @@ def forward(
                 saved=saved,
                 grad_logprobs=coefficients / scale,
                 grad_entropy=no_grad,
+                is_only_call=len(blocks) == 1,
             )
         del cached  # before the next block's
     loss = loss_of(logprobs)
@@ -163,8 +166,8 @@ def forward(
     return ForwardOutput(
         loss=loss.loss,
         metrics=loss.metrics,
-        logprobs=results.logprobs,
-        entropy=results.entropy,
+        logprobs=row.logprobs,
+        entropy=row.entropy,
         dropped_mass=dropped_mass,
         num_entries=num_entries,
         coefficients=coefficients,
@@ -240,7 +243,7 @@ def _flops(hiddens, weights, *tensors: Any, needs, out_val: Any, **settings: Any
 def _blocks(tokens: Tensor, cu_seqlens: Tensor | None, size: int) -> Sequence[Tensor]:
     """Split tokens into blocks of up to ``size``; with ``cu_seqlens`` of complete sequences, a longer one by itself."""
     if cu_seqlens is None or not len(tokens):
-        return indexing.chunks(tokens, size)
+        return [tokens[part.start : part.stop] for part in indexing.ranges(len(tokens), size)]
     ends = torch.searchsorted(tokens, cu_seqlens[1:].long()).tolist()
     bounds = [0]
     for end, following in zip(ends, [*ends[1:], None], strict=True):

@@ -92,7 +92,9 @@ def test_agrees_with_float64(products, monkeypatch, backend, dtype, bias, adapte
     more = {"floor": MATMUL_FLOOR, "upstream": upstream, "temperature": 0.6}
     assert_close_to_float64(op, definition, backend, given, **more)
     assert {product.dtype for product in products.made} == {dtype}
-    assert {product.out_dtype for product in products.made} == {torch.float32}
+    # Only a single product that makes d weight rounds it at once; a float16 one waits for its scale.
+    is_single = n == FEW_TOKENS and settings == {"backward": "cache"} and dtype == torch.bfloat16
+    assert {product.out_dtype for product in products.made} == {torch.float32, *([dtype] if is_single else [])}
     if adapter and settings["backward"] == "recompute":
         assert 1 in {product.shape[0] for product in products.made}
     if settings["backward"] == "sparse":

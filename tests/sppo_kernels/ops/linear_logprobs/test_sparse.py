@@ -186,36 +186,19 @@ def test_same_bits_as_without_and_every_run(backend):
         assert torch.equal(first.logprobs, linear_logprobs(hidden, weight, labels, backend=backend).logprobs)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 16, 130])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_with_many_entries_are_summed_in_pieces(backend):
-    """The rows have more entries than fit in one piece, none, and one."""
-    bounds = torch.tensor([0, 2500, 2500, 2501], device=DEVICE)
-    index, weight, rows = randint(0, 9, 2501), randn(2501), randn(9, 5)
-    out = randn(4, 5)
-    place = torch.tensor([3, 0, 1], device=DEVICE)
-    want = out.double()
-    for i in range(3):
-        part = slice(int(bounds[i]), int(bounds[i + 1]))
-        want[place[i]] += weight[part].double() @ rows[index[part]].double()
-    WEIGHTED_ROWS[backend](out=out, place=place, index=index, weight=weight, bounds=bounds, rows=rows)
-    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 16, 32, 130])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_weighted_rows_of_any_width(backend, width):
-    """Widths include adapter ranks; ranges span several blocks of entries; rows are strided."""
-    lengths = torch.tensor([0, 1, 33, 100, 64])
-    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(DEVICE)
-    index, weight, rows = randint(0, 9, int(lengths.sum())), randn(int(lengths.sum())), randn(9, 2 * width)[:, ::2]
-    place = torch.tensor([4, 0, 2, 5, 1], device=DEVICE)
-    out = randn(6, width)
+def test_weighted_rows(backend, width):
+    """Places have one entry, fill a piece, span pieces, begin where a piece ends, and are past the end of ``out``."""
+    counts = {5: 1, 0: 64, 3: 130, 1: 61, 4: 3, 7: 70, 6: 200}
+    place = torch.cat([torch.full((n,), at) for at, n in sorted(counts.items())]).to(DEVICE)
+    index, weight, rows = randint(0, 9, len(place)), randn(len(place)), randn(9, 2 * width)[:, ::2]
+    out = randn(7, width)
     want, second = out.double(), out.clone()
-    for i in range(len(lengths)):
-        part = slice(int(bounds[i]), int(bounds[i + 1]))
-        want[place[i]] += weight[part].double() @ rows[index[part]].double()
+    inside = place < len(out)
+    want.index_add_(0, place[inside], weight[inside, None].double() * rows[index[inside]].double())
     for result in (out, second):
-        WEIGHTED_ROWS[backend](out=result, place=place, index=index, weight=weight, bounds=bounds, rows=rows)
+        WEIGHTED_ROWS[backend](out=result, place=place, index=index, weight=weight, rows=rows)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-4)
     assert torch.equal(out, second)
 
