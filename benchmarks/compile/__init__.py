@@ -1,12 +1,18 @@
-"""Registers, spills and shared memory of every Triton kernel, compiled ahead of time for five GPUs.
+"""Registers, spills, instructions per element and occupancy of every Triton kernel, compiled for five GPUs.
 
 No launch of a kernel is described here. The public functions run, forward and backward, on small CPU tensors while
 Triton believes that a given GPU is present, and each launch is recorded instead of made: constants, argument types,
 alignment, warps and stages are those of the real call. Each distinct launch is then compiled for that GPU.
 
 Registers are per thread (vector registers on AMD); spills are 32-bit registers kept in memory. Shared memory is in
-bytes per block, stack in bytes per thread. In a configuration, w8s3 means 8 warps and 3 stages. The exit code is 1 when
-a kernel spills, does not compile, needs more shared memory than a block may have, or is launched by no case.
+bytes per block, stack in bytes per thread. In a configuration, w8s3 means 8 warps and 3 stages.
+
+Code for NVIDIA's GPUs is disassembled. The hot path is what a warp executes for one whole block of elements: one pass
+of a loop, or the kernel from start to end (see machine_code.py). Its instructions are counted by class, per element.
+Programs per multiprocessor and occupancy follow from registers, warps and shared memory.
+
+The exit code is 1 when a kernel spills, does not compile, needs more shared memory than a block may have, exceeds its
+budget (see budgets.py), or is launched by no case.
 """
 
 from __future__ import annotations
@@ -23,9 +29,11 @@ from typing import Any
 import triton
 
 import sppo_kernels
+from benchmarks.compile import budgets
 from benchmarks.compile.binaries import Binary, compile_all
 from benchmarks.compile.cases import all_cases
 from benchmarks.compile.launches import TARGETS, Case, Launch, first_of_each_kernel, launches, uncovered
+from benchmarks.compile.machine_code import OTHER
 from benchmarks.harness import results
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
@@ -62,12 +70,80 @@ def report(cases: Iterable[Case], package: ModuleType, targets: list[str], quick
         *(f"{launch.operation} {launch.kernel} {launch.configuration()} {launch.target}: {row.failure()}"
           for row in rows if row.failure() for launch in [row.launch]),
         *(f"{kernel}: no case launches it" for kernel in missing),
+        *budgets.exceeded(rows),
     ]  # fmt: skip
     print(table(rows))
     path = out / f"compile-triton-{triton.__version__}.json"
     lines = [_as_json(row) for row in rows]
+    print(f"\n{hot_tables(lines)}")
     results.write(path, "compile", chart(lines), quick=quick, targets=targets, failures=failures, rows=lines)
     return results.conclude(f"\n{len(rows)} compiled", failures, path)
+
+
+def check_budgets(out: Path) -> int:
+    """Compile the launches with a budget, print and write what they cost, and return the exit code."""
+    cases = (case for case in all_cases() if case.label in budgets.cases())
+    found = [launch for launch in launches(cases, [budgets.TARGET]) if (launch.kernel, launch.case) in budgets.BUDGETS]
+    rows = compile_all(found)
+    errors = [f"{row.launch.kernel} {row.launch.case}: {row.failure()}" for row in rows if row.failure()]
+    failures = [*errors, *budgets.exceeded(rows), *budgets.without_launch(rows)]
+    path = out / "budgets.json"
+    lines = [_as_json(row) for row in rows]
+    results.write(path, "budgets", failures=failures, rows=lines)
+    return results.conclude(hot_tables(lines), failures, path)
+
+
+SHOWN = {
+    "fp32": ("fp32",),
+    "mufu": ("special",),
+    "conv": ("conversion",),
+    "load": ("load",),
+    "store": ("store",),
+    "smem": ("shared",),
+    "bar": ("barrier",),
+    "int": ("integer",),
+    "other": ("branch", OTHER),
+}
+"""Columns of the table of instructions, and the classes that they sum up."""
+
+KERNEL_COLUMNS: results.Columns = {
+    "kernel": lambda row: row["kernel"].removesuffix("_kernel"),
+    "case": lambda row: row["case"],
+}
+HOT_COLUMNS: results.Columns = {
+    **{
+        name: lambda row, kinds=kinds: f"{sum(row['per_element'].get(kind, 0) for kind in kinds):.1f}"
+        for name, kinds in SHOWN.items()
+    },
+    "sum": lambda row: f"{sum(row['per_element'].values()):.1f}",
+}
+RESOURCE_COLUMNS: results.Columns = {
+    "registers": lambda row: row["registers"],
+    "per SM": lambda row: row["programs_per_sm"],
+    "occupancy": lambda row: f"{row['occupancy']:.0%}",
+    "barriers": lambda row: row["hot"]["barriers"],
+    "load B": lambda row: row["hot"]["load_width"],
+    "store B": lambda row: row["hot"]["store_width"],
+}
+
+
+def hot_tables(rows: Iterable[Row]) -> str:
+    """Return the instructions per element of the rows of ``hot_rows`` by class, and what they take of a GPU."""
+    chosen = hot_rows(rows)
+    return (
+        f"hot path on {budgets.TARGET}, instructions per element\n\n"
+        f"{results.table(chosen, {**KERNEL_COLUMNS, **HOT_COLUMNS})}\n\n"
+        f"{results.table(chosen, {**KERNEL_COLUMNS, **RESOURCE_COLUMNS})}"
+    )
+
+
+def hot_rows(rows: Iterable[Row]) -> list[Row]:
+    """Return the disassembled rows with a budget, and the first row of each kernel without one."""
+    known = [row for row in rows if row["target"] == budgets.TARGET and row.get("hot")]
+    has_budget = lambda row: (row["kernel"], row["case"]) in budgets.BUDGETS
+    budgeted = {row["kernel"] for row in known if has_budget(row)}
+    first = {row["kernel"]: row for row in reversed(known) if row["kernel"] not in budgeted}
+    return [row for row in known if has_budget(row) or row is first.get(row["kernel"])]
 
 
 def _place(launch: Launch) -> tuple[str, str, str]:
@@ -75,13 +151,14 @@ def _place(launch: Launch) -> tuple[str, str, str]:
     return launch.operation, launch.kernel, launch.case
 
 
-def _as_json(row: Row) -> dict[str, Any]:
+def _as_json(row: Binary) -> dict[str, Any]:
     fields = asdict(row)
     launch = fields.pop("launch")
     options = launch.pop("options")
     aligned = [i for (i,), hints in launch.pop("attributes").items() if hints]
     warps_and_stages = {name: options[name] for name in ("num_warps", "num_stages")}
-    return {**launch, **warps_and_stages, "aligned_arguments": aligned, **fields}
+    per_element = row.hot.per_element(options["num_warps"]) if row.hot else {}
+    return {**launch, **warps_and_stages, "aligned_arguments": aligned, **fields, "per_element": per_element}
 
 
 def chart(rows: list[dict[str, Any]]) -> results.Chart:
@@ -96,6 +173,7 @@ def chart(rows: list[dict[str, Any]]) -> results.Chart:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPUs to compile for (all)")
     parser.add_argument("--quick", action="store_true", help="only one configuration of each kernel")
+    parser.add_argument("--budgets", action="store_true", help="only the launches with a budget, on their target")
     results.add_out(parser)
 
 
@@ -104,6 +182,8 @@ def run(args: argparse.Namespace) -> int:
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set, so kernels are interpreted and not compiled; unset it", file=sys.stderr)
         return 2
+    if args.budgets:
+        return check_budgets(args.out)
     return report(all_cases(), sppo_kernels, args.arch, args.quick, args.out)
 
 
@@ -130,4 +210,30 @@ def published_table(folder: Path) -> str:
     return results.markdown(lines, {key: lambda row, key=key: row[key] for key in lines[0]})
 
 
-SUITE = Suite(add_arguments, run, tables={"compile": published_table}, draw=results.draw_bars(chart))
+def published_hot_table(folder: Path) -> str:
+    """Return one line per kernel with a budget, or the first case of others, and version of Triton."""
+    rows = [
+        {**row, "triton": report["versions"]["triton"]}
+        for report in sorted(results.load_all(folder, "compile"), key=lambda report: report["versions"]["triton"])
+        for row in hot_rows(report["rows"])
+    ]
+    order = list(dict.fromkeys((row["kernel"], row["case"]) for row in rows))
+    rows.sort(key=lambda row: order.index((row["kernel"], row["case"])))
+    columns: results.Columns = {
+        "kernel": lambda row: f"`{row['kernel']}`",
+        "case": lambda row: row["case"],
+        "Triton": lambda row: row["triton"],
+        "instructions per element": HOT_COLUMNS["sum"],
+        "of it FP32": HOT_COLUMNS["fp32"],
+        "integer": HOT_COLUMNS["int"],
+        **RESOURCE_COLUMNS,
+    }
+    return results.markdown(rows, columns)
+
+
+SUITE = Suite(
+    add_arguments,
+    run,
+    tables={"compile": published_table, "hot-paths": published_hot_table},
+    draw=results.draw_bars(chart),
+)

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -15,11 +14,63 @@ from typing import Any
 import triton
 
 from benchmarks.compile.launches import TARGETS, AbsentGPU, Launch, kernel_of
+from benchmarks.compile.machine_code import HotPath, disassemble, hot_path
+from benchmarks.compile.occupancy import occupancy
+from benchmarks.compile.tiles import Tile, tile_of
+
+
+@dataclass(frozen=True)
+class Hot:
+    """The path that a kernel's elements take, in numbers per warp.
+
+    Attributes:
+        is_loop: whether it is a loop, or the kernel from its first instruction to its last.
+        elements: of a program in one pass.
+        counts: instructions of one pass, by class.
+        outside: instructions of the kernel that are not on it.
+        barriers: in one pass.
+        load_width: bytes per thread of the widest load of a block; 0 without one.
+        store_width: the same of stores.
+    """
+
+    is_loop: bool
+    elements: int
+    counts: dict[str, int]
+    outside: int
+    barriers: int
+    load_width: int
+    store_width: int
+
+    @property
+    def instructions(self) -> int:
+        """Instructions of one pass."""
+        return sum(self.counts.values())
+
+    def per_element(self, warps: int) -> dict[str, float]:
+        """Return the instructions of a thread per element that it handles, by class."""
+        share = 32 * warps / self.elements if self.elements else 0.0
+        return {kind: share * count for kind, count in self.counts.items()}
+
+    @classmethod
+    def of(cls, path: HotPath, tile: Tile, warps: int) -> Hot:
+        """Return the numbers of a path over a tile."""
+        return cls(
+            is_loop=path.is_loop,
+            elements=tile.elements * tile.unrolled(path, 32 * warps),
+            counts=dict(path.count()),
+            outside=path.outside,
+            barriers=path.barriers(),
+            load_width=max(tile.widths(path, "load"), default=0),
+            store_width=max(tile.widths(path, "store"), default=0),
+        )
 
 
 @dataclass(frozen=True)
 class Binary:
-    """Resources of a compiled launch, in the units of the suite's docstring, or the compiler's error."""
+    """Resources of a compiled launch, in the units of the suite's docstring, or the compiler's error.
+
+    Of a GPU that is not NVIDIA's, the last three fields are not known.
+    """
 
     launch: Launch
     registers: int = 0
@@ -27,6 +78,13 @@ class Binary:
     shared: int = 0
     stack: int = 0
     error: str = ""
+    programs_per_sm: int | None = None
+    occupancy: float | None = None
+    hot: Hot | None = None
+
+    def instructions_per_element(self) -> float:
+        """Return the instructions of a thread on the hot path, per element that it handles."""
+        return sum(self.hot.per_element(self.launch.options["num_warps"]).values()) if self.hot else 0.0
 
     def failure(self) -> str:
         """Return why this binary fails the report, or an empty string."""
@@ -60,17 +118,28 @@ def compile_one(launch: Launch) -> Binary:
     source = triton.compiler.ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
     try:
         binary = triton.compile(source, target=TARGETS[launch.target].gpu, options=launch.options)
-        read: Callable[[Any], dict[str, Any]] = _amd_resources if "amdgcn" in binary.asm else _nvidia_resources
-        return Binary(launch, shared=binary.metadata.shared, **read(binary))
+        if "amdgcn" in binary.asm:
+            return Binary(launch, shared=binary.metadata.shared, **parse_amdgcn(binary.asm["amdgcn"]))
+        return _nvidia_binary(launch, binary)
     except Exception as error:  # any error of the compiler belongs in the report
         return Binary(launch, error=f"{type(error).__name__}: {error}")
 
 
-def _nvidia_resources(binary: Any) -> dict[str, int]:
+def _nvidia_binary(launch: Launch, binary: Any) -> Binary:
     cubin = next(path for name, path in binary.metadata_group.items() if name.endswith(".cubin"))
-    cuobjdump = triton.knobs.nvidia.cuobjdump.path
-    command = [cuobjdump, "--dump-resource-usage", cubin]
-    return parse_cuobjdump(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+    resources = parse_cuobjdump(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    shared, warps = binary.metadata.shared, launch.options["num_warps"]
+    resident = occupancy(launch.target, registers=resources["registers"], warps=warps, shared=shared)
+    tile = tile_of(binary.asm["ttgir"])
+    return Binary(
+        launch,
+        shared=shared,
+        **resources,
+        programs_per_sm=resident.programs,
+        occupancy=resident.share,
+        hot=Hot.of(hot_path(disassemble(cubin), tile.in_loop), tile, warps),
+    )
 
 
 def parse_cuobjdump(text: str) -> dict[str, int]:
@@ -78,10 +147,6 @@ def parse_cuobjdump(text: str) -> dict[str, int]:
     use = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     stack = use["STACK"] + use["LOCAL"]
     return {"registers": use["REG"], "spills": -(-stack // 4), "stack": stack}
-
-
-def _amd_resources(binary: Any) -> dict[str, int]:
-    return parse_amdgcn(binary.asm["amdgcn"])
 
 
 def parse_amdgcn(text: str) -> dict[str, int]:

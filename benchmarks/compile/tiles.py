@@ -19,7 +19,7 @@ from typing import NamedTuple
 from benchmarks.compile.machine_code import HotPath
 
 _ACCESS = re.compile(
-    r"tt\.(load|store) ([^:{]*?)\s*(?:\w+ = \w+\s*)*(?:\{[^}]*\}\s*)?: tensor<([\dx]+)x!tt\.ptr<\w*?(\d+)>"
+    r"tt\.(load|store) ([^:{]*?)\s*(?:\w+ = \w+\s*)*(?:\{[^}]*\}\s*)?: (?:tensor<([\dx]+)x)?!tt\.ptr<\w*?(\d+)>"
 )
 _LINE = re.compile(r"loc\((#\w+)\)\s*$")
 
@@ -38,12 +38,14 @@ class Tile(NamedTuple):
     """What one pass over the path of a kernel loads, or stores if the kernel only stores."""
 
     in_loop: bool
-    accesses: tuple[Access, ...]
+    accesses: tuple[Access, ...] = ()
+    scalars: tuple[Access, ...] = ()  # all threads access the same element
 
     @property
     def whole(self) -> tuple[Access, ...]:
-        """The accesses of a whole block: those without a mask, unless all have one."""
-        return tuple(access for access in self.accesses if not access.is_masked) or self.accesses
+        """The loads of a whole block, or the stores if there are none: those without a mask, unless all have one."""
+        loads = [access for access in self.accesses if access.is_load] or self.accesses
+        return tuple(access for access in loads if not access.is_masked) or tuple(loads)
 
     @property
     def elements(self) -> int:
@@ -53,25 +55,35 @@ class Tile(NamedTuple):
             by_line[access.line] += access.elements
         return max(by_line.values(), default=0)
 
+    def widths(self, path: HotPath, kind: str) -> list[int]:
+        """Return the bytes per thread of each access of blocks on ``path``: those without a predicate, if there are.
+
+        Args:
+            path: of the machine code.
+            kind: "load" or "store".
+        """
+        plain = Counter(path.widths(kind, guarded=False))
+        plain -= Counter(access.itemsize for access in self.scalars if access.is_load == (kind == "load"))
+        return list(plain.elements()) or path.widths(kind, guarded=True)
+
     def unrolled(self, path: HotPath, threads: int) -> int:
         """Return how often the compiler unrolled the loop of ``path``, in a program of so many threads.
 
         A compiler that replaced the branch between whole and masked blocks by predicates left both in the path.
         """
-        kind = "load" if any(access.is_load for access in self.accesses) else "store"
-        plain = path.moved(kind, guarded=False)
-        expected = _bytes_per_thread(self.whole if plain else self.accesses, threads)
-        moved = plain or path.moved(kind, guarded=True)
-        return max(1, moved // expected) if path.is_loop and expected else 1
-
-
-def _bytes_per_thread(accesses: tuple[Access, ...], threads: int) -> int:
-    return sum(max(1, access.elements // threads) * access.itemsize for access in accesses)
+        if not path.is_loop or not self.accesses:
+            return 1
+        kind = "load" if self.whole[0].is_load else "store"
+        moved = self.widths(path, kind)
+        is_plain = moved != path.widths(kind, guarded=True)
+        expected = self.whole if is_plain else [each for each in self.accesses if each.is_load == (kind == "load")]
+        return max(1, sum(moved) // sum(max(1, each.elements // threads) * each.itemsize for each in expected))
 
 
 def tile_of(representation: str) -> Tile:
     """Return the tile of a kernel, given its TTGIR; without elements if it accesses no blocks."""
-    regions: dict[int, list[Access]] = {}
+    blocks: dict[int, list[Access]] = {}
+    scalars: dict[int, list[Access]] = {}
     stack, loops = [0], 0
     for text in representation.splitlines():
         code = text.partition(" loc(")[0].strip()
@@ -79,18 +91,14 @@ def tile_of(representation: str) -> Tile:
             stack = stack[:-1] or [0]
         if found := _ACCESS.search(text):
             kind, operands, shape, bits = found.groups()
-            elements = math.prod(map(int, shape.split("x")))
+            elements = math.prod(map(int, shape.split("x"))) if shape else 1
             is_masked = operands.count(",") > (kind == "store")  # after the pointer, and the value to store
             line = _LINE.search(text)
             access = Access(kind == "load", is_masked, elements, max(1, int(bits) // 8), line[1] if line else "")
-            regions.setdefault(stack[-1], []).append(access)
+            (blocks if shape else scalars).setdefault(stack[-1], []).append(access)
         if code.endswith("{"):
             loops += 1
             stack.append(loops if re.search(r"scf\.(for|while)|\} do \{", code) else stack[-1])
-    tiles = {region: Tile(region != 0, _loads_or_stores(accesses)) for region, accesses in regions.items()}
+    tiles = [Tile(i != 0, tuple(found), tuple(scalars.get(i, ()))) for i, found in blocks.items()]
     volume = lambda tile: sum(access.elements * access.itemsize * access.is_load for access in tile.whole)
-    return max(tiles.values(), key=volume, default=Tile(False, ()))
-
-
-def _loads_or_stores(accesses: list[Access]) -> tuple[Access, ...]:
-    return tuple(access for access in accesses if access.is_load) or tuple(accesses)
+    return max(tiles, key=volume, default=Tile(False))

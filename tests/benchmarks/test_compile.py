@@ -17,9 +17,10 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.__main__ import main
-from benchmarks.compile import table
-from benchmarks.compile.binaries import Binary, parse_amdgcn, parse_cuobjdump
+from benchmarks.compile import budgets, hot_tables, table
+from benchmarks.compile.binaries import Binary, Hot, parse_amdgcn, parse_cuobjdump
 from benchmarks.compile.launches import TARGETS, Launch
+from benchmarks.compile.occupancy import occupancy
 from sppo_kernels.tuning import TUNABLES
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +164,94 @@ def test_rows_are_what_was_launched(faulty):
     (spilling,) = (row for row in report["rows"] if row["kernel"] == "spilling")
     assert spilling["spills"] == spilling["stack"] / 4 > 0
     assert spilling["registers"] <= 32
+
+
+@pytest.mark.slow
+def test_kernels_keep_their_budgets(tmp_path):
+    done = run_compiled("-m", "benchmarks", "compile", "--budgets", "--out", str(tmp_path))
+    assert "written to" in done.stdout, done.stderr
+    report = read_report(tmp_path)
+    assert report["failures"] == []
+    assert done.returncode == 0
+    assert {(row["kernel"], row["case"]) for row in report["rows"]} == set(budgets.BUDGETS)
+
+
+@pytest.mark.slow
+def test_the_hot_path_of_a_kernel_is_counted(faulty):
+    """The kernel of 512 elements in 64 threads loads 4 times 4 bytes per thread, or twice 16 where it is aligned."""
+    _, report = faulty
+    aligned, unaligned = (row for row in report["rows"] if row["kernel"] == "good")
+    assert (aligned["hot"]["elements"], aligned["hot"]["load_width"], aligned["hot"]["store_width"]) == (512, 16, 16)
+    assert (unaligned["hot"]["elements"], unaligned["hot"]["load_width"], unaligned["hot"]["store_width"]) == (
+        512,
+        4,
+        4,
+    )
+    assert not aligned["hot"]["is_loop"]
+    assert aligned["per_element"]["special"] == 1.0  # one exp
+    assert sum(aligned["per_element"].values()) < sum(unaligned["per_element"].values())
+    assert (aligned["programs_per_sm"], aligned["occupancy"]) == (32, 1.0)
+
+
+@pytest.mark.slow
+def test_amd_code_has_no_hot_path(library):
+    _, report = library
+    assert {row["target"] for row in report["rows"] if row["hot"]} == {"sm_90"}
+
+
+@pytest.mark.parametrize(
+    ("resources", "programs"),
+    [
+        ({"registers": 48, "warps": 8, "shared": 0}, 5),
+        ({"registers": 118, "warps": 8, "shared": 32}, 2),
+        ({"registers": 138, "warps": 8, "shared": 32}, 1),
+        ({"registers": 30, "warps": 8, "shared": 0}, 8),
+        ({"registers": 75, "warps": 8, "shared": 16_384}, 3),
+        ({"registers": 16, "warps": 1, "shared": 0}, 32),  # the limit of programs
+        ({"registers": 16, "warps": 4, "shared": 113 * 1024}, 2),  # with 1 KiB of each for the system
+        ({"registers": 16, "warps": 4, "shared": 113 * 1024 + 1}, 1),
+    ],
+)
+def test_programs_per_multiprocessor(resources, programs):
+    assert occupancy("sm_90", **resources) == (programs, programs * resources["warps"] / 64)
+
+
+def hot_binary(**fields) -> Binary:
+    kernel, case = next(iter(budgets.BUDGETS))
+    launch = Launch("op", case, "module", kernel, budgets.TARGET, {}, {}, {}, {"num_warps": 8, "num_stages": 3})
+    hot = {"is_loop": True, "elements": 2048, "counts": {"fp32": 80}, "outside": 9, "barriers": 0}
+    numbers = {"registers": 32, "programs_per_sm": 8, "occupancy": 1.0}
+    return Binary(launch, **numbers | fields, hot=Hot(**hot, load_width=16, store_width=0))
+
+
+def test_instructions_are_counted_per_element_of_a_thread():
+    assert hot_binary().instructions_per_element() == 10.0  # 8 elements per thread
+
+
+def test_a_binary_beyond_its_budget_fails_with_kernel_number_and_budget(monkeypatch):
+    (kernel, case), _ = next(iter(budgets.BUDGETS.items()))
+    monkeypatch.setattr(budgets, "BUDGETS", {(kernel, case): budgets.Budget(9.5, 32, 0, 1.0, 16)})
+    assert list(budgets.exceeded([hot_binary()])) == [
+        f"{kernel}, {case}, sm_90: 10 instructions per element, the budget is at most 9.5"
+    ]
+    monkeypatch.setattr(budgets, "BUDGETS", {(kernel, case): budgets.Budget(10.0, 32, 0, 1.0, 16)})
+    assert list(budgets.exceeded([hot_binary()])) == []
+    assert list(budgets.exceeded([hot_binary(occupancy=0.75, registers=40)])) == [
+        f"{kernel}, {case}, sm_90: 40 registers, the budget is at most 32",
+        f"{kernel}, {case}, sm_90: 0.75 occupancy, the budget is at least 1",
+    ]
+    assert budgets.without_launch([hot_binary()]) == []
+    assert budgets.without_launch([]) == [f"{kernel}, {case}: has a budget and no launch"]
+
+
+def test_tables_of_the_hot_path_fit_the_terminal():
+    rows = [
+        {"kernel": kernel, "case": case, "target": "sm_90", "per_element": {"fp32": 100.0}, "registers": 255,
+         "programs_per_sm": 12, "occupancy": 0.75, "hot": {"barriers": 12, "load_width": 16, "store_width": 16}}
+        for kernel, case in budgets.BUDGETS
+    ]  # fmt: skip
+    assert max(map(len, hot_tables(rows).split("\n"))) <= 120
+    assert "100.0" in hot_tables(rows)
 
 
 def test_cuobjdump_is_read():

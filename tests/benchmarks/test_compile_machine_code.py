@@ -156,9 +156,10 @@ def test_code_without_a_kernel_is_refused():
         ("PRMT", "conversion", 0), ("FLO.U32", "integer", 0), ("IADD3.X", "integer", 0), ("UIMAD.WIDE", "integer", 0),
         ("ULDC.64", "integer", 0), ("LDCU.64", "integer", 0), ("VIADD", "integer", 0), ("S2UR", "integer", 0),
         ("R2UR", "integer", 0), ("LDG.E", "load", 4), ("LDG.E.U8", "load", 1), ("LDG.E.U16.CONSTANT", "load", 2),
-        ("LDG.E.64", "load", 8), ("LDG.E.128", "load", 16), ("LDG.E.ENL2.256", "load", 32), ("LDGSTS.E.128", "load", 16),
-        ("STG.E.128", "store", 16), ("ATOMG.E.ADD", "store", 4), ("LDS.128", "shared", 0), ("SHFL.BFLY", "shared", 0),
-        ("CREDUX.MAX.F32", "shared", 0), ("BAR.SYNC.DEFER_BLOCKING", "barrier", 0), ("MEMBAR.ALL.GPU", "barrier", 0),
+        ("LDG.E.64", "load", 8), ("LDG.E.128", "load", 16), ("LDG.E.ENL2.256", "load", 32),
+        ("LDGSTS.E.128", "load", 16), ("STG.E.128", "store", 16), ("ATOMG.E.ADD", "store", 4), ("LDS.128", "shared", 0),
+        ("SHFL.BFLY", "shared", 0), ("CREDUX.MAX.F32", "shared", 0),
+        ("BAR.SYNC.DEFER_BLOCKING", "barrier", 0), ("MEMBAR.ALL.GPU", "barrier", 0),
         ("BSYNC", "branch", 0), ("EXIT", "branch", 0), ("NOP", "other", 0),
     ],
 )  # fmt: skip
@@ -219,3 +220,12 @@ def test_a_kernel_that_only_stores_has_the_elements_that_it_stores():
     tile = tile_of("tt.store %p, %v : tensor<32x64x!tt.ptr<bf16>, #blocked> loc(#loc1)")
     assert tile.elements == 2048
     assert [access.is_masked for access in tile.accesses] == [False]
+
+
+def test_widths_are_those_of_block_loads():
+    """Scalars, which all threads load alike, are no part of a tile."""
+    scalars = ["%a = tt.load %p : !tt.ptr<i64> loc(#loc1)", *["%b = tt.load %q : !tt.ptr<f32> loc(#loc2)"] * 5]
+    tile = tile_of("\n".join([*scalars, "%x = tt.load %x_ptr : tensor<2048x!tt.ptr<bf16>, #blocked> loc(#loc3)"]))
+    loads = ["LDG.E.64 R2, [R2.64]", *["LDG.E R4, [R2.64]"] * 5, *["LDG.E.U16 R4, [R2.64]"] * 8]
+    path = hot_path(listing("\n".join([*loads, "EXIT"])), in_loop=False)
+    assert tile.widths(path, "load") == [2] * 8

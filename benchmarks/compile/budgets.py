@@ -1,0 +1,78 @@
+"""What a launch on sm_90 may cost at most, with every supported version of Triton.
+
+A budget is a little above what the code of a kernel costs today, so that a change that makes it slower fails. Lower it
+when a kernel becomes faster. Raise it only with the reason in the commit. Instructions are those of a thread per
+element on the path of a whole block (see machine_code.py); barriers are those of one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from benchmarks.compile.binaries import Binary
+
+TARGET = "sm_90"
+
+
+class Budget(NamedTuple):
+    """The most instructions per element, registers and barriers, the least occupancy and width of loads in bytes."""
+
+    instructions: float
+    registers: int
+    barriers: int
+    occupancy: float
+    load_width: int
+
+
+# By kernel and case of cases.py. The logits of linear_logprobs, its modes' names below, are float32.
+BUDGETS = {
+    ("selective_logprobs_fwd_kernel", "bf16 V=151936"): Budget(24.5, 40, 3, 0.75, 16),
+    ("selective_logprobs_fwd_kernel", "bf16 V=151936 recompute"): Budget(23.0, 40, 3, 0.75, 16),
+    ("selective_logprobs_fwd_kernel", "bf16 V=50257"): Budget(26.0, 48, 3, 0.62, 2),
+    ("selective_logprobs_bwd_kernel", "bf16 V=151936"): Budget(42.5, 32, 0, 1.0, 16),
+    ("selective_logprobs_bwd_kernel", "bf16 V=151936 recompute"): Budget(40.5, 32, 0, 1.0, 16),
+    ("linear_logprobs_logit_grads_kernel", "bf16 V=151936 cache"): Budget(24.0, 32, 0, 1.0, 16),
+    ("linear_logprobs_candidates_kernel", "bf16 V=151936 sparse"): Budget(35.0, 72, 3, 0.37, 16),
+    ("policy_loss_fwd_bwd_kernel", "token token-mean"): Budget(70.0, 48, 2, 0.62, 4),
+    ("policy_loss_fwd_bwd_kernel", "sequence_mean token-mean"): Budget(49.0, 56, 0, 0.5, 4),
+}
+
+
+def cases() -> set[str]:
+    """Return the cases that launch a kernel with a budget."""
+    return {case for _, case in BUDGETS}
+
+
+def budget_of(binary: Binary) -> Budget | None:
+    """Return the budget of a compiled launch; None without one."""
+    launch = binary.launch
+    return BUDGETS.get((launch.kernel, launch.case)) if launch.target == TARGET else None
+
+
+def exceeded(binaries: Iterable[Binary]) -> Iterator[str]:
+    """Yield a message for each number of a binary that exceeds its budget."""
+    for binary in binaries:
+        budget = budget_of(binary)
+        if budget is None or binary.hot is None or binary.occupancy is None:
+            continue
+        numbers = (
+            ("instructions per element", binary.instructions_per_element(), budget.instructions, 1),
+            ("registers", binary.registers, budget.registers, 1),
+            ("barriers per pass", binary.hot.barriers, budget.barriers, 1),
+            ("occupancy", binary.occupancy, budget.occupancy, -1),
+            ("bytes per load", binary.hot.load_width, budget.load_width, -1),
+        )
+        for name, measured, limit, sign in numbers:
+            if sign * measured > sign * limit:
+                bound = "at most" if sign > 0 else "at least"
+                where = f"{binary.launch.kernel}, {binary.launch.case}, {TARGET}"
+                yield f"{where}: {measured:.4g} {name}, the budget is {bound} {limit:g}"
+
+
+def without_launch(binaries: Iterable[Binary]) -> list[str]:
+    """List the budgets of which no binary was compiled."""
+    launched = {(binary.launch.kernel, binary.launch.case) for binary in binaries if binary.launch.target == TARGET}
+    return [
+        f"{kernel}, {case}: has a budget and no launch" for kernel, case in BUDGETS if (kernel, case) not in launched
+    ]
