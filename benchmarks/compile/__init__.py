@@ -9,7 +9,9 @@ bytes per block, stack in bytes per thread. In a configuration, w8s3 means 8 war
 
 Code for NVIDIA's GPUs is disassembled. The hot path is what a warp executes for one whole block of elements: one pass
 of a loop, or the kernel from start to end (see machine_code.py). Its instructions are counted by class, per element.
-Programs per multiprocessor and occupancy follow from registers, warps and shared memory.
+Programs per multiprocessor and occupancy follow from registers, warps and shared memory. For an H100 the times of whole
+operations are predicted, from the launches that they make at real sizes (see time_model.py and predictions.py): lower
+bounds that say what bounds each kernel, not measurements. "sparse" is not among them; its work depends on the data.
 
 The exit code is 1 when a kernel spills, does not compile, needs more shared memory than a block may have, exceeds its
 budget (see budgets.py), or is launched by no case.
@@ -20,7 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -29,11 +31,13 @@ from typing import Any
 import triton
 
 import sppo_kernels
-from benchmarks.compile import budgets
+from benchmarks.compile import budgets, predictions
 from benchmarks.compile.binaries import Binary, compile_all
 from benchmarks.compile.cases import all_cases
 from benchmarks.compile.launches import TARGETS, Case, Launch, first_of_each_kernel, launches, uncovered
 from benchmarks.compile.machine_code import OTHER
+from benchmarks.compile.predictions import PredictedCall
+from benchmarks.compile.time_model import H100
 from benchmarks.harness import results
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
@@ -59,8 +63,15 @@ def table(rows: list[Binary], width: int = 120) -> str:
     return "\n".join(lines)
 
 
-def report(cases: Iterable[Case], package: ModuleType, targets: list[str], quick: bool, out: Path) -> int:
-    """Compile the cases, print and write the report, and return the exit code."""
+def report(
+    cases: Iterable[Case],
+    package: ModuleType,
+    targets: list[str],
+    quick: bool,
+    out: Path,
+    predict: Callable[[], list[PredictedCall]] = list,
+) -> int:
+    """Compile the cases, print and write the report with the calls of ``predict``, and return the exit code."""
     found = launches(cases, targets)
     missing = uncovered(package, found)
     chosen = first_of_each_kernel(found) if quick else found
@@ -76,7 +87,15 @@ def report(cases: Iterable[Case], package: ModuleType, targets: list[str], quick
     path = out / f"compile-triton-{triton.__version__}.json"
     lines = [_as_json(row) for row in rows]
     print(f"\n{hot_tables(lines)}")
-    results.write(path, "compile", chart(lines), quick=quick, targets=targets, failures=failures, rows=lines)
+    calls = predict()
+    times = {
+        "calls": [call.row(H100) for call in calls],
+        "kernels": [row for call in calls for row in call.kernel_rows()],
+    }
+    if calls:
+        print(f"\n{predictions.tables(**times)}")
+    content = {"failures": failures, "predicted": times, "rows": lines}
+    results.write(path, "compile", chart(lines), quick=quick, targets=targets, **content)
     return results.conclude(f"\n{len(rows)} compiled", failures, path)
 
 
@@ -184,7 +203,9 @@ def run(args: argparse.Namespace) -> int:
         return 2
     if args.budgets:
         return check_budgets(args.out)
-    return report(all_cases(), sppo_kernels, args.arch, args.quick, args.out)
+    is_predicted = H100.target in args.arch and not args.quick
+    predict = predictions.predicted_calls if is_predicted else list
+    return report(all_cases(), sppo_kernels, args.arch, args.quick, args.out, predict)
 
 
 def published_table(folder: Path) -> str:
@@ -231,9 +252,16 @@ def published_hot_table(folder: Path) -> str:
     return results.markdown(rows, columns)
 
 
+def published_predictions(folder: Path) -> str:
+    """Return one line per operation and size, with the newest version of Triton that was predicted for."""
+    reports = sorted(results.load_all(folder, "compile"), key=lambda report: report["versions"]["triton"])
+    rows = [report["predicted"]["calls"] for report in reports if report.get("predicted")]
+    return results.markdown(rows[-1] if rows else [], predictions.CALL_COLUMNS)
+
+
 SUITE = Suite(
     add_arguments,
     run,
-    tables={"compile": published_table, "hot-paths": published_hot_table},
+    tables={"compile": published_table, "hot-paths": published_hot_table, "predicted-times": published_predictions},
     draw=results.draw_bars(chart),
 )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import sppo_kernels
 from sppo_kernels import _backend, _triton_utils, ops
+from sppo_kernels.ops import selective_logprobs as selective_logprobs_module
 from sppo_kernels.ops.linear_logprobs import arguments, indexing, matmul, sparse, weighted_rows
 from sppo_kernels.ops.linear_logprobs import op as linear_logprobs_op
 from sppo_kernels.ops.linear_logprobs import output as linear_logprobs_output
@@ -39,7 +40,13 @@ ACCELERATOR_CHUNK_BYTES = arguments._CHUNK_BYTES_ACCELERATOR
 # Registered operations are opaque to a dispatch mode: on fake tensors it sees only what they return.
 OPERATION_BODIES: dict[Any, Callable[..., Any]] = {
     op._opoverload: op._init_fn
-    for module in (linear_logprobs_op, linear_policy_loss_op, policy_loss_op, prompt_value_op)
+    for module in (
+        linear_logprobs_op,
+        linear_policy_loss_op,
+        policy_loss_op,
+        prompt_value_op,
+        selective_logprobs_module,
+    )
     for op in vars(module).values()
     if isinstance(op, torch.library.CustomOpDef)
 }
@@ -66,12 +73,19 @@ def accept_cpu_tensors() -> Any:
 # Allocations without kernels
 
 
+def _launch_nothing(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Take the place of a launch."""
+
+
 @contextmanager
-def on_cuda_without_kernels(spans: Iterable[tuple[int, int]]) -> Iterator[None]:
+def on_cuda_without_kernels(
+    spans: Iterable[tuple[int, int]], launch: Callable[..., None] = _launch_nothing
+) -> Iterator[None]:
     """Run operations on fake CPU tensors as on a CUDA device, without their kernels, which allocate nothing.
 
     Args:
         spans: the ranges of tokens that the operations select by value, in the order in which they select them.
+        launch: called with kernel, grid and arguments instead of a launch.
     """
     answers = iter(spans)
 
@@ -82,7 +96,7 @@ def on_cuda_without_kernels(spans: Iterable[tuple[int, int]]) -> Iterator[None]:
         mock.patch.object(indexing, "nonzero_indices", select),
         mock.patch.object(matmul.Projection, "__init__", _init_projection_on_cuda),
         mock.patch.object(arguments, "_CHUNK_BYTES_CPU", ACCELERATOR_CHUNK_BYTES),
-        *_patch_everywhere("launch", _triton_utils.launch, lambda kernel, grid, **arguments: None),
+        *_patch_everywhere("launch", _triton_utils.launch, launch),
         *_patch_everywhere("pick_backend", _backend.pick_backend, lambda backend, tensor: backend or "triton"),
     ]
     with ExitStack() as stack:

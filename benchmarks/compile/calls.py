@@ -1,0 +1,197 @@
+"""What whole operations do at real sizes: launches, matrix products and other traffic, recorded without a GPU.
+
+Operations run on fake tensors, which have sizes and no data, as on a CUDA device, and their launches are recorded
+instead of made. The modes of linear_logprobs that select entries by their values cannot run without data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import sppo_kernels
+from benchmarks.harness import library_seams
+from benchmarks.harness.operations import OPERATIONS
+from benchmarks.harness.problem import ProblemSize
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class RecordedLaunch:
+    """A launch of a kernel: its grid and its arguments by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return [x for x in self.arguments.values() if isinstance(x, Tensor)]
+
+    @property
+    def programs(self) -> int:
+        """Programs of the grid."""
+        return math.prod(self.grid)
+
+    @property
+    def elements(self) -> int:
+        """Elements of the largest argument."""
+        return max(x.numel() for x in self.tensors)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensor arguments. Kernels read or write each once, which the suite traffic verifies."""
+        return sum(x.numel() * x.itemsize for x in self.tensors)
+
+
+@dataclass
+class Call:
+    """All that a call does: its launches, the FLOPs of its products, and the bytes that other operations move."""
+
+    launches: list[RecordedLaunch] = field(default_factory=list)
+    flops: float = 0.0
+    other_bytes: float = 0.0
+
+
+class _Operations(TorchDispatchMode):
+    """Adds the products and the elementwise traffic of PyTorch's operations to a call."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in library_seams.OPERATION_BODIES:
+            with self:
+                return library_seams.OPERATION_BODIES[func](*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if name in ("mm", "addmm"):
+            a, b = [x for x in args if isinstance(x, Tensor)][-2:]
+            self.call.flops += 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
+            if kwargs.get("out") is not None:  # exists only for CUDA, and writes in place
+                return kwargs["out"]
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        casts = name == "to" and made[0].dtype != given[0].dtype  # else it returns what it was given
+        if func.namespace == "aten" and (casts or not func.is_view) and "empty" not in name:
+            self.call.other_bytes += _traffic(name, given, made)
+        return out
+
+
+def _traffic(name: str, given: list[Tensor], made: list[Tensor]) -> int:
+    """Return the bytes that an elementwise operation reads and writes."""
+    if name in ("index", "index_put_", "index_select"):  # only the selected rows
+        return 2 * _bytes(made if name != "index_put_" else given[-1:])
+    if name == "copy_":
+        return _bytes(given)
+    if name.startswith(("new_", "zeros", "zero_", "ones", "full", "fill", "arange", "scalar_tensor")):
+        return _bytes(made)
+    return _bytes(given) + _bytes(made)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.itemsize for x in tensors)
+
+
+@contextmanager
+def recorded(spans: Iterable[tuple[int, int]] = ()) -> Iterator[Call]:
+    """Record what happens inside this context. ``spans`` are those of ``on_cuda_without_kernels``."""
+    call = Call()
+
+    def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        call.launches.append(RecordedLaunch(kernel, grid, arguments))
+
+    with library_seams.on_cuda_without_kernels(spans, launch), _Operations(call):
+        yield call
+
+
+def _linear_logprobs(size: ProblemSize, mode: str) -> Call:
+    with FakeTensorMode():
+        hidden, weight, labels = _linear_inputs(size)
+        kept = size.tokens if mode == "cache" else 0
+        with recorded(library_seams.selected_spans(size.tokens, kept)) as call:
+            out = library_seams.linear_logprobs(
+                hidden,
+                weight,
+                labels,
+                backward=mode,
+                logits_budget_bytes=None,
+                chunk_bytes=library_seams.ACCELERATOR_CHUNK_BYTES,
+            )
+            torch.autograd.grad(out.logprobs, (hidden, weight), torch.empty(size.tokens))
+    return call
+
+
+def _linear_policy_loss(size: ProblemSize) -> Call:
+    chunk_bytes = library_seams.ACCELERATOR_CHUNK_BYTES
+    with FakeTensorMode():
+        hidden, weight, labels = _linear_inputs(size)
+        old_logprobs, advantages = (torch.empty(size.tokens) for _ in range(2))
+        block = library_seams.block_size(hidden, weight, labels, chunk_bytes)
+        spans = [(0, size.tokens)]
+        for first in range(0, size.tokens, block):
+            spans += [(0, min(block, size.tokens - first)), (0, 0)]
+        with recorded(spans) as call:
+            library_seams.linear_policy_loss(
+                hidden,
+                weight,
+                labels,
+                old_logprobs=old_logprobs,
+                advantages=advantages,
+                cu_seqlens=torch.empty(9, dtype=torch.int32),
+                chunk_bytes=chunk_bytes,
+            )
+    return call
+
+
+def _linear_inputs(size: ProblemSize) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.empty(size.tokens, size.hidden, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.empty(size.vocab, size.hidden, dtype=torch.bfloat16, requires_grad=True)
+    return hidden, weight, torch.empty(size.tokens, dtype=torch.int64)
+
+
+def _selective_logprobs(size: ProblemSize) -> Call:
+    with FakeTensorMode():
+        logits = torch.empty(size.tokens, size.vocab, dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.empty(size.tokens, dtype=torch.int64)
+        with recorded() as call:
+            out = sppo_kernels.selective_logprobs(logits, labels, backend="triton")
+            torch.autograd.grad(out.logprobs, logits, torch.empty(size.tokens))
+    return call
+
+
+def _whole(name: str) -> Callable[[ProblemSize], Call]:
+    """Return a recorder of an operation that needs the values of its inputs, such as the lengths of responses."""
+
+    def record(size: ProblemSize) -> Call:
+        torch.manual_seed(0)
+        problem = OPERATIONS[name].inputs(size, CPU, torch.float32)
+        with recorded() as call:
+            problem.results(OPERATIONS[name].implementations("triton")[""])
+        return call
+
+    return record
+
+
+RECORDERS: dict[str, Callable[[ProblemSize], Call]] = {
+    "selective_logprobs": _selective_logprobs,
+    "linear_logprobs, cache": lambda size: _linear_logprobs(size, "cache"),
+    "linear_logprobs, recompute": lambda size: _linear_logprobs(size, "recompute"),
+    "linear_policy_loss": _linear_policy_loss,
+    "policy_loss, token": _whole("policy_loss, token"),
+    "policy_loss, sequence_mean": _whole("policy_loss, sequence_mean"),
+}

@@ -1,0 +1,128 @@
+"""The time model against hand-computed numbers, and what is recorded of whole operations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+
+from benchmarks.compile.binaries import Binary, Hot
+from benchmarks.compile.calls import RECORDERS, Call, RecordedLaunch
+from benchmarks.compile.launches import Launch
+from benchmarks.compile.predictions import PredictedCall, tables, work_of
+from benchmarks.compile.time_model import GPU, H100, Prediction, Work, predict
+from benchmarks.harness.problem import ProblemSize
+
+# Round numbers: an SM reads 1 GB/s and each of its 4 schedulers issues 1e9 instructions per second.
+TOY = GPU(
+    name="toy", target="sm_90", multiprocessors=10, clock=1e9, bandwidth=1e10, product_rate=1e12,
+    load_latency=0.0, launch=0.0,
+)  # fmt: skip
+
+
+def binary(*, counts: dict[str, int], outside: int = 0, warps: int = 4, programs: int = 2) -> Binary:
+    launch = Launch("op", "case", "module", "k_kernel", "sm_90", {}, {}, {}, {"num_warps": warps, "num_stages": 3})
+    hot = Hot(True, elements=1024, counts=counts, outside=outside, barriers=0, load_width=16, store_width=0)
+    return Binary(launch, registers=32, programs_per_sm=programs, occupancy=1.0, hot=hot)
+
+
+def test_a_kernel_of_few_instructions_is_bound_by_memory():
+    """20 programs of 1 MB on 10 SMs: 2 MB each at 1 GB/s."""
+    found = predict(binary(counts={"fp32": 10}), Work(programs=20, passes=1, bytes=20e6), TOY)
+    assert found.bound == "memory"
+    assert found.seconds == pytest.approx(2e-3)
+    assert found.waves == 1.0
+
+
+def test_a_kernel_of_many_instructions_is_bound_by_issue():
+    """4 warps x (500 + 10 x 100) instructions at 4e9 per second, two programs on each SM."""
+    code = binary(counts={"fp32": 100}, outside=500)
+    found = predict(code, Work(programs=20, passes=10, bytes=20), TOY)
+    assert found.bound == "issue"
+    assert found.seconds == found.issue == pytest.approx(2 * 4 * 1500 / 4e9)
+
+
+def test_special_functions_take_eight_cycles():
+    code = binary(counts={"fp32": 60, "special": 20})
+    found = predict(code, Work(programs=20, passes=10, bytes=20), TOY)
+    assert found.bound == "special"
+    assert found.special == pytest.approx(2 * 4 * 10 * 20 * 8 / 4e9)
+
+
+def test_a_lone_program_is_bound_by_latency():
+    """Each of 100 passes waits 1 us for memory and then issues 100 instructions, at one per ns."""
+    slow = TOY._replace(load_latency=1e-6, launch=5e-6)
+    found = predict(binary(counts={"fp32": 100}), Work(programs=10, passes=100, bytes=10), slow)
+    assert found.bound == "latency"
+    assert found.seconds == pytest.approx(5e-6 + 100 * 1.1e-6)
+    longest = predict(binary(counts={"fp32": 100}), Work(programs=10, passes=100, bytes=10, longest=500), slow)
+    assert longest.seconds == pytest.approx(5e-6 + 500 * 1.1e-6)
+
+
+def test_a_last_wave_with_fewer_programs_takes_less():
+    code = binary(counts={"fp32": 100})
+    whole, one_more = (predict(code, Work(programs=n, passes=10, bytes=n), TOY).seconds for n in (20, 21))
+    assert one_more == pytest.approx(1.5 * whole)  # 2 programs on each SM, then 1 on one of them
+
+
+def test_code_for_another_gpu_is_refused():
+    with pytest.raises(ValueError, match="k_kernel for sm_90"):
+        predict(binary(counts={}), Work(1, 1, 1), TOY._replace(target="sm_80"))
+    with pytest.raises(ValueError, match="0 programs per SM"):
+        predict(replace(binary(counts={}), programs_per_sm=0), Work(1, 1, 1), TOY)
+
+
+SIZE = ProblemSize(2048, 64, 1024)
+ONE_PASS = 2 * 2048 * 64 * 1024
+
+
+@pytest.mark.parametrize(
+    ("operation", "passes"),
+    [("linear_logprobs, cache", 3), ("linear_logprobs, recompute", 4), ("linear_policy_loss", 3)],
+)
+def test_products_and_row_passes_are_recorded(operation, passes):
+    call = RECORDERS[operation](SIZE)
+    assert call.flops == passes * ONE_PASS
+    rows = [each for each in call.launches if each.elements >= SIZE.tokens * SIZE.vocab]
+    assert len(rows) == 2
+    assert rows[0].bytes == pytest.approx(4 * SIZE.tokens * SIZE.vocab, rel=0.05)
+    assert rows[1].bytes == pytest.approx((4 + 2) * SIZE.tokens * SIZE.vocab, rel=0.05)
+    assert call.other_bytes >= (4 + 2) * SIZE.vocab * SIZE.hidden  # the cast of the gradient of the weight
+
+
+def test_row_passes_of_given_logits_are_recorded():
+    call = RECORDERS["selective_logprobs"](SIZE)
+    assert call.flops == 0
+    assert [round(each.bytes / SIZE.tokens / SIZE.vocab) for each in call.launches] == [2, 4]
+
+
+def test_the_longest_response_is_known():
+    size = ProblemSize(8192, 0, 0)
+    (launch,) = RECORDERS["policy_loss, token"](size).launches
+    work = work_of(launch, binary(counts={"fp32": 1}))
+    assert work.longest > work.passes
+
+
+def test_the_work_of_a_launch_is_shared_by_its_programs():
+    launch = RecordedLaunch(None, (4, 2), {"x_ptr": torch.empty(64, 1000), "V": 1000})
+    assert work_of(launch, binary(counts={})) == Work(programs=8, passes=8, bytes=256_000)
+
+
+def test_the_time_of_a_call_is_the_sum_of_its_parts():
+    each = Prediction(0.002, memory=0.002, issue=0.001, special=0.0, latency=0.0, waves=3.0)
+    call = PredictedCall(
+        "op", SIZE, Call([], flops=720e12 / 100, other_bytes=2.85e9), [("a", each)] * 2 + [("b", each)]
+    )
+    row = call.row(H100)
+    assert {name: row[name] for name in ("products", "kernels", "other", "total")} == pytest.approx(
+        {"products": 10.0, "kernels": 6.0, "other": 1.0, "total": 17.0}
+    )
+    assert row["over_products"] == pytest.approx(1.7)
+    first, second = call.kernel_rows()
+    assert (first["kernel"], first["launches"], first["bound"]) == ("a", 2, "memory")
+    assert (first["ms"], second["ms"]) == pytest.approx((4.0, 2.0))
+    assert max(map(len, tables([row], [first, second]).split("\n"))) <= 120
