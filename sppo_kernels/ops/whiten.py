@@ -6,7 +6,8 @@ Two launches, since every element depends on all others. The first writes count,
 each block. In the second every program combines them in the same order (Chan, Golub and LeVeque, 1979) and writes its
 block. Squares are taken after the block's mean is subtracted, so a large common offset does not cancel.
 
-Traffic: x and mask are read twice, y is written once.
+Traffic: x and mask are read twice, y is written once, 16 bytes per thread and access. Masked elements are read too,
+because a load that depends on the mask moves one element at a time.
 """
 
 from __future__ import annotations
@@ -95,14 +96,25 @@ if HAS_TRITON:
     _NUM_MOMENTS = 3
 
     @triton.jit
+    def _load_elements(x_ptr, mask_ptr, index, inside):
+        keep = tl.load(mask_ptr + index, mask=inside, other=0) != 0
+        return keep, tl.where(keep, tl.load(x_ptr + index, mask=inside, other=0.0).to(tl.float32), 0.0)
+
+    @triton.jit
     def _load_block(x_ptr, mask_ptr, N, BLOCK: tl.constexpr):
-        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        keep = tl.load(mask_ptr + index, mask=index < N, other=0) != 0
-        return index, keep, tl.load(x_ptr + index, mask=keep, other=0.0).to(tl.float32)
+        """Load this program's block. Only the last may be partial and is loaded with a bound."""
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        index = first + tl.arange(0, BLOCK)
+        full = first + BLOCK <= N
+        if full:
+            keep, x = _load_elements(x_ptr, mask_ptr, index, tl.full([BLOCK], 1, tl.int1))
+        else:
+            keep, x = _load_elements(x_ptr, mask_ptr, index, index < N)
+        return index, full, keep, x
 
     @triton.jit(do_not_specialize=["N", "BLOCKS"])
     def whiten_moments_kernel(x_ptr, mask_ptr, partial_ptr, N, BLOCKS, BLOCK: tl.constexpr):
-        _, keep, x = _load_block(x_ptr, mask_ptr, N, BLOCK)
+        _, _, keep, x = _load_block(x_ptr, mask_ptr, N, BLOCK)
         n = tl.sum(keep.to(tl.float32), 0)
         mean = tl.sum(x, 0) / tl.maximum(n, 1.0)
         deviation = tl.where(keep, x - mean, 0.0)
@@ -123,6 +135,7 @@ if HAS_TRITON:
         BLOCKS_AT_ONCE: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
+        index, full, keep, x = _load_block(x_ptr, mask_ptr, N, BLOCK)
         total = tl.zeros([BLOCKS_AT_ONCE], tl.float32)
         mean_sum = tl.zeros([BLOCKS_AT_ONCE], tl.float32)
         for start in range(0, BLOCKS, BLOCKS_AT_ONCE):
@@ -139,8 +152,11 @@ if HAS_TRITON:
             shift = tl.load(partial_ptr + MEAN * BLOCKS + i, mask=i < BLOCKS, other=0.0) - mean
             squares += tl.load(partial_ptr + SQUARES * BLOCKS + i, mask=i < BLOCKS, other=0.0) + n * shift * shift
         variance = tl.sum(squares, 0) / tl.maximum(count - 1.0, 1.0)
-        index, keep, x = _load_block(x_ptr, mask_ptr, N, BLOCK)
-        tl.store(y_ptr + index, tl.where(keep, (x - mean) / tl.sqrt(variance + EPS), 0.0), mask=index < N)
+        y = tl.where(keep, (x - mean) / tl.sqrt(variance + EPS), 0.0)
+        if full:
+            tl.store(y_ptr + index, y)
+        else:
+            tl.store(y_ptr + index, y, mask=index < N)
 
     def _triton_whiten(x, mask):
         x, mask = x.contiguous(), mask.contiguous()
