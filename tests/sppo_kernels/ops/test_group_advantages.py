@@ -82,6 +82,28 @@ def test_equals_the_published_formula(backend, published):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_of_several_blocks(backend, estimator):
+    """Groups of 255, 256, 257 and 600 members, the least and the greatest id among theirs, shuffled."""
+    sizes = {-(2**63): 255, -1: 256, 2**40: 257, 2**63 - 1: 600}
+    ids = torch.cat([torch.full((size,), i) for i, size in sizes.items()])[torch.randperm(sum(sizes.values()))]
+    rewards = randn(len(ids)) + (ids % 7).to(DEVICE)
+    check(backend, rewards, ids.to(DEVICE), estimator)
+    equal = group_advantages(torch.full_like(rewards, 0.7), ids.to(DEVICE), estimator=estimator, backend=backend)
+    assert equal.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_common_offset_does_not_matter(backend, estimator):
+    """Differences are exact here, so the advantages of rewards around 2^17 are those of rewards around 0."""
+    rewards, ids = randint(-64, 64, 600) / 64, randint(0, 2, 600)
+    want = group_advantages(rewards, ids, estimator=estimator, backend=backend)
+    got = group_advantages(rewards + 2.0**17, ids, estimator=estimator, backend=backend)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_order_and_layout_do_not_matter(backend, estimator):
     rewards, ids = randn(99), randint(0, 9, 99)
     check(backend, randn(198)[::2], randint(0, 9, 99, 2)[:, 1], estimator)
