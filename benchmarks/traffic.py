@@ -195,18 +195,21 @@ def _sparse_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
 
 
 def _policy_cases(tokens: int) -> Iterator[Case]:
-    """Compute loss and gradient in one launch.
+    """Compute loss and gradient in one launch at token level, and in two at sequence level.
 
-    The ratio of a sequence has to be known before the loss of its first token, so the two inputs are read twice.
+    The ratio of a sequence has to be known before the loss of its first token. So the first launch reads the two
+    inputs, and the second, whose terms are those of the sequence, only writes the gradient.
     """
     size = ProblemSize(tokens, 0, 0)
-    for level, rereads in (("token", 0), ("sequence_mean", 1)):
+    for level in ("token", "sequence_mean"):
         name = f"policy_loss, {level}"
         problem = OPERATIONS[name].inputs(size, CPU, torch.float32)
         work = OPERATIONS[name].minimal_cost(size, torch.float32)
-        least = work.forward_bytes + work.backward_bytes
-        kernel = Kernel("policy_loss_fwd_bwd_kernel", least, least + rereads * work.forward_bytes)
-        yield Case("policy_loss", level, _step(problem, OPERATIONS[name].implementations("triton")[""]), (kernel,))
+        kernels = (Kernel("policy_loss_fwd_bwd_kernel", work.forward_bytes + work.backward_bytes),)
+        if level != "token":
+            sums = Kernel("policy_loss_sums_kernel", work.forward_bytes)
+            kernels = (sums, Kernel("policy_loss_fwd_bwd_kernel", work.backward_bytes))
+        yield Case("policy_loss", level, _step(problem, OPERATIONS[name].implementations("triton")[""]), kernels)
 
 
 def _prompt_value_cases() -> Iterator[Case]:
@@ -240,13 +243,19 @@ def _advantage_cases(length: int) -> Iterator[Case]:
     # of memory again, shifted by one element.
     kernel = Kernel("gae_fwd_kernel", tokens + 8 * kept["gae"] + 8 * tokens, (1 + 8 + 8 + 5) * tokens)
     yield Case("gae", "", _step(gae, OPERATIONS["gae"].implementations("triton")[""]), (kernel,))
-    moments = tokens + 4 * kept["whiten"]
-    kernels = Kernel("whiten_moments_kernel", moments), Kernel("whiten_normalize_kernel", moments + 4 * tokens)
+    # Loads of 16 bytes do not depend on the mask, so x is read for masked places too.
+    least, designed = tokens + 4 * kept["whiten"], 5 * tokens
+    kernels = (
+        Kernel("whiten_moments_kernel", least, designed),
+        Kernel("whiten_normalize_kernel", least + 4 * tokens, designed + 4 * tokens),
+    )
     yield Case("whiten", "", _step(whiten, OPERATIONS["whiten"].implementations("triton")[""]), kernels)
-    # Each program of 32 responses reads all of them twice, to find those of its groups: kilobytes again.
+    # Least: reward, id and advantage. Each program reads its place in the order, its id and the one before; the first
+    # of a group of 8 searches its end in 9 steps and reads the first reward once more.
     rewards, groups = torch.rand(512), torch.arange(512) // 8
     call = lambda: sppo_kernels.group_advantages(rewards, groups, backend="triton")
-    kernel = Kernel("group_advantages_fwd_kernel", 512 * (4 + 8 + 4), 512 * (4 + 8 + 4) + 512 // 32 * 2 * 512 * (4 + 8))
+    designed = 512 * (4 + 8 + 8 + 8 + 4) + 512 // 8 * (9 * 8 + 8 + 4)
+    kernel = Kernel("group_advantages_fwd_kernel", 512 * (4 + 8 + 4), designed)
     yield Case("group_advantages", "512 responses", call, (kernel,))
 
 

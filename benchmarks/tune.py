@@ -24,7 +24,6 @@ from benchmarks.harness import checking, library_seams, results, timing
 from benchmarks.harness.cases import MILLION
 from benchmarks.harness.interpreter import run_interpreted
 from benchmarks.harness.operations import OPERATIONS
-from benchmarks.harness.operations.losses import PolicyLoss
 from benchmarks.harness.problem import Outputs, Problem, ProblemSize
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
@@ -44,7 +43,7 @@ class Shape(NamedTuple):
         part: what is timed, "forward" or "backward".
         size: of the inputs.
         dtype: of the inputs.
-        length: of a row.
+        length: of a row, or the number of tokens of a policy loss.
         itemsize: bytes of a row's element.
     """
 
@@ -73,9 +72,8 @@ def shapes(tiny: bool, vocabularies: Sequence[int] = VOCABULARIES) -> list[Shape
         kernel = "linear_logprobs.logit_grads"
         found.append(Shape(kernel, "linear_logprobs", "cache", "forward", size, torch.bfloat16, vocab, 4))
     tokens = 256 if tiny else MILLION
-    length = tokens // PolicyLoss.num_responses(tokens)
     size = ProblemSize(tokens, 0, 0)
-    found.append(Shape("policy_loss", "policy_loss, token", "", "forward", size, torch.float32, length, 4))
+    found.append(Shape("policy_loss", "policy_loss, token", "", "forward", size, torch.float32, tokens, 4))
     return found
 
 

@@ -41,8 +41,11 @@ def packed(lengths, dtype=torch.float32, spread=0.3, per_token=False):
 
 
 def check(backend, tensors, **arguments):
-    """Compare policy_loss with the float64 reference; terms of the loss and metrics are as large as the log-ratios."""
-    term = (tensors["logprobs"] - tensors["old_logprobs"]).abs().mean().item() if tensors["logprobs"].numel() else 0.0
+    """Compare with float64. Terms are as large as the log-ratios, and those of the loss as advantages times ratios."""
+    term = 0.0
+    if tensors["logprobs"].numel():
+        log_ratio = (tensors["logprobs"] - tensors["old_logprobs"]).abs().mean().item()
+        term = max(log_ratio, tensors["advantages"].abs().mean().item() / (arguments.get("normalizer") or 1.0))
     assert_close_to_float64(policy_loss, reference.policy_loss, backend, tensors, term=term, **arguments)
 
 

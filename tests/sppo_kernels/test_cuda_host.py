@@ -411,10 +411,18 @@ POLICIES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_policy_loss(cuda, dtype, level, settings):
     coefficients = {name: settings.get(name, default) for name, default in (("dual_clip", None), ("kl_coef", 0.0))}
-    cuda.launches.sizes = {"B": 7, "RATIO_LEVEL": level, **coefficients}
+    cuda.launches.sizes = {"B": 7, "BLOCK": 1024, "RATIO_LEVEL": level, **coefficients}
     cuda.run(OPS["policy_loss"], **policy(cuda, dtype, ratio_level=level, **settings))
-    (launch,) = cuda.launches.made
-    assert launch.grid == (7,)
+    *sums, launch = cuda.launches.made
+    assert launch.kernel == "policy_loss_fwd_bwd_kernel"
+    # 10,000 tokens fill 9 blocks of 1,024; the cuts between 7 sequences make at most 7 more pieces.
+    assert launch.grid == (9 + 7,)
+    masked_mean = settings.get("optional", False) and settings.get("aggregation", "token-mean") != "token-mean"
+    weight_of_sequence = "rollout_correction" in settings
+    assert [first.kernel for first in sums] == ["policy_loss_sums_kernel"] * (
+        level != "token" or weight_of_sequence or masked_mean
+    )
+    assert all(first.grid == launch.grid for first in sums)
 
 
 @pytest.mark.parametrize("optional", [False, True])

@@ -36,7 +36,9 @@ def other_ops(tokens):
     logits = torch.zeros(tokens, 64, requires_grad=True)
     sk.selective_logprobs(logits, torch.zeros(tokens, dtype=torch.int64), backend="triton").logprobs.sum().backward()
     cu_seqlens = torch.arange(tokens + 1, dtype=torch.int32)
-    sk.policy_loss(x.clone().requires_grad_(), x, x, cu_seqlens=cu_seqlens, backend="triton").loss.backward()
+    for level in ("token", "sequence_mean"):
+        leaf = x.clone().requires_grad_()
+        sk.policy_loss(leaf, x, x, cu_seqlens=cu_seqlens, ratio_level=level, backend="triton").loss.backward()
     hidden, weight = torch.zeros(tokens, 64, requires_grad=True), torch.zeros(64, requires_grad=True)
     last_index = torch.arange(tokens)
     sk.prompt_value_loss(hidden, weight, last_index, x, backend="triton").loss.backward()
@@ -45,8 +47,16 @@ def other_ops(tokens):
     sk.whiten(x[None], x[None] == 0, backend="triton")
     sk.group_advantages(x, torch.zeros(tokens, dtype=torch.int64), backend="triton")
 
+def elementwise(dtype):
+    x, cu_seqlens = torch.zeros(4096, dtype=getattr(torch, dtype)), torch.tensor([0, 4096], dtype=torch.int32)
+    given = {"mask": x == 0, "cu_seqlens": cu_seqlens, "aggregation": "seq-mean-token-mean", "backend": "triton"}
+    sk.policy_loss(x, x, x[:1], rollout_logprobs=x, rollout_correction="sequence_mask", **given)
+    sk.whiten(x, x == 0, backend="triton")
+
 ptx_cases = [Case("linear", json.dumps([n, v, mode]), lambda n=n, v=v, mode=mode: linear(n, v, mode))
          for mode in ("recompute", "cache", "sparse") for n, v in ((33, 97), (33, 50_257), (33, 151_936))]
+ptx_cases += [Case("elementwise", json.dumps([4096, dtype]), lambda dtype=dtype: elementwise(dtype))
+              for dtype in ("float32", "bfloat16")]
 counts = [2, 32, 33, 100]
 count_cases = [Case("linear", f"tokens {n}", lambda n=n: linear(n, 512, "cache")) for n in counts]
 count_cases += [Case("others", f"tokens {n}", lambda n=n: other_ops(n)) for n in counts]
@@ -71,8 +81,8 @@ def compiled():
     return json.loads(completed.stdout)
 
 
-def ptx_of(compiled, kernel, vocab):
-    return next(ptx for _, name, case, ptx in compiled["ptx"] if name == kernel and json.loads(case)[1] == vocab)
+def ptx_of(compiled, kernel, variant):
+    return next(ptx for _, name, case, ptx in compiled["ptx"] if name == kernel and json.loads(case)[1] == variant)
 
 
 @pytest.mark.slow
@@ -101,6 +111,19 @@ def test_row_passes_load_and_store_16_bytes_at_a_time(compiled, kernel, vocab):
     assert "candidates" in kernel or kernel == "selective_logprobs_fwd_kernel" or "st.global.v4.b32" in code
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["policy_loss_sums_kernel", "policy_loss_fwd_bwd_kernel", "whiten_moments_kernel", "whiten_normalize_kernel"],
+)
+def test_full_blocks_load_and_store_16_bytes_at_a_time(compiled, kernel, dtype):
+    """Bounds and masks are applied to the values, not to the loads; byte masks are 8 at once."""
+    code = ptx_of(compiled, kernel, dtype)
+    assert "ld.global.v4.b32" in code
+    assert "ld.global.v2.b32" in code or "ld.global.b64" in code or kernel.startswith("whiten")
+    assert "sums" in kernel or "moments" in kernel or "st.global.v4.b32" in code
+
+
 def test_other_token_and_sequence_counts_do_not_recompile(compiled):
     variants = defaultdict(list)
     for module, kernel, case in compiled["variants"]:
@@ -114,8 +137,9 @@ def test_other_token_and_sequence_counts_do_not_recompile(compiled):
     assert recompiled == {}
 
 
-# Variants of kernels that two operations launch with different dtypes.
+# Variants of kernels that two operations launch with different dtypes, or one at two levels.
 EXPECTED = {
     "sppo_kernels.ops._row_kernels.selective_logprobs_fwd_kernel": 2,
     "sppo_kernels.ops._row_kernels.selective_logprobs_bwd_kernel": 2,
+    "sppo_kernels.ops.policy_loss.triton.policy_loss_fwd_bwd_kernel": 2,  # at token level and at sequence level
 }

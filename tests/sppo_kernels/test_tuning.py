@@ -88,20 +88,20 @@ def test_a_choice_affects_only_its_class_of_shapes():
 
 def test_saved_choices_are_loaded(tmp_path):
     path = tmp_path / "new" / "tuning.json"
-    TUNABLES["policy_loss"].choose("64 x 4 bytes", Config(256, 4))
+    TUNABLES["policy_loss"].choose("64 x 4 bytes", Config(4096, 16))
     tuning.save(path)
     tuning.reset()
     TUNABLES["linear_logprobs.logit_grads"].choose("64 x 4 bytes", Config(1024, 4))
     tuning.load(path)
-    assert TUNABLES["policy_loss"].config(33, 4) == Config(256, 4)
-    assert TUNABLES["policy_loss"].config(32, 4) == Config(512, 8)
+    assert TUNABLES["policy_loss"].config(33, 4) == Config(4096, 16)
+    assert TUNABLES["policy_loss"].config(32, 4) == Config(1024, 4)
     assert TUNABLES["linear_logprobs.logit_grads"].chosen == {}  # the file has no choice for it
     assert [file.name for file in path.parent.iterdir()] == ["tuning.json"]
 
 
 def save_changed(path, **changes):
     """Save a file with one choice, then overwrite some of its keys."""
-    TUNABLES["policy_loss"].choose("64 x 4 bytes", Config(256, 4))
+    TUNABLES["policy_loss"].choose("64 x 4 bytes", Config(4096, 16))
     tuning.save(path)
     tuning.reset()
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -113,11 +113,11 @@ def save_changed(path, **changes):
         ({"format": 2}, "format 2"),
         ({"choices": {"policy_loss": {}, "no_such_kernel": {}}}, "no_such_kernel"),
         (
-            {"choices": {"policy_loss": {"64 x 4 bytes": [256, 4]}, "linear_logprobs.logit_grads": {"64": [64, 1]}}},
+            {"choices": {"policy_loss": {"64 x 4 bytes": [4096, 16]}, "linear_logprobs.logit_grads": {"64": [64, 1]}}},
             "candidates",
         ),
         ({"choices": {"policy_loss": {"64 x 4 bytes": [1, 2, 3]}}}, "tuning.json"),
-        ({"choices": {"policy_loss": [256, 4]}}, "tuning.json"),
+        ({"choices": {"policy_loss": [4096, 16]}}, "tuning.json"),
         ({"choices": None}, "tuning.json"),
         ({"device": "another one"}, "another one"),
     ],
@@ -125,12 +125,12 @@ def save_changed(path, **changes):
 def test_an_invalid_file_changes_nothing(tmp_path, changes, message):
     path = tmp_path / "tuning.json"
     save_changed(path, **changes)
-    TUNABLES["policy_loss"].choose("128 x 4 bytes", Config(256, 8))
+    TUNABLES["policy_loss"].choose("128 x 4 bytes", Config(1024, 4))
     with pytest.raises(ValueError, match=r"tuning\.json") as error:
         tuning.load(path)
     assert message in str(error.value)
     assert "benchmarks tune" in str(error.value)
-    assert TUNABLES["policy_loss"].chosen == {"128 x 4 bytes": Config(256, 8)}
+    assert TUNABLES["policy_loss"].chosen == {"128 x 4 bytes": Config(1024, 4)}
 
 
 def test_other_content_is_rejected(tmp_path):
@@ -146,7 +146,7 @@ def test_other_content_is_rejected(tmp_path):
 def test_another_device_is_accepted_on_request(tmp_path):
     save_changed(tmp_path / "tuning.json", device="another one")
     tuning.load(tmp_path / "tuning.json", any_device=True)
-    assert TUNABLES["policy_loss"].config(64, 4) == Config(256, 4)
+    assert TUNABLES["policy_loss"].config(64, 4) == Config(4096, 16)
 
 
 def test_only_candidates_are_accepted():

@@ -1,9 +1,16 @@
-"""Triton backend of policy_loss: one program per sequence, and the last one to finish reduces their partial sums.
+"""Triton backend of policy_loss: programs are pieces of sequences, so that none depends on the longest response.
 
-program i:  [pass 1: n, sum of logprob - old, sum of old - rollout]   only where the first token needs them
-            pass 2: every term of every token; gradient out; sums in registers
-            sums of the sequence -> partial [len(SUMS), B]
-last one:   partial -> loss, metrics, 1 / normalizer, in a fixed order
+A piece holds the tokens of one sequence in one block of BLOCK tokens. The piece of sequence s in block b has the slot
+s + b, which rises by at least one from piece to piece. A few slots have no tokens. Programs find their piece by binary
+search in cu_seqlens.
+
+sums launch:    count, sum of logprob - old and of old - rollout of each piece -> sums [len(PIECE_SUMS), slots]
+                only where a token needs those of its sequence first
+main launch:    sums of the sequence's pieces -> its ratio, weight and length
+                every term of every token; gradient out; sums of the piece -> partial [slots, COLUMNS]
+last program:   partial -> loss, metrics, 1 / normalizer
+
+All sums have a fixed order. Pieces that fill a block are loaded and stored without a mask, 16 bytes per thread.
 """
 
 from __future__ import annotations
@@ -19,55 +26,127 @@ from .output import METRICS, LossAndGradient
 from .reference import MAX_LOG, torch_policy_loss
 from .settings import Settings
 
-SUMS = (
-    "loss",
-    "tokens",
-    "clipped_low",
-    "clipped_high",
-    "dual_clipped",
-    "log_ratio",
-    "kl",
-    "ratio",
-    "ratio_min",
-    "ratio_max",
-    "rollout_kl",
-    "rollout_weight",
-)
+# Columns of the partial sums. A metric is its column's total over a number of tokens or sequences. The extremes are
+# maxima: ratio_min is stored as the largest -ratio. clip_fraction is the sum of the other two clip fractions.
+SUMS = (*METRICS, "loss", "tokens", "sequences")
+PIECE_SUMS = ("count", "log_ratio", "log_weight")
 
-# Slots of the partial sums [len(SUMS), B] and of the metrics [len(METRICS)]
-S_LOSS: tl.constexpr = tl.constexpr(SUMS.index("loss"))
-S_TOKENS: tl.constexpr = tl.constexpr(SUMS.index("tokens"))
-S_CLIPPED_LOW: tl.constexpr = tl.constexpr(SUMS.index("clipped_low"))
-S_CLIPPED_HIGH: tl.constexpr = tl.constexpr(SUMS.index("clipped_high"))
-S_DUAL_CLIPPED: tl.constexpr = tl.constexpr(SUMS.index("dual_clipped"))
-S_LOG_RATIO: tl.constexpr = tl.constexpr(SUMS.index("log_ratio"))
+S_CLIP_FRACTION: tl.constexpr = tl.constexpr(SUMS.index("clip_fraction"))
+S_CLIP_FRACTION_LOW: tl.constexpr = tl.constexpr(SUMS.index("clip_fraction_low"))
+S_CLIP_FRACTION_HIGH: tl.constexpr = tl.constexpr(SUMS.index("clip_fraction_high"))
+S_DUAL_CLIP_FRACTION: tl.constexpr = tl.constexpr(SUMS.index("dual_clip_fraction"))
+S_APPROX_KL: tl.constexpr = tl.constexpr(SUMS.index("approx_kl"))
 S_KL: tl.constexpr = tl.constexpr(SUMS.index("kl"))
-S_RATIO: tl.constexpr = tl.constexpr(SUMS.index("ratio"))
+S_RATIO_MEAN: tl.constexpr = tl.constexpr(SUMS.index("ratio_mean"))
 S_RATIO_MIN: tl.constexpr = tl.constexpr(SUMS.index("ratio_min"))
 S_RATIO_MAX: tl.constexpr = tl.constexpr(SUMS.index("ratio_max"))
 S_ROLLOUT_KL: tl.constexpr = tl.constexpr(SUMS.index("rollout_kl"))
-S_ROLLOUT_WEIGHT: tl.constexpr = tl.constexpr(SUMS.index("rollout_weight"))
-M_CLIP_FRACTION: tl.constexpr = tl.constexpr(METRICS.index("clip_fraction"))
-M_CLIP_FRACTION_LOW: tl.constexpr = tl.constexpr(METRICS.index("clip_fraction_low"))
-M_CLIP_FRACTION_HIGH: tl.constexpr = tl.constexpr(METRICS.index("clip_fraction_high"))
-M_DUAL_CLIP_FRACTION: tl.constexpr = tl.constexpr(METRICS.index("dual_clip_fraction"))
-M_APPROX_KL: tl.constexpr = tl.constexpr(METRICS.index("approx_kl"))
-M_KL: tl.constexpr = tl.constexpr(METRICS.index("kl"))
-M_RATIO_MEAN: tl.constexpr = tl.constexpr(METRICS.index("ratio_mean"))
-M_RATIO_MIN: tl.constexpr = tl.constexpr(METRICS.index("ratio_min"))
-M_RATIO_MAX: tl.constexpr = tl.constexpr(METRICS.index("ratio_max"))
-M_ROLLOUT_KL: tl.constexpr = tl.constexpr(METRICS.index("rollout_kl"))
-M_ROLLOUT_WEIGHT_MEAN: tl.constexpr = tl.constexpr(METRICS.index("rollout_weight_mean"))
+S_ROLLOUT_WEIGHT_MEAN: tl.constexpr = tl.constexpr(SUMS.index("rollout_weight_mean"))
+S_LOSS: tl.constexpr = tl.constexpr(SUMS.index("loss"))
+S_TOKENS: tl.constexpr = tl.constexpr(SUMS.index("tokens"))
+S_SEQUENCES: tl.constexpr = tl.constexpr(SUMS.index("sequences"))
+P_COUNT: tl.constexpr = tl.constexpr(PIECE_SUMS.index("count"))
+P_LOG_RATIO: tl.constexpr = tl.constexpr(PIECE_SUMS.index("log_ratio"))
+P_LOG_WEIGHT: tl.constexpr = tl.constexpr(PIECE_SUMS.index("log_weight"))
+NUM_METRICS: tl.constexpr = tl.constexpr(len(METRICS))
+NUM_SUMS: tl.constexpr = tl.constexpr(len(SUMS))
+COLUMNS: tl.constexpr = tl.constexpr(16)  # a row of partial sums is 64 bytes
 
 
 @triton.jit
-def _load(ptr, index, keep):
-    return tl.load(ptr + index, mask=keep, other=0.0).to(tl.float32)
+def _find_piece(cu_ptr, B, BLOCK: tl.constexpr):
+    """Return sequence and block of this program, and start and end of the sequence."""
+    slot = tl.program_id(0)
+    sequence = 0
+    above = B
+    while above - sequence > 1:
+        middle = (sequence + above) // 2
+        starts_above = middle + tl.load(cu_ptr + middle) // BLOCK > slot
+        sequence = tl.where(starts_above, sequence, middle)
+        above = tl.where(starts_above, middle, above)
+    return sequence, slot - sequence, tl.load(cu_ptr + sequence), tl.load(cu_ptr + sequence + 1)
+
+
+@triton.jit
+def _block_of_tokens(block, start, end, BLOCK: tl.constexpr):
+    """Return the indices of a block of tokens, which of them are in the sequence, and whether all are."""
+    first = block * BLOCK
+    index = first.to(tl.int64) + tl.arange(0, BLOCK)
+    return index, (index >= start) & (index < end), (first >= start) & (first + BLOCK <= end)
+
+
+@triton.jit
+def _load(ptr, index, inside, keep):
+    x = tl.zeros(index.shape, tl.float32)
+    if ptr is not None:
+        x = tl.where(keep, tl.load(ptr + index, mask=inside, other=0.0).to(tl.float32), x)
+    return x
+
+
+@triton.jit
+def _load_tokens(logprob_ptr, old_ptr, advantage_ptr, ref_ptr, rollout_ptr, mask_ptr, index, inside):
+    """Load the inputs of unmasked tokens as float32, 0 for the others and for inputs that are None."""
+    keep = inside
+    if mask_ptr is not None:
+        keep &= tl.load(mask_ptr + index, mask=inside, other=0) != 0
+    return (
+        keep,
+        _load(logprob_ptr, index, inside, keep),
+        _load(old_ptr, index, inside, keep),
+        _load(advantage_ptr, index, inside, keep),
+        _load(ref_ptr, index, inside, keep),
+        _load(rollout_ptr, index, inside, keep),
+    )
 
 
 @triton.jit
 def _bounded_exp(x, MAX: tl.constexpr):
     return tl.exp(tl.minimum(x, MAX))
+
+
+@triton.jit(do_not_specialize=["B"])
+def policy_loss_sums_kernel(
+    logprob_ptr,
+    old_ptr,
+    mask_ptr,
+    cu_ptr,
+    rollout_ptr,
+    sum_ptr,
+    counter_ptr,
+    B,
+    BLOCK: tl.constexpr,
+):
+    slot = tl.program_id(0)
+    slots = tl.num_programs(0)
+    if slot == 0:
+        tl.store(counter_ptr, 0)  # of the main launch
+    _, block, start, end = _find_piece(cu_ptr, B, BLOCK)
+    index, inside, full = _block_of_tokens(block, start, end, BLOCK)
+    if full:
+        all_inside = tl.full([BLOCK], 1, tl.int1)  # a constant, so that loads are wide
+        keep, logprob, old, _a, _r, rollout = _load_tokens(
+            logprob_ptr, old_ptr, None, None, rollout_ptr, mask_ptr, index=index, inside=all_inside
+        )
+    else:
+        keep, logprob, old, _a, _r, rollout = _load_tokens(
+            logprob_ptr, old_ptr, None, None, rollout_ptr, mask_ptr, index=index, inside=inside
+        )
+    sum_ptr += slot
+    if mask_ptr is not None:
+        tl.store(sum_ptr + P_COUNT * slots, tl.sum(keep.to(tl.float32), 0))
+    if logprob_ptr is not None:
+        tl.store(sum_ptr + P_LOG_RATIO * slots, tl.sum(logprob - old, 0))
+    if rollout_ptr is not None:
+        tl.store(sum_ptr + P_LOG_WEIGHT * slots, tl.sum(old - rollout, 0))
+
+
+@triton.jit
+def _sum_of_slots(sum_ptr, first, end, AT_ONCE: tl.constexpr):
+    total = tl.zeros([AT_ONCE], tl.float32)
+    for start in range(first, end, AT_ONCE):
+        slot = start + tl.arange(0, AT_ONCE)
+        total += tl.load(sum_ptr + slot, mask=slot < end, other=0.0)
+    return tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -80,6 +159,7 @@ def policy_loss_fwd_bwd_kernel(
     normalizer_ptr,
     ref_ptr,
     rollout_ptr,
+    sum_ptr,
     loss_ptr,
     metric_ptr,
     gradient_ptr,
@@ -98,167 +178,163 @@ def policy_loss_fwd_bwd_kernel(
     MEAN_OVER_TOKENS: tl.constexpr,
     KL: tl.constexpr,
     CORRECTION: tl.constexpr,
-    TWO_PASSES: tl.constexpr,
+    WEIGHTS_ARE_SUMMED: tl.constexpr,
     MAX_LOG: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLOTS_AT_ONCE: tl.constexpr,
 ):
-    sequence = tl.program_id(0).to(tl.int64)
-    start = tl.load(cu_ptr + sequence).to(tl.int64)
-    end = tl.load(cu_ptr + sequence + 1).to(tl.int64)
+    PER_SEQUENCE_WEIGHT: tl.constexpr = CORRECTION == "sequence_truncate" or CORRECTION == "sequence_mask"
+    slot = tl.program_id(0)
+    slots = tl.num_programs(0)
+    sequence, block, start, end = _find_piece(cu_ptr, B, BLOCK)
+    index, inside, full = _block_of_tokens(block, start, end, BLOCK)
+    if full:
+        all_inside = tl.full([BLOCK], 1, tl.int1)  # a constant, so that loads are wide
+        keep, logprob, old, advantage, ref, rollout = _load_tokens(
+            logprob_ptr,
+            old_ptr,
+            advantage_ptr if PER_TOKEN else None,
+            ref_ptr,
+            rollout_ptr,
+            mask_ptr,
+            index=index,
+            inside=all_inside,
+        )
+    else:
+        keep, logprob, old, advantage, ref, rollout = _load_tokens(
+            logprob_ptr,
+            old_ptr,
+            advantage_ptr if PER_TOKEN else None,
+            ref_ptr,
+            rollout_ptr,
+            mask_ptr,
+            index=index,
+            inside=inside,
+        )
+    if not PER_TOKEN:
+        advantage += tl.load(advantage_ptr + sequence).to(tl.float32)
+
+    # The sequence: n, its ratio and its rollout weight. What belongs to it is added by its first piece.
+    first_slot = sequence + start // BLOCK
+    end_slot = sequence + tl.cdiv(end, BLOCK)
     n = (end - start).to(tl.float32)
-    log_ratio_of_sequence = 0.0
-    log_weight_of_sequence = 0.0
-    if TWO_PASSES:
-        count = tl.zeros([BLOCK], tl.float32)
-        log_ratio_sum = tl.zeros([BLOCK], tl.float32)
-        log_weight_sum = tl.zeros([BLOCK], tl.float32)
-        for first in range(start, end, BLOCK):
-            index = first + tl.arange(0, BLOCK)
-            keep = index < end
-            if mask_ptr is not None:
-                keep &= tl.load(mask_ptr + index, mask=keep, other=0) != 0
-            count += keep.to(tl.float32)
-            old = _load(old_ptr, index, keep)
-            if RATIO_LEVEL != "token":
-                log_ratio_sum += _load(logprob_ptr, index, keep) - old
-            if CORRECTION == "sequence_truncate" or CORRECTION == "sequence_mask":
-                log_weight_sum += old - _load(rollout_ptr, index, keep)
-        n = tl.sum(count, 0)
-        log_ratio_of_sequence = tl.sum(log_ratio_sum, 0)
-        log_weight_of_sequence = tl.sum(log_weight_sum, 0)
+    if sum_ptr is not None and mask_ptr is not None:
+        n = _sum_of_slots(sum_ptr + P_COUNT * slots, first_slot, end_slot, SLOTS_AT_ONCE)
+    adds_sequence = (slot == first_slot) & (n > 0.0)
     divisor = tl.maximum(n, 1.0)
     slope = 1.0  # d log ratio / d logprob
-    if RATIO_LEVEL == "sequence_mean":
-        log_ratio_of_sequence /= divisor
-    if RATIO_LEVEL == "sequence_sum":
-        slope = divisor
+    unit = 1.0  # what a token counts in a mean over ratios
     token_weight = 1.0
     if MEAN_IN_SEQUENCE:
         token_weight = 1.0 / divisor
-    unit = 1.0  # what a token counts in a mean over ratios
-    if RATIO_LEVEL != "token":
-        unit = 1.0 / divisor
-    weight_of_sequence = 1.0
-    if CORRECTION == "sequence_truncate" or CORRECTION == "sequence_mask":
-        weight_of_sequence = _bounded_exp(log_weight_of_sequence, MAX_LOG)
-        if CORRECTION == "sequence_truncate":
-            weight_of_sequence = tl.minimum(weight_of_sequence, rollout_cap)
-        else:
-            weight_of_sequence = tl.where(weight_of_sequence > rollout_cap, 0.0, weight_of_sequence)
-
-    loss_sum = tl.zeros([BLOCK], tl.float32)
-    token_sum = tl.zeros([BLOCK], tl.float32)
-    low_sum = tl.zeros([BLOCK], tl.float32)
-    high_sum = tl.zeros([BLOCK], tl.float32)
-    dual_sum = tl.zeros([BLOCK], tl.float32)
-    gap_sum = tl.zeros([BLOCK], tl.float32)
-    kl_sum = tl.zeros([BLOCK], tl.float32)
-    ratio_sum = tl.zeros([BLOCK], tl.float32)
-    ratio_min = tl.full([BLOCK], float("inf"), tl.float32)
-    ratio_max = tl.full([BLOCK], float("-inf"), tl.float32)
-    rollout_gap_sum = tl.zeros([BLOCK], tl.float32)
-    weight_sum = tl.zeros([BLOCK], tl.float32)
-    for first in range(start, end, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        inside = index < end
-        keep = inside
-        if mask_ptr is not None:
-            keep &= tl.load(mask_ptr + index, mask=inside, other=0) != 0
-        logprob = _load(logprob_ptr, index, keep)
-        old = _load(old_ptr, index, keep)
-        if PER_TOKEN:
-            advantage = _load(advantage_ptr, index, keep)
-        else:
-            advantage = tl.load(advantage_ptr + sequence).to(tl.float32) + tl.zeros([BLOCK], tl.float32)
+    if RATIO_LEVEL == "token":
         gap = logprob - old
-        log_ratio = gap
-        if RATIO_LEVEL != "token":
-            log_ratio = log_ratio_of_sequence + tl.zeros([BLOCK], tl.float32)
+        gap_sum = tl.sum(gap, 0)
+        ratio = _bounded_exp(gap, MAX_LOG)
+        ratio_sum = tl.sum(tl.where(keep, ratio, 0.0), 0)
+        least = tl.max(tl.where(keep, -ratio, float("-inf")), 0)
+        greatest = tl.max(tl.where(keep, ratio, float("-inf")), 0)
+    else:
+        gap_sum = tl.load(sum_ptr + P_LOG_RATIO * slots + slot)
+        log_ratio = _sum_of_slots(sum_ptr + P_LOG_RATIO * slots, first_slot, end_slot, SLOTS_AT_ONCE)
+        if RATIO_LEVEL == "sequence_mean":
+            log_ratio /= divisor
+        else:
+            slope = divisor
+        unit = 1.0 / divisor
         ratio = _bounded_exp(log_ratio, MAX_LOG)
-        clipped_ratio = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
-        surrogate = tl.maximum(-advantage * ratio, -advantage * clipped_ratio)
-        low = (advantage < 0.0) & (ratio < 1.0 - clip_low)
-        high = (advantage > 0.0) & (ratio > 1.0 + clip_high)
-        clipped = low | high
-        if dual_clip is not None:
-            surrogate = tl.where(advantage < 0.0, tl.minimum(surrogate, -advantage * dual_clip), surrogate)
-            dual = (advantage < 0.0) & (ratio > dual_clip)
-            clipped |= dual
-            dual_sum += tl.where(dual & keep, unit, 0.0)
-        weight = weight_of_sequence + tl.zeros([BLOCK], tl.float32)
-        if rollout_ptr is not None:
-            log_weight = old - _load(rollout_ptr, index, keep)
-            rollout_gap_sum += tl.where(keep, -log_weight, 0.0)
-            if CORRECTION == "token_truncate":
-                weight = tl.minimum(_bounded_exp(log_weight, MAX_LOG), rollout_cap)
-                weight_sum += tl.where(keep, weight, 0.0)
-        loss = weight * surrogate
-        gradient = weight * slope * tl.where(clipped, 0.0, -advantage * ratio)
-        if ref_ptr is not None:
-            d = _load(ref_ptr, index, keep) - logprob
-            if KL == "k1":
-                kl = -d
-                kl_slope = tl.full([BLOCK], 1.0, tl.float32)
-            elif KL == "k2":
-                kl = 0.5 * d * d
-                kl_slope = -d
-            else:
-                e = _bounded_exp(d, MAX_LOG)
-                kl = e - 1.0 - d
-                kl_slope = 1.0 - e
-            kl_sum += tl.where(keep, kl, 0.0)
-            loss += kl_coef * kl
-            gradient += kl_coef * kl_slope
-        tl.store(gradient_ptr + index, tl.where(keep, token_weight * gradient, 0.0), mask=inside)
-        loss_sum += tl.where(keep, token_weight * loss, 0.0)
-        token_sum += tl.where(keep, 1.0, 0.0)
-        low_sum += tl.where(low & keep, unit, 0.0)
-        high_sum += tl.where(high & keep, unit, 0.0)
-        gap_sum += tl.where(keep, gap, 0.0)
-        ratio_sum += tl.where(keep, unit * ratio, 0.0)
-        ratio_min = tl.where(keep, tl.minimum(ratio_min, ratio), ratio_min)
-        ratio_max = tl.where(keep, tl.maximum(ratio_max, ratio), ratio_max)
+        ratio_sum = tl.where(adds_sequence, ratio, 0.0)
+        least = tl.where(n > 0.0, -ratio, float("-inf"))
+        greatest = tl.where(n > 0.0, ratio, float("-inf"))
+        ratio += tl.zeros([BLOCK], tl.float32)  # of each token
+    if mask_ptr is None:
+        tokens = tl.maximum(tl.minimum(end, (block + 1) * BLOCK) - tl.maximum(start, block * BLOCK), 0).to(tl.float32)
+    else:
+        tokens = tl.sum(keep.to(tl.float32), 0)
 
-    tokens = tl.sum(token_sum, 0)
-    weight_total = tl.sum(weight_sum, 0)
-    if CORRECTION == "sequence_truncate" or CORRECTION == "sequence_mask":
-        weight_total = tl.where(tokens > 0.0, weight_of_sequence, 0.0)
-    partial_ptr += sequence
-    tl.store(partial_ptr + S_LOSS * B, tl.sum(loss_sum, 0))
-    tl.store(partial_ptr + S_TOKENS * B, tokens)
-    tl.store(partial_ptr + S_CLIPPED_LOW * B, tl.sum(low_sum, 0))
-    tl.store(partial_ptr + S_CLIPPED_HIGH * B, tl.sum(high_sum, 0))
-    tl.store(partial_ptr + S_DUAL_CLIPPED * B, tl.sum(dual_sum, 0))
-    tl.store(partial_ptr + S_LOG_RATIO * B, tl.sum(gap_sum, 0))
-    tl.store(partial_ptr + S_KL * B, tl.sum(kl_sum, 0))
-    tl.store(partial_ptr + S_RATIO * B, tl.sum(ratio_sum, 0))
-    tl.store(partial_ptr + S_RATIO_MIN * B, tl.min(ratio_min, 0))
-    tl.store(partial_ptr + S_RATIO_MAX * B, tl.max(ratio_max, 0))
-    tl.store(partial_ptr + S_ROLLOUT_KL * B, tl.sum(rollout_gap_sum, 0))
-    tl.store(partial_ptr + S_ROLLOUT_WEIGHT * B, weight_total)
-    if is_last_program(counter_ptr, B):
+    weight = 1.0
+    weight_sum = tokens
+    rollout_gap_sum = 0.0
+    if WEIGHTS_ARE_SUMMED:
+        rollout_gap_sum = -tl.load(sum_ptr + P_LOG_WEIGHT * slots + slot)
+    elif rollout_ptr is not None:
+        rollout_gap_sum = tl.sum(rollout - old, 0)
+    if CORRECTION == "token_truncate":
+        weight = tl.minimum(_bounded_exp(old - rollout, MAX_LOG), rollout_cap)
+        weight_sum = tl.sum(tl.where(keep, weight, 0.0), 0)
+    if PER_SEQUENCE_WEIGHT:
+        log_weight = _sum_of_slots(sum_ptr + P_LOG_WEIGHT * slots, first_slot, end_slot, SLOTS_AT_ONCE)
+        weight = _bounded_exp(log_weight, MAX_LOG)
+        if CORRECTION == "sequence_truncate":
+            weight = tl.minimum(weight, rollout_cap)
+        else:
+            weight = tl.where(weight > rollout_cap, 0.0, weight)
+        weight_sum = tl.where(adds_sequence, weight, 0.0)
+
+    clipped_ratio = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
+    surrogate = tl.maximum(-advantage * ratio, -advantage * clipped_ratio)
+    low = (advantage < 0.0) & (ratio < 1.0 - clip_low)
+    high = (advantage > 0.0) & (ratio > 1.0 + clip_high)
+    clipped = low | high
+    dual_sum = 0.0
+    if dual_clip is not None:
+        surrogate = tl.where(advantage < 0.0, tl.minimum(surrogate, -advantage * dual_clip), surrogate)
+        dual = (advantage < 0.0) & (ratio > dual_clip)
+        clipped |= dual
+        dual_sum = unit * tl.sum(tl.where(dual & keep, 1.0, 0.0), 0)
+    loss = weight * surrogate
+    gradient = weight * slope * tl.where(clipped, 0.0, -advantage * ratio)
+    kl_sum = 0.0
+    if ref_ptr is not None:
+        d = ref - logprob
+        if KL == "k1":
+            kl = -d
+            kl_slope = 1.0
+        elif KL == "k2":
+            kl = 0.5 * d * d
+            kl_slope = -d
+        else:
+            e = _bounded_exp(d, MAX_LOG)
+            kl = e - 1.0 - d
+            kl_slope = 1.0 - e
+        kl_sum = tl.sum(kl, 0)  # 0 where masked, like d
+        loss += kl_coef * kl
+        gradient += kl_coef * kl_slope
+    gradient = tl.where(keep, token_weight * gradient, 0.0)
+    if full:
+        tl.store(gradient_ptr + index, gradient)
+    else:
+        tl.store(gradient_ptr + index, gradient, mask=inside)
+
+    row_ptr = partial_ptr + slot.to(tl.int64) * COLUMNS
+    low_sum = unit * tl.sum(tl.where(low & keep, 1.0, 0.0), 0)
+    high_sum = unit * tl.sum(tl.where(high & keep, 1.0, 0.0), 0)
+    tl.store(row_ptr + S_CLIP_FRACTION, low_sum + high_sum)
+    tl.store(row_ptr + S_CLIP_FRACTION_LOW, low_sum)
+    tl.store(row_ptr + S_CLIP_FRACTION_HIGH, high_sum)
+    tl.store(row_ptr + S_DUAL_CLIP_FRACTION, dual_sum)
+    tl.store(row_ptr + S_APPROX_KL, -gap_sum)
+    tl.store(row_ptr + S_KL, kl_sum)
+    tl.store(row_ptr + S_RATIO_MEAN, ratio_sum)
+    tl.store(row_ptr + S_RATIO_MIN, least)
+    tl.store(row_ptr + S_RATIO_MAX, greatest)
+    tl.store(row_ptr + S_ROLLOUT_KL, rollout_gap_sum)
+    tl.store(row_ptr + S_ROLLOUT_WEIGHT_MEAN, weight_sum)
+    tl.store(row_ptr + S_LOSS, token_weight * tl.sum(tl.where(keep, loss, 0.0), 0))
+    tl.store(row_ptr + S_TOKENS, tokens)
+    tl.store(row_ptr + S_SEQUENCES, tl.where(adds_sequence, 1.0, 0.0))
+    if is_last_program(counter_ptr, slots):
         _finish(
-            partial_ptr - sequence,
+            partial_ptr,
             normalizer_ptr,
             loss_ptr,
             metric_ptr,
             scale_ptr,
-            B,
-            RATIO_LEVEL,
-            MEAN_OVER_TOKENS,
-            CORRECTION,
-            BLOCK,
+            SEQUENCE_RATIO=RATIO_LEVEL != "token",
+            MEAN_OVER_TOKENS=MEAN_OVER_TOKENS,
+            PER_SEQUENCE_WEIGHT=PER_SEQUENCE_WEIGHT,
+            AT_ONCE=SLOTS_AT_ONCE,
         )
-
-
-@triton.jit
-def _total(partial_ptr, slot, B, BLOCK: tl.constexpr):
-    """Sum one slot of the partial sums over all sequences."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, B, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        total += tl.load(partial_ptr + slot * B + index, mask=index < B, other=0.0)
-    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -268,60 +344,51 @@ def _finish(
     loss_ptr,
     metric_ptr,
     scale_ptr,
-    B,
-    RATIO_LEVEL: tl.constexpr,
+    SEQUENCE_RATIO: tl.constexpr,
     MEAN_OVER_TOKENS: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PER_SEQUENCE_WEIGHT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    tokens = _total(partial_ptr, S_TOKENS, B, BLOCK)
-    nonempty = tl.zeros([BLOCK], tl.float32)
-    lowest = tl.full([BLOCK], float("inf"), tl.float32)
-    highest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for first in range(0, B, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        nonempty += (tl.load(partial_ptr + S_TOKENS * B + index, mask=index < B, other=0.0) > 0.0).to(tl.float32)
-        lowest = tl.minimum(lowest, tl.load(partial_ptr + S_RATIO_MIN * B + index, mask=index < B, other=float("inf")))
-        highest = tl.maximum(
-            highest, tl.load(partial_ptr + S_RATIO_MAX * B + index, mask=index < B, other=float("-inf"))
-        )
-    sequences = tl.maximum(tl.sum(nonempty, 0), 1.0)
+    """Reduce the partial sums of all slots, AT_ONCE rows at a time."""
+    slots = tl.num_programs(0)
+    column = tl.arange(0, COLUMNS)
+    is_extreme = (column == S_RATIO_MIN) | (column == S_RATIO_MAX)
+    neutral = tl.where(is_extreme, float("-inf"), 0.0)[None, :] + tl.zeros([AT_ONCE, COLUMNS], tl.float32)
+    rows = neutral
+    for first in range(0, slots, AT_ONCE):
+        row = first + tl.arange(0, AT_ONCE)
+        place = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+        written = (row < slots)[:, None] & (column < NUM_SUMS)[None, :]
+        x = tl.load(partial_ptr + place, mask=written, other=neutral)
+        rows = tl.where(is_extreme[None, :], tl.maximum(rows, x), rows + x)
+    total = tl.where(is_extreme, tl.max(rows, 0), tl.sum(rows, 0))
+
+    tokens = tl.sum(tl.where(column == S_TOKENS, total, 0.0), 0)
     some = tokens > 0.0
     tokens = tl.maximum(tokens, 1.0)
+    # Without a sums launch sequences of masked tokens are counted too, but nothing is divided by their number then.
+    sequences = tl.maximum(tl.sum(tl.where(column == S_SEQUENCES, total, 0.0), 0), 1.0)
     if normalizer_ptr is not None:
         scale = 1.0 / tl.load(normalizer_ptr).to(tl.float32)
     elif MEAN_OVER_TOKENS:
         scale = 1.0 / tokens
     else:
         scale = 1.0 / sequences
-    units = sequences
-    if RATIO_LEVEL == "token":
-        units = tokens
-    low = _total(partial_ptr, S_CLIPPED_LOW, B, BLOCK) / units
-    high = _total(partial_ptr, S_CLIPPED_HIGH, B, BLOCK) / units
-    if CORRECTION == "none":
-        weight_mean = tl.where(some, 1.0, 0.0)
-    elif CORRECTION == "token_truncate":
-        weight_mean = _total(partial_ptr, S_ROLLOUT_WEIGHT, B, BLOCK) / tokens
-    else:
-        weight_mean = _total(partial_ptr, S_ROLLOUT_WEIGHT, B, BLOCK) / sequences
-    tl.store(loss_ptr, _total(partial_ptr, S_LOSS, B, BLOCK) * scale)
     tl.store(scale_ptr, scale)
-    tl.store(metric_ptr + M_CLIP_FRACTION, low + high)
-    tl.store(metric_ptr + M_CLIP_FRACTION_LOW, low)
-    tl.store(metric_ptr + M_CLIP_FRACTION_HIGH, high)
-    tl.store(metric_ptr + M_DUAL_CLIP_FRACTION, _total(partial_ptr, S_DUAL_CLIPPED, B, BLOCK) / units)
-    tl.store(metric_ptr + M_APPROX_KL, -_total(partial_ptr, S_LOG_RATIO, B, BLOCK) / tokens)
-    tl.store(metric_ptr + M_KL, _total(partial_ptr, S_KL, B, BLOCK) / tokens)
-    tl.store(metric_ptr + M_RATIO_MEAN, tl.where(some, _total(partial_ptr, S_RATIO, B, BLOCK) / units, 1.0))
-    tl.store(metric_ptr + M_RATIO_MIN, tl.where(some, tl.min(lowest, 0), 1.0))
-    tl.store(metric_ptr + M_RATIO_MAX, tl.where(some, tl.max(highest, 0), 1.0))
-    tl.store(metric_ptr + M_ROLLOUT_KL, _total(partial_ptr, S_ROLLOUT_KL, B, BLOCK) / tokens)
-    tl.store(metric_ptr + M_ROLLOUT_WEIGHT_MEAN, weight_mean)
+    tl.store(loss_ptr, tl.sum(tl.where(column == S_LOSS, total, 0.0), 0) * scale)
+    divisor = tl.zeros([COLUMNS], tl.float32) + tokens
+    if SEQUENCE_RATIO:
+        divisor = tl.where((column <= S_DUAL_CLIP_FRACTION) | (column == S_RATIO_MEAN), sequences, divisor)
+    if PER_SEQUENCE_WEIGHT:
+        divisor = tl.where(column == S_ROLLOUT_WEIGHT_MEAN, sequences, divisor)
+    metric = tl.where(is_extreme, tl.where(column == S_RATIO_MIN, -total, total), total / divisor)
+    is_ratio = is_extreme | (column == S_RATIO_MEAN)
+    tl.store(metric_ptr + column, tl.where(is_ratio, tl.where(some, metric, 1.0), metric), mask=column < NUM_METRICS)
 
 
-# At most two elements per thread: twelve sums and a dozen terms of each fill its registers, and four would spill.
-CONFIGS = Tunable("policy_loss", Config(512, 8), Config(256, 4), Config(256, 8))
+# Eight tokens per thread amortize the reductions of a program and fill two 16-byte loads of each float32 input. With
+# other sizes ptxas spills a register or two on one target or another.
+CONFIGS = Tunable("policy_loss", Config(1024, 4), Config(4096, 16))
 
 
 def triton_policy_loss(
@@ -337,7 +404,7 @@ def triton_policy_loss(
     per_token: bool,
     settings: Settings,
 ) -> LossAndGradient:
-    """Compute the loss and its gradient in one launch; tensors are packed."""
+    """Compute the loss and its gradient in one launch, or in two if tokens need sums; tensors are packed."""
     s, num_sequences = settings, cu_seqlens.shape[0] - 1
     if not num_sequences:
         return torch_policy_loss(
@@ -352,34 +419,57 @@ def triton_policy_loss(
             per_token=per_token,
             settings=settings,
         )
-    inputs = {
-        "logprob_ptr": logprobs,
-        "old_ptr": old_logprobs,
-        "advantage_ptr": advantages,
-        "mask_ptr": mask,
-        "cu_ptr": cu_seqlens,
-        "normalizer_ptr": normalizer,
-        "ref_ptr": ref_logprobs,
-        "rollout_ptr": rollout_logprobs,
-    }
+    # What a sums launch reads, the main launch does not read again.
+    weight_of_sequence = s.rollout_correction.startswith("sequence")
+    sums_logprobs = s.sequence_level or weight_of_sequence
+    has_sums = sums_logprobs or (mask is not None and not s.mean_over_tokens)
+    weights_are_summed = sums_logprobs and rollout_logprobs is not None and s.rollout_correction != "token_truncate"
+    reads_rollout = rollout_logprobs is not None and not weights_are_summed
+    logprobs, old_logprobs = logprobs.contiguous(), old_logprobs.contiguous()
+    advantages, cu_seqlens = advantages.contiguous(), cu_seqlens.contiguous()
+    mask, normalizer, ref_logprobs, rollout_logprobs = (
+        None if x is None else x.contiguous() for x in (mask, normalizer, ref_logprobs, rollout_logprobs)
+    )
+    num_tokens = logprobs.shape[0]
+    config = CONFIGS.config(num_tokens, logprobs.itemsize)
+    slots = num_tokens // config.block + num_sequences
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=logprobs.device)
 
-    output = LossAndGradient(loss=new(), metrics=new(len(METRICS)), gradient=new(logprobs.shape[0]), scale=new())
-    masked_mean = mask is not None and s.mean_in_sequence
-    config = CONFIGS.config(logprobs.shape[0] // num_sequences, logprobs.itemsize)
+    output = LossAndGradient(loss=new(), metrics=new(len(METRICS)), gradient=new(num_tokens), scale=new())
+    shared = {
+        "mask_ptr": mask,
+        "cu_ptr": cu_seqlens,
+        "sum_ptr": new(len(PIECE_SUMS), slots) if has_sums else None,
+        "counter_ptr": (torch.empty if has_sums else torch.zeros)((), dtype=torch.int32, device=logprobs.device),
+        "B": num_sequences,
+        "BLOCK": config.block,
+        "num_warps": config.num_warps,
+    }
+    if has_sums:
+        launch(
+            policy_loss_sums_kernel,
+            (slots,),
+            logprob_ptr=logprobs if s.sequence_level else None,
+            old_ptr=old_logprobs if s.sequence_level or weights_are_summed else None,
+            rollout_ptr=rollout_logprobs if weights_are_summed else None,
+            **shared,
+        )
     launch(
         policy_loss_fwd_bwd_kernel,
-        (num_sequences,),
-        **{name: None if x is None else x.contiguous() for name, x in inputs.items()},
+        (slots,),
+        logprob_ptr=logprobs if not s.sequence_level or ref_logprobs is not None else None,
+        old_ptr=old_logprobs if not s.sequence_level or reads_rollout else None,
+        advantage_ptr=advantages,
+        normalizer_ptr=normalizer,
+        ref_ptr=ref_logprobs,
+        rollout_ptr=rollout_logprobs if reads_rollout else None,
         loss_ptr=output.loss,
         metric_ptr=output.metrics,
         gradient_ptr=output.gradient,
         scale_ptr=output.scale,
-        partial_ptr=new(len(SUMS), num_sequences),
-        counter_ptr=torch.zeros((), dtype=torch.int32, device=logprobs.device),
-        B=num_sequences,
+        partial_ptr=new(slots, COLUMNS.value),
         clip_low=s.clip_low,
         clip_high=s.clip_high,
         dual_clip=s.dual_clip,
@@ -391,9 +481,9 @@ def triton_policy_loss(
         MEAN_OVER_TOKENS=s.mean_over_tokens,
         KL=s.kl_estimator,
         CORRECTION=s.rollout_correction,
-        TWO_PASSES=s.sequence_level or masked_mean or s.rollout_correction.startswith("sequence"),
+        WEIGHTS_ARE_SUMMED=weights_are_summed,
         MAX_LOG=MAX_LOG,
-        BLOCK=config.block,
-        num_warps=config.num_warps,
+        SLOTS_AT_ONCE=max(16, config.block // 8),
+        **shared,
     )
     return output
