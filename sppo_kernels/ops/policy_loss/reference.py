@@ -15,34 +15,38 @@ MAX_LOG = 80.0
 
 
 class Segments:
-    """Packed tokens of B sequences with a loss mask ``[N]``: sums and means over tokens and over sequences."""
+    """N packed tokens of B sequences, with a loss mask ``[N]`` or None: sums and means over tokens and sequences."""
 
-    def __init__(self, cu_seqlens: Tensor, mask: Tensor, dtype: torch.dtype) -> None:
-        lengths = cu_seqlens.diff().long()
-        self.mask, self.dtype = mask, dtype
-        self.num_sequences = len(lengths)
-        self.sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # [N]
-        self.lengths = self.sum(mask.to(dtype))  # [B], unmasked tokens per sequence
+    def __init__(self, cu_seqlens: Tensor, mask: Tensor | None, num_tokens: int, dtype: torch.dtype) -> None:
+        self.mask, self.num_tokens, self.dtype = mask, num_tokens, dtype
+        self.offsets = cu_seqlens.long()
+        self.all_lengths = self.offsets.diff()  # [B], masked tokens included
+        # [B], unmasked tokens per sequence
+        self.lengths = self.all_lengths.to(dtype) if mask is None else self.sum(mask.to(dtype))
         self.tokens = self.lengths.sum()  # [], unmasked tokens
         self.sequences = (self.lengths > 0).sum().to(dtype)  # [], sequences that have unmasked tokens
 
+    def fill_masked(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """Replace masked tokens of ``[N]`` by ``fill``."""
+        return x if self.mask is None else torch.where(self.mask, x, fill)
+
     def difference(self, a: Tensor, b: Tensor) -> Tensor:
         """Return ``a - b`` per token, 0 where masked."""
-        return torch.where(self.mask, a.to(self.dtype) - b.to(self.dtype), 0.0)
+        return self.fill_masked(a.to(self.dtype) - b.to(self.dtype))
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum ``[N]`` within each sequence to ``[B]``."""
-        return x.new_zeros(self.num_sequences).index_add(0, self.sequence, x)
+        return torch.segment_reduce(x, "sum", offsets=self.offsets, initial=0)
 
     def expand(self, x: Tensor) -> Tensor:
         """Give each token its sequence's value: ``[B]`` to ``[N]``."""
-        return x[self.sequence]
+        return torch.repeat_interleave(x, self.all_lengths, output_size=self.num_tokens)
 
-    def total(self, x: Tensor | float) -> Tensor:
+    def total(self, x: Tensor) -> Tensor:
         """Sum over all unmasked tokens."""
-        return torch.where(self.mask, x, 0.0).sum(dtype=self.dtype)
+        return self.fill_masked(x).sum(dtype=self.dtype)
 
-    def token_mean(self, x: Tensor | float) -> Tensor:
+    def token_mean(self, x: Tensor) -> Tensor:
         """Average over all unmasked tokens; 0 without tokens."""
         return self.total(x) / self.tokens.clamp(min=1)
 
@@ -52,8 +56,9 @@ class Terms(NamedTuple):
 
     loss: Tensor  # []
     metrics: Tensor  # [len(METRICS)]
-    mask: Tensor  # [N] bool
+    segments: Segments
     advantages: Tensor  # [N]
+    clipped: Tensor  # [N] bool, whether the surrogate is constant
     ratio: Tensor  # [N]
     ratio_slope: Tensor | float  # d log ratio_t / d logprob_t, [N]
     rollout_weight: Tensor | float  # [N]
@@ -78,10 +83,9 @@ def terms(
     """Compute the loss of packed tokens ``[N]`` in float32, or in float64 for float64 log-probabilities."""
     s = settings
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    keep = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0
-    segments = Segments(cu_seqlens, keep, dtype)
+    segments = Segments(cu_seqlens, None if mask is None else mask != 0, len(logprobs), dtype)
     tokens, sequences = segments.tokens, segments.sequences
-    length_of_token = segments.expand(segments.lengths.clamp(min=1))
+    length_of_token = segments.expand(segments.lengths.clamp(min=1)) if s.mean_in_sequence else None
 
     advantages = advantages.detach().to(dtype)
     advantages = advantages if per_token else segments.expand(advantages)
@@ -89,6 +93,7 @@ def terms(
     approx_kl = -segments.token_mean(log_ratio.detach())
     ratio_slope: Tensor | float = 1.0
     if s.sequence_level:
+        assert length_of_token is not None
         of_sequence = segments.expand(segments.sum(log_ratio.detach()))
         if s.ratio_level == "sequence_mean":
             of_sequence = of_sequence / length_of_token
@@ -114,31 +119,34 @@ def terms(
         if s.kl_coef:
             loss_of_token = loss_of_token + s.kl_coef * kl_of_token
 
-    token_weight = 1 / length_of_token if s.mean_in_sequence else 1.0
+    token_weight = 1.0 if length_of_token is None else 1 / length_of_token
     count = tokens if s.mean_over_tokens else sequences
     scale = 1 / (count.clamp(min=1) if normalizer is None else normalizer.to(dtype).squeeze())
-    loss = segments.total(token_weight * loss_of_token) * scale
+    loss = segments.total(loss_of_token if length_of_token is None else token_weight * loss_of_token) * scale
 
     # A unit is what a ratio belongs to: a token, or a sequence (as a mean over its tokens).
     units = sequences if s.sequence_level else tokens
-    unit = 1 / length_of_token if s.sequence_level else 1.0
     value = ratio.detach()
 
     def mean_over_units(x: Tensor) -> Tensor:
-        return segments.total(unit * x) / units.clamp(min=1)
+        return segments.total(token_weight * x if s.sequence_level else x) / units.clamp(min=1)
 
     def extreme(fill: float, reduce) -> Tensor:
-        unmasked = torch.cat([torch.where(keep, value, fill), value.new_full((1,), fill)])
+        unmasked = torch.cat([segments.fill_masked(value, fill), value.new_full((1,), fill)])
         return torch.where(tokens > 0, reduce(unmasked), 1.0)
 
-    clipped_low = mean_over_units((advantages < 0) & (value < 1 - s.clip_low))
-    clipped_high = mean_over_units((advantages > 0) & (value > 1 + s.clip_high))
-    dual_bound = float("inf") if s.dual_clip is None else s.dual_clip
+    low = (advantages < 0) & (value < 1 - s.clip_low)
+    high = (advantages > 0) & (value > 1 + s.clip_high)
+    clipped, dual_fraction = low | high, tokens.new_zeros(())
+    if s.dual_clip is not None:
+        dual = (advantages < 0) & (value > s.dual_clip)
+        clipped, dual_fraction = clipped | dual, mean_over_units(dual)
+    clipped_low, clipped_high = mean_over_units(low), mean_over_units(high)
     metrics = {
         "clip_fraction": clipped_low + clipped_high,
         "clip_fraction_low": clipped_low,
         "clip_fraction_high": clipped_high,
-        "dual_clip_fraction": mean_over_units((advantages < 0) & (value > dual_bound)),
+        "dual_clip_fraction": dual_fraction,
         "approx_kl": approx_kl,
         "kl": kl,
         "ratio_mean": torch.where(tokens > 0, mean_over_units(value), 1.0),
@@ -150,8 +158,9 @@ def terms(
     return Terms(
         loss=loss,
         metrics=torch.stack([metrics[name] for name in METRICS]),
-        mask=keep,
+        segments=segments,
         advantages=advantages,
+        clipped=clipped,
         ratio=ratio,
         ratio_slope=ratio_slope,
         rollout_weight=correction.weight,
@@ -207,13 +216,10 @@ def _rollout_correction(
 def torch_policy_loss(*, settings: Settings, **inputs) -> LossAndGradient:
     """Compute the loss of ``terms`` and its gradient by hand (the torch backend)."""
     s, t = settings, terms(settings=settings, **inputs)
-    clipped = (t.advantages > 0) & (t.ratio > 1 + s.clip_high) | (t.advantages < 0) & (t.ratio < 1 - s.clip_low)
-    if s.dual_clip is not None:
-        clipped |= (t.advantages < 0) & (t.ratio > s.dual_clip)
-    gradient = torch.where(clipped, 0.0, -t.advantages * t.ratio) * t.ratio_slope * t.rollout_weight
+    gradient = torch.where(t.clipped, 0.0, -t.advantages * t.ratio) * t.ratio_slope * t.rollout_weight
     if s.kl_coef:
         gradient = gradient + s.kl_coef * _kl_slope(t.ref_gap, s.kl_estimator)
-    gradient = torch.where(t.mask, gradient * t.token_weight, 0.0)
+    gradient = t.segments.fill_masked(gradient * t.token_weight)
     return LossAndGradient(loss=t.loss, metrics=t.metrics, gradient=gradient, scale=t.scale)
 
 
