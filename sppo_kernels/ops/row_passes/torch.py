@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .results import CachedRows, RowPass, RowResults
 
-_BLOCK_ELEMENTS = 1 << 20  # 4 MB, and as much again for exp of it
+_BLOCK_ELEMENTS = 1 << 19  # per thread: 2 MB, and as much again for exp of it
 _LOG_ZERO = -200.0  # exp is 0 in float32 below -104; a finite stand-in keeps 0 * -inf out of p log p
+# Probabilities up to these count as 0. Larger ones are not subnormal after their product with a logarithm, nor in
+# backward after that with an upstream gradient of 1e-7.
+_ZERO_FORWARD = 2.0**-125
+_ZERO_BACKWARD = 2.0**-99
 
 
 def rows_per_block(vocab: int) -> int:
-    """Return how many rows have about _BLOCK_ELEMENTS elements in all."""
-    return max(1, _BLOCK_ELEMENTS // vocab)
+    """Return how many rows have about _BLOCK_ELEMENTS elements per thread; each thread has a row at least."""
+    return max(1, _BLOCK_ELEMENTS // vocab) * torch.get_num_threads()
 
 
 def capped_rows(x: Tensor, softcap: float) -> Tensor | None:
@@ -39,15 +44,33 @@ def safe_labels(labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     return inside, torch.where(inside, labels, 0)
 
 
-def _row_blocks(rows: Tensor, labels: Tensor, ignore_index: int):
-    """Return indices of the rows with a loss, in blocks."""
-    keep = (labels != ignore_index).nonzero().squeeze(-1)
-    return keep.split(rows_per_block(rows.shape[-1]))
+def _row_blocks(keep: Tensor, vocab: int) -> Iterator[slice | Tensor]:
+    """Return the rows to ``keep`` in blocks: slices where they are consecutive, otherwise indices."""
+    for index in keep.nonzero().squeeze(-1).split(rows_per_block(vocab)):
+        if len(index):
+            first, last = int(index[0]), int(index[-1])
+            yield slice(first, last + 1) if last - first + 1 == len(index) else index
 
 
-def _block_of_rows(logits: Tensor, index: Tensor) -> Tensor:
-    """Copy rows ``index`` of ``[B, T, V]`` viewed as ``[B * T, V]`` to float32, without copying all of it."""
-    return logits[index // logits.shape[1], index % logits.shape[1]].float()
+def _copy_rows(logits: Tensor, rows: slice | Tensor, workspace: Tensor) -> Tensor:
+    """Copy ``rows`` of ``[B, T, V]`` viewed as ``[B * T, V]`` to the first rows of ``workspace``, float32."""
+    length = logits.shape[1]
+    if isinstance(rows, slice) and rows.start // length == (rows.stop - 1) // length:
+        first = rows.start % length
+        block = logits[rows.start // length, first : first + rows.stop - rows.start]
+    else:
+        index = torch.arange(rows.start, rows.stop, device=logits.device) if isinstance(rows, slice) else rows
+        block = logits[index // length, index % length]
+    return workspace[: len(block)].copy_(block)
+
+
+def _exp(x: Tensor, zero: float, out: Tensor) -> Tensor:
+    """Compute exp(x) in ``out``, with 0 where it is at most ``zero``. Overwrites x with finite numbers.
+
+    On a CPU, exp and products are up to a hundred times slower where their result is subnormal.
+    """
+    floor = math.log(zero) - 0.1  # its exp, rounded, is below zero
+    return torch.threshold_(torch.exp(x.clamp_(min=floor), out=out), zero, 0.0)
 
 
 def row_statistics(y: Tensor, labels: Tensor, temperature: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,17 +98,30 @@ def _forward(
     out: RowResults,
     cached: CachedRows | None = None,
 ) -> None:
-    for field in out:
-        field.zero_()
-    for index in _row_blocks(logits, labels, ignore_index):
-        z = _block_of_rows(logits, index)
+    n, vocab = labels.shape[0], logits.shape[-1]
+    keep = labels != ignore_index
+    inside, label = safe_labels(labels, vocab)
+    has_temperature = bool((temperature != 1).any())
+    # Of an ignored row: log 1 and 0 make all results 0.
+    maximum, target, weighted = logits.new_zeros(3, n, dtype=torch.float32)
+    total = torch.ones_like(maximum)
+    workspace = logits.new_empty(2, min(n, rows_per_block(vocab)), vocab, dtype=torch.float32)
+    for rows in _row_blocks(keep, vocab):
+        z = _copy_rows(logits, rows, workspace[0])
         capped_rows(z, softcap)
-        e = torch.empty_like(z)
-        maximum, target, total = row_statistics(z, labels[index], temperature[index], e)
-        log_total = total.log()
-        out.logprobs[index] = target - log_total
-        out.entropy[index] = log_total - z.mul_(e).sum(-1) / total
-        out.row_stats[0, index], out.row_stats[1, index] = maximum, log_total
+        maximum[rows] = top = z.amax(-1)
+        # A row that contains only -inf has no distribution: NaN, as in PyTorch.
+        z -= top[:, None]
+        if has_temperature:
+            z /= temperature[rows, None]
+        target[rows] = z.gather(-1, label[rows, None]).squeeze(-1)
+        z *= _exp(z, _ZERO_FORWARD, out=workspace[1, : len(z)])
+        # One call for both: alone, the sum of a single row would be split over threads, and round differently.
+        weighted[rows], total[rows] = workspace[:, : len(z)].sum(-1)
+    log_total = total.log()
+    out.logprobs.copy_(torch.where(inside | ~keep, target - log_total, float("nan")))
+    out.entropy.copy_(log_total - weighted / total)
+    out.row_stats[0], out.row_stats[1] = maximum, log_total
     if cached is not None:
         _cache(
             logits=logits,
@@ -116,7 +152,7 @@ def _cache(
         y -= row_stats[0, rows, None]
         y /= temperature[rows, None]
         rest = -torch.expm1(y.gather(-1, at) - row_stats[1, rows, None])
-        p = y.sub_(shift[rows, None]).exp_()
+        p = _exp(y.sub_(shift[rows, None]), _ZERO_BACKWARD, out=torch.empty_like(y))
         if ratio is not None:
             slope = softcap_derivative(ratio)
             p *= slope
@@ -140,22 +176,32 @@ def _backward(
     ignore_index: int,
     grad_logits: Tensor,
 ) -> None:
-    rows_out = grad_logits.zero_().view(-1, logits.shape[-1])
-    live = torch.where((grad_logprobs != 0) | (grad_entropy != 0), labels, ignore_index)
-    for index in _row_blocks(logits, live, ignore_index):
-        logp = _block_of_rows(logits, index)
+    n, vocab = labels.shape[0], logits.shape[-1]
+    rows_out = grad_logits.view(-1, vocab)
+    live = ((grad_logprobs != 0) | (grad_entropy != 0)) & (labels != ignore_index)
+    rows_out.index_fill_(0, (~live).nonzero().squeeze(-1), 0.0)
+    inside, label = safe_labels(labels, vocab)
+    onehot = inside.float()
+    has_temperature, has_entropy = bool((temperature != 1).any()), bool((grad_entropy != 0).any())
+    of_logprob, of_entropy = grad_logprobs / temperature, grad_entropy / temperature
+    workspace = logits.new_empty(2, min(n, rows_per_block(vocab)), vocab, dtype=torch.float32)
+    for rows in _row_blocks(live, vocab):
+        logp = _copy_rows(logits, rows, workspace[0])
         ratio = capped_rows(logp, softcap)
-        logp -= row_stats[0, index, None]
-        logp /= temperature[index, None]
-        logp -= row_stats[1, index, None]
-        p = logp.exp()
-        inside, label = safe_labels(labels[index], logp.shape[-1])
-        e = (-p).scatter_add_(-1, label[:, None], inside[:, None].float())  # 1 - p first: it is exact near p = 1
-        spread = logp.clamp_(min=_LOG_ZERO) + entropy[index, None]
-        g = grad_logprobs[index, None] * e - grad_entropy[index, None] * p * spread
+        logp -= row_stats[0, rows, None]
+        if has_temperature:
+            logp /= temperature[rows, None]
+        logp -= row_stats[1, rows, None]
+        g = _exp(logp, _ZERO_BACKWARD, out=workspace[1, : len(logp)])
+        if has_entropy:
+            logp.add_(entropy[rows, None]).mul_(g).mul_(of_entropy[rows, None])
+        g.scatter_add_(-1, label[rows, None], -onehot[rows, None])  # p - 1 first: it is exact near p = 1
+        g *= -of_logprob[rows, None]
+        if has_entropy:
+            g -= logp
         if ratio is not None:
             g *= softcap_derivative(ratio)
-        rows_out[index] = (g / temperature[index, None]).to(grad_logits.dtype)
+        rows_out[rows] = g if isinstance(rows, slice) else g.to(grad_logits.dtype)
 
 
 TORCH_ROW_PASS = RowPass(_forward, _backward, _cache)
