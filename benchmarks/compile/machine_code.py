@@ -7,6 +7,9 @@ without a gradient, and around rare work, so of all paths through a region (an i
 2. of these, the one that stores the most bytes without a predicate, then loads the most bytes with one,
 3. of these, the one of the fewest instructions.
 
+Of what follows an atomic operation, with which the programs of a launch find out which is the last, it is the path of
+the fewest instructions: that of all programs but the last, which adds up what the others have stored.
+
 A kernel with several innermost loops is judged by the one whose path ranks first.
 """
 
@@ -137,6 +140,10 @@ class ControlFlow:
     def __init__(self, blocks: list[list[Instruction]], successors: list[list[int]]) -> None:
         self.blocks, self.successors = blocks, successors
         self.reachable = self._reach({0}, successors, within=range(len(blocks))) if blocks else set()
+        atomic = {i for i in self.reachable if any(each.name.startswith("ATOM") for each in blocks[i])}
+        self.after_atomic = self._reach(
+            {after for i in atomic for after in successors[i]}, successors, within=self.reachable - atomic
+        )
         self.exits = {i for i in self.reachable if blocks[i] and blocks[i][-1].name in ("EXIT", "RET")}
 
     def code(self, path: Iterable[int]) -> tuple[Instruction, ...]:
@@ -154,6 +161,8 @@ class ControlFlow:
         best: dict[int, tuple[Rank, list[int]]] = {}
         for block in self._postorder(start, nodes):
             own = self.rank([block])
+            if block in self.after_atomic:
+                own = (0, 0, 0, own[-1])
             rest = [best[after] for after in self.successors[block] if after in best]
             rest += [((0, 0, 0, 0), [])] if block in ends else []
             if rest:
@@ -163,7 +172,7 @@ class ControlFlow:
         return best[start][1] if start in best else []
 
     def innermost_loops(self) -> dict[int, tuple[set[int], set[int]]]:
-        """Return the body and the latches of each loop that contains no other, by its header.
+        """Return the body and the latches of each loop that contains no other and follows no atomic, by its header.
 
         A loop has one header, which dominates the blocks that branch back to it, its latches.
         """
@@ -184,7 +193,7 @@ class ControlFlow:
         return {
             header: (body, latches[header])
             for header, body in bodies.items()
-            if not any(other in body for other in bodies if other != header)
+            if header not in self.after_atomic and not any(other in body for other in bodies if other != header)
         }
 
     def _postorder(self, start: int, nodes: Collection[int]) -> Iterator[int]:

@@ -1,8 +1,8 @@
 """Elements of one pass over a kernel's path, from the loads in Triton's intermediate representation.
 
 A kernel's elements are what its largest loads cover: ``tt.load`` of ``tensor<2048x!tt.ptr<bf16>>`` reads 2,048 elements
-of one input. The region that loads most bytes in one pass is the kernel's path: the body of a loop, or the code outside
-of loops. Loads of one line of source, which ``tl.static_range`` repeats, cover different elements of one input; those
+of one input. The region that loads most elements in one pass is the kernel's path: the body of a loop, or the code
+outside of loops. Loads of one line of source, which ``tl.static_range`` repeats, cover different elements of one input; those
 of other lines read other inputs. Where some loads of a region have no mask, those with one are of the last block.
 
 Triton's representation (TTGIR) precedes LLVM and ptxas, which may unroll the loop. A loop of the machine code that
@@ -87,6 +87,8 @@ def tile_of(representation: str) -> Tile:
     stack, loops = [0], 0
     for text in representation.splitlines():
         code = text.partition(" loc(")[0].strip()
+        if "tt.atomic" in code:  # what follows is the work of the last program
+            break
         if code.startswith("}"):
             stack = stack[:-1] or [0]
         if found := _ACCESS.search(text):
@@ -100,5 +102,9 @@ def tile_of(representation: str) -> Tile:
             loops += 1
             stack.append(loops if re.search(r"scf\.(for|while)|\} do \{", code) else stack[-1])
     tiles = [Tile(i != 0, tuple(found), tuple(scalars.get(i, ()))) for i, found in blocks.items()]
-    volume = lambda tile: sum(access.elements * access.itemsize * access.is_load for access in tile.whole)
-    return max(tiles, key=volume, default=Tile(False))
+    # A loop reads blocks that the code after it reads only a part of, under a mask, beside a few other numbers.
+    return max(tiles, key=lambda tile: (tile.elements, tile.in_loop, _loaded_bytes(tile)), default=Tile(False))
+
+
+def _loaded_bytes(tile: Tile) -> int:
+    return sum(access.elements * access.itemsize * access.is_load for access in tile.whole)

@@ -209,8 +209,8 @@ SELECT: dict[str, Callable[..., Selected]] = {"torch": _torch_select}
 
 
 if HAS_TRITON:
-    _MINUS_INF: tl.constexpr = tl.constexpr(-128)  # the upper half of -inf in float32
-    _TILE = 2048  # groups
+    _TWO_MINUS_INF: tl.constexpr = tl.constexpr(-8323200)  # 0xFF80FF80: two of bfloat16
+    _WORDS, _GROUPS, _WARPS = 1024, 64, 2  # few threads: a scan costs as much for each, whatever it has
 
     @triton.jit
     def _append(list_ptr, item, near, found, MAX_ITEMS: tl.constexpr):
@@ -218,6 +218,11 @@ if HAS_TRITON:
         place = found + tl.cumsum(near.to(tl.int32), 0) - 1
         tl.store(list_ptr + place, item, mask=near & (place < MAX_ITEMS))
         return tl.max(place, 0) + 1
+
+    @triton.jit
+    def _unpack(word):
+        """Return the two bfloat16 in each word as float32."""
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
 
     @triton.jit
     def _log2_p(x_ptr, column, mask, top, c, log2_total, softcap, HAS_SOFTCAP: tl.constexpr):
@@ -251,7 +256,8 @@ if HAS_TRITON:
         MAX_CANDIDATES: tl.constexpr,
         GROUP: tl.constexpr,
         HALF: tl.constexpr,
-        TILE: tl.constexpr,
+        WORDS: tl.constexpr,
+        GROUPS: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         top = tl.load(stat_ptr + row)
@@ -270,38 +276,49 @@ if HAS_TRITON:
         c = LOG2_E / tl.load(tau_ptr + row * stride_tau)
         label = tl.load(label_ptr + row)
         in_range = (label >= 0) & (label < V)
-        label = tl.where(in_range, label, -GROUP).to(tl.int32)  # in no group, if it is on another rank
+        label = tl.where(in_range, label, -2 * GROUP * HALF).to(tl.int32)  # in no block, if it is on another rank
         origin, _ = load_capped(x_ptr + tl.where(in_range, label, 0), softcap, HAS_SOFTCAP)
         # A little below the floor: what is in these groups is compared exactly afterwards.
         margin = 0.01 / c + 1e-6 * (tl.abs(top) + tl.abs(origin))
         floor = (top - origin) + (log2_floor + log2_total) / c - margin
-        # Groups i and i + HALF of each block share a word.
-        lane = tl.arange(0, TILE)
-        half_word = lane // (2 * HALF) * (2 * HALF) + 2 * (lane % HALF) + lane // HALF % 2
-        maxima_ptr = (maxima_ptr + row * stride_maxima).to(tl.pointer_type(tl.int16))
-        groups = 2 * stride_maxima
+        maxima_ptr += row * stride_maxima
+        words = stride_maxima
+        label_group = label // GROUP
+        label_word = label_group // (2 * HALF) * HALF  # the first of its block
         found = tl.zeros([], tl.int32)
-        for start in range(0, groups, TILE):
-            bits = tl.load(maxima_ptr + start + half_word, mask=start + lane < groups, other=_MINUS_INF)
-            largest = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-            of_label = label // GROUP - start
-            if (tl.max(largest, 0) > floor) | ((of_label >= 0) & (of_label < TILE)):
-                near = (largest > floor) | (lane == of_label)
-                found = _append(group_ptr, start + lane, near, found, MAX_CANDIDATES)
+        for start in range(0, words, WORDS):
+            word = start + tl.arange(0, WORDS)
+            low, high = _unpack(tl.load(maxima_ptr + word, mask=word < words, other=_TWO_MINUS_INF))
+            largest = tl.max(tl.maximum(low, high), 0)
+            if (largest > floor) | ((label_word >= start) & (label_word < start + WORDS)):
+                # Few tiles have a candidate. They are read again, block by block, in the order of the vocabulary.
+                for block in range(start, tl.minimum(start + WORDS, words), HALF):
+                    first, second = _unpack(tl.load(maxima_ptr + block + tl.arange(0, HALF)))
+                    largest_of_group = tl.reshape(tl.trans(tl.join(first, second)), [2 * HALF])
+                    number = 2 * block + tl.arange(0, 2 * HALF)
+                    is_near = (largest_of_group > floor) | (number == label_group)
+                    if tl.max(is_near.to(tl.int32), 0) > 0:
+                        found = _append(group_ptr, number, is_near, found, MAX_CANDIDATES)
         tl.debug_barrier()  # other threads have stored the groups that this one reads
         many = found > MAX_CANDIDATES
         groups = tl.where(many, 0, found)
         found = tl.where(many, MAX_CANDIDATES + 1, 0)
-        collected = tl.zeros([TILE // GROUP, GROUP], tl.float32)
-        for start in range(0, groups, TILE // GROUP):
-            place = start + tl.arange(0, TILE // GROUP)
+        collected = tl.zeros([GROUPS, GROUP], tl.float32)
+        for start in range(0, groups, GROUPS):
+            place = start + tl.arange(0, GROUPS)
             group = tl.load(group_ptr + place, mask=place < groups, other=0)
             column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
             mask = (place < groups)[:, None] & (column < V)
             log2_p, _slope = _log2_p(x_ptr, column, mask, top, c, log2_total, softcap, HAS_SOFTCAP)
             near = mask & ((log2_p > log2_floor) | (column == label))
             collected += tl.where(near, tl.exp2(log2_p), 0.0)
-            found = _append(candidate_ptr, tl.reshape(column, [TILE]), tl.reshape(near, [TILE]), found, MAX_CANDIDATES)
+            found = _append(
+                candidate_ptr,
+                tl.reshape(column, [GROUPS * GROUP]),
+                tl.reshape(near, [GROUPS * GROUP]),
+                found,
+                MAX_CANDIDATES,
+            )
         tl.store(found_ptr + row, found)
         # The difference of numbers near 1 has an error near 1e-7, which the certificate does not count.
         tl.store(left_out_ptr + row, tl.maximum(mass - tl.sum(tl.sum(collected, 1), 0), 0.0))
@@ -413,7 +430,6 @@ if HAS_TRITON:
             "MAX_CANDIDATES": max_candidates,
         }
         if n:
-            tile = max(2 * maxima.half, min(_TILE, triton.next_power_of_2(2 * maxima.words.shape[1])))
             launch(
                 linear_logprobs_candidates_kernel,
                 (n,),
@@ -424,8 +440,9 @@ if HAS_TRITON:
                 stride_maxima=maxima.words.stride(0),
                 GROUP=maxima.group,
                 HALF=maxima.half,
-                TILE=tile,
-                num_warps=max(1, tile // 256),
+                WORDS=max(maxima.half, min(_WORDS, triton.next_power_of_2(maxima.words.shape[1]))),
+                GROUPS=_GROUPS,
+                num_warps=_WARPS,
             )
             launch(
                 linear_logprobs_select_kernel,

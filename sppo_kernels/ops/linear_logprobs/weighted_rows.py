@@ -110,7 +110,9 @@ if HAS_TRITON:
                     tl.store(open_ptr + H, total, mask=mask)
                 elif place < NUM_PLACES:
                     at = out_ptr + place * H + column
-                    tl.store(at, tl.load(at, mask=mask, other=0.0).to(tl.float32) + total, mask=mask)
+                    total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+                    tl.debug_barrier()  # another thread may store what this one has loaded
+                    tl.store(at, total, mask=mask)
                 goes_on = following == place
                 total = tl.zeros([BLOCK_H], tl.float32)
             place = following
@@ -138,7 +140,9 @@ if HAS_TRITON:
             end += PIECE
             following = tl.load(place_ptr + end, mask=end < M, other=-1)
         at = out_ptr + place * H + column
-        tl.store(at, tl.load(at, mask=mask, other=0.0).to(tl.float32) + total, mask=mask)
+        total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # another thread may store what this one has loaded
+        tl.store(at, total, mask=mask)
 
     def _triton_weighted_rows(*, out, place, index, weight, rows):
         """Compute what ``_torch_weighted_rows`` does."""

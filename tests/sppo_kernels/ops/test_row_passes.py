@@ -111,7 +111,7 @@ def test_cached_rows_give_the_logit_gradients(backend, rows, softcap, after):
     double = logits.double().requires_grad_()
     out = reference.selective_logprobs(double, labels, temperature=0.6, softcap=softcap or None)
     (want,) = torch.autograd.grad(out.logprobs.sum(), double)
-    torch.testing.assert_close(logit_gradients(cached, labels), 0.6 * want, rtol=3e-5, atol=3e-7)
+    torch.testing.assert_close(logit_gradients(cached, labels), 0.6 * want, rtol=3e-5, atol=5e-7)
     assert torch.equal(cached.probs[range(3), labels], torch.zeros(3, device=DEVICE))
 
 

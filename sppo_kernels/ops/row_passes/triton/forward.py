@@ -207,6 +207,7 @@ def selective_logprobs_fwd_kernel(
         scale = p
         if not ((top - label_y) * c <= max_gap):  # also for NaN
             shift = tl.floor(log2_total * 0.5)
+            tl.debug_barrier()  # after what other threads have stored with the label's logit as base
             cache_columns(
                 x_ptr, prob_ptr, stride_v, 0, V // BLOCK * BLOCK, V, top, shift, c, softcap, HAS_SOFTCAP, BLOCK
             )

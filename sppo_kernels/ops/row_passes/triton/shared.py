@@ -17,11 +17,16 @@ LOG2_ZERO: tl.constexpr = tl.constexpr(-300.0)
 
 @triton.jit
 def capped(x, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Compute cap(x), and its derivative (unused without a cap)."""
+    """Compute cap(x), and its derivative (unused without a cap).
+
+    The choice keeps the product apart from the subtraction of a maximum of such products. Fused, the difference of a
+    number from itself would not be 0.
+    """
     slope = x
     if HAS_SOFTCAP:
-        slope = tanh_derivative(x / softcap)
-        x = softcap * tanh(x / softcap)
+        ratio = x / softcap
+        slope = tanh_derivative(ratio)
+        x = tl.where(ratio == ratio, softcap * tanh(ratio), ratio)
     return x, slope
 
 
