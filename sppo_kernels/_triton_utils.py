@@ -1,4 +1,4 @@
-"""Launch of the Triton kernels, and device functions that they share. Imported only where Triton is installed."""
+"""Launch of the Triton kernels, and functions that they share. Imported only where Triton is installed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,19 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     guard = nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
     with guard:
         kernel[grid](**arguments)
+
+
+# Triton has functions of these names, which kernels can call too. On the host they take ten times as long.
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the least power of two that is at least n, for n of at least 1."""
+    return 1 << (n - 1).bit_length()
 
 
 @triton.jit

@@ -29,7 +29,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from .._triton_utils import launch
+    from .._triton_utils import launch, next_power_of_2
 
 
 def gae(
@@ -200,7 +200,7 @@ if HAS_TRITON:
                 T=length,
                 gamma=gamma,
                 decay=gamma * lam,
-                BLOCK=min(MAX_BLOCK, triton.next_power_of_2(length)),
+                BLOCK=min(MAX_BLOCK, next_power_of_2(length)),
                 num_warps=4,
             )
         return advantages, returns

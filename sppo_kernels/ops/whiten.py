@@ -27,7 +27,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from .._triton_utils import launch
+    from .._triton_utils import cdiv, launch
 
 EPS = 1e-8
 
@@ -163,7 +163,7 @@ if HAS_TRITON:
         y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         n, block = x.numel(), 2048
         if n:
-            blocks = triton.cdiv(n, block)
+            blocks = cdiv(n, block)
             partial = torch.empty(_NUM_MOMENTS, blocks, dtype=torch.float32, device=x.device)
             launch(
                 whiten_moments_kernel,

@@ -90,9 +90,10 @@ class AutoBackward:
         self._num_dense = num_dense if self._num_dense is None else self._num_dense + num_dense
         self._num_seen += num_seen
 
-    def record_entropies(self, has_entropy_grad: Tensor, has_grad: Tensor) -> None:
-        """Record the share of tokens with a gradient whose entropy has one. Both arguments are boolean masks."""
-        self._entropy_share = has_entropy_grad.sum() / has_grad.sum().clamp(min=1)
+    def record_entropies(self, has_entropy_grad: Tensor | None, has_grad: Tensor) -> None:
+        """Record the share of tokens with a gradient whose entropy has one: boolean masks, or None for no entropy."""
+        none = has_grad.new_zeros((), dtype=torch.float32)
+        self._entropy_share = none if has_entropy_grad is None else has_entropy_grad.sum() / has_grad.sum().clamp(min=1)
 
 
 def find(key: str, weight: Tensor) -> AutoBackward | None:

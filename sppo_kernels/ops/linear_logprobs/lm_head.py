@@ -129,8 +129,11 @@ class Batch:
 class Upstream:
     """Upstream gradients of tokens, and what the row pass needs of their results."""
 
-    def __init__(self, tokens: Tensor, saved: SavedForBackward, *, grad_logprobs: Tensor, grad_entropy: Tensor) -> None:
-        self.grad_logprobs, self.grad_entropy = grad_logprobs[tokens], grad_entropy[tokens]
+    def __init__(
+        self, tokens: Tensor, saved: SavedForBackward, *, grad_logprobs: Tensor, grad_entropy: Tensor | None
+    ) -> None:
+        self.grad_logprobs = grad_logprobs[tokens]
+        self.grad_entropy = torch.zeros_like(self.grad_logprobs) if grad_entropy is None else grad_entropy[tokens]
         self.entropy, self.row_stats = saved.entropy[tokens], saved.row_stats[:, tokens]
 
     def part(self, first: int, last: int) -> Upstream:
@@ -329,7 +332,7 @@ class LMHead:
         cached: Cache,
         saved: SavedForBackward,
         grad_logprobs: Tensor,
-        grad_entropy: Tensor,
+        grad_entropy: Tensor | None,
         is_only_call: bool,
     ) -> int:
         """Add the gradients of ``tokens`` to ``accumulator``. The host waits for the device once.
@@ -340,18 +343,21 @@ class LMHead:
             cached: what ``forward`` returned.
             saved: results of all N tokens.
             grad_logprobs: ``[N]``, divided by the accumulator's scale.
-            grad_entropy: ``[N]``, divided likewise.
+            grad_entropy: ``[N]``, divided likewise, or None for zeros.
             is_only_call: whether all gradients come from this call.
 
         Returns:
             The number of tokens whose gradient came from ``cached``.
         """
-        has_entropy_grad = grad_entropy[tokens] != 0
-        has_grad = (grad_logprobs[tokens] != 0) | has_entropy_grad
-        in_cache = torch.arange(len(tokens), device=tokens.device) < len(cached.probs)
-        kind = torch.where(in_cache, _CACHED, torch.where(saved.num_entries[tokens] >= 0, _SPARSE, _RECOMPUTED))
-        # What is kept does not cover the entropy: a token whose entropy has a gradient needs its logits again.
-        kind = torch.where(has_grad, torch.where(has_entropy_grad, _RECOMPUTED, kind), _NO_GRADIENT)
+        has_grad = grad_logprobs[tokens] != 0
+        kind = torch.where(saved.num_entries[tokens] >= 0, _SPARSE, _RECOMPUTED)
+        kind[: len(cached.probs)] = _CACHED
+        if grad_entropy is not None:
+            # What is kept does not cover the entropy: a token whose entropy has a gradient needs its logits again.
+            has_entropy_grad = grad_entropy[tokens] != 0
+            has_grad |= has_entropy_grad
+            kind.masked_fill_(has_entropy_grad, _RECOMPUTED)
+        kind.masked_fill_(~has_grad, _NO_GRADIENT)
         recomputed, from_cache, from_sparse = indexing.partition(kind, _NO_GRADIENT)
         _log.debug(
             "backward: %d tokens cached, %d sparse, %d recomputed", len(from_cache), len(from_sparse), len(recomputed)

@@ -143,7 +143,7 @@ def _size_known_at_run_time(at_most: int):
 
 def backward_pass(
     grad_logprobs: Tensor,
-    grad_entropy: Tensor,
+    grad_entropy: Tensor | None,
     hiddens: list[Tensor],
     weights: list[Tensor],
     bias: Tensor | None,
@@ -182,21 +182,28 @@ def backward_pass(
         backend=backend,
         first_row=first_row,
     )
-    has_entropy_grad = head.loss_mask & (grad_entropy != 0)
-    has_grad = head.loss_mask & (grad_logprobs != 0) | has_entropy_grad
+    has_grad = head.loss_mask & (grad_logprobs != 0)
+    has_entropy_grad = None if grad_entropy is None else head.loss_mask & (grad_entropy != 0)
+    if has_entropy_grad is not None:
+        has_grad |= has_entropy_grad
     monitor = auto_mode.find(auto_key, weights[0]) if backward == "auto" else None
     if monitor is not None:
         monitor.record_entropies(has_entropy_grad, has_grad)
     accumulator = head.accumulator(needs, torch.float32 if group else weights[0].dtype)
-    upstream = torch.maximum(grad_logprobs.abs(), grad_entropy.abs()) / temperature
-    scale = accumulator.rescale(torch.where(has_grad, upstream, 0.0))
+    if accumulator.scaled:
+        largest = (
+            grad_logprobs.abs() if grad_entropy is None else torch.maximum(grad_logprobs.abs(), grad_entropy.abs())
+        )
+        scale = accumulator.rescale(torch.where(has_grad, largest / temperature, 0.0))
+        grad_logprobs = grad_logprobs / scale
+        grad_entropy = None if grad_entropy is None else grad_entropy / scale
     num_served = head.backward(
         tokens,
         accumulator=accumulator,
         cached=Cache(cached_probs, cached_factors, sparse_index, sparse_value),
         saved=SavedForBackward(entropy=entropy, row_stats=row_stats, num_entries=local_num_entries),
-        grad_logprobs=grad_logprobs / scale,
-        grad_entropy=grad_entropy / scale,
+        grad_logprobs=grad_logprobs,
+        grad_entropy=grad_entropy,
         is_only_call=True,
     )
     if len(cached_probs) and not num_served and has_grad[tokens[: len(cached_probs)]].any():
@@ -251,10 +258,11 @@ def _grad(ctx, grad_logprobs, grad_entropy, *_):
     others = dict(zip(ctx.names, saved[2 * n :], strict=True))
     needs_hiddens, needs_weights, needs_bias, *_ = ctx.needs_input_grad
     needs = [*needs_hiddens, *needs_weights, needs_bias]
-    zeros = torch.zeros_like(others["labels"], dtype=torch.float32)
+    if grad_logprobs is None:
+        grad_logprobs = torch.zeros_like(others["labels"], dtype=torch.float32)
     grads = linear_logprobs_backward(
-        grad_logprobs=zeros if grad_logprobs is None else grad_logprobs,
-        grad_entropy=zeros if grad_entropy is None else grad_entropy,
+        grad_logprobs=grad_logprobs,
+        grad_entropy=grad_entropy,
         hiddens=list(saved[:n]),
         weights=list(saved[n : 2 * n]),
         **others,
@@ -300,15 +308,16 @@ def _backward_flops(
     **_,
 ) -> int:
     loss_mask = labels != ignore_index
-    has_grad = loss_mask & ((grad_logprobs != 0) | (grad_entropy != 0))
+    has_entropy_grad = torch.zeros_like(loss_mask) if grad_entropy is None else grad_entropy != 0
+    has_grad = loss_mask & ((grad_logprobs != 0) | has_entropy_grad)
     is_sparse = local_num_entries >= 0
     is_kept = (loss_mask.cumsum(0) <= len(cached_probs)) | is_sparse
     num_recomputed = indexing.count(
-        has_grad & ~(is_kept & (grad_entropy == 0)),
+        has_grad & ~(is_kept & ~has_entropy_grad),
         without_values=len(labels) - len(cached_probs) - len(sparse_index),
     )
     num_dense = indexing.count(
-        has_grad & ~(is_sparse & (grad_entropy == 0)), without_values=len(labels) - len(sparse_index)
+        has_grad & ~(is_sparse & ~has_entropy_grad), without_values=len(labels) - len(sparse_index)
     )
     sizes = [weight.numel() for weight in weights]
     products = sum(size for size, need in zip((*sizes, *sizes), needs[:-1], strict=True) if need)

@@ -19,7 +19,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ..._triton_utils import launch
+    from ..._triton_utils import cdiv, launch, next_power_of_2
 
 
 def _torch_scaled_rows(
@@ -104,10 +104,10 @@ if HAS_TRITON:
         num_rows, width = len(x) if source is None else len(source), x.shape[1]
         if not num_rows:
             return
-        block = min(_BLOCK, triton.next_power_of_2(width))
+        block = min(_BLOCK, next_power_of_2(width))
         launch(
             linear_logprobs_scaled_rows_kernel,
-            (num_rows, triton.cdiv(width, block)),
+            (num_rows, cdiv(width, block)),
             out_ptr=out,
             x_ptr=x,
             factor_ptr=factor,

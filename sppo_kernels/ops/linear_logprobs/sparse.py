@@ -49,7 +49,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ..._triton_utils import launch
+    from ..._triton_utils import launch, next_power_of_2
     from ..row_passes.triton import GroupMaxima
     from ..row_passes.triton.shared import LOG2_E, capped, load_capped
 
@@ -409,7 +409,7 @@ if HAS_TRITON:
         )
         mass = None if combine is None else combine(out)
         selected = Selected(num_entries=new(n, dtype=torch.int32), dropped_mass=new(n))
-        max_candidates = 4 * triton.next_power_of_2(max_entries)
+        max_candidates = 4 * next_power_of_2(max_entries)
         shared = {
             "x_ptr": logits,
             "label_ptr": labels,
@@ -440,7 +440,7 @@ if HAS_TRITON:
                 stride_maxima=maxima.words.stride(0),
                 GROUP=maxima.group,
                 HALF=maxima.half,
-                WORDS=max(maxima.half, min(_WORDS, triton.next_power_of_2(maxima.words.shape[1]))),
+                WORDS=max(maxima.half, min(_WORDS, next_power_of_2(maxima.words.shape[1]))),
                 GROUPS=_GROUPS,
                 num_warps=_WARPS,
             )

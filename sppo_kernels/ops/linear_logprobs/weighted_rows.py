@@ -25,7 +25,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ..._triton_utils import launch
+    from ..._triton_utils import cdiv, launch, next_power_of_2
 
 
 class Entries(NamedTuple):
@@ -149,7 +149,7 @@ if HAS_TRITON:
         (num_places, width), entries = out.shape, len(place)
         if not entries:
             return
-        pieces, block = triton.cdiv(entries, _PIECE), min(_WIDEST, triton.next_power_of_2(width))
+        pieces, block = cdiv(entries, _PIECE), min(_WIDEST, next_power_of_2(width))
         sums = torch.empty(pieces, 2, width, dtype=torch.float32, device=out.device)
         shared = {
             "out_ptr": out,
@@ -164,7 +164,7 @@ if HAS_TRITON:
         }
         launch(
             linear_logprobs_weighted_rows_kernel,
-            (pieces, triton.cdiv(width, block)),
+            (pieces, cdiv(width, block)),
             **shared,
             index_ptr=index,
             weight_ptr=weight,
@@ -173,6 +173,6 @@ if HAS_TRITON:
             stride_column=rows.stride(1),
         )
         if pieces > 1:
-            launch(linear_logprobs_open_rows_kernel, (pieces - 1, triton.cdiv(width, block)), **shared)
+            launch(linear_logprobs_open_rows_kernel, (pieces - 1, cdiv(width, block)), **shared)
 
     WEIGHTED_ROWS["triton"] = _triton_weighted_rows

@@ -125,7 +125,6 @@ def forward(
     accumulator = head.accumulator(needs, torch.float32 if group else _grad_dtype(hiddens[0]))
     logprobs, coefficients = old_logprobs.float(), torch.zeros_like(row.logprobs)
     logprobs = logprobs.clone() if logprobs is old_logprobs else logprobs
-    no_grad = torch.zeros_like(coefficients)
     tokens = indexing.nonzero_indices(loss_mask)
     block_size = head.block_size(max(shards)) if any(needs) else len(tokens)
     blocks = _blocks(tokens, cu_seqlens if settings.sequence_level else None, block_size)
@@ -148,14 +147,16 @@ def forward(
         if any(needs):
             loss = loss_of(logprobs)
             coefficients[block] = (loss.gradient * loss.scale)[block]
-            scale = accumulator.rescale(coefficients[block] / temperature[block])
+            scaled = coefficients
+            if accumulator.scaled:
+                scaled = coefficients / accumulator.rescale(coefficients[block] / temperature[block])
             head.backward(
                 block,
                 accumulator=accumulator,
                 cached=cached,
                 saved=saved,
-                grad_logprobs=coefficients / scale,
-                grad_entropy=no_grad,
+                grad_logprobs=scaled,
+                grad_entropy=None,
                 is_only_call=len(blocks) == 1,
             )
         del cached  # before the next block's

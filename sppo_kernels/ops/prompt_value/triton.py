@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton_utils import is_last_program, launch
+from ..._triton_utils import cdiv, is_last_program, launch, next_power_of_2
 from .output import PromptValueOutput
 
 
@@ -160,7 +160,7 @@ def _launch_forward(
             B=prompts,
             T=hidden.shape[1],
             H=width,
-            BLOCK=min(1024, triton.next_power_of_2(width)),
+            BLOCK=min(1024, next_power_of_2(width)),
             num_warps=4,
         )
     return logits
@@ -195,10 +195,10 @@ def grad_hidden(grad_logits, hidden, weight, last_index):
     dh = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     prompts, width = last_index.shape[0], hidden.shape[2]
     if prompts:
-        block = min(1024, triton.next_power_of_2(width))
+        block = min(1024, next_power_of_2(width))
         launch(
             prompt_value_bwd_hidden_kernel,
-            (prompts, triton.cdiv(width, block)),
+            (prompts, cdiv(width, block)),
             grad_ptr=grad_logits.contiguous(),
             weight_ptr=weight.contiguous(),
             index_ptr=last_index.contiguous(),
@@ -219,7 +219,7 @@ def grad_weight(grad_logits, hidden, weight, last_index):
     block = 64
     launch(
         prompt_value_bwd_weight_kernel,
-        (triton.cdiv(hidden.shape[2], block),),
+        (cdiv(hidden.shape[2], block),),
         grad_ptr=grad_logits.contiguous(),
         hidden_ptr=hidden,
         index_ptr=last_index.contiguous(),

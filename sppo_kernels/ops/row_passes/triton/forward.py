@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton_utils import is_last_program, launch
+from ...._triton_utils import cdiv, is_last_program, launch
 from ....tuning import Config, Tunable
 from ..results import CachedRows, RowResults
 from .shared import (
@@ -254,7 +254,7 @@ class GroupMaxima(NamedTuple):
         groups = _groups(logits)
         assert groups["ALIGNED"], "groups of unaligned rows are not adjacent columns"
         half = shape["BLOCK"] // groups["WIDTH"] // 2
-        blocks = triton.cdiv(logits.shape[-1], shape["BLOCK"])
+        blocks = cdiv(logits.shape[-1], shape["BLOCK"])
         words = torch.empty(logits.shape[1], blocks * half, dtype=torch.int32, device=logits.device)
         return cls(words, groups["WIDTH"], half)
 

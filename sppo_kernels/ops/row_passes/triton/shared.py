@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton_utils import tanh, tanh_derivative
+from ...._triton_utils import cdiv, next_power_of_2, tanh, tanh_derivative
 from ....tuning import Config, Tunable
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -88,15 +88,15 @@ def launch_shape(tunable: Tunable, rows: Tensor) -> dict[str, int]:
 
 def fitted(config: Config, length: int) -> dict[str, int]:
     """Return block and warps of ``config``, reduced for shorter rows with the same elements per thread."""
-    block = min(config.block, max(LEAST_BLOCK, triton.next_power_of_2(length)))
+    block = min(config.block, max(LEAST_BLOCK, next_power_of_2(length)))
     return {"BLOCK": block, "num_warps": max(1, config.num_warps * block // config.block)}
 
 
 def split_row(vocab: int, block: int) -> dict[str, int]:
     """Return over how many programs a row is split, and how many columns each has."""
-    blocks = triton.cdiv(vocab, block)
-    blocks_per_part = triton.cdiv(blocks, triton.cdiv(vocab, _COLUMNS_PER_PROGRAM))
-    return {"PARTS": triton.cdiv(blocks, blocks_per_part), "PART": blocks_per_part * block}
+    blocks = cdiv(vocab, block)
+    blocks_per_part = cdiv(blocks, cdiv(vocab, _COLUMNS_PER_PROGRAM))
+    return {"PARTS": cdiv(blocks, blocks_per_part), "PART": blocks_per_part * block}
 
 
 def strides(logits: Tensor) -> dict[str, int]:
