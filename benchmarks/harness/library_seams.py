@@ -24,7 +24,8 @@ from sppo_kernels.ops import selective_logprobs as selective_logprobs_module
 from sppo_kernels.ops.linear_logprobs import arguments, indexing, matmul, sparse, weighted_rows
 from sppo_kernels.ops.linear_logprobs import op as linear_logprobs_op
 from sppo_kernels.ops.linear_logprobs import output as linear_logprobs_output
-from sppo_kernels.ops.linear_logprobs.lm_head import LMHead
+from sppo_kernels.ops.linear_logprobs.cache import CachePlan
+from sppo_kernels.ops.linear_logprobs.lm_head import LMHead, SavedForBackward
 from sppo_kernels.ops.linear_policy_loss import op as linear_policy_loss_op
 from sppo_kernels.ops.policy_loss import op as policy_loss_op
 from sppo_kernels.ops.policy_loss.settings import Settings
@@ -231,6 +232,39 @@ def block_size(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_bytes: int)
         first_row=labels.new_zeros(1),
     )
     return head.block_size()
+
+
+def cached_gradients(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """Return d hidden and d weight of backward="cache" in float32, before they are rounded to their dtypes."""
+    head = LMHead(
+        hiddens=[hidden],
+        weights=[weight],
+        bias=None,
+        labels=labels,
+        temperature=torch.ones(len(labels)),
+        softcap=0.0,
+        ignore_index=-100,
+        chunk_bytes=1 << 28,
+        group="",
+        backend="torch",
+        first_row=labels.new_zeros(1),
+    )
+    tokens, n = torch.arange(len(labels)), len(labels)
+    computed, cached = head.forward(tokens, CachePlan(False, 1, 1e-4, num_dense=n), [len(weight)])
+    accumulator = head.accumulator([True, True, False], torch.float32)
+    scale = accumulator.rescale(upstream)
+    row = computed.row
+    head.backward(
+        tokens,
+        accumulator=accumulator,
+        cached=cached,
+        saved=SavedForBackward(entropy=row.entropy, row_stats=row.row_stats, num_entries=computed.num_entries),
+        grad_logprobs=upstream / scale,
+        grad_entropy=None,
+        is_only_call=True,
+    )
+    grad_hidden, grad_weight, _ = accumulator.results(lambda x: torch.float32)
+    return grad_hidden, grad_weight
 
 
 # Sparse gradients
