@@ -25,6 +25,8 @@ from linear_logprobs_cases import (
 )
 
 from sppo_kernels import linear_logprobs, reference
+from sppo_kernels.ops.linear_logprobs import lm_head
+from sppo_kernels.ops.linear_logprobs.matmul import Projection
 
 pytestmark = pytest.mark.filterwarnings("ignore:linear_logprobs cached")  # all tests differentiate both outputs
 
@@ -60,6 +62,31 @@ def test_many_chunks(small_blocks, backend, budget, dtype):
     settings = {"backward": "cache", "logits_budget_bytes": budget}
     check(backend, **given, temperature=0.6, softcap=4.0, **settings)
     check(backend, **{**given, "bias": None}, temperature=0.6, upstream=["logprobs"], **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("upstream", [None, ["logprobs"]], ids=["entropies", "logprobs"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recomputes_in_blocks_of_columns(monkeypatch, backend, upstream, dtype):
+    """Five blocks of the vocabulary, the last one narrower, for all six tokens at once."""
+    monkeypatch.setattr(lm_head, "_LEAST_COLUMNS", 64)
+    widths, logits = [], Projection.logits
+
+    def recorded(self, hiddens, workspace=None, columns=slice(None)):
+        result = logits(self, hiddens, workspace, columns)
+        widths.append(result.shape[-1])
+        return result
+
+    monkeypatch.setattr(Projection, "logits", recorded)
+    given = inputs(7, 9, 300, dtype, bias=True, ignored=1, rank=3)
+    settings = {
+        "temperature": 0.6,
+        "softcap": 4.0,
+        "upstream": upstream,
+        "chunk_bytes": 4 * 6 * (4 + dtype.itemsize) * 64,
+    }
+    check(backend, **given, **settings, backward="recompute")
+    assert widths == [300, 64, 64, 64, 64, 44]
 
 
 @pytest.mark.parametrize("backward", MODES)
