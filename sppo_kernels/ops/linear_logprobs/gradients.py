@@ -215,7 +215,8 @@ def _blocks_of_tokens(entries: Entries, num_tokens: int, size: int) -> Iterator[
     if num_tokens <= size:
         yield slice(0, num_tokens), entries
         return
-    starts = range(0, num_tokens, size)
-    bounds = torch.searchsorted(entries.token, torch.tensor([*starts, num_tokens], device=entries.token.device))
-    for start, (first, last) in zip(starts, pairwise(bounds.tolist()), strict=True):
+    # From the device's own numbers: a list copied to it would wait once more.
+    starts = torch.arange(0, num_tokens + size, size, device=entries.token.device)
+    bounds = torch.searchsorted(entries.token, starts).tolist()
+    for start, (first, last) in zip(range(0, num_tokens, size), pairwise(bounds), strict=True):
         yield slice(start, min(start + size, num_tokens)), Entries(*(field[first:last] for field in entries))
