@@ -1,8 +1,8 @@
 """Fake CUDA device, which checks the host code of the operations without a GPU.
 
 Bodies of operations run on fake tensors of ``cuda:1``, which have no values. Launches are recorded and checked instead
-of executed. Products with ``out_dtype``, which PyTorch supports only on CUDA, are computed in float32 if their factors
-have values.
+of executed. Allocations, and operations in which the host waits for the device, are recorded. Products with
+``out_dtype``, which PyTorch supports only on CUDA, are computed in float32 if their factors have values.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import KernelInterface
 
 import sppo_kernels.ops
+from sppo_kernels.ops.linear_logprobs import indexing
+from sppo_kernels.ops.linear_logprobs.output import ForwardOutput
 
 DEVICE = torch.device("cuda:1")
 HALVES = (torch.float16, torch.bfloat16)
@@ -142,13 +144,18 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     arguments: dict[str, Any]
 
+    @property
+    def rows(self) -> int:
+        """Return the number of rows of a kernel that runs PARTS programs per row."""
+        return self.grid[0] // self.arguments["PARTS"]
+
 
 class Launches:
     """Replacement of every launch that checks it (see ``_launch``) and records it."""
 
     def __init__(self, monkeypatch) -> None:
         self.made: list[Launch] = []
-        self.sizes: dict[str, object] = {}  # expected values of parameters, by name
+        self.sizes: dict[str, object] = {}  # expected values of parameters, or functions of all, by name or kernel.name
         self._current = torch.device("cuda:0")
         monkeypatch.setattr(torch.cuda, "device", self._guard)
         monkeypatch.setattr(KernelInterface, "__getitem__", lambda kernel, grid: partial(self._launch, kernel, grid))
@@ -165,7 +172,8 @@ class Launches:
         """Check the current device, the limits of the grid and the parameters, then record the launch.
 
         Each parameter must be given once and have the type that its name implies: tensors are called ``..._ptr``. The
-        strides of a tensor that is not contiguous must be among the integer arguments.
+        strides of a tensor that is not contiguous must be among the integer arguments. Each row must have PARTS
+        programs, whose ranges of PART columns, all but the last in whole blocks, must cover it once.
         """
         name = kernel.fn.__name__
         assert self._current == DEVICE, f"{name}: launched while {self._current} is current"
@@ -195,8 +203,14 @@ class Launches:
                 strides = [s for s, size in zip(x.stride(), x.shape, strict=True) if size > 1 and s != 1]
                 passed = x.is_contiguous() or all(s in integers for s in strides)
                 assert passed, f"{name}: {key} has strides {x.stride()}, the integer arguments are {integers}"
-            if key in self.sizes:
-                assert x == self.sizes[key], f"{name}: {key} is {x}, not {self.sizes[key]}"
+            expected = self.sizes.get(f"{name}.{key}", self.sizes.get(key, x))
+            expected = expected(bound) if callable(expected) else expected
+            assert x is expected or x == expected, f"{name}: {key} is {x}, not {expected}"
+        if "PARTS" in bound:
+            parts, part, columns, block = (bound[key] for key in ("PARTS", "PART", "V", "BLOCK"))
+            assert grid[0] % parts == 0, f"{name}: grid {grid}, {parts} parts"
+            assert part % block == 0, f"{name}: parts of {part} columns, blocks of {block}"
+            assert (parts - 1) * part < columns <= parts * part, f"{name}: {parts} parts of {part} of {columns} columns"
         self.made.append(Launch(name, grid, dict(bound)))
 
     def names(self) -> set[str]:
@@ -218,25 +232,36 @@ class HostReads(TorchFunctionMode):
     """Results of operations in which the host reads values from the device.
 
     By default all elements of a mask are set and all elements of a tensor are distinct. The mode also implements
-    indexing, ``contiguous`` and ``~``, for which a PyTorch built without CUDA lacks the device guard.
+    ``data_ptr``, and indexing, ``contiguous`` and ``~``, for which a PyTorch built without CUDA lacks the device guard.
 
     Attributes:
         counts: number of set elements of successive masks.
         numbers: successive results of ``float`` and elements of ``tolist``.
+        waits: names of the operations in which the host waited for the device: those that read from it, and copies
+            from or to pageable memory. Others that PyTorch makes wait fail on fake tensors.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: deque[int] = deque()
         self.numbers: deque[float] = deque()
+        self.waits: list[str] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        read = _READS.get(getattr(func, "__name__", ""))
+        name = getattr(func, "__name__", "")
+        read = _READS.get(name)
         if read is not None and isinstance(args[0], FakeTensor):
             return read(self, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if name in _COPIES and isinstance(result, Tensor):
+            # Without a tensor among them, the arguments are numbers in the memory of the host.
+            sources = {x.device for x in args if isinstance(x, Tensor)} if name in _COPIES_OF_TENSORS else set()
+            if DEVICE in {result.device, *sources} and sources != {result.device}:
+                self.waits.append(name)
+        return result
 
     def _nonzero(self, mask: Tensor, *, as_tuple: bool = False):
+        self.waits.append("nonzero")
         count = self.counts.popleft() if self.counts else mask.numel()
         if as_tuple:
             return tuple(mask.new_empty(count, dtype=torch.int64) for _ in mask.shape)
@@ -244,19 +269,33 @@ class HostReads(TorchFunctionMode):
 
     def _unique_consecutive(self, x: Tensor, *, return_counts: bool, **_: Any):
         assert return_counts
+        self.waits.append("unique_consecutive")
         return x.new_empty(len(x)), x.new_empty(len(x), dtype=torch.int64)
 
     def _repeat_interleave(self, x: Tensor, repeats: Tensor):
         assert repeats.shape == x.shape
+        self.waits.append("repeat_interleave")
         return x.new_empty(2 * len(x))
 
     def _bool(self, x: Tensor) -> bool:
         assert x.numel() == 1
+        self.waits.append("bool")
         return True
 
     def _number(self, x: Tensor) -> float:
         assert x.numel() == 1
+        self.waits.append("number")
         return self.numbers.popleft()
+
+    def tolist(self, x: Tensor) -> list[float]:
+        """Replace ``FakeTensor.tolist``, which modes do not see."""
+        assert x.dim() == 1
+        self.waits.append("tolist")
+        return [self.numbers.popleft() for _ in range(len(x))]
+
+    def _data_ptr(self, x: Tensor) -> int:
+        """Return an address as of memory from PyTorch's allocator, which begins at multiples of 512 bytes."""
+        return (1 << 20) + x.storage_offset() * x.itemsize
 
     def _contiguous(self, x: Tensor) -> Tensor:
         return x if x.is_contiguous() else aten.clone(x, memory_format=torch.contiguous_format)
@@ -277,10 +316,13 @@ class HostReads(TorchFunctionMode):
             aten.copy_(x, value)
 
     def _view(self, x: Tensor, key: Any) -> tuple[Tensor, list[Tensor | None]]:
-        """Apply slices, integers and None to ``x``. Return the view and the tensors that index it."""
+        """Apply slices, integers, None and ``...`` to ``x``. Return the view and the tensors that index it."""
         dim, indices = 0, {}
-        for k in key if isinstance(key, tuple) else (key,):
-            if k is None:
+        keys = key if isinstance(key, tuple) else (key,)
+        for k in keys:
+            if k is ...:
+                dim = x.dim() - sum(following is not None for following in keys[keys.index(...) + 1 :])
+            elif k is None:
                 x, dim = aten.unsqueeze(x, dim), dim + 1
             elif isinstance(k, slice):
                 x, dim = aten.slice(x, dim, k.start, k.stop, k.step or 1), dim + 1
@@ -302,11 +344,38 @@ _READS: dict[str, Callable[..., Any]] = {
     "__bool__": HostReads._bool,
     "__float__": HostReads._number,
     "item": HostReads._number,
+    "data_ptr": HostReads._data_ptr,
     "contiguous": HostReads._contiguous,
     "__invert__": lambda self, x: aten.bitwise_not(x),
     "__getitem__": HostReads._getitem,
     "__setitem__": HostReads._setitem,
 }
+_COPIES_OF_TENSORS = {"to", "cpu", "cuda"}
+_COPIES = {"tensor", "as_tensor", "new_tensor"} | _COPIES_OF_TENSORS
+
+
+class Allocations(TorchFunctionMode):
+    """Record of what functions allocate on the device: dtype and bytes of the new memory of each result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[tuple[torch.dtype, int]] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, FakeTensor) and x.device == DEVICE and x.untyped_storage()._cdata not in given:
+                self.made.add((x.dtype, x.untyped_storage().nbytes()))
+        return result
+
+    def largest(self, dtype: torch.dtype) -> int:
+        """Return the bytes of the largest tensor of ``dtype``."""
+        return max((size for made, size in self.made if made == dtype), default=0)
+
+
+# Dimensions of the results of linear_logprobs whose sizes depend on values.
+_DYNAMIC = {"cached_probs": 0, "cached_factors": 1, "sparse_index": 0, "sparse_value": 0, "tokens": 0}
 
 
 class FakeCUDA:
@@ -315,12 +384,20 @@ class FakeCUDA:
     Attributes:
         launches, products: the recorded kernel launches and matrix products.
         reads: the values that the host reads.
+        allocations: the memory that is allocated.
+        kinds: for successive backward passes, how many tokens are recomputed, cached and sparse; the others have no
+            gradient. By default all are recomputed.
         free: free bytes that ``torch.cuda.mem_get_info`` reports.
     """
 
     def __init__(self, monkeypatch) -> None:
         self.launches, self.products, self.reads = Launches(monkeypatch), Products(monkeypatch), HostReads()
+        self.allocations = Allocations()
+        self.kinds: deque[tuple[int, int, int]] = deque()
         self.free = 1 << 30
+        self._library_partition = indexing.partition
+        monkeypatch.setattr(indexing, "partition", self._partition)
+        monkeypatch.setattr(FakeTensor, "tolist", lambda x: self.reads.tolist(x))
         for name, value in (("mem_get_info", lambda: (self.free, 80 << 30)), ("memory_reserved", lambda: 0),
                             ("memory_allocated", lambda: 0)):  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, partial(self._memory, value))
@@ -329,6 +406,16 @@ class FakeCUDA:
 
     def _no_symbolic_sizes(self) -> None:
         raise RuntimeError("the fake device has no symbolic sizes")
+
+    def _partition(self, kind: Tensor, number: int) -> list[Tensor]:
+        """Run the library's function, which reads ``kinds``."""
+        sizes = self.kinds.popleft() if self.kinds else (len(kind), 0, 0)
+        assert len(sizes) == number
+        assert sum(sizes) <= len(kind)
+        self.reads.numbers.extendleft(reversed(sizes))
+        parts = self._library_partition(kind, number)
+        assert [len(part) for part in parts] == list(sizes)
+        return parts
 
     def _memory(self, value: Callable[[], Any], device: torch.device) -> Any:
         assert torch.device(device) == DEVICE
@@ -339,6 +426,7 @@ class FakeCUDA:
         with ExitStack() as stack:
             stack.enter_context(FakeTensorMode())
             stack.enter_context(self.reads)
+            stack.enter_context(self.allocations)
             yield self
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -352,9 +440,14 @@ class FakeCUDA:
             assert got.device == DEVICE, f"{op._name}, result {i}: on {got.device}"
             assert got.dtype == expected.dtype, f"{op._name}, result {i}: {got.dtype}, not {expected.dtype}"
             assert got.is_contiguous() == expected.is_contiguous(), f"{op._name}, result {i}: strides {got.stride()}"
-            # The number of cached and sparse rows depends on values; the fake implementation returns one per token.
-            first = 1 if op._name == "linear_logprobs" and i in (5, 6, 7) else 0
-            assert got.shape[first:] == expected.shape[first:], f"{op._name}, result {i}: {tuple(got.shape)}"
+            # How many rows are cached or sparse, and have a loss, depends on values; the fake has one per token.
+            dim = _DYNAMIC.get(ForwardOutput._fields[i]) if op._name == "linear_logprobs" else None
+            sizes = list(expected.shape)
+            if dim is not None:
+                assert got.shape[dim] <= sizes[dim], f"{op._name}, result {i}: {tuple(got.shape)}"
+                sizes[dim] = got.shape[dim]
+            assert list(got.shape) == sizes, f"{op._name}, result {i}: {tuple(got.shape)}"
+        assert not self.kinds, "not all numbers of tokens were read"
         assert not self.reads.counts, "not all counts were read"
         assert not self.reads.numbers, "not all numbers were read"
         return results
