@@ -60,8 +60,8 @@ if HAS_TRITON:
     _BLOCK = 1024  # columns per program
     _COLUMNS_PER_WARP = 256
 
-    # One program per row and block of columns.
-    @triton.jit
+    # One program per row and block of columns. The labels' factors follow others, at an alignment that varies.
+    @triton.jit(do_not_specialize_on_alignment=["label_factor_ptr"])
     def linear_logprobs_scaled_rows_kernel(
         out_ptr,
         x_ptr,

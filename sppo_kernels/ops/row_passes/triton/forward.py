@@ -99,9 +99,12 @@ def _store_maxima(word_ptr, y, GROUPS: tl.constexpr):
     tl.store(word_ptr + tl.arange(0, GROUPS // 2), word)
 
 
-# One program per row and part of its columns. Row counts change between calls; specializing on them would compile the
-# kernel again.
-@triton.jit(do_not_specialize=["stride_stat", "stride_factor", "T", "N"])
+# One program per row and part of its columns. Row counts change between calls, and so does the alignment of results of
+# rows that follow cached ones; specializing on them would compile the kernel again.
+@triton.jit(
+    do_not_specialize=["stride_stat", "stride_factor", "T", "N"],
+    do_not_specialize_on_alignment=["label_ptr", "tau_ptr", "logprob_ptr", "entropy_ptr", "stat_ptr"],
+)
 def selective_logprobs_fwd_kernel(
     x_ptr,
     label_ptr,
