@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,22 @@ import json, sys
 import torch, triton
 import sppo_kernels as sk
 from benchmarks.compile.launches import Case, TARGETS, kernel_of, launches
+from sppo_kernels.ops.row_passes import ROW_PASSES, CachedRows
 
-def linear(tokens, vocab, backward):
+def linear(tokens, vocab, backward, **settings):
     hidden, weight = (torch.zeros(n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (tokens, vocab))
     labels = torch.zeros(tokens, dtype=torch.int64)
-    out = sk.linear_logprobs(hidden, weight, labels, backward=backward, backend="triton")
+    out = sk.linear_logprobs(hidden, weight, labels, backward=backward, backend="triton", **settings)
     out.logprobs.sum().backward(retain_graph=True)
     out.entropy.sum().backward()
+
+def cache_with_a_group(tokens, vocab):
+    labels, tau, stats = torch.zeros(tokens, dtype=torch.int64), torch.ones(1).expand(tokens), torch.zeros(2, tokens)
+    stride = -(-vocab // 64) * 64
+    logits, probs = (torch.zeros(tokens, stride, dtype=x)[:, :vocab] for x in (torch.float32, torch.bfloat16))
+    cached = CachedRows(probs, torch.zeros(2, tokens))
+    given = {"logits": logits[None], "labels": labels, "temperature": tau, "softcap": 0.0}
+    ROW_PASSES["triton"].cache(**given, row_stats=stats, cached=cached)
 
 def other_ops(tokens):
     x = torch.zeros(tokens)
@@ -55,10 +65,15 @@ def elementwise(dtype):
 
 ptx_cases = [Case("linear", json.dumps([n, v, mode]), lambda n=n, v=v, mode=mode: linear(n, v, mode))
          for mode in ("recompute", "cache", "sparse") for n, v in ((33, 97), (33, 50_257), (33, 151_936))]
+ptx_cases += [Case("cache", json.dumps([33, v, "cache with a group"]), lambda v=v: cache_with_a_group(33, v))
+              for v in (50_257, 151_936)]
 ptx_cases += [Case("elementwise", json.dumps([4096, dtype]), lambda dtype=dtype: elementwise(dtype))
               for dtype in ("float32", "bfloat16")]
 counts = [2, 32, 33, 100]
 count_cases = [Case("linear", f"tokens {n}", lambda n=n: linear(n, 512, "cache")) for n in counts]
+count_cases += [Case("linear", f"cached {n}", lambda n=n: linear(100, 512, "cache", logits_budget_bytes=n * 1024))
+                for n in (1, 2, 4, 32, 33)]
+count_cases += [Case("cache", f"tokens {n}", lambda n=n: cache_with_a_group(n, 512)) for n in counts]
 count_cases += [Case("others", f"tokens {n}", lambda n=n: other_ops(n)) for n in counts]
 
 def ptx(launch):
@@ -81,23 +96,61 @@ def compiled():
     return json.loads(completed.stdout)
 
 
-def ptx_of(compiled, kernel, variant):
-    return next(ptx for _, name, case, ptx in compiled["ptx"] if name == kernel and json.loads(case)[1] == variant)
+def ptx_of(compiled, kernel, *variant):
+    """Return the code of a kernel that a case compiles first, named by the vocabulary and perhaps the mode."""
+    return next(
+        ptx
+        for _, name, case, ptx in compiled["ptx"]
+        if name == kernel and tuple(json.loads(case)[1 : 1 + len(variant)]) == variant
+    )
+
+
+def float_instructions_of_first_loop(ptx):
+    """Count the instructions on float32 from the target of the first branch back to that branch."""
+    lines, labels = [line.strip() for line in ptx.splitlines()], {}
+    for i, line in enumerate(lines):
+        if match := re.match(r"(\$L\w+):", line):
+            labels[match[1]] = i
+        branch = re.search(r"bra(?:\.uni)?\s+(\$L\w+);", line)
+        if branch and branch[1] in labels:
+            opcodes = (re.sub(r"^@!?%\w+\s+", "", line).split(" ")[0] for line in lines[labels[branch[1]] : i])
+            return Counter(opcode for opcode in opcodes if opcode.endswith(".f32"))
+    raise AssertionError("no loop")
 
 
 @pytest.mark.slow
 def test_selection_reads_a_row_once(compiled):
     """With one pass no thread overwrites a candidate of another; row statistics come from the forward pass."""
     kernels = [name for _, name, case, _ in compiled["ptx"] if json.loads(case) == [33, 97, "sparse"]]
-    assert kernels[:2] == ["linear_logprobs_candidates_kernel", "linear_logprobs_select_kernel"]
-    # Launches are distinct: selection reuses the forward kernel of the other modes, so its bits are the same.
-    assert "selective_logprobs_fwd_kernel" not in kernels
+    assert kernels[:3] == [
+        "selective_logprobs_fwd_kernel",
+        "linear_logprobs_candidates_kernel",
+        "linear_logprobs_select_kernel",
+    ]
+    assert kernels.count("selective_logprobs_fwd_kernel") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab", [151_936, 50_257])
+def test_what_is_left_for_later_does_not_change_the_sums(compiled, vocab):
+    """Probabilities and maxima add instructions to the loop, but none of a product and a sum, nor change how they fuse.
+
+    So the bits of log-probabilities and entropies do not depend on what a call keeps for backward.
+    """
+    plain, cached, maxima = (
+        float_instructions_of_first_loop(ptx_of(compiled, "selective_logprobs_fwd_kernel", vocab, mode))
+        for mode in ("recompute", "cache", "sparse")
+    )
+    assert plain["fma.rn.f32"] >= 8
+    assert plain - cached == plain - maxima == Counter()
+    assert set(cached - plain) == {"sub.f32", "mul.f32", "ex2.approx.ftz.f32", "cvt.rn.bf16x2.f32"}
+    assert set(maxima - plain) == {"sub.f32", "max.f32"}
 
 
 ROW_PASSES = [
     "selective_logprobs_fwd_kernel",
     "selective_logprobs_bwd_kernel",
-    "linear_logprobs_logit_grads_kernel",
+    "linear_logprobs_cache_kernel",
     "linear_logprobs_candidates_kernel",
 ]
 
@@ -109,6 +162,13 @@ def test_row_passes_load_and_store_16_bytes_at_a_time(compiled, kernel, vocab):
     code = ptx_of(compiled, kernel, vocab)
     assert "ld.global.v4.b32" in code
     assert "candidates" in kernel or kernel == "selective_logprobs_fwd_kernel" or "st.global.v4.b32" in code
+
+
+@pytest.mark.parametrize("vocab", [151_936, 50_257])
+def test_the_forward_pass_stores_16_bytes_of_probabilities_at_a_time(compiled, vocab):
+    code = ptx_of(compiled, "selective_logprobs_fwd_kernel", vocab, "cache")
+    assert "ld.global.v4.b32" in code
+    assert "st.global.v4.b32" in code
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -131,15 +191,22 @@ def test_other_token_and_sequence_counts_do_not_recompile(compiled):
     assert {name.rpartition(".")[2] for name in variants} >= {
         "selective_logprobs_fwd_kernel",
         "selective_logprobs_bwd_kernel",
-        "linear_logprobs_logit_grads_kernel",
+        "linear_logprobs_cache_kernel",
+        "linear_logprobs_scaled_rows_kernel",
+        "linear_logprobs_weighted_rows_kernel",
+        "linear_logprobs_open_rows_kernel",
     }
     recompiled = {name: cases for name, cases in variants.items() if len(cases) > EXPECTED.get(name, 1)}
     assert recompiled == {}
 
 
-# Variants of kernels that two operations launch with different dtypes, or one at two levels.
+# Variants of kernels that are launched with different dtypes, with and without some arguments, or at two levels.
 EXPECTED = {
-    "sppo_kernels.ops._row_kernels.selective_logprobs_fwd_kernel": 2,
-    "sppo_kernels.ops._row_kernels.selective_logprobs_bwd_kernel": 2,
+    # with a cache and without one, and short rows of selective_logprobs
+    "sppo_kernels.ops.row_passes.triton.forward.selective_logprobs_fwd_kernel": 3,
+    # one temperature for all tokens and those of some, and float32 gradients of selective_logprobs
+    "sppo_kernels.ops.row_passes.triton.backward.selective_logprobs_bwd_kernel": 3,
+    # d hidden without the labels and with them, and the factor of d weight
+    "sppo_kernels.ops.linear_logprobs.scaled_rows.linear_logprobs_scaled_rows_kernel": 3,
     "sppo_kernels.ops.policy_loss.triton.policy_loss_fwd_bwd_kernel": 2,  # at token level and at sequence level
 }

@@ -15,7 +15,7 @@ from sppo_kernels import reference, tuning
 from sppo_kernels.ops.row_passes.triton.shared import launch_shape
 from sppo_kernels.tuning import TUNABLES, Config, shape_class
 
-KERNELS = ["selective_logprobs.forward", "selective_logprobs.backward", "linear_logprobs.logit_grads", "policy_loss"]
+KERNELS = ["selective_logprobs.forward", "selective_logprobs.backward", "policy_loss"]
 CANDIDATES = [(name, config) for name in KERNELS for config in TUNABLES[name].candidates]
 
 
@@ -34,6 +34,23 @@ def test_these_kernels_are_tunable():
     assert all(2 <= len(tunable.candidates) <= 5 for tunable in TUNABLES.values())
 
 
+def assert_linear_logprobs_are_correct(backward):
+    """The probabilities and maxima that the forward pass leaves are laid out by its block."""
+    tensors = {
+        "hidden": randn(3, 8, scale=10.0, grad=True),
+        "weight": randn(9001, 8, grad=True),
+        "labels": randint(0, 9001, 3),
+    }
+    settings = {"backward": backward, "mass_tolerance": 1e-6, "max_entries": 512}
+    op = lambda **given: sppo_kernels.linear_logprobs(**given, **settings)
+    assert_close_to_float64(op, reference.linear_logprobs, "triton", tensors, upstream=["logprobs"])
+    certificate = sppo_kernels.linear_logprobs(
+        **tensors, **settings, return_certificate=True, backend="triton"
+    ).certificate
+    expected = {"cache": certificate.num_entries == -2, "recompute": certificate.num_entries == -1}
+    assert expected.get(backward, certificate.num_entries > 0).all()
+
+
 @pytest.mark.parametrize(("name", "config"), CANDIDATES, ids=str)
 def test_every_candidate_is_correct(name, config):
     """Rows span several blocks and end inside one."""
@@ -42,12 +59,8 @@ def test_every_candidate_is_correct(name, config):
             assert_close_to_float64(
                 sppo_kernels.selective_logprobs, reference.selective_logprobs, "triton", selective_tensors(9001)
             )
-        elif name.startswith("linear"):
-            tensors = {
-                "hidden": randn(3, 8, grad=True), "weight": randn(9001, 8, grad=True), "labels": randint(0, 9001, 3),
-            }  # fmt: skip
-            op = lambda **given: sppo_kernels.linear_logprobs(**given, backward="cache")
-            assert_close_to_float64(op, reference.linear_logprobs, "triton", tensors, upstream=["logprobs"])
+            for backward in ("cache", "sparse", "recompute"):
+                assert_linear_logprobs_are_correct(backward)
         else:
             tensors = {"logprobs": randn(1300, grad=True), "old_logprobs": randn(1300), "advantages": randn(2)}
             cu_seqlens = torch.tensor([0, 1, 1300], dtype=torch.int32, device=DEVICE)
@@ -91,11 +104,11 @@ def test_saved_choices_are_loaded(tmp_path):
     TUNABLES["policy_loss"].choose("64 x 4 bytes", Config(4096, 16))
     tuning.save(path)
     tuning.reset()
-    TUNABLES["linear_logprobs.logit_grads"].choose("64 x 4 bytes", Config(1024, 4))
+    TUNABLES["selective_logprobs.backward"].choose("64 x 4 bytes", Config(1024, 4))
     tuning.load(path)
     assert TUNABLES["policy_loss"].config(33, 4) == Config(4096, 16)
     assert TUNABLES["policy_loss"].config(32, 4) == Config(1024, 4)
-    assert TUNABLES["linear_logprobs.logit_grads"].chosen == {}  # the file has no choice for it
+    assert TUNABLES["selective_logprobs.backward"].chosen == {}  # the file has no choice for it
     assert [file.name for file in path.parent.iterdir()] == ["tuning.json"]
 
 
@@ -113,7 +126,7 @@ def save_changed(path, **changes):
         ({"format": 2}, "format 2"),
         ({"choices": {"policy_loss": {}, "no_such_kernel": {}}}, "no_such_kernel"),
         (
-            {"choices": {"policy_loss": {"64 x 4 bytes": [4096, 16]}, "linear_logprobs.logit_grads": {"64": [64, 1]}}},
+            {"choices": {"policy_loss": {"64 x 4 bytes": [4096, 16]}, "selective_logprobs.backward": {"64": [64, 1]}}},
             "candidates",
         ),
         ({"choices": {"policy_loss": {"64 x 4 bytes": [1, 2, 3]}}}, "tuning.json"),
