@@ -210,7 +210,7 @@ SELECT: dict[str, Callable[..., Selected]] = {"torch": _torch_select}
 
 if HAS_TRITON:
     _TWO_MINUS_INF: tl.constexpr = tl.constexpr(-8323200)  # 0xFF80FF80: two of bfloat16
-    _WORDS, _GROUPS, _WARPS = 1024, 64, 2  # few threads: a scan costs as much for each, whatever it has
+    _WORDS, _GROUPS, _WARPS = 1024, 64, 4  # few threads: a scan costs as much for each, whatever it has
 
     @triton.jit
     def _append(list_ptr, item, near, found, MAX_ITEMS: tl.constexpr):
