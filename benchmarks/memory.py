@@ -52,7 +52,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "forward without gradients": Setting(1 * GIB, gradients=False),
-    "recompute": Setting(5 * GIB),
+    "recompute": Setting(3 * GIB // 2),
     "recompute, chunk_bytes=2**28": Setting(5 * GIB // 2, chunk_bytes=2**28),
     "cache, everything kept": Setting(backward="cache"),
     "cache, logits_budget_bytes=2**32": Setting(backward="cache", logits_budget_bytes=2**32),
@@ -72,7 +72,7 @@ def linear_logprobs_peak(size: Size, setting: Setting) -> tuple[int, int]:
         is_cached = setting.backward == "cache"
         kept = library_seams.num_cached(size.tokens, size.vocab, setting.logits_budget_bytes) if is_cached else 0
         with (
-            library_seams.on_cuda_without_kernels(library_seams.selected_spans(size.tokens, kept)),
+            library_seams.on_cuda_without_kernels(library_seams.selection_by_tokens(size.tokens, cached=kept)),
             Allocations([hidden, weight, labels]) as allocations,
         ):
             out = library_seams.linear_logprobs(
@@ -98,12 +98,8 @@ def linear_policy_loss_peak(size: Size) -> int:
         cu_seqlens = torch.empty(9, dtype=torch.int32)
         chunk_bytes = library_seams.ACCELERATOR_CHUNK_BYTES
         block = library_seams.block_size(hidden, weight, labels, chunk_bytes)
-        # Tokens selected by their values: those with a loss; of each block those kept, which are all, and those left.
-        spans = [(0, size.tokens)]
-        for first in range(0, size.tokens, block):
-            spans += [(0, min(block, size.tokens - first)), (0, 0)]
         with (
-            library_seams.on_cuda_without_kernels(spans),
+            library_seams.on_cuda_without_kernels(library_seams.selection_by_blocks(size.tokens, block)),
             Allocations([hidden, weight, labels, old_logprobs, advantages, cu_seqlens]) as allocations,
         ):
             out = library_seams.linear_policy_loss(
@@ -143,7 +139,7 @@ def _rows(sizes: Iterable[Size]) -> Iterator[Row]:
             peak, kept = linear_logprobs_peak(size, setting)
             limit = setting.limit if size == FULL else None
             yield {**size._asdict(), "case": case, "peak_bytes": peak, "kept_bytes": kept, "limit_bytes": limit}
-        peak, limit = linear_policy_loss_peak(size), 5 * GIB if size == FULL else None
+        peak, limit = linear_policy_loss_peak(size), 4 * GIB if size == FULL else None
         case = "linear_policy_loss"  # keeps only the gradients until backward
         yield {**size._asdict(), "case": case, "peak_bytes": peak, "kept_bytes": 0, "limit_bytes": limit}
 

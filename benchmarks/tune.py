@@ -61,7 +61,7 @@ VOCABULARIES = (151_936, 128_256, 49_152)
 
 
 def shapes(tiny: bool, vocabularies: Sequence[int] = VOCABULARIES) -> list[Shape]:
-    """Return rows of logits of some vocabularies, given in half precision or computed in float32, and responses."""
+    """Return rows of logits of some vocabularies, in half precision or float32, and a policy loss."""
     found = []
     for vocab in (97,) if tiny else vocabularies:
         # A small hidden size, so that the matrix products next to the row pass are short.
@@ -69,8 +69,6 @@ def shapes(tiny: bool, vocabularies: Sequence[int] = VOCABULARIES) -> list[Shape
         for part, dtype in product(("forward", "backward"), (torch.bfloat16, torch.float32)):
             kernel = f"selective_logprobs.{part}"
             found.append(Shape(kernel, "selective_logprobs", "", part, size, dtype, vocab, dtype.itemsize))
-        kernel = "linear_logprobs.logit_grads"
-        found.append(Shape(kernel, "linear_logprobs", "cache", "forward", size, torch.bfloat16, vocab, 4))
     tokens = 256 if tiny else MILLION
     size = ProblemSize(tokens, 0, 0)
     found.append(Shape("policy_loss", "policy_loss, token", "", "forward", size, torch.float32, tokens, 4))

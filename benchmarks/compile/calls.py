@@ -108,22 +108,26 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 @contextmanager
-def recorded(spans: Iterable[tuple[int, int]] = ()) -> Iterator[Call]:
-    """Record what happens inside this context. ``spans`` are those of ``on_cuda_without_kernels``."""
+def recorded(selection: library_seams.Selection = library_seams.Selection()) -> Iterator[Call]:
+    """Record what happens inside this context. ``selection`` is that of ``on_cuda_without_kernels``."""
     call = Call()
 
     def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         call.launches.append(RecordedLaunch(kernel, grid, arguments))
 
-    with library_seams.on_cuda_without_kernels(spans, launch), _Operations(call):
+    with library_seams.on_cuda_without_kernels(selection, launch), _Operations(call):
         yield call
 
 
 def _linear_logprobs(size: ProblemSize, mode: str) -> Call:
     with FakeTensorMode():
         hidden, weight, labels = _linear_inputs(size)
-        kept = size.tokens if mode == "cache" else 0
-        with recorded(library_seams.selected_spans(size.tokens, kept)) as call:
+        selection = library_seams.selection_by_tokens(
+            size.tokens,
+            cached=size.tokens if mode == "cache" else 0,
+            entries=ENTRIES if mode == "sparse" else 0,
+        )
+        with recorded(selection) as call:
             out = library_seams.linear_logprobs(
                 hidden,
                 weight,
@@ -142,10 +146,7 @@ def _linear_policy_loss(size: ProblemSize) -> Call:
         hidden, weight, labels = _linear_inputs(size)
         old_logprobs, advantages = (torch.empty(size.tokens) for _ in range(2))
         block = library_seams.block_size(hidden, weight, labels, chunk_bytes)
-        spans = [(0, size.tokens)]
-        for first in range(0, size.tokens, block):
-            spans += [(0, min(block, size.tokens - first)), (0, 0)]
-        with recorded(spans) as call:
+        with recorded(library_seams.selection_by_blocks(size.tokens, block)) as call:
             library_seams.linear_policy_loss(
                 hidden,
                 weight,

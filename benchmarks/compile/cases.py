@@ -136,11 +136,9 @@ def _advantage_cases() -> Iterator[Case]:
 def _candidate_cases() -> Iterator[Case]:
     """Yield each operation's most complete case again with every configuration that its kernels may be tuned to."""
     rows = lambda case: case.operation == "selective_logprobs" and case.label.endswith("V=151936 softcap")
-    linear = lambda case, mode: case.operation == "linear_logprobs" and case.label.endswith(f"V=151936 softcap {mode}")
     fullest = {
         "selective_logprobs.forward": rows,
         "selective_logprobs.backward": rows,
-        "linear_logprobs.logit_grads": lambda case: linear(case, "cache"),
         "policy_loss": lambda case: case.operation == "policy_loss" and case.label.startswith("all "),
     }
     cases = [*_selective_logprobs_cases(), *_linear_logprobs_cases(), *_policy_loss_cases()]

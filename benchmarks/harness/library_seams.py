@@ -9,7 +9,8 @@ import functools
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from sppo_kernels.ops.linear_logprobs import arguments, indexing, matmul, sparse
 from sppo_kernels.ops.linear_logprobs import op as linear_logprobs_op
 from sppo_kernels.ops.linear_logprobs import output as linear_logprobs_output
 from sppo_kernels.ops.linear_logprobs.cache import CachePlan
+from sppo_kernels.ops.linear_logprobs.gradients import GradientAccumulator
 from sppo_kernels.ops.linear_logprobs.lm_head import LMHead, SavedForBackward
 from sppo_kernels.ops.linear_policy_loss import op as linear_policy_loss_op
 from sppo_kernels.ops.policy_loss import op as policy_loss_op
@@ -74,33 +76,62 @@ def accept_cpu_tensors() -> Any:
 # Allocations without kernels
 
 
+_ENTRIES = torch.int64, torch.int64, torch.float32  # dtypes of the fields of Entries
+
+
 def _launch_nothing(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Take the place of a launch."""
 
 
+class Selection(NamedTuple):
+    """What linear_logprobs and linear_policy_loss select by values, which fake tensors do not have.
+
+    Attributes:
+        tokens: tokens with a loss, which come first.
+        parts: of each backward pass the number of tokens that are recomputed, cached and sparse.
+        entries: sparse entries of each sparse token.
+    """
+
+    tokens: int = 0
+    parts: tuple[tuple[int, int, int], ...] = ()
+    entries: int = 0
+
+
 @contextmanager
 def on_cuda_without_kernels(
-    spans: Iterable[tuple[int, int]], launch: Callable[..., None] = _launch_nothing
+    selection: Selection = Selection(), launch: Callable[..., None] = _launch_nothing
 ) -> Iterator[None]:
     """Run operations on fake CPU tensors as on a CUDA device, without their kernels, which allocate nothing.
 
     Args:
-        spans: the ranges of tokens that the operations select by value, in the order in which they select them.
+        selection: what the operations select.
         launch: called with kernel, grid and arguments instead of a launch.
     """
-    answers = iter(spans)
+    answers = iter(selection.parts)
 
-    def select(mask: Tensor) -> Tensor:
-        return torch.arange(*next(answers))
+    def partition(kind: Tensor, number: int) -> list[Tensor]:
+        counts = next(answers)
+        if len(counts) != number or sum(counts) != len(kind):
+            raise ValueError(f"parts must be {number} that sum up to {len(kind)}, got {counts}")
+        return list(torch.arange(len(kind)).split(list(counts)))
+
+    def gather_entries(index: Tensor, value: Tensor, count: Tensor, coefficient: Tensor) -> weighted_rows.Entries:
+        found = len(count) * selection.entries
+        return weighted_rows.Entries(*(torch.empty(found, dtype=dtype) for dtype in _ENTRIES))
 
     patches = [
-        mock.patch.object(indexing, "nonzero_indices", select),
+        mock.patch.object(indexing, "nonzero_indices", lambda mask: torch.arange(selection.tokens)),
+        mock.patch.object(indexing, "partition", partition),
+        *_patch_everywhere("gather_entries", weighted_rows.gather_entries, gather_entries),
         mock.patch.object(matmul.Projection, "__init__", _init_projection_on_cuda),
         mock.patch.object(arguments, "_CHUNK_BYTES_CPU", ACCELERATOR_CHUNK_BYTES),
         *_patch_everywhere("launch", _triton_utils.launch, launch),
         *_patch_everywhere("pick_backend", _backend.pick_backend, lambda backend, tensor: backend or "triton"),
     ]
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # The forward row pass asks whether rows are aligned. A fake tensor is at address 0.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         for patch in patches:
             stack.enter_context(patch)
         yield
@@ -122,15 +153,22 @@ def _modules() -> list[ModuleType]:
 
 
 def num_cached(tokens: int, vocab: int, budget: int | None) -> int:
-    """Return for how many tokens a budget of bytes, or None, lets "cache" keep logit gradients in half precision."""
+    """Return for how many tokens a budget of bytes, or None, lets "cache" keep probabilities in half precision."""
     return tokens if budget is None else min(tokens, budget // (matmul.row_stride(vocab) * torch.bfloat16.itemsize))
 
 
-def selected_spans(tokens: int, cached: int) -> list[tuple[int, int]]:
-    """Return the spans that linear_logprobs selects by value: forward those with a loss, here all; backward the same,
-    those cached, if any, and those left.
+def selection_by_tokens(tokens: int, *, cached: int = 0, entries: int = 0) -> Selection:
+    """Return what linear_logprobs selects where all tokens have a loss and a gradient.
+
+    The first ``cached`` ones are cached. The others are sparse where they have ``entries``, else recomputed.
     """
-    return [(0, tokens), (0, tokens), *([(0, cached)] if cached else []), (cached, tokens)]
+    others = tokens - cached
+    return Selection(tokens, ((0, cached, others) if entries else (others, cached, 0),), entries)
+
+
+def selection_by_blocks(tokens: int, block: int) -> Selection:
+    """Return what linear_policy_loss selects where all tokens have a loss, and are cached, block by block."""
+    return Selection(tokens, tuple((0, len(part), 0) for part in indexing.ranges(tokens, block)))
 
 
 def linear_logprobs(
@@ -308,14 +346,11 @@ def select_entries(logits: Tensor, labels: Tensor, *, max_entries: int, mass_tol
 def counted_columns() -> Iterator[list[int]]:
     """Collect in how many columns of the vocabulary the sparse entries of each backward pass lie."""
     counts: list[int] = []
-    by_column = weighted_rows.by_column
+    add_sparse = GradientAccumulator.add_sparse
 
-    def record(*args: Any, **kwargs: Any) -> Any:
-        columns = by_column(*args, **kwargs)
-        counts.append(len(columns.column))
-        return columns
+    def record(self: GradientAccumulator, index: Tensor, entries: weighted_rows.Entries, **settings: Any) -> None:
+        counts.append(len(entries.column.unique()))
+        add_sparse(self, index, entries, **settings)
 
-    with ExitStack() as stack:
-        for patch in _patch_everywhere("by_column", by_column, record):
-            stack.enter_context(patch)
+    with mock.patch.object(GradientAccumulator, "add_sparse", record):
         yield counts

@@ -40,7 +40,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen2Config
 
 from benchmarks.harness import results
-from benchmarks.harness.library_seams import num_cached, on_cuda_without_kernels, selected_spans
+from benchmarks.harness.library_seams import Selection, num_cached, on_cuda_without_kernels, selection_by_tokens
 from benchmarks.harness.suite import Suite
 from benchmarks.train_memory.cases import CASES, MODELS, QUICK, QUICK_SETTINGS, Case, samples_of, settings
 from benchmarks.train_memory.step import KINDS, OWNERS, Step, StepAllocations, build
@@ -80,7 +80,7 @@ def measure(case: Case, args: SPPOConfig, models: dict[str, Qwen2Config]) -> lis
     samples = samples_of(args, kind)
     (batch,) = make_micro_batches(samples[:1], 1, kind)
     tokens = args.max_completion_length
-    spans = selected_spans(tokens, num_cached(tokens, models[case.policy].vocab_size, args.logits_budget_bytes))
+    kept = num_cached(tokens, models[case.policy].vocab_size, args.logits_budget_bytes)
     rows = []
     with (
         processes(case.devices) as mesh,
@@ -98,11 +98,11 @@ def measure(case: Case, args: SPPOConfig, models: dict[str, Qwen2Config]) -> lis
         for operations, logprobs in ((True, linear_logprobs), (False, eager_logprobs)):
             with tracked_kinds(allocations, model, logprobs):
                 first = allocations.moment()
-                with on_cuda_without_kernels(spans):
+                with on_cuda_without_kernels(selection_by_tokens(tokens, cached=kept)):
                     step.update()
                 peak = allocations.peak_by_kind(first)
                 first = allocations.moment()
-                with on_cuda_without_kernels([(0, tokens)]), before_an_update(model):
+                with on_cuda_without_kernels(Selection(tokens)), before_an_update(model):
                     if model.critic is not None:
                         step.values()
                     step.old_logprobs()

@@ -84,7 +84,7 @@ def test_real_tensors_take_the_same(algorithm, devices, monkeypatch):
     _, fake = measure(case, args, TINY)
 
     samples = samples_of(args, kind := "token" if algorithm == "ppo" else "prompt")
-    with processes(devices) as mesh, on_cuda(), on_cuda_without_kernels([]), StepAllocations() as allocations:
+    with processes(devices) as mesh, on_cuda(), on_cuda_without_kernels(), StepAllocations() as allocations:
         model = build(case, TINY, args.cliprange_value)
         if mesh is not None:
             shard(model, mesh)
