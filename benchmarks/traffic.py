@@ -28,11 +28,15 @@ import sppo_kernels
 from benchmarks.harness import library_seams, results
 from benchmarks.harness.interpreter import run_interpreted
 from benchmarks.harness.operations import OPERATIONS
+from benchmarks.harness.operations.losses import PolicyLoss
 from benchmarks.harness.problem import IGNORE_INDEX, Problem, ProblemSize
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
 
 SLACK = 1.05
+FLOAT, INDEX = 4, 8  # bytes
+GROUP = 4  # float32 logits of which the forward pass leaves the maximum
+TILE = 8192  # columns whose maxima a program reads again where one of them is a candidate's
 CPU = torch.device("cpu")
 
 
@@ -145,23 +149,107 @@ def _row_cases(vocab: int) -> Iterator[Case]:
 
 
 def _linear_cases(vocab: int) -> Iterator[Case]:
-    """Run the row passes over a chunk of float32 logits; logit gradients have the dtype of the inputs."""
-    tokens, dtype = 3, torch.bfloat16
-    logits, gradient = tokens * vocab * 4, tokens * vocab * dtype.itemsize
+    """Run the row passes over float32 logits; what they leave for the products has the dtype of the inputs."""
+    tokens, hidden, dtype = 3, 64, torch.bfloat16
+    logits, kept = tokens * vocab * FLOAT, tokens * vocab * dtype.itemsize
+    forward = "selective_logprobs_fwd_kernel"
+    from_logits = Kernel("linear_logprobs_scaled_rows_kernel", tokens * _scaled_row(hidden, dtype))
     passes = {
-        "recompute": Kernel("selective_logprobs_bwd_kernel", logits + gradient),
-        "cache": Kernel("linear_logprobs_logit_grads_kernel", logits + gradient),
+        "recompute": (
+            Kernel(forward, logits),
+            Kernel("selective_logprobs_bwd_kernel", logits + kept),
+            from_logits,
+        ),
+        # The probabilities are written in the same read of the logits.
+        "cache": (Kernel(forward, logits + kept), *_label_kernels(tokens, hidden, dtype)),
     }
-    for mode, kernel in passes.items():
-        problem = OPERATIONS["linear_logprobs"].inputs(ProblemSize(tokens, 8, vocab), CPU, dtype)
-        forward = Kernel("selective_logprobs_fwd_kernel", logits)
+    for mode, kernels in passes.items():
+        problem = OPERATIONS["linear_logprobs"].inputs(ProblemSize(tokens, hidden, vocab), CPU, dtype)
         call = _step(problem, OPERATIONS["linear_logprobs"].implementations("triton")[mode])
-        yield Case("linear_logprobs", f"{mode}, {_name(dtype)}", call, (forward, kernel))
+        yield Case("linear_logprobs", f"{mode}, {_name(dtype)}", call, kernels)
+    yield _sharded_case(tokens, vocab, dtype)
+    yield _equal_labels_case(dtype)
     yield _sparse_case(tokens, vocab, dtype)
 
 
+def _scaled_row(hidden: int, dtype: torch.dtype) -> int:
+    """Return the bytes of a float32 row scaled into one of ``dtype``, with its factor and its place."""
+    return hidden * (FLOAT + dtype.itemsize) + FLOAT + INDEX
+
+
+def _label_kernels(tokens: int, hidden: int, dtype: torch.dtype, places: int | None = None) -> tuple[Kernel, ...]:
+    """Return the kernels that surround the products of "cache", where the labels are in ``places`` rows, or all differ.
+
+    d hidden is scaled, and a row of the weight is added to it, which on a CPU is a float32 copy. The hidden states are
+    scaled for d weight, to which those of each label are added in place.
+    """
+    d_hidden = _scaled_row(hidden, dtype) + hidden * FLOAT + FLOAT + INDEX
+    scaled_hidden = 2 * hidden * dtype.itemsize + FLOAT + INDEX
+    entries = tokens * (2 * INDEX + FLOAT + hidden * dtype.itemsize)
+    sums = 2 * FLOAT * hidden * (tokens if places is None else places)
+    return (
+        Kernel("linear_logprobs_scaled_rows_kernel", tokens * (d_hidden + scaled_hidden)),
+        Kernel("linear_logprobs_weighted_rows_kernel", entries + sums),
+    )
+
+
+def _sharded_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
+    """Cache with a process group: the probabilities need the log-sum-exp over all ranks, and a second read."""
+    hidden = 64
+    problem = OPERATIONS["linear_logprobs"].inputs(ProblemSize(tokens, hidden, vocab), CPU, dtype)
+    tensors = problem.tensors
+    leaves = tensors["hidden"], tensors["weight"]
+
+    def call() -> None:
+        with library_seams.one_rank() as group:
+            out = sppo_kernels.linear_logprobs(
+                *leaves, tensors["labels"], backward="cache", group=group, backend="triton"
+            )
+            torch.autograd.grad(out.logprobs.sum(), leaves)
+
+    logits = tokens * vocab * FLOAT
+    # Until it is summed over the ranks, the gradient of the hidden states is float32.
+    d_hidden = tokens * hidden * (FLOAT - dtype.itemsize)
+    scaled, weighted = _label_kernels(tokens, hidden, dtype)
+    return Case(
+        "linear_logprobs",
+        f"cache, {_name(dtype)}, process group",
+        call,
+        (
+            Kernel("selective_logprobs_fwd_kernel", logits),
+            Kernel("linear_logprobs_cache_kernel", logits + tokens * vocab * dtype.itemsize),
+            scaled._replace(least=scaled.least + d_hidden),
+            weighted,
+        ),
+    )
+
+
+def _equal_labels_case(dtype: torch.dtype) -> Case:
+    """Give all tokens of three pieces of the list one label: each piece leaves its sum to the program that adds them.
+
+    A row is so short that its label, temperature and results count.
+    """
+    tokens, hidden, vocab, pieces = 130, 64, 97, 3
+    problem = OPERATIONS["linear_logprobs"].inputs(ProblemSize(tokens, hidden, vocab), CPU, dtype)
+    problem.tensors["labels"].fill_(5)
+    row = INDEX + FLOAT + 2 * FLOAT + 4 * FLOAT + 2 * FLOAT + dtype.itemsize  # label, tau, its logit twice, results
+    scaled, weighted = _label_kernels(tokens, hidden, dtype, places=0)
+    sums = pieces * FLOAT * hidden
+    return Case(
+        "linear_logprobs",
+        f"cache, {_name(dtype)}, equal labels",
+        _step(problem, OPERATIONS["linear_logprobs"].implementations("triton")["cache"]),
+        (
+            Kernel("selective_logprobs_fwd_kernel", tokens * (vocab * (FLOAT + dtype.itemsize) + row)),
+            scaled,
+            weighted._replace(least=weighted.least + sums),
+            Kernel("linear_logprobs_open_rows_kernel", sums + 2 * FLOAT * hidden + 6 * INDEX),
+        ),
+    )
+
+
 def _sparse_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
-    """Select entries, which reads the logits once, and gather weighted rows.
+    """Select entries from the maxima that the forward pass leaves, and gather weighted rows.
 
     Each entry gathers a row of the weight, which no other entry has, and one of the hidden states, which is in the
     cache; a gradient's row is added to in place.
@@ -178,18 +266,23 @@ def _sparse_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
         out = sppo_kernels.linear_logprobs(*leaves, labels, backward="sparse", backend="triton")
         torch.autograd.grad(out.logprobs.sum(), leaves)
 
-    lists = 2 * entries * (8 + 4)  # index and weight, once by token and once by column
-    gathered = entries * hidden_size * (4 + dtype.itemsize)  # on a CPU the weight is a float32 copy
-    sums = 2 * 4 * hidden_size * (tokens + entries)
+    maxima = tokens * vocab // GROUP * dtype.itemsize  # bfloat16
+    groups = len({(t, column // GROUP) for t in range(tokens) for column in (t, t + tokens)})
+    candidates = maxima + tokens * 32 + groups * (GROUP * FLOAT + 2 * 4) + 4 * entries
+    again = tokens * TILE // GROUP * 2  # the maxima of the first tile, which has all candidates, are read twice
+    lists = 2 * entries * (2 * INDEX + FLOAT)  # token, column and weight, once in each order
+    gathered = entries * hidden_size * (FLOAT + dtype.itemsize)  # on a CPU the weight is a float32 copy
+    sums = 2 * FLOAT * hidden_size * (tokens + entries)
     return Case(
         "linear_logprobs",
         f"sparse, {_name(dtype)}",
         call,
         (
-            Kernel("selective_logprobs_fwd_kernel", tokens * (vocab * 4 + 28)),
-            Kernel("linear_logprobs_candidates_kernel", tokens * (vocab * 4 + 28) + 4 * entries),
+            Kernel("selective_logprobs_fwd_kernel", tokens * (vocab * FLOAT + 28) + maxima),
+            Kernel("linear_logprobs_candidates_kernel", candidates, candidates + again),
             Kernel("linear_logprobs_select_kernel", tokens * 36 + (4 + 4 + 8) * entries),
-            Kernel("linear_logprobs_weighted_rows_kernel", lists + gathered + sums + 24 * (tokens + entries)),
+            Kernel("linear_logprobs_weighted_rows_kernel", lists + gathered + sums),
+            Kernel("linear_logprobs_scaled_rows_kernel", tokens * _scaled_row(hidden_size, dtype)),
         ),
     )
 
@@ -208,7 +301,10 @@ def _policy_cases(tokens: int) -> Iterator[Case]:
         kernels = (Kernel("policy_loss_fwd_bwd_kernel", work.forward_bytes + work.backward_bytes),)
         if level != "token":
             sums = Kernel("policy_loss_sums_kernel", work.forward_bytes)
-            kernels = (sums, Kernel("policy_loss_fwd_bwd_kernel", work.backward_bytes))
+            # Each program searches its sequence, and writes its part of the metrics.
+            programs = tokens // 1024 + PolicyLoss.num_responses(tokens)
+            designed = work.backward_bytes + 150 * programs
+            kernels = (sums, Kernel("policy_loss_fwd_bwd_kernel", work.backward_bytes, designed))
         yield Case("policy_loss", level, _step(problem, OPERATIONS[name].implementations("triton")[""]), kernels)
 
 

@@ -25,17 +25,21 @@ class Budget(NamedTuple):
     load_width: int
 
 
-# By kernel and case of cases.py. The logits of linear_logprobs, its modes' names below, are float32.
+# By kernel and case of cases.py. The logits of linear_logprobs, its modes' names below, are float32. The elements of
+# the candidates' kernel are words of two maxima.
 BUDGETS = {
-    ("selective_logprobs_fwd_kernel", "bf16 V=151936"): Budget(24.5, 40, 3, 0.75, 16),
-    ("selective_logprobs_fwd_kernel", "bf16 V=151936 recompute"): Budget(23.0, 40, 3, 0.75, 16),
-    ("selective_logprobs_fwd_kernel", "bf16 V=50257"): Budget(26.0, 48, 3, 0.62, 2),
-    ("selective_logprobs_bwd_kernel", "bf16 V=151936"): Budget(42.5, 32, 0, 1.0, 16),
-    ("selective_logprobs_bwd_kernel", "bf16 V=151936 recompute"): Budget(40.5, 32, 0, 1.0, 16),
-    ("linear_logprobs_logit_grads_kernel", "bf16 V=151936 cache"): Budget(24.0, 32, 0, 1.0, 16),
-    ("linear_logprobs_candidates_kernel", "bf16 V=151936 sparse"): Budget(35.0, 72, 3, 0.37, 16),
-    ("policy_loss_fwd_bwd_kernel", "token token-mean"): Budget(70.0, 48, 2, 0.62, 4),
-    ("policy_loss_fwd_bwd_kernel", "sequence_mean token-mean"): Budget(49.0, 56, 0, 0.5, 4),
+    ("selective_logprobs_fwd_kernel", "bf16 V=151936"): Budget(12.0, 40, 0, 0.75, 16),
+    ("selective_logprobs_fwd_kernel", "bf16 V=151936 recompute"): Budget(12.0, 40, 0, 0.75, 16),
+    ("selective_logprobs_fwd_kernel", "bf16 V=50257"): Budget(13.5, 40, 0, 0.75, 2),
+    ("selective_logprobs_fwd_kernel", "bf16 V=151936 cache"): Budget(14.0, 40, 0, 0.75, 16),
+    ("selective_logprobs_fwd_kernel", "bf16 V=151936 sparse"): Budget(14.5, 40, 0, 0.75, 16),
+    ("selective_logprobs_bwd_kernel", "bf16 V=151936"): Budget(10.0, 32, 0, 1.0, 16),
+    ("selective_logprobs_bwd_kernel", "bf16 V=151936 recompute"): Budget(10.0, 32, 0, 1.0, 16),
+    ("linear_logprobs_cache_kernel", "bf16 V=151936 cache, process group"): Budget(5.0, 32, 0, 1.0, 16),
+    ("linear_logprobs_candidates_kernel", "bf16 V=151936 sparse"): Budget(8.0, 72, 6, 0.43, 16),
+    ("policy_loss_sums_kernel", "sequence_mean token-mean"): Budget(15.5, 32, 1, 1.0, 16),
+    ("policy_loss_fwd_bwd_kernel", "token token-mean"): Budget(94.0, 80, 17, 0.37, 4),
+    ("policy_loss_fwd_bwd_kernel", "sequence_mean token-mean"): Budget(69.0, 56, 11, 0.56, 4),
 }
 
 

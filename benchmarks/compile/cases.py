@@ -15,6 +15,7 @@ from torch import Tensor
 
 import sppo_kernels
 from benchmarks.compile.launches import Case
+from benchmarks.harness import library_seams
 from sppo_kernels.tuning import TUNABLES, Config, Tunable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -53,10 +54,12 @@ def _selective_logprobs_cases() -> Iterator[Case]:
 
 
 def _linear_logprobs_cases() -> Iterator[Case]:
-    def call(dtype: torch.dtype, vocab: int, softcap: float | None, backward: str) -> None:
-        hidden, weight = (torch.zeros(n, 64, dtype=dtype, requires_grad=True) for n in (16, vocab))
-        labels = torch.zeros(16, dtype=torch.int64)
-        settings = {"softcap": softcap, "backward": backward, "backend": "triton"}
+    def call(
+        dtype: torch.dtype, vocab: int, softcap: float | None, backward: str, tokens: int = 16, group: Any = None
+    ) -> None:
+        hidden, weight = (torch.zeros(n, 64, dtype=dtype, requires_grad=True) for n in (tokens, vocab))
+        labels = torch.zeros(tokens, dtype=torch.int64)
+        settings = {"softcap": softcap, "backward": backward, "backend": "triton", "group": group}
         out = sppo_kernels.linear_logprobs(hidden, weight, labels, **settings)
         out.logprobs.sum().backward(retain_graph=True)
         out.entropy.sum().backward()
@@ -66,6 +69,17 @@ def _linear_logprobs_cases() -> Iterator[Case]:
     ):
         label = f"{name} V={vocab}{' softcap' if softcap else ''} {backward}"
         yield Case("linear_logprobs", label, functools.partial(call, dtype, vocab, softcap, backward))
+
+    def with_group(dtype: torch.dtype, softcap: float | None) -> None:
+        with library_seams.one_rank() as group:
+            call(dtype, VOCABULARIES[0], softcap, "cache", group=group)
+
+    for (name, dtype), softcap in product(DTYPES.items(), (30.0, None)):
+        label = f"{name} V={VOCABULARIES[0]}{' softcap' if softcap else ''} cache, process group"
+        yield Case("linear_logprobs", label, functools.partial(with_group, dtype, softcap))
+    for name, dtype in DTYPES.items():  # a list of labels of more than one piece
+        label = f"{name} V={VOCABULARIES[2]} cache, 200 tokens"
+        yield Case("linear_logprobs", label, functools.partial(call, dtype, VOCABULARIES[2], None, "cache", tokens=200))
 
 
 def _policy_loss_cases() -> Iterator[Case]:

@@ -109,19 +109,12 @@ def _launch(recorded: RecordedLaunch, target: str) -> Launch:
 
 
 def work_of(recorded: RecordedLaunch, binary: Binary) -> Work:
-    """Return the work of a launch: each program takes the same share of the elements, or one packed response."""
+    """Return the work of a launch: each program takes the same share of the elements."""
     elements = binary.hot.elements if binary.hot else 0
     if not elements:
         raise ValueError(f"{binary.launch.kernel} must access blocks of elements, got none on its hot path")
     passes = math.ceil(recorded.elements / recorded.programs / elements)
-    return Work(recorded.programs, passes, recorded.bytes, longest=math.ceil(_longest(recorded) / elements))
-
-
-def _longest(recorded: RecordedLaunch) -> int:
-    """Return the tokens of the longest response if each program computes one, else 0."""
-    is_bounds = lambda x: x.dtype == torch.int32 and x.numel() == recorded.programs + 1 and type(x) is Tensor
-    bounds = next((x for x in recorded.tensors if is_bounds(x)), None)
-    return int(bounds.diff().max()) if bounds is not None else 0
+    return Work(recorded.programs, passes, recorded.bytes)
 
 
 KERNEL_COLUMNS: results.Columns = {

@@ -11,7 +11,7 @@ the warps that share a scheduler in turn.
 
 Programs run in waves of as many as all SMs hold. A wave takes as long as one SM takes for its share of the wave, or as
 the latency of one program, whichever is longer; a last wave with fewer programs per SM takes less by the former. The
-kernel takes all waves, or the latency of its longest program, plus the time to launch it. What bounds it is the largest
+kernel takes all waves, plus the time to launch it. What bounds it is the largest
 of memory, issue and special, each over all programs, and of latency, over all waves.
 
 Stalls at barriers, conflicts and dependent instructions are not part of the model, so real kernels take longer. Loads
@@ -61,13 +61,11 @@ class Work(NamedTuple):
         programs: in the grid.
         passes: over the hot path, of a program on average.
         bytes: read and written by all programs.
-        longest: passes of the longest program; as many as of the others if 0.
     """
 
     programs: int
     passes: float
     bytes: float
-    longest: float = 0.0
 
 
 class Prediction(NamedTuple):
@@ -109,13 +107,12 @@ def predict(binary: Binary, work: Work, gpu: GPU = H100) -> Prediction:
     share = max(each.values())
     seconds = full * max(binary.programs_per_sm * share, alone)
     seconds += max(-(-rest // gpu.multiprocessors) * share, alone) if rest else 0.0
-    longest = _latency(binary, max(work.longest, work.passes), gpu)
     waves = work.programs / resident
     per_sm = work.programs / gpu.multiprocessors
     return Prediction(
-        seconds=gpu.launch + max(seconds, longest),
+        seconds=gpu.launch + seconds,
         **{name: per_sm * value for name, value in each.items()},
-        latency=max((full + bool(rest)) * alone, longest),
+        latency=(full + bool(rest)) * alone,
         waves=waves,
     )
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import sppo_kernels
@@ -71,6 +72,17 @@ def kernel_names() -> frozenset[str]:
 def accept_cpu_tensors() -> Any:
     """Return a context in which the Triton backend launches kernels on CPU tensors, as under the interpreter."""
     return mock.patch.object(_backend, "INTERPRETED", True)
+
+
+@contextmanager
+def one_rank() -> Iterator[dist.ProcessGroup]:
+    """Provide a process group of this process alone, with which operations take the path of several."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 # Allocations without kernels

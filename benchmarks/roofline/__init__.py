@@ -39,20 +39,26 @@ from benchmarks.roofline.terminal_table import table
 
 SMALL = ProblemSize(16_384, *LM_SHAPES["1.5B"])  # where row passes weigh most compared with the products
 TINY = ProblemSize(12, 16, 256)
+_FROM_CACHE = (
+    "selective_logprobs_fwd_kernel",
+    "linear_logprobs_scaled_rows_kernel",
+    "linear_logprobs_weighted_rows_kernel",
+)
 KERNELS = {
-    "cache": ("selective_logprobs_fwd_kernel", "linear_logprobs_logit_grads_kernel"),
-    "recompute": ("selective_logprobs_fwd_kernel", "selective_logprobs_bwd_kernel"),
+    "cache": _FROM_CACHE,
+    "recompute": (
+        "selective_logprobs_fwd_kernel",
+        "selective_logprobs_bwd_kernel",
+        "linear_logprobs_scaled_rows_kernel",
+    ),
     "sparse": (
         "selective_logprobs_fwd_kernel",
         "linear_logprobs_candidates_kernel",
         "linear_logprobs_select_kernel",
         "linear_logprobs_weighted_rows_kernel",
+        "linear_logprobs_scaled_rows_kernel",
     ),
-    LINEAR_POLICY_LOSS: (
-        "selective_logprobs_fwd_kernel",
-        "linear_logprobs_logit_grads_kernel",
-        "policy_loss_fwd_bwd_kernel",
-    ),
+    LINEAR_POLICY_LOSS: (*_FROM_CACHE, "policy_loss_fwd_bwd_kernel"),
 }
 
 

@@ -54,7 +54,8 @@ class Sizes(NamedTuple):
         hidden: hidden size.
         vocab: vocabulary size.
         itemsize: bytes of an input element.
-        cached: tokens whose logit gradient is cached.
+        cached: tokens whose probabilities are cached; those without a gradient count too.
+        labels: different labels of these.
         recomputed: tokens whose logits backward computes again.
         entries: sparse entries of all tokens.
         columns: columns of the vocabulary in which these lie.
@@ -65,6 +66,7 @@ class Sizes(NamedTuple):
     vocab: int
     itemsize: int
     cached: int = 0
+    labels: int = 0
     recomputed: int = 0
     entries: int = 0
     columns: int = 0
@@ -151,6 +153,7 @@ def count(run: Callable[[], Tensor], problem: Problem) -> tuple[Sizes, float]:
         vocab=weight.shape[0],
         itemsize=hidden.itemsize,
         cached=int((num_entries == library_seams.CACHED).sum()),
+        labels=len(problem.tensors["labels"][num_entries == library_seams.CACHED].unique()),
         recomputed=int((num_entries == library_seams.RECOMPUTED).sum()),
         entries=int(num_entries.clamp(min=0).sum()),
         columns=sum(columns),

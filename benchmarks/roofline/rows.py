@@ -18,19 +18,29 @@ IDLE, CALL = "idle", "the whole call"
 # benchmarks/traffic.py that counts the kernel; comments name the function there.
 
 BYTES: dict[str, Callable[[Sizes, float], float]] = {
-    # _linear_cases: float32 logits read; the logit gradient, which has the inputs' dtype, written
-    "selective_logprobs_fwd_kernel": lambda s, _: s.tokens * s.vocab * FLOAT,
-    "linear_logprobs_logit_grads_kernel": lambda s, _: s.cached * s.vocab * (FLOAT + s.itemsize),
-    "selective_logprobs_bwd_kernel": lambda s, _: s.recomputed * s.vocab * (FLOAT + s.itemsize),
-    # _sparse_case
-    "linear_logprobs_candidates_kernel": lambda s, _: s.tokens * (s.vocab * FLOAT + 28) + 4 * s.entries,
-    "linear_logprobs_select_kernel": lambda s, _: 36 * s.tokens + (4 + 4 + 8) * s.entries,
-    "linear_logprobs_weighted_rows_kernel": lambda s, _: (
-        2 * s.entries * (8 + 4)  # index and weight, by token and by column
-        + 2 * s.entries * s.hidden * s.itemsize  # a row of the weight and one of the hidden states per entry
-        # gradients of both read and written; bounds and places
-        + (s.tokens - s.cached - s.recomputed + s.columns) * (2 * FLOAT * s.hidden + 24)
+    # _linear_cases: float32 logits read; probabilities, which have the inputs' dtype, written in the same read. Of
+    # sparse gradients, which are counted where there are entries, the maxima of groups instead (_sparse_case).
+    "selective_logprobs_fwd_kernel": lambda s, _: (
+        s.tokens * s.vocab * FLOAT + s.cached * s.vocab * s.itemsize + bool(s.entries) * s.tokens * s.vocab / 2
     ),
+    "selective_logprobs_bwd_kernel": lambda s, _: s.recomputed * s.vocab * (FLOAT + s.itemsize),
+    # _label_kernels, _scaled_row: d hidden from float32, and of cached tokens a row of the weight and the hidden states
+    "linear_logprobs_scaled_rows_kernel": lambda s, _: (
+        s.tokens * (s.hidden * (FLOAT + s.itemsize) + 12) + s.cached * (s.hidden * 3 * s.itemsize + 24)
+    ),
+    # _sparse_case, without the groups that have candidates
+    "linear_logprobs_candidates_kernel": lambda s, _: s.tokens * (s.vocab / 2 + 32) + 4 * s.entries,
+    "linear_logprobs_select_kernel": lambda s, _: 36 * s.tokens + (4 + 4 + 8) * s.entries,
+    # _sparse_case: lists by token and by column, rows of the weight and of the hidden states, both gradients read and
+    # written; and _label_kernels: of each cached token an entry with its hidden states, added to rows of d weight
+    "linear_logprobs_weighted_rows_kernel": lambda s, _: (
+        2 * s.entries * (8 + 8 + 4 + s.hidden * s.itemsize)
+        + (s.tokens - s.cached - s.recomputed + s.columns) * 2 * FLOAT * s.hidden
+        + s.cached * (8 + 8 + 4 + s.hidden * s.itemsize)
+        + s.labels * 2 * s.itemsize * s.hidden
+    ),
+    # _equal_labels_case: at least three places of each piece
+    "linear_logprobs_open_rows_kernel": lambda s, _: (2 * s.entries + s.cached) / 64 * 3 * 8,
     # _policy_cases, at token level: two inputs and the gradient, and here a mask, in each launch
     "policy_loss_fwd_bwd_kernel": lambda s, launches: launches * s.tokens * (3 * FLOAT + 1),
 }

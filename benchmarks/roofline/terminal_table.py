@@ -63,7 +63,7 @@ def folded(rows: Iterable[Row], large: Collection[Row]) -> list[Row]:
 
 def _largest(rows: Sequence[Row]) -> str:
     """Name a folded group: its two largest kernels with their ms. Rows are sorted by time."""
-    names = [f"{row['kernel'].split()[-1][:40]} {results.cell(row['ms'])}" for row in rows[:2]]
+    names = [f"{row['kernel'].split()[-1].removesuffix('_kernel')[:40]} {results.cell(row['ms'])}" for row in rows[:2]]
     return "other: " + ", ".join([*names, *[f"{len(rows) - 2} more"] * (len(rows) > 2)])
 
 

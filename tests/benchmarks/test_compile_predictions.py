@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import torch
 
 from benchmarks.compile.binaries import Binary, Hot
-from benchmarks.compile.calls import RECORDERS, Call, RecordedLaunch
+from benchmarks.compile.calls import ENTRIES, RECORDERS, Call, RecordedLaunch
 from benchmarks.compile.launches import Launch
 from benchmarks.compile.predictions import PredictedCall, tables, work_of
 from benchmarks.compile.time_model import GPU, H100, Prediction, Work, predict
@@ -59,8 +59,6 @@ def test_a_lone_program_is_bound_by_latency():
     found = predict(binary(counts={"fp32": 100}), Work(programs=10, passes=100, bytes=10), slow)
     assert found.bound == "latency"
     assert found.seconds == pytest.approx(5e-6 + 100 * 1.1e-6)
-    longest = predict(binary(counts={"fp32": 100}), Work(programs=10, passes=100, bytes=10, longest=500), slow)
-    assert longest.seconds == pytest.approx(5e-6 + 500 * 1.1e-6)
 
 
 def test_a_last_wave_with_fewer_programs_takes_less():
@@ -76,22 +74,51 @@ def test_code_for_another_gpu_is_refused():
         predict(replace(binary(counts={}), programs_per_sm=0), Work(1, 1, 1), TOY)
 
 
-SIZE = ProblemSize(2048, 64, 1024)
-ONE_PASS = 2 * 2048 * 64 * 1024
+SIZE = ProblemSize(2048, 1024, 8192)
+ONE_PASS = 2 * 2048 * 1024 * 8192
 
 
 @pytest.mark.parametrize(
-    ("operation", "passes"),
-    [("linear_logprobs, cache", 3), ("linear_logprobs, recompute", 4), ("linear_policy_loss", 3)],
+    ("operation", "passes", "row_passes"),
+    [
+        ("linear_logprobs, cache", 3, [4 + 2]),
+        ("linear_logprobs, recompute", 4, [4, 4 + 2]),
+        ("linear_policy_loss", 3, [4 + 2]),
+        ("linear_logprobs, sparse", 1, [4 + 1 / 2]),
+    ],
 )
-def test_products_and_row_passes_are_recorded(operation, passes):
+def test_products_and_row_passes_are_recorded(operation, passes, row_passes):
+    """Row passes in bytes per logit. The gradient of the weight is made in its own dtype, and never cast."""
     call = RECORDERS[operation](SIZE)
     assert call.flops == passes * ONE_PASS
-    rows = [each for each in call.launches if each.elements >= SIZE.tokens * SIZE.vocab]
-    assert len(rows) == 2
-    assert rows[0].bytes == pytest.approx(4 * SIZE.tokens * SIZE.vocab, rel=0.05)
-    assert rows[1].bytes == pytest.approx((4 + 2) * SIZE.tokens * SIZE.vocab, rel=0.05)
-    assert call.other_bytes >= (4 + 2) * SIZE.vocab * SIZE.hidden  # the cast of the gradient of the weight
+    rows = [each for each in call.launches if each.kernel.__name__.startswith("selective_logprobs")]
+    found = [each.bytes / SIZE.tokens / SIZE.vocab for each in rows]
+    assert found == pytest.approx(row_passes, rel=0.05)
+    weight = 2 * SIZE.vocab * SIZE.hidden
+    is_sparse = operation.endswith("sparse")  # then it is zeroed first, and the lists of entries are made and sorted
+    assert weight * is_sparse <= call.other_bytes < (3 if is_sparse else 1) * weight + 4 * SIZE.tokens * SIZE.hidden
+
+
+def test_rows_that_are_gathered_count_alone():
+    """Of the weight "cache" reads the rows of the labels, and adds hidden states to as many rows of its gradient."""
+    launches = {each.kernel.__name__: each for each in RECORDERS["linear_logprobs, cache"](SIZE).launches}
+    row = 2 * SIZE.hidden
+    scaled, weighted, opened = (launches[f"linear_logprobs_{name}_kernel"] for name in ("scaled_rows", "weighted_rows",
+                                                                                       "open_rows"))  # fmt: skip
+    assert scaled.bytes == pytest.approx(SIZE.tokens * 2 * row, rel=0.02)  # hidden states, for d weight
+    assert weighted.bytes == pytest.approx(SIZE.tokens * 3 * row, rel=0.02)
+    assert opened.bytes < weighted.bytes / 10
+    # One row per pass, in pieces of 64.
+    assert work_of(weighted, binary(counts={"fp32": 1})).passes == 64
+
+
+def test_entries_are_assumed_for_each_token():
+    launches = RECORDERS["linear_logprobs, sparse"](SIZE).launches
+    weighted = [each for each in launches if each.kernel.__name__ == "linear_logprobs_weighted_rows_kernel"]
+    assert [each.arguments["M"] for each in weighted] == [ENTRIES * SIZE.tokens] * 2
+    candidates = next(each for each in launches if each.kernel.__name__ == "linear_logprobs_candidates_kernel")
+    per_token = SIZE.vocab / 2 + ENTRIES * (16 + 8 + 4)
+    assert candidates.bytes == pytest.approx(SIZE.tokens * per_token, rel=0.02)
 
 
 def test_row_passes_of_given_logits_are_recorded():
@@ -100,11 +127,12 @@ def test_row_passes_of_given_logits_are_recorded():
     assert [round(each.bytes / SIZE.tokens / SIZE.vocab) for each in call.launches] == [2, 4]
 
 
-def test_the_longest_response_is_known():
+def test_long_responses_are_split_over_programs():
     size = ProblemSize(8192, 0, 0)
     (launch,) = RECORDERS["policy_loss, token"](size).launches
     work = work_of(launch, binary(counts={"fp32": 1}))
-    assert work.longest > work.passes
+    assert work.passes == 1
+    assert 8192 // 1024 < work.programs <= 8192 // 1024 + 4
 
 
 def test_the_work_of_a_launch_is_shared_by_its_programs():

@@ -28,8 +28,9 @@ COPY = (
     "(at::TensorIteratorBase&)::{lambda()#3}::operator()() const::{lambda(float)#1}>>(int)"
 )
 FILL = "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul> >(int)"
+SCALED, WEIGHTED = "linear_logprobs_scaled_rows_kernel", "linear_logprobs_weighted_rows_kernel"
 CEILINGS = {"copy_gb_s": 3000.0, "matmul_tflops": 800.0}
-SIZES = Sizes(BASE.tokens, BASE.hidden, BASE.vocab, itemsize=2, cached=BASE.tokens)
+SIZES = Sizes(BASE.tokens, BASE.hidden, BASE.vocab, itemsize=2, cached=BASE.tokens, labels=8000)
 ONE = 2 * 8192 * 4096 * 151_936  # operations of a product of all tokens with the output embedding
 
 
@@ -41,7 +42,7 @@ def cache_profile(calls=2):
     """Of cache at BASE: logits in eight chunks, the other two products in one piece each."""
     products = [product(1024, 4096, 151_936, 1775.0) for _ in range(8)]
     products += [product(8192, 151_936, 4096, 14_000.0), product(151_936, 8192, 4096, 14_400.0, name=XMMA)]
-    passes = [Event("selective_logprobs_fwd_kernel", 250.0), Event("linear_logprobs_logit_grads_kernel", 350.0)] * 8
+    passes = [Event("selective_logprobs_fwd_kernel", 350.0)] * 8 + [Event(SCALED, 75.0)] * 2 + [Event(WEIGHTED, 1850.0)]
     rest = [
         Event(COPY, 1300.0),
         Event(FILL, 10.0),
@@ -57,19 +58,19 @@ def by_kernel(rows):
 
 
 def test_the_rates_of_cache_are_those_by_hand():
-    rows, problems = rows_of(
-        "cache", cache_profile(), SIZES, ("selective_logprobs_fwd_kernel", "linear_logprobs_logit_grads_kernel")
-    )
+    rows, problems = rows_of("cache", cache_profile(), SIZES, ("selective_logprobs_fwd_kernel", SCALED, WEIGHTED))
     assert problems == []
     relate(rows, CEILINGS)
     found = by_kernel(rows)
-    # 8,192 x 151,936 logits of 4 bytes: 4.979 GB in 2.0 ms
+    # 8,192 x 151,936 logits of 4 bytes, and probabilities of 2: 7.468 GB in 2.8 ms
     forward = found["selective_logprobs_fwd_kernel"]
-    assert (forward["launches"], forward["ms"], forward["bytes"]) == (8, pytest.approx(2.0), 4_978_638_848)
-    assert forward["gb_s"] == pytest.approx(2489.3, rel=1e-4)
-    assert forward["of_copy"] == pytest.approx(0.82977, rel=1e-4)
-    # 6 bytes of each: 7.468 GB in 2.8 ms
-    assert found["linear_logprobs_logit_grads_kernel"]["gb_s"] == pytest.approx(2667.1, rel=1e-4)
+    assert (forward["launches"], forward["ms"], forward["bytes"]) == (8, pytest.approx(2.8), 7_467_958_272)
+    assert forward["gb_s"] == pytest.approx(2667.1, rel=1e-4)
+    assert forward["of_copy"] == pytest.approx(0.88904, rel=1e-4)
+    # 8,192 tokens: 6 + 2 + 4 bytes of each of 4,096 columns, and 36 of factors and places; 0.4029 GB in 0.15 ms
+    assert found[SCALED]["gb_s"] == pytest.approx(2686.4, rel=1e-4)
+    # 2 bytes of each column and 20 of the list per token, and 4 of 8,000 rows: 0.1983 GB in 1.85 ms
+    assert found[WEIGHTED]["gb_s"] == pytest.approx(107.22, rel=1e-4)
     # 10.196 TFLOP in 14.2 ms, in 14.0 and in 14.4
     logits, weight = found[f"logits: {GEMM}"], found[f"d weight: {XMMA[:60]}"]
     assert (logits["launches"], logits["flops"]) == (8, ONE)
@@ -143,9 +144,9 @@ def test_a_count_that_cannot_be_trusted_is_a_failure():
     passes = [event for event in seen.events if is_our_kernel(event.name)]
     assert why(products=[], events=passes) == ["no kernel of its matrix products was found"]
     assert "the profiler saw nothing" in why(products=[], events=[])
-    assert rows_of("cache", seen, SIZES, ("linear_logprobs_logit_grads_kernel", "linear_logprobs_select_kernel"))[
-        1
-    ] == ["linear_logprobs_select_kernel was not launched"]
+    assert rows_of("cache", seen, SIZES, (SCALED, "linear_logprobs_select_kernel"))[1] == [
+        "linear_logprobs_select_kernel was not launched"
+    ]
 
 
 def test_names_are_shortened():
@@ -169,14 +170,15 @@ def test_names_are_shortened():
 
 def test_every_expected_kernel_has_a_formula():
     assert {name for names in roofline.KERNELS.values() for name in names} <= set(BYTES)
-    sizes = Sizes(10, 64, 1000, itemsize=2, cached=2, recomputed=3, entries=50, columns=40)
+    sizes = Sizes(10, 64, 1000, itemsize=2, cached=2, labels=1, recomputed=3, entries=50, columns=40)
     assert {name: formula(sizes, 2.0) for name, formula in BYTES.items()} == {
-        "selective_logprobs_fwd_kernel": 40_000,
-        "linear_logprobs_logit_grads_kernel": 12_000,
+        "selective_logprobs_fwd_kernel": 40_000 + 4000 + 5000,
         "selective_logprobs_bwd_kernel": 18_000,
-        "linear_logprobs_candidates_kernel": 10 * 4028 + 200,
+        "linear_logprobs_scaled_rows_kernel": 10 * (384 + 12) + 2 * (384 + 24),
+        "linear_logprobs_candidates_kernel": 10 * 532 + 200,
         "linear_logprobs_select_kernel": 360 + 800,
-        "linear_logprobs_weighted_rows_kernel": 1200 + 12_800 + 45 * 536,
+        "linear_logprobs_weighted_rows_kernel": 2 * 50 * 148 + 45 * 512 + 2 * 148 + 256,
+        "linear_logprobs_open_rows_kernel": 102 / 64 * 24,
         "policy_loss_fwd_bwd_kernel": 260,
     }
 
@@ -221,10 +223,10 @@ def test_the_table_folds_what_is_small():
     assert [row["kernel"] for row in first] == [
         f"{CALL}, 0.974 ms idle",
         "products: logits 718, d hidden 728, d weight 708",
-        "linear_logprobs_logit_grads_kernel",
         "selective_logprobs_fwd_kernel",
+        WEIGHTED,
         "elementwise_kernel direct_copy_kernel_cuda",
-        "other: kernel_11 0.031, kernel_10 0.030, 13 more",
+        "other: linear_logprobs_scaled_rows 0.150, kernel_11 0.031, 14 more",
     ]
     assert first[1]["of_product"] == pytest.approx(3 * ONE / 42.6e-3 / 800e12)
     assert first[0]["ms"] == pytest.approx(sum(row["ms"] for row in first[1:]) + 0.974)
@@ -237,11 +239,11 @@ def test_the_table_of_all_cases_is_short_and_has_our_kernels_where_they_fit():
     rows = rows_of_a_run(*[case.name for case in roofline.cases(quick=False)], extra=12)
     lines = roofline.table(rows).splitlines()
     assert len(lines) <= 40
-    assert sum("linear_logprobs_logit_grads_kernel  " in line for line in lines) == 8
-    assert sum("selective_logprobs_fwd_kernel  " in line for line in lines) == 7  # the last is folded
+    assert sum("selective_logprobs_fwd_kernel  " in line for line in lines) == 8
+    assert sum(f"{WEIGHTED}  " in line for line in lines) == 7  # the last is folded
     assert (
         sum(
-            "other: selective_logprobs_fwd_kernel 2.00, direct_copy_kernel_cuda 1.30, 15 more" in line for line in lines
+            "other: linear_logprobs_weighted_rows 1.85, direct_copy_kernel_cuda 1.30, 16 more" in line for line in lines
         )
         == 1
     )
