@@ -134,9 +134,10 @@ if HAS_TRITON:
         open_ptr += piece * 2 * H + column
         total = tl.load(open_ptr + H, mask=mask, other=0.0)
         following = place
+        offset = tl.zeros([], tl.int64)
         while following == place:
-            open_ptr += 2 * H
-            total += tl.load(open_ptr, mask=mask, other=0.0)
+            offset += 2 * H
+            total += tl.load(open_ptr + offset, mask=mask, other=0.0)
             end += PIECE
             following = tl.load(place_ptr + end, mask=end < M, other=-1)
         at = out_ptr + place * H + column
