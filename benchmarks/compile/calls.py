@@ -163,7 +163,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 @contextmanager
-def recorded(selection: library_seams.Selection = library_seams.Selection()) -> Iterator[Call]:
+def recorded(selection: library_seams.Selection = library_seams.NOTHING_SELECTED) -> Iterator[Call]:
     """Record what happens inside this context. ``selection`` is that of ``on_cuda_without_kernels``."""
     call = Call()
 

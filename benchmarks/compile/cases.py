@@ -75,10 +75,10 @@ def _linear_logprobs_cases() -> Iterator[Case]:
             call(dtype, VOCABULARIES[0], softcap, "cache", group=group)
 
     for (name, dtype), softcap in product(DTYPES.items(), (30.0, None)):
-        label = f"{name} V={VOCABULARIES[0]}{' softcap' if softcap else ''} cache, process group"
+        label = f"{name} V={VOCABULARIES[0]}{' softcap' if softcap else ''} cache group"
         yield Case("linear_logprobs", label, functools.partial(with_group, dtype, softcap))
     for name, dtype in DTYPES.items():  # a list of labels of more than one piece
-        label = f"{name} V={VOCABULARIES[2]} cache, 200 tokens"
+        label = f"{name} V={VOCABULARIES[2]} cache 200 tokens"
         yield Case("linear_logprobs", label, functools.partial(call, dtype, VOCABULARIES[2], None, "cache", tokens=200))
 
 

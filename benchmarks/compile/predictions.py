@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from triton.runtime.jit import MockTensor
 

@@ -11,8 +11,8 @@ the warps that share a scheduler in turn.
 
 Programs run in waves of as many as all SMs hold. A wave takes as long as one SM takes for its share of the wave, or as
 the latency of one program, whichever is longer; a last wave with fewer programs per SM takes less by the former. The
-kernel takes all waves, plus the time to launch it. What bounds it is the largest
-of memory, issue and special, each over all programs, and of latency, over all waves.
+kernel takes all waves, plus the time to launch it. What bounds it is the largest of memory, issue and special, each
+over all programs, and of latency, over all waves.
 
 Stalls at barriers, conflicts and dependent instructions are not part of the model, so real kernels take longer. Loads
 are assumed to be in flight together within a pass, and not across passes.

@@ -109,9 +109,12 @@ class Selection(NamedTuple):
     entries: int = 0
 
 
+NOTHING_SELECTED = Selection()
+
+
 @contextmanager
 def on_cuda_without_kernels(
-    selection: Selection = Selection(), launch: Callable[..., None] = _launch_nothing
+    selection: Selection = NOTHING_SELECTED, launch: Callable[..., None] = _launch_nothing
 ) -> Iterator[None]:
     """Run operations on fake CPU tensors as on a CUDA device, without their kernels, which allocate nothing.
 
@@ -120,6 +123,9 @@ def on_cuda_without_kernels(
         launch: called with kernel, grid and arguments instead of a launch.
     """
     answers = iter(selection.parts)
+
+    def nonzero_indices(mask: Tensor) -> Tensor:
+        return torch.arange(selection.tokens)
 
     def partition(kind: Tensor, number: int) -> list[Tensor]:
         counts = next(answers)
@@ -132,7 +138,7 @@ def on_cuda_without_kernels(
         return weighted_rows.Entries(*(torch.empty(found, dtype=dtype) for dtype in _ENTRIES))
 
     patches = [
-        mock.patch.object(indexing, "nonzero_indices", lambda mask: torch.arange(selection.tokens)),
+        mock.patch.object(indexing, "nonzero_indices", nonzero_indices),
         mock.patch.object(indexing, "partition", partition),
         *_patch_everywhere("gather_entries", weighted_rows.gather_entries, gather_entries),
         mock.patch.object(matmul.Projection, "__init__", _init_projection_on_cuda),
