@@ -2,8 +2,8 @@
 
 A kernel's elements are what its largest loads cover: ``tt.load`` of ``tensor<2048x!tt.ptr<bf16>>`` reads 2,048 elements
 of one input. The region that loads most elements in one pass is the kernel's path: the body of a loop, or the code
-outside of loops. Loads of one line of source, which ``tl.static_range`` repeats, cover different elements of one input. Those
-of other lines read other inputs. Where some loads of a region have no mask, those with one are of the last block.
+outside of loops. Loads of one line of source, which ``tl.static_range`` repeats, cover different elements of one input.
+Those of other lines read other inputs. Where some loads of a region have no mask, those with one are of the last block.
 
 Triton's representation (TTGIR) precedes LLVM and ptxas, which may unroll the loop. A loop of the machine code that
 loads u times the bytes of the representation's is unrolled u times, and covers u times the elements.
