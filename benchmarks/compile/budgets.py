@@ -36,10 +36,10 @@ BUDGETS = {
     ("selective_logprobs_bwd_kernel", "bf16 V=151936"): Budget(10.0, 32, 0, 1.0, 16),
     ("selective_logprobs_bwd_kernel", "bf16 V=151936 recompute"): Budget(10.0, 32, 0, 1.0, 16),
     ("linear_logprobs_cache_kernel", "bf16 V=151936 cache group"): Budget(5.0, 32, 0, 1.0, 16),
-    ("linear_logprobs_candidates_kernel", "bf16 V=151936 sparse"): Budget(8.0, 72, 6, 0.43, 16),
-    ("policy_loss_sums_kernel", "sequence_mean token-mean"): Budget(15.5, 32, 1, 1.0, 16),
-    ("policy_loss_fwd_bwd_kernel", "token token-mean"): Budget(94.0, 80, 17, 0.37, 4),
-    ("policy_loss_fwd_bwd_kernel", "sequence_mean token-mean"): Budget(69.0, 56, 11, 0.56, 4),
+    ("linear_logprobs_candidates_kernel", "bf16 V=151936 sparse"): Budget(8.5, 64, 5, 0.5, 8),
+    ("policy_loss_sums_kernel", "sequence_mean token-mean"): Budget(16.0, 32, 2, 1.0, 16),
+    ("policy_loss_fwd_bwd_kernel", "token token-mean"): Budget(99.0, 80, 23, 0.37, 4),
+    ("policy_loss_fwd_bwd_kernel", "sequence_mean token-mean"): Budget(71.0, 56, 14, 0.56, 4),
 }
 
 

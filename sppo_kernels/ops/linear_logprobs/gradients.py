@@ -154,12 +154,14 @@ class GradientAccumulator:
                 for tokens, part in _blocks_of_tokens(entries, len(index), tokens_per_block):
                     total = self.scale.new_zeros(tokens.stop - tokens.start, hidden.shape[1])
                     place = part.token - tokens.start if tokens.start else part.token
-                    self.weighted_rows(out=total, place=place, index=part.column, weight=part.weight, rows=weight)
+                    self.weighted_rows(
+                        out=total, place=place, index=part.column, weight=part.weight, rows=weight, out_is_zero=True
+                    )
                     self.scaled_rows(out=self.grad_hiddens[i], x=total, factor=self.scale, target=index[tokens])
                     del total  # before the next block's
             if self.needs_weights[i]:
-                self._allocate_weight(i, torch.zeros)
-                self.weighted_rows(out=self.grad_weights[i], index=token, rows=hidden, **by_column)
+                new = self._allocate_weight(i, torch.zeros)
+                self.weighted_rows(out=self.grad_weights[i], index=token, rows=hidden, out_is_zero=new, **by_column)
         if self.needs_bias:
             self._add_to_bias(**by_column)
 

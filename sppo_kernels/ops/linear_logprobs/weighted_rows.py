@@ -43,8 +43,11 @@ def gather_entries(index: Tensor, value: Tensor, count: Tensor, coefficient: Ten
     return Entries(token, index[token, slot].long(), weight=value[token, slot] * coefficient[token])
 
 
-def _torch_weighted_rows(*, out, place, index, weight, rows):
-    """Add weight[e] rows[index[e]] to out[place[e]] for all e. ``place`` is sorted; places past the end are skipped."""
+def _torch_weighted_rows(*, out, place, index, weight, rows, out_is_zero=False):
+    """Add weight[e] rows[index[e]] to out[place[e]] for all e.
+
+    ``place`` is sorted. Places past the end are skipped. ``out_is_zero`` says that ``out`` need not be read.
+    """
     places, counts = place.unique_consecutive(return_counts=True)
     bag = functional.embedding_bag(
         index,
@@ -66,6 +69,13 @@ if HAS_TRITON:
     _WIDEST = 1024  # columns per program
     _COLUMNS_PER_WARP = 256
 
+    @triton.jit
+    def _finish(out_ptr, total, mask, OUT_IS_ZERO: tl.constexpr):
+        if not OUT_IS_ZERO:
+            total += tl.load(out_ptr, mask=mask, other=0.0).to(tl.float32)
+            tl.debug_barrier()  # another thread may store what this one has loaded
+        tl.store(out_ptr, total, mask=mask)
+
     # One program per piece of the list and block of columns. It adds up one place after the other. The next entry's
     # place, index and weight are loaded one step ahead of its row.
     @triton.jit(do_not_specialize=["M", "NUM_PLACES"])
@@ -81,6 +91,7 @@ if HAS_TRITON:
         M,
         NUM_PLACES,
         H,
+        OUT_IS_ZERO: tl.constexpr,
         PIECE: tl.constexpr,
         BLOCK_H: tl.constexpr,
     ):
@@ -109,10 +120,7 @@ if HAS_TRITON:
                 elif following == place:
                     tl.store(open_ptr + H, total, mask=mask)
                 elif place < NUM_PLACES:
-                    at = out_ptr + place * H + column
-                    total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-                    tl.debug_barrier()  # another thread may store what this one has loaded
-                    tl.store(at, total, mask=mask)
+                    _finish(out_ptr + place * H + column, total, mask, OUT_IS_ZERO)
                 goes_on = following == place
                 total = tl.zeros([BLOCK_H], tl.float32)
             place = following
@@ -120,7 +128,15 @@ if HAS_TRITON:
     # One program per piece and block of columns, which adds up the place that begins in this piece and goes on.
     @triton.jit(do_not_specialize=["M", "NUM_PLACES"])
     def linear_logprobs_open_rows_kernel(
-        out_ptr, place_ptr, open_ptr, M, NUM_PLACES, H, PIECE: tl.constexpr, BLOCK_H: tl.constexpr
+        out_ptr,
+        place_ptr,
+        open_ptr,
+        M,
+        NUM_PLACES,
+        H,
+        OUT_IS_ZERO: tl.constexpr,
+        PIECE: tl.constexpr,
+        BLOCK_H: tl.constexpr,
     ):
         piece = tl.program_id(0).to(tl.int64)
         end = (piece + 1) * PIECE
@@ -140,12 +156,9 @@ if HAS_TRITON:
             total += tl.load(open_ptr + offset, mask=mask, other=0.0)
             end += PIECE
             following = tl.load(place_ptr + end, mask=end < M, other=-1)
-        at = out_ptr + place * H + column
-        total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        tl.debug_barrier()  # another thread may store what this one has loaded
-        tl.store(at, total, mask=mask)
+        _finish(out_ptr + place * H + column, total, mask, OUT_IS_ZERO)
 
-    def _triton_weighted_rows(*, out, place, index, weight, rows):
+    def _triton_weighted_rows(*, out, place, index, weight, rows, out_is_zero=False):
         """Compute what ``_torch_weighted_rows`` does."""
         (num_places, width), entries = out.shape, len(place)
         if not entries:
@@ -159,6 +172,7 @@ if HAS_TRITON:
             "M": entries,
             "NUM_PLACES": num_places,
             "H": width,
+            "OUT_IS_ZERO": out_is_zero,
             "PIECE": _PIECE,
             "BLOCK_H": block,
             "num_warps": max(1, block // _COLUMNS_PER_WARP),

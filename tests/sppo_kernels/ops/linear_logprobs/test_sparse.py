@@ -201,6 +201,10 @@ def test_weighted_rows(backend, width):
         WEIGHTED_ROWS[backend](out=result, place=place, index=index, weight=weight, rows=rows)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-4)
     assert torch.equal(out, second)
+    third, fourth = torch.zeros_like(out), torch.zeros_like(out)
+    WEIGHTED_ROWS[backend](out=third, place=place, index=index, weight=weight, rows=rows)
+    WEIGHTED_ROWS[backend](out=fourth, place=place, index=index, weight=weight, rows=rows, out_is_zero=True)
+    assert torch.equal(third, fourth)
 
 
 @pytest.mark.parametrize(("value", "message"), [(0, "at least 1, got 0"), (2000, "at most 1024.*got 2000")])
