@@ -176,6 +176,13 @@ def test_any_layout(backend, backward):
             check(backend, hidden.requires_grad_(), weight.requires_grad_(), labels, bias=bias, backward=backward)
 
 
+@each_mode
+def test_strided_labels_and_temperatures(backend, backward):
+    labels, temperature = randint(0, 17, 12)[::2], torch.tensor([0.5, 9.0] * 6, device=DEVICE)[::2]
+    hidden, weight = randn(6, 5, grad=True), randn(17, 5, grad=True)
+    check(backend, hidden, weight, labels, temperature=temperature, upstream=["logprobs"], backward=backward)
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 2, 2), (0,), (2, 0)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_number_of_leading_dimensions(backend, shape):
