@@ -272,7 +272,7 @@ def _sparse_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
     again = tokens * TILE // GROUP * 2  # the maxima of the first tile, which has all candidates, are read twice
     lists = 2 * entries * (2 * INDEX + FLOAT)  # token, column and weight, once in each order
     gathered = entries * hidden_size * (FLOAT + dtype.itemsize)  # on a CPU the weight is a float32 copy
-    sums = 2 * FLOAT * hidden_size * (tokens + entries)
+    sums = FLOAT * hidden_size * (tokens + entries)  # written where zeros were
     return Case(
         "linear_logprobs",
         f"sparse, {_name(dtype)}",

@@ -35,7 +35,8 @@ BYTES: dict[str, Callable[[Sizes, float], float]] = {
     # written; and _label_kernels: of each cached token an entry with its hidden states, added to rows of d weight
     "linear_logprobs_weighted_rows_kernel": lambda s, _: (
         2 * s.entries * (8 + 8 + 4 + s.hidden * s.itemsize)
-        + (s.tokens - s.cached - s.recomputed + s.columns) * 2 * FLOAT * s.hidden
+        + (s.tokens - s.cached - s.recomputed) * FLOAT * s.hidden  # written where zeros were, as d weight if alone
+        + s.columns * s.hidden * (2 * FLOAT if s.cached or s.recomputed else s.itemsize)
         + s.cached * (8 + 8 + 4 + s.hidden * s.itemsize)
         + s.labels * 2 * s.itemsize * s.hidden
     ),

@@ -177,7 +177,7 @@ def test_every_expected_kernel_has_a_formula():
         "linear_logprobs_scaled_rows_kernel": 10 * (384 + 12) + 2 * (384 + 24),
         "linear_logprobs_candidates_kernel": 10 * 532 + 200,
         "linear_logprobs_select_kernel": 360 + 800,
-        "linear_logprobs_weighted_rows_kernel": 2 * 50 * 148 + 45 * 512 + 2 * 148 + 256,
+        "linear_logprobs_weighted_rows_kernel": 2 * 50 * 148 + 5 * 256 + 40 * 512 + 2 * 148 + 256,
         "linear_logprobs_open_rows_kernel": 102 / 64 * 24,
         "policy_loss_fwd_bwd_kernel": 260,
     }

@@ -210,7 +210,7 @@ SELECT: dict[str, Callable[..., Selected]] = {"torch": _torch_select}
 
 if HAS_TRITON:
     _TWO_MINUS_INF: tl.constexpr = tl.constexpr(-8323200)  # 0xFF80FF80: two of bfloat16
-    _WORDS, _GROUPS, _WARPS = 1024, 64, 4  # few threads: a scan costs as much for each, whatever it has
+    _WORDS, _GROUPS, _WARPS = 1024, 64, 4  # few warps: a scan costs as much for each, whatever it has
 
     @triton.jit
     def _append(list_ptr, item, near, found, MAX_ITEMS: tl.constexpr):
@@ -430,6 +430,7 @@ if HAS_TRITON:
             "MAX_CANDIDATES": max_candidates,
         }
         if n:
+            words = max(maxima.half, min(_WORDS, next_power_of_2(maxima.words.shape[1])))
             launch(
                 linear_logprobs_candidates_kernel,
                 (n,),
@@ -440,9 +441,9 @@ if HAS_TRITON:
                 stride_maxima=maxima.words.stride(0),
                 GROUP=maxima.group,
                 HALF=maxima.half,
-                WORDS=max(maxima.half, min(_WORDS, next_power_of_2(maxima.words.shape[1]))),
+                WORDS=words,
                 GROUPS=_GROUPS,
-                num_warps=_WARPS,
+                num_warps=max(1, _WARPS * words // _WORDS),
             )
             launch(
                 linear_logprobs_select_kernel,

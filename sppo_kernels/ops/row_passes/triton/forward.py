@@ -207,16 +207,15 @@ def selective_logprobs_fwd_kernel(
     tl.store(stat_ptr + stride_stat + row, log2_total * LN_2)
     if prob_ptr is not None:
         p = tl.exp2(log2_p)
-        scale = p
-        if not ((top - label_y) * c <= max_gap):  # also for NaN
-            shift = tl.floor(log2_total * 0.5)
+        is_near = (top - label_y) * c <= max_gap  # False for NaN
+        shift = tl.floor(log2_total * 0.5)
+        tl.store(factor_ptr + row, tl.where(is_near, p, tl.exp2(shift - log2_total)))
+        tl.store(factor_ptr + stride_factor + row, (1.0 - p) * label_slope if HAS_SOFTCAP else 1.0 - p)
+        if not is_near:
             tl.debug_barrier()  # after what other threads have stored with the label's logit as base
             cache_columns(
                 x_ptr, prob_ptr, stride_v, 0, V // BLOCK * BLOCK, V, top, shift, c, softcap, HAS_SOFTCAP, BLOCK
             )
-            scale = tl.exp2(shift - log2_total)
-        tl.store(factor_ptr + row, scale)
-        tl.store(factor_ptr + stride_factor + row, (1.0 - p) * label_slope if HAS_SOFTCAP else 1.0 - p)
         tl.debug_barrier()  # the label's column comes after what other threads have stored there
         tl.store(prob_ptr + tl.where(in_range, label, 0), 0.0)
 
