@@ -43,7 +43,7 @@ from .weighted_rows import gather_entries
 
 _log = logging.getLogger(__name__)
 
-# Of a block of the vocabulary: with fewer, reading and writing the sums of d hidden takes a tenth of the products' time.
+# Of a block of the vocabulary. With fewer, the traffic of the sums of d hidden takes a tenth of the products' time.
 _LEAST_COLUMNS = 4096
 _RECOMPUTED, _CACHED, _SPARSE, _NO_GRADIENT = range(4)  # where the gradient of a token comes from
 
