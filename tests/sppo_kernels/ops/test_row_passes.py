@@ -46,6 +46,33 @@ def test_the_split_depends_on_the_vocabulary_alone(split_rows):
         assert torch.equal(x, y[1:2])
 
 
+def test_columns_of_transposed_logits_may_be_more_than_2_to_the_31_apart():
+    """The storage is not touched, except where the six logits are."""
+    stride = (1 << 30) + 8
+    far = torch.empty(2 * stride + 2, dtype=torch.bfloat16, device=DEVICE).as_strided((2, 3), (1, stride))
+    near = randn(2, 3, dtype=torch.bfloat16)
+    far.copy_(near)
+    labels = torch.tensor([2, 0], device=DEVICE)
+    results = []
+    for x in (far, near):
+        out = RowResults.empty(2, x.device)
+        given = {"logits": x[None], "labels": labels, "temperature": torch.ones(2, device=DEVICE), "softcap": 0.0}
+        ROW_PASSES["triton"].forward(**given, ignore_index=IGNORED, out=out)
+        grads = torch.empty(1, 2, 3, device=DEVICE)
+        ROW_PASSES["triton"].backward(
+            **given,
+            grad_logprobs=torch.ones(2, device=DEVICE),
+            grad_entropy=torch.ones(2, device=DEVICE),
+            entropy=out.entropy,
+            row_stats=out.row_stats,
+            ignore_index=IGNORED,
+            grad_logits=grads,
+        )
+        results.append((*out, grads))
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits_lose_no_accuracy(backend, temperature):

@@ -16,8 +16,10 @@ from .shared import (
     cache_columns,
     capped,
     columns_of_part,
+    is_far,
     launch_shape,
     load_capped,
+    offsets,
     split_row,
     strides,
 )
@@ -45,6 +47,7 @@ def selective_logprobs_bwd_kernel(
     softcap,
     ignore_index,
     HAS_SOFTCAP: tl.constexpr,
+    FAR: tl.constexpr,
     PARTS: tl.constexpr,
     PART: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -73,7 +76,7 @@ def selective_logprobs_bwd_kernel(
     constant = a + b * tl.load(entropy_ptr + row)
     b *= LN_2
     for start in range(first, whole, BLOCK):
-        y, slope = load_capped(x_ptr + (start + columns) * stride_v, softcap, HAS_SOFTCAP)
+        y, slope = load_capped(x_ptr + offsets(start + columns, stride_v, FAR), softcap, HAS_SOFTCAP)
         log2_p = (y - top) * c - log2_total
         if b != 0.0:  # noqa: SIM108
             g = -tl.exp2(log2_p) * (tl.maximum(log2_p, LOG2_ZERO) * b + constant)
@@ -82,7 +85,7 @@ def selective_logprobs_bwd_kernel(
         tl.store(dx_ptr + start + columns, g * slope if HAS_SOFTCAP else g)
     if whole < last:
         mask = whole + columns < last
-        x = tl.load(x_ptr + (whole + columns) * stride_v, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offsets(whole + columns, stride_v, FAR), mask=mask, other=0.0).to(tl.float32)
         y, slope = capped(x, softcap, HAS_SOFTCAP)
         log2_p = (y - top) * c - log2_total
         g = -tl.exp2(log2_p) * (tl.maximum(log2_p, LOG2_ZERO) * b + constant)
@@ -182,6 +185,7 @@ def backward(
             softcap=softcap,
             ignore_index=ignore_index,
             HAS_SOFTCAP=softcap > 0,
+            FAR=is_far(logits),
             **split,
             **shape,
         )

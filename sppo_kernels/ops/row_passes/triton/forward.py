@@ -34,8 +34,10 @@ from .shared import (
     cache_columns,
     capped,
     columns_of_part,
+    is_far,
     launch_shape,
     load_capped,
+    offsets,
     split_row,
     strides,
 )
@@ -132,6 +134,7 @@ def selective_logprobs_fwd_kernel(
     ignore_index,
     max_gap,
     HAS_SOFTCAP: tl.constexpr,
+    FAR: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
@@ -166,7 +169,7 @@ def selective_logprobs_fwd_kernel(
     s = tl.zeros([BLOCK // WIDTH], tl.float32)
     t = tl.zeros([BLOCK // WIDTH], tl.float32)
     for start in range(first, whole, BLOCK):
-        y, slope = load_capped(x_ptr + (start + columns) * stride_v, softcap, HAS_SOFTCAP)
+        y, slope = load_capped(x_ptr + offsets(start + columns, stride_v, FAR), softcap, HAS_SOFTCAP)
         if maxima_ptr is not None:
             _store_maxima(maxima_ptr + start // WIDTH // 2, y - origin, BLOCK // WIDTH)
         m, s, t, e, base = add_groups(y, c, m, s, t)
@@ -175,7 +178,7 @@ def selective_logprobs_fwd_kernel(
             tl.store(prob_ptr + start + columns, p * slope if HAS_SOFTCAP else p)
     if whole < last:
         mask = whole + columns < last
-        x = tl.load(x_ptr + (whole + columns) * stride_v, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offsets(whole + columns, stride_v, FAR), mask=mask, other=0.0).to(tl.float32)
         y, slope = capped(x, softcap, HAS_SOFTCAP)
         y = tl.where(mask, y, float("-inf"))  # after the cap, which is finite
         if maxima_ptr is not None:
@@ -305,6 +308,7 @@ def forward(
         ignore_index=ignore_index,
         max_gap=_NO_GAP if cached is not None and cached.probs.dtype == torch.float16 else _MAX_GAP,
         HAS_SOFTCAP=softcap > 0,
+        FAR=is_far(logits),
         **_groups(logits),
         **split,
         **shape,

@@ -31,6 +31,12 @@ def capped(x, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def offsets(columns, stride_v, FAR: tl.constexpr):
+    """Return the distance of columns from the start of a row; FAR: it does not fit in 32 bits."""
+    return columns.to(tl.int64) * stride_v if FAR else columns * stride_v
+
+
+@triton.jit
 def load_capped(x_ptr, softcap, HAS_SOFTCAP: tl.constexpr):
     """Load float32 logits at ``x_ptr`` without a mask, and cap them."""
     return capped(tl.load(x_ptr).to(tl.float32), softcap, HAS_SOFTCAP)
@@ -97,6 +103,11 @@ def split_row(vocab: int, block: int) -> dict[str, int]:
     blocks = cdiv(vocab, block)
     blocks_per_part = cdiv(blocks, cdiv(vocab, _COLUMNS_PER_PROGRAM))
     return {"PARTS": cdiv(blocks, blocks_per_part), "PART": blocks_per_part * block}
+
+
+def is_far(logits: Tensor) -> bool:
+    """Return whether columns are so far apart, as in transposed logits, that 32 bits do not count the elements."""
+    return logits.shape[-1] * logits.stride(-1) >= 1 << 31
 
 
 def strides(logits: Tensor) -> dict[str, int]:
