@@ -47,11 +47,12 @@ def test_the_split_depends_on_the_vocabulary_alone(split_rows):
 
 
 def test_columns_of_transposed_logits_may_be_more_than_2_to_the_31_apart():
-    """The storage is not touched, except where the six logits are."""
+    """The storage is not touched, except where the six logits are. Only compiled code would count in 32 bits."""
     stride = (1 << 30) + 8
     far = torch.empty(2 * stride + 2, dtype=torch.bfloat16, device=DEVICE).as_strided((2, 3), (1, stride))
     near = randn(2, 3, dtype=torch.bfloat16)
     far.copy_(near)
+    assert [shared.is_far(x) for x in (far, near)] == [True, False]
     labels = torch.tensor([2, 0], device=DEVICE)
     results = []
     for x in (far, near):
