@@ -186,6 +186,19 @@ def test_same_bits_as_without_and_every_run(backend):
         assert torch.equal(first.logprobs, linear_logprobs(hidden, weight, labels, backend=backend).logprobs)
 
 
+@pytest.mark.parametrize("offset", [0.0, 300.0, -300.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_entries_just_above_the_floor_are_found(backend, offset):
+    """Eight probabilities are 0.5% above ``mass_tolerance / max_entries``. Without them, too much would be left out."""
+    p, likely = torch.full((512,), (1 - 8 * 0.067) / 504), torch.tensor([3, 4, 130, 131, 260, 389, 390, 511])
+    p[likely], p[7] = 0.067, 9.3e-4  # 4.277 nats apart, which bfloat16 rounds down to 4.25, below the floor
+    hidden, weight = torch.ones(1, 1, device=DEVICE), (p.log() + offset)[:, None].to(DEVICE).requires_grad_()
+    settings = {"backward": "sparse", "mass_tolerance": 0.6, "max_entries": 9, "return_certificate": True}
+    certificate = linear_logprobs(hidden, weight, torch.tensor([7]).to(DEVICE), **settings, backend=backend).certificate
+    assert certificate.num_entries.tolist() == [9]  # and the label's
+    assert float(certificate.dropped_mass) == pytest.approx(503 / 504 * (1 - 8 * 0.067), abs=1e-4)
+
+
 @pytest.mark.parametrize("width", [1, 2, 3, 16, 130])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weighted_rows(backend, width):
