@@ -134,7 +134,7 @@ class SPPOSettings:
     logits_budget_bytes: int = field(
         default=2**30,
         metadata={
-            "help": "Memory per micro-batch for cached logit gradients; what does not fit is computed twice. A fixed "
+            "help": "Memory per micro-batch for cached probabilities; what does not fit is computed twice. A fixed "
             "amount, independent of free memory, so that a resumed run has the same bits."
         },
     )

@@ -8,11 +8,12 @@ A pass is 2 N H V FLOPs: one forward, one for d hidden, one for d weight. ``back
 ``"recompute"`` computes the logits again and takes four. ``"sparse"`` takes one, and three more for the tokens whose
 distribution is too flat.
 
-    arguments        validation                      cache           what is kept, the row pass of logit gradients
+    arguments        validation                      cache           what is kept
     op               registered operations           sparse          selection of sparse logit gradients
     lm_head          forward and backward in chunks  weighted_rows   products with them
     matmul           the matrix products             auto_mode       what backward="auto" remembers
-    gradients        accumulation of the gradients   vocab_parallel  the output embedding split over ranks
+    gradients        accumulation of the gradients   scaled_rows     rows times factors, around the products
+    indexing         token indices, host waits       vocab_parallel  the output embedding split over ranks
 """
 
 from __future__ import annotations
@@ -125,8 +126,8 @@ def linear_logprobs(
         backward: how the gradient is computed.
 
             - ``"recompute"`` computes each chunk of logits again in backward.
-            - ``"cache"`` keeps the gradient of the log-probabilities with respect to the logits, ``V`` elements per
-              token in the dtype of ``hidden``, and saves a quarter of the work.
+            - ``"cache"`` keeps probabilities, ``V`` elements per token in the dtype of ``hidden``, and saves a quarter
+              of the work.
             - ``"sparse"`` keeps only the few largest entries of it, and saves nearly all of backward's work for tokens
               whose distribution is peaked (the others are recomputed).
             - ``"auto"``, or an :class:`AutoBackward`, is ``"cache"`` for as many tokens as the budget allows, and
@@ -135,7 +136,7 @@ def linear_logprobs(
 
             A token whose entropy has a gradient is always recomputed, with a warning where that makes the cache
             useless. Nothing is kept where nothing requires a gradient.
-        logits_budget_bytes: how much of that gradient ``"cache"`` and ``"auto"`` may keep; the tokens beyond it are
+        logits_budget_bytes: memory for these probabilities in ``"cache"`` and ``"auto"``; the tokens beyond it are
             recomputed. None for all of it in ``"cache"``; in ``"auto"`` for a quarter of the free device memory, 1 GiB
             on a CPU. A token takes ``V`` elements, rounded up to a multiple of 64. The last bits of gradients depend on
             how many tokens are kept. Sparse entries, at most ``8 * max_entries`` bytes per token, do not count.
