@@ -22,6 +22,7 @@ from torch import Tensor
 
 import sppo_kernels
 from sppo_kernels import _backend, _triton_utils, ops
+from sppo_kernels._registration import Operation
 from sppo_kernels.ops import selective_logprobs as selective_logprobs_module
 from sppo_kernels.ops.linear_logprobs import arguments, indexing, matmul, sparse, weighted_rows
 from sppo_kernels.ops.linear_logprobs import op as linear_logprobs_op
@@ -43,7 +44,7 @@ ACCELERATOR_CHUNK_BYTES = arguments._CHUNK_BYTES_ACCELERATOR
 
 # Registered operations are opaque to a dispatch mode: on fake tensors it sees only what they return.
 OPERATION_BODIES: dict[Any, Callable[..., Any]] = {
-    op._opoverload: op._init_fn
+    op.overload: op.function
     for module in (
         linear_logprobs_op,
         linear_policy_loss_op,
@@ -52,7 +53,7 @@ OPERATION_BODIES: dict[Any, Callable[..., Any]] = {
         selective_logprobs_module,
     )
     for op in vars(module).values()
-    if isinstance(op, torch.library.CustomOpDef)
+    if isinstance(op, Operation)
 }
 
 

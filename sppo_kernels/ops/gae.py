@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backend import HAS_TRITON, NAMESPACE, pick_backend
+from .._backend import HAS_TRITON, pick_backend
+from .._registration import operation
 from .._validation import (
     check_device,
     check_floating,
@@ -91,7 +92,7 @@ def reference(
     return advantages, torch.where(keep, advantages + values, 0.0)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gae", mutates_args=())
+@operation("gae")
 def _gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, backend: str
 ) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backend import HAS_TRITON, NAMESPACE, pick_backend
+from .._backend import HAS_TRITON, pick_backend
+from .._registration import operation
 from .._validation import (
     check_choice,
     check_device,
@@ -87,7 +88,7 @@ def reference(rewards: Tensor, group_ids: Tensor, *, estimator: str = "grpo") ->
     return deviation / (variance.sqrt() + EPS)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::group_advantages", mutates_args=())
+@operation("group_advantages")
 def _group_advantages(rewards: Tensor, group_ids: Tensor, *, estimator: str, backend: str) -> Tensor:
     return _BACKENDS[backend](rewards, group_ids, estimator)
 

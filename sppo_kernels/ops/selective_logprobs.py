@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._backend import NAMESPACE, pick_backend
+from .._backend import pick_backend
+from .._registration import operation
 from .._validation import (
     check_device,
     check_floating,
@@ -161,7 +162,7 @@ def check_label_and_temperature_values(
 # The registered operation
 
 
-@torch.library.custom_op(f"{NAMESPACE}::selective_logprobs", mutates_args=())
+@operation("selective_logprobs")
 def _selective_logprobs(
     logits: Tensor, labels: Tensor, temperature: Tensor, *, softcap: float, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,7 +185,7 @@ def _(logits, labels, temperature, *, softcap, ignore_index, backend):
     return RowResults.empty(len(labels), logits.device)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::selective_logprobs_backward", mutates_args=())
+@operation("selective_logprobs_backward")
 def _selective_logprobs_backward(
     grad_logprobs: Tensor,
     grad_entropy: Tensor,

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backend import HAS_TRITON, NAMESPACE, pick_backend
+from .._backend import HAS_TRITON, pick_backend
+from .._registration import operation
 from .._validation import (
     check_device,
     check_floating,
@@ -66,7 +67,7 @@ def reference(x: Tensor, mask: Tensor) -> Tensor:
     return deviation * torch.rsqrt(deviation.square().sum() / (n - 1).clamp(min=1) + EPS)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::whiten", mutates_args=())
+@operation("whiten")
 def _whiten(x: Tensor, mask: Tensor, *, backend: str) -> Tensor:
     return _BACKENDS[backend](x, mask)
 

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import KernelInterface
 
 import sppo_kernels.ops
+from sppo_kernels._registration import Operation
 from sppo_kernels.ops.linear_logprobs import indexing
 from sppo_kernels.ops.linear_logprobs.output import ForwardOutput
 
@@ -34,11 +35,11 @@ LAUNCH_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
 aten = torch.ops.aten
 
 
-def registered_operations() -> dict[str, torch.library.CustomOpDef]:
+def registered_operations() -> dict[str, Operation]:
     """Return the registered operations of this package by name."""
     names = [module.name for module in pkgutil.walk_packages(sppo_kernels.ops.__path__, "sppo_kernels.ops.")]
     found = [x for name in names for x in vars(importlib.import_module(name)).values()]
-    return {op._name: op for op in found if isinstance(op, torch.library.CustomOpDef)}
+    return {op.name: op for op in found if isinstance(op, Operation)}
 
 
 # Products
@@ -432,21 +433,21 @@ class FakeCUDA:
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=DEVICE)
 
-    def run(self, op: torch.library.CustomOpDef, **arguments: Any) -> Any:
+    def run(self, op: Operation, **arguments: Any) -> Any:
         """Run the body of ``op`` and check device, shapes, dtypes and strides against its fake implementation."""
-        results = op._init_fn(**arguments)
-        fake_results = op._abstract_fn(**arguments)
+        results = op.function(**arguments)
+        fake_results = op.fake(**arguments)
         for i, (got, expected) in enumerate(zip(tree_leaves(results), tree_leaves(fake_results), strict=True)):
-            assert got.device == DEVICE, f"{op._name}, result {i}: on {got.device}"
-            assert got.dtype == expected.dtype, f"{op._name}, result {i}: {got.dtype}, not {expected.dtype}"
-            assert got.is_contiguous() == expected.is_contiguous(), f"{op._name}, result {i}: strides {got.stride()}"
+            assert got.device == DEVICE, f"{op.name}, result {i}: on {got.device}"
+            assert got.dtype == expected.dtype, f"{op.name}, result {i}: {got.dtype}, not {expected.dtype}"
+            assert got.is_contiguous() == expected.is_contiguous(), f"{op.name}, result {i}: strides {got.stride()}"
             # How many rows are cached or sparse, and have a loss, depends on values; the fake has one per token.
-            dim = _DYNAMIC.get(ForwardOutput._fields[i]) if op._name == "linear_logprobs" else None
+            dim = _DYNAMIC.get(ForwardOutput._fields[i]) if op.name == "linear_logprobs" else None
             sizes = list(expected.shape)
             if dim is not None:
-                assert got.shape[dim] <= sizes[dim], f"{op._name}, result {i}: {tuple(got.shape)}"
+                assert got.shape[dim] <= sizes[dim], f"{op.name}, result {i}: {tuple(got.shape)}"
                 sizes[dim] = got.shape[dim]
-            assert list(got.shape) == sizes, f"{op._name}, result {i}: {tuple(got.shape)}"
+            assert list(got.shape) == sizes, f"{op.name}, result {i}: {tuple(got.shape)}"
         assert not self.kinds, "not all numbers of tokens were read"
         assert not self.reads.counts, "not all counts were read"
         assert not self.reads.numbers, "not all numbers were read"

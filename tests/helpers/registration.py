@@ -18,7 +18,7 @@ def check_registration(
         operation: the registered operation, called with ``tensors`` and ``settings``.
         function: the public function, called likewise.
     """
-    torch.library.opcheck(operation, tuple(tensors), settings)
+    torch.library.opcheck(operation.overload, tuple(tensors), settings)
     compiled = torch.compile(lambda *given: function(*given, **settings), fullgraph=True, backend="aot_eager")
     got, want = compiled(*tensors), function(*tensors, **settings)
     for x, y in zip(*([out] if isinstance(out, Tensor) else out for out in (got, want)), strict=True):

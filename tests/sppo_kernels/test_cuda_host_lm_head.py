@@ -246,7 +246,7 @@ def test_auto_caches_by_free_memory_then_goes_sparse(cuda):
     cuda.reads.waits.clear()
     # Share of entropies with gradients, and number of tokens without a sparse gradient.
     cuda.reads.numbers.extend([0.0, 0.0])
-    results = OPS["linear_logprobs"]._init_fn(**arguments)
+    results = OPS["linear_logprobs"].function(**arguments)
     assert len(ForwardOutput(*results).sparse_index) == 600
     assert not cuda.reads.numbers
     assert cuda.reads.waits == ["nonzero", "number", "number"]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.utils.flop_counter import register_flop_formula
 
-from ..._backend import NAMESPACE, OPS
+from ..._backend import OPS
+from ..._registration import Operation
 from ..selective_logprobs import check_label_and_temperature_values
 from . import auto_mode, indexing, vocab_parallel
 from .cache import Cache, plan_cache
@@ -106,7 +107,7 @@ def reduce_certificate(group: str, num_entries: Tensor, dropped_mass: Tensor) ->
     return torch.where(dense > 0, RECOMPUTED, total.int()), dropped_mass
 
 
-linear_logprobs = torch.library.custom_op(f"{NAMESPACE}::linear_logprobs", forward, mutates_args=())
+linear_logprobs = Operation("linear_logprobs", forward)
 
 
 @linear_logprobs.register_fake
@@ -215,9 +216,7 @@ def backward_pass(
     return head.reduce_hidden_grads(accumulator.results(), needs)
 
 
-linear_logprobs_backward = torch.library.custom_op(
-    f"{NAMESPACE}::linear_logprobs_backward", backward_pass, mutates_args=()
-)
+linear_logprobs_backward = Operation("linear_logprobs_backward", backward_pass)
 
 
 @linear_logprobs_backward.register_fake
@@ -256,7 +255,7 @@ def _save(ctx, inputs, keyword_only_inputs, output):
 def _grad(ctx, grad_logprobs, grad_entropy, *_):
     n, saved = ctx.num_pairs, ctx.saved_tensors  # read once: activation checkpointing recomputes them then
     others = dict(zip(ctx.names, saved[2 * n :], strict=True))
-    needs_hiddens, needs_weights, needs_bias, *_ = ctx.needs_input_grad
+    needs_hiddens, needs_weights, needs_bias, *_ = ctx.needs
     needs = [*needs_hiddens, *needs_weights, needs_bias]
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(others["labels"], dtype=torch.float32)

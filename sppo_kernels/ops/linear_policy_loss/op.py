@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..._backend import NAMESPACE, OPS
+from ..._backend import OPS
+from ..._registration import Operation
 from ..linear_logprobs import auto_mode, indexing, vocab_parallel
 from ..linear_logprobs.cache import plan_cache
 from ..linear_logprobs.lm_head import LMHead, SavedForBackward, TokenResults
@@ -181,7 +182,7 @@ def _grad_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-linear_policy_loss = torch.library.custom_op(f"{NAMESPACE}::linear_policy_loss", forward, mutates_args=())
+linear_policy_loss = Operation("linear_policy_loss", forward)
 _NUM_TENSORS = 12
 
 
@@ -217,7 +218,7 @@ def _grad(ctx, grad_loss, *_):
     if torch.is_grad_enabled():  # create_graph=True: the saved gradients are constants, their derivatives would be 0
         raise RuntimeError("linear_policy_loss has no second derivative; for one, use backend='reference'")
     n = ctx.num_pairs
-    needs_hiddens, needs_weights, needs_bias, *_ = ctx.needs_input_grad
+    needs_hiddens, needs_weights, needs_bias, *_ = ctx.needs
     needs = [*needs_hiddens, *needs_weights, needs_bias]
     grads = [
         (grad * grad_loss).to(dtype) if need and grad_loss is not None else None

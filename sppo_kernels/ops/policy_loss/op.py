@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..._backend import HAS_TRITON, NAMESPACE
+from ..._backend import HAS_TRITON
+from ..._registration import operation
 from .output import METRICS, LossAndGradient
 from .reference import torch_policy_loss
 from .settings import Settings, check_values
@@ -22,7 +23,7 @@ if HAS_TRITON:
 _NUM_TENSORS = 8
 
 
-@torch.library.custom_op(f"{NAMESPACE}::policy_loss", mutates_args=())
+@operation("policy_loss")
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._backend import HAS_TRITON, NAMESPACE, matmul
+from ..._backend import HAS_TRITON, matmul
+from ..._registration import operation
 from ..._validation import check_normalizer_value, reject, values_are_checked
 from .output import PromptValueOutput
 
@@ -31,7 +32,7 @@ def check_outcomes(outcomes: Tensor) -> None:
             )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::prompt_value_logits", mutates_args=())
+@operation("prompt_value_logits")
 def prompt_value_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, last_index: Tensor, *, backend: str
 ) -> Tensor:
@@ -45,7 +46,7 @@ def _(hidden, weight, bias, last_index, *, backend):
     return hidden.new_empty(last_index.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::prompt_value_loss", mutates_args=())
+@operation("prompt_value_loss")
 def prompt_value_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -69,7 +70,7 @@ def _(hidden, weight, bias, last_index, outcomes, normalizer, *, backend):
     return loss, *(hidden.new_empty(last_index.shape[0], dtype=torch.float32) for _ in range(3))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::prompt_value_grad_hidden", mutates_args=())
+@operation("prompt_value_grad_hidden")
 def _grad_hidden(grad_logits: Tensor, hidden: Tensor, weight: Tensor, last_index: Tensor, *, backend: str) -> Tensor:
     return BACKENDS[backend].grad_hidden(grad_logits, hidden, weight, last_index)
 
@@ -79,7 +80,7 @@ def _(grad_logits, hidden, weight, last_index, *, backend):
     return torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::prompt_value_grad_weight", mutates_args=())
+@operation("prompt_value_grad_weight")
 def _grad_weight(grad_logits: Tensor, hidden: Tensor, weight: Tensor, last_index: Tensor, *, backend: str) -> Tensor:
     return BACKENDS[backend].grad_weight(grad_logits, hidden, weight, last_index)
 
@@ -94,9 +95,9 @@ def _gradients(ctx, grad_logits: Tensor) -> tuple[Tensor | None, Tensor | None, 
     hidden, weight, last_index = ctx.saved_tensors[:3]
     inputs = (grad_logits, hidden, weight, last_index)
     return (
-        _grad_hidden(*inputs, backend=ctx.backend) if ctx.needs_input_grad[0] else None,
-        _grad_weight(*inputs, backend=ctx.backend) if ctx.needs_input_grad[1] else None,
-        grad_logits.sum().to(ctx.bias_dtype).reshape(1) if ctx.needs_input_grad[2] else None,
+        _grad_hidden(*inputs, backend=ctx.backend) if ctx.needs[0] else None,
+        _grad_weight(*inputs, backend=ctx.backend) if ctx.needs[1] else None,
+        grad_logits.sum().to(ctx.bias_dtype).reshape(1) if ctx.needs[2] else None,
     )
 
 

@@ -418,7 +418,7 @@ def test_registration_passes_opcheck(backend, needs):
         "rollout_cap": 2.0,
     }
     operation = module.linear_policy_loss
-    torch.library.opcheck(operation, tensors, settings, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(operation.overload, tensors, settings, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_debug_log_reports_mode_and_blocks(caplog):

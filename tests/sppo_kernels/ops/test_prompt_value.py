@@ -248,11 +248,11 @@ def test_registration_passes_opcheck(backend):
     tensors = inputs(3, 5, 4, torch.bfloat16, padded=True)
     hidden, weight, bias, index = tensors.values()
     settings = {"backend": backend}
-    torch.library.opcheck(op.prompt_value_logits, (hidden, weight, bias, index), settings)
+    torch.library.opcheck(op.prompt_value_logits.overload, (hidden, weight, bias, index), settings)
     arguments = (index, torch.rand(3).to(DEVICE), torch.tensor(3.0, device=DEVICE))
-    torch.library.opcheck(op.prompt_value_loss, (hidden, weight, bias, *arguments), settings)
+    torch.library.opcheck(op.prompt_value_loss.overload, (hidden, weight, bias, *arguments), settings)
     for gradient in (op._grad_hidden, op._grad_weight):
-        torch.library.opcheck(gradient, (randn(3), hidden.detach(), weight.detach(), index), settings)
+        torch.library.opcheck(gradient.overload, (randn(3), hidden.detach(), weight.detach(), index), settings)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -101,7 +101,7 @@ def test_registration_passes_opcheck(backend, backward):
         backward == "recompute"
     )
     torch.library.opcheck(
-        op.linear_logprobs, (*pairs, bias, labels, tau), {"softcap": 2.0, **settings}, test_utils=tests
+        op.linear_logprobs.overload, (*pairs, bias, labels, tau), {"softcap": 2.0, **settings}, test_utils=tests
     )
     pairs = tuple([x.detach() for x in pair] for pair in pairs)
     output = ForwardOutput(*op.linear_logprobs(*pairs, None, labels, tau, softcap=0.0, **settings))
@@ -114,7 +114,7 @@ def test_registration_passes_opcheck(backend, backward):
         tensors = randn(4), randn(4), *pairs, None, labels, tau, *saved
         # Detached inputs, because the backward op has no derivative to check.
         torch.library.opcheck(
-            op.linear_logprobs_backward,
+            op.linear_logprobs_backward.overload,
             tensors,
             {"needs": needs, "softcap": 0.0, **common},
             test_utils=("test_schema", "test_faketensor"),

@@ -44,9 +44,9 @@ def op_arguments(backend, tensors, mask=None, normalizer=None, level="token"):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_registration_passes_opcheck(backend, dtype):
     tensors = packed([3, 0, 2], dtype)
-    torch.library.opcheck(op.policy_loss, *op_arguments(backend, tensors))
+    torch.library.opcheck(op.policy_loss.overload, *op_arguments(backend, tensors))
     extra = {"mask": randint(0, 2, 5), "normalizer": torch.tensor(4.0, device=DEVICE)}
-    torch.library.opcheck(op.policy_loss, *op_arguments(backend, tensors, **extra, level="sequence_sum"))
+    torch.library.opcheck(op.policy_loss.overload, *op_arguments(backend, tensors, **extra, level="sequence_sum"))
 
 
 @pytest.mark.parametrize("layout", [as_packed, as_padded])
