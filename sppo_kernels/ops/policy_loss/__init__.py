@@ -31,7 +31,7 @@ from ..._backend import pick_backend
 from ..._validation import as_normalizer
 from . import op
 from .output import METRICS, LossAndGradient, PolicyLossOutput, metrics_dict
-from .reference import terms
+from .reference import loss_and_metrics
 from .settings import (
     AGGREGATIONS,
     KL_ESTIMATORS,
@@ -161,8 +161,7 @@ def policy_loss(
     flat: dict[str, Any] = {name: None if x is None else x.reshape(-1) for name, x in tensors.items()}
     if backend == "reference":
         check_values(cu_seqlens, normalizer, logprobs.numel())
-        result = terms(**flat, per_token=per_token, settings=settings)
-        return PolicyLossOutput(result.loss, metrics_dict(result.metrics))
+        return loss_and_metrics(**flat, per_token=per_token, settings=settings)
     output = LossAndGradient(*op.policy_loss(**flat, per_token=per_token, **settings._asdict(), backend=backend))
     return PolicyLossOutput(output.loss, metrics_dict(output.metrics))
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..._backend import HAS_TRITON
 from ..._registration import operation
 from .output import METRICS, LossAndGradient
-from .reference import torch_policy_loss
 from .settings import Settings, check_values
+from .torch_backend import torch_policy_loss
 
 BACKENDS: dict[str, Callable[..., LossAndGradient]] = {"torch": torch_policy_loss}
 

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from ..._triton_utils import is_last_program, launch
 from ...tuning import Config, Tunable
+from .formulas import MAX_LOG
 from .output import METRICS, LossAndGradient
-from .reference import MAX_LOG, torch_policy_loss
 from .settings import Settings
+from .torch_backend import torch_policy_loss
 
 # Columns of the partial sums. A metric is its column's total over a number of tokens or sequences. The extremes are
 # maxima: ratio_min is stored as the largest -ratio. clip_fraction is the sum of the other two clip fractions.

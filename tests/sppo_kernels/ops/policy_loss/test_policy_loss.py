@@ -1,5 +1,7 @@
 """Tests of values, gradients and metrics of policy_loss against float64."""
 
+import math
+
 import pytest
 import torch
 from against_float64 import (
@@ -88,6 +90,18 @@ def test_gradient_is_zero_exactly_where_the_loss_is_flat(backend, dual):
     flat = [4, 5, 6, 7, 8, 9] + ([14, 15] if dual else [])
     want = (-advantages * ratio).index_fill(0, torch.tensor(flat, device=DEVICE), 0.0)
     torch.testing.assert_close(logprobs.grad, want, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_ratio_beyond_float32_counts_as_exp_80(backend, level):
+    """Of a bad sample, where nothing is clipped. Float32 has no digits left for 1e10 - 80."""
+    logprobs = torch.full((1,), 1e10, device=DEVICE, requires_grad=True)
+    inputs = {"old_logprobs": torch.zeros(1, device=DEVICE), "advantages": torch.tensor([-1.0], device=DEVICE)}
+    loss = policy_loss(logprobs, **inputs, cu_seqlens=offsets([1]), ratio_level=level, backend=backend).loss
+    loss.backward()
+    for got in (loss.detach(), logprobs.grad[0]):
+        assert got.item() == pytest.approx(math.exp(80), rel=1e-5)
 
 
 def metrics_of(backend, ratios, advantages, lengths, **arguments):
