@@ -128,11 +128,11 @@ def on_cuda_without_kernels(
     def nonzero_indices(mask: Tensor) -> Tensor:
         return torch.arange(selection.tokens)
 
-    def partition(kind: Tensor, number: int) -> list[Tensor]:
+    def partition(selected: Tensor, kind: Tensor | int, number: int) -> list[Tensor]:
         counts = next(answers)
-        if len(counts) != number or sum(counts) != len(kind):
-            raise ValueError(f"parts must be {number} that sum up to {len(kind)}, got {counts}")
-        return list(torch.arange(len(kind)).split(list(counts)))
+        if len(counts) != number or sum(counts) != len(selected):
+            raise ValueError(f"parts must be {number} that sum up to {len(selected)}, got {counts}")
+        return list(torch.arange(len(selected)).split(list(counts)))
 
     def gather_entries(index: Tensor, value: Tensor, count: Tensor, coefficient: Tensor) -> weighted_rows.Entries:
         found = len(count) * selection.entries

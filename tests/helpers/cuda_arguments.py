@@ -169,7 +169,7 @@ def linear_backward_arguments(cuda, dtype):
 
 
 def linear_policy(cuda, dtype, n=600, sequences=5, backward="cache", **more):
-    shape = {key: more.pop(key) for key in ("vocab", "rank", "bias", "softcap", "chunk_bytes") if key in more}
+    shape = {key: more.pop(key) for key in ("vocab", "rank", "bias", "softcap", "chunk_bytes", "budget") if key in more}
     arguments = linear(cuda, dtype, backward, n=n, **shape)
     loss = policy(cuda, torch.float32, n, sequences, **more)
     del loss["logprobs"]

@@ -387,7 +387,7 @@ class FakeCUDA:
         reads: the values that the host reads.
         allocations: the memory that is allocated.
         kinds: for successive backward passes, how many tokens are recomputed, cached and sparse; the others have no
-            gradient. By default all are recomputed.
+            gradient. By default all are of the one kind that is possible, or recomputed.
         free: free bytes that ``torch.cuda.mem_get_info`` reports.
     """
 
@@ -408,13 +408,18 @@ class FakeCUDA:
     def _no_symbolic_sizes(self) -> None:
         raise RuntimeError("the fake device has no symbolic sizes")
 
-    def _partition(self, kind: Tensor, number: int) -> list[Tensor]:
+    def _partition(self, selected: Tensor, kind: Tensor | int, number: int) -> list[Tensor]:
         """Run the library's function, which reads ``kinds``."""
-        sizes = self.kinds.popleft() if self.kinds else (len(kind), 0, 0)
+        everything = [0] * number
+        everything[kind if isinstance(kind, int) else 0] = len(selected)
+        sizes = self.kinds.popleft() if self.kinds else everything
         assert len(sizes) == number
-        assert sum(sizes) <= len(kind)
-        self.reads.numbers.extendleft(reversed(sizes))
-        parts = self._library_partition(kind, number)
+        assert sum(sizes) <= len(selected)
+        if isinstance(kind, int):
+            self.reads.counts.appendleft(sizes[kind])
+        else:
+            self.reads.numbers.extendleft(reversed(sizes))
+        parts = self._library_partition(selected, kind, number)
         assert [len(part) for part in parts] == list(sizes)
         return parts
 

@@ -194,7 +194,7 @@ def test_sparse(cuda, dtype, shape):
 
 
 READS = {
-    "recompute": ((600, 0, 0), ["nonzero"], ["tolist"]),
+    "recompute": ((600, 0, 0), ["nonzero"], ["nonzero"]),
     "cache": ((0, 600, 0), ["nonzero"], ["tolist"]),
     "sparse": ((0, 0, 600), ["nonzero"], ["tolist", "nonzero"]),
 }
@@ -222,7 +222,7 @@ def test_host_does_not_wait_for_each_block(cuda, backward):
     results = cuda.run(OPS["linear_logprobs"], **arguments)
     cuda.kinds.append((200, 280, 0) if backward == "cache" else (480, 0, 0))
     cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
-    assert cuda.reads.waits == ["nonzero", "tolist"]
+    assert cuda.reads.waits == ["nonzero", "tolist" if backward == "cache" else "nonzero"]
 
 
 def test_auto_caches_by_free_memory_then_goes_sparse(cuda):
@@ -308,23 +308,27 @@ def test_a_single_row_is_not_taken_for_a_bias(cuda, dtype, shape, own):
     assert_products_are_mixed(cuda, dtype, own)
 
 
+@pytest.mark.parametrize("num_cached", [1000, 100], ids=["all cached", "100 cached"])
 @pytest.mark.parametrize("optional", [False, True])
 @pytest.mark.parametrize("level", policy_loss.RATIO_LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_policy_loss(cuda, dtype, level, optional):
-    """500 of 600 tokens are unmasked, in three blocks of complete sequences or two of tokens; half are recomputed."""
+def test_linear_policy_loss(cuda, dtype, level, optional, num_cached):
+    """500 of 600 tokens are unmasked, in three blocks of complete sequences or two of tokens."""
     sizes = [256, 244] if level == "token" else [200, 210, 90]
     if level != "token":
         cuda.reads.numbers.extend([100, 200, 200, 410, 500])
     cuda.reads.counts.extend([500])
-    cuda.kinds.extend((size // 2, size - size // 2, 0) for size in sizes)
+    cached = [min(size, num_cached) for size in sizes]
+    cuda.kinds.extend((size - part, part, 0) for size, part in zip(sizes, cached, strict=True))
     shape = {"rank": 8, "bias": True, "softcap": 30.0} if optional else {}
     expect(cuda, shape)
+    shape["budget"] = num_cached * dtype.itemsize * row_stride(50257)
     cuda.run(OPS["linear_policy_loss"], **linear_policy(cuda, dtype, ratio_level=level, optional=optional, **shape))
     assert len(cuda.launches.of("policy_loss_fwd_bwd_kernel")) == len(sizes) + 1
     assert rows_of(cuda, "selective_logprobs_fwd_kernel") == 500
-    assert rows_of(cuda, "selective_logprobs_fwd_kernel", "prob_ptr") == 500
-    assert rows_of(cuda, "selective_logprobs_bwd_kernel") == sum(size // 2 for size in sizes)
+    assert rows_of(cuda, "selective_logprobs_fwd_kernel", "prob_ptr") == sum(cached)
+    assert rows_of(cuda, "selective_logprobs_bwd_kernel") == 500 - sum(cached)
     # For the tokens with a loss, the blocks of complete sequences, and each block's backward pass.
-    assert cuda.reads.waits == ["nonzero", *["tolist"] * ((level != "token") + len(sizes))]
+    in_backward = ["tolist" if part < size else "nonzero" for size, part in zip(sizes, cached, strict=True)]
+    assert cuda.reads.waits == ["nonzero", *["tolist"] * (level != "token"), *in_backward]
     assert_products_are_mixed(cuda, dtype)

@@ -172,11 +172,13 @@ def test_what_stays_on_the_device_is_no_wait(cuda):
 
 
 def test_partition_reads_the_numbers_that_a_test_gives(cuda):
-    kind = cuda.new(10, dtype=torch.int64)
-    cuda.kinds.append((2, 0, 5))
-    assert [len(indices) for indices in indexing.partition(kind, 3)] == [2, 0, 5]
-    assert [len(indices) for indices in indexing.partition(kind, 3)] == [10, 0, 0]
-    assert cuda.reads.waits == ["tolist", "tolist"]
+    selected, kind = cuda.new(10, dtype=torch.bool), cuda.new(10, dtype=torch.int64)
+    cuda.kinds.extend([(2, 0, 5), (0, 4, 0)])
+    assert [len(indices) for indices in indexing.partition(selected, kind, 3)] == [2, 0, 5]
+    assert [len(indices) for indices in indexing.partition(selected, 1, 3)] == [0, 4, 0]
+    assert [len(indices) for indices in indexing.partition(selected, kind, 3)] == [10, 0, 0]
+    assert [len(indices) for indices in indexing.partition(selected, 1, 3)] == [0, 10, 0]
+    assert cuda.reads.waits == ["tolist", "nonzero"] * 2
 
 
 def test_only_new_memory_is_an_allocation(cuda):

@@ -18,8 +18,20 @@ def nonzero_indices(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(-1)
 
 
-def partition(kind: Tensor, number: int) -> list[Tensor]:
-    """Return the indices where ``kind`` ``[N]`` is 0, 1 ... ``number - 1``. Larger kinds are left out."""
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Return ``x[..., index]`` for ascending indices: ``x`` itself if they are all of them."""
+    return x if len(index) == x.shape[-1] else x[..., index]
+
+
+def partition(selected: Tensor, kind: Tensor | int, number: int) -> list[Tensor]:
+    """Return the indices where ``selected`` ``[N]`` is set and ``kind`` is 0, 1 ... ``number - 1``.
+
+    ``kind`` is ``[N]``, or the kind of all.
+    """
+    if isinstance(kind, int):
+        indices = nonzero_indices(selected)
+        return [indices if k == kind else indices[:0] for k in range(number)]
+    kind = kind.masked_fill(~selected, number)
     # bincount would wait twice more on CUDA, for the smallest and the largest kind.
     sizes = (kind == torch.arange(number, device=kind.device)[:, None]).sum(1).tolist()
     return list(kind.argsort(stable=True)[: sum(sizes)].split(sizes))

@@ -45,7 +45,8 @@ _log = logging.getLogger(__name__)
 
 # Of a block of the vocabulary. With fewer, the traffic of the sums of d hidden takes a tenth of the products' time.
 _LEAST_COLUMNS = 4096
-_RECOMPUTED, _CACHED, _SPARSE, _NO_GRADIENT = range(4)  # where the gradient of a token comes from
+_NUM_KINDS = 3
+_RECOMPUTED, _CACHED, _SPARSE = range(_NUM_KINDS)  # where the gradient of a token comes from
 
 
 class TokenResults(NamedTuple):
@@ -99,13 +100,11 @@ class Batch:
     """
 
     def __init__(self, head: LMHead, tokens: Tensor) -> None:
-        everyone = len(tokens) == len(head.labels)
         self.start = 0  # of these tokens, among those of the call
         self.tokens = tokens
-        self.labels = head.labels if everyone else head.labels[tokens]
-        self.temperature = head.temperature if everyone else head.temperature[tokens]
+        self.labels, self.temperature = (indexing.take(x, tokens) for x in (head.labels, head.temperature))
         self._hiddens = head.hiddens
-        self._adjacent = everyone
+        self._adjacent = len(tokens) == len(head.labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -131,9 +130,12 @@ class Upstream:
     def __init__(
         self, tokens: Tensor, saved: SavedForBackward, *, grad_logprobs: Tensor, grad_entropy: Tensor | None
     ) -> None:
-        self.grad_logprobs = grad_logprobs[tokens]
-        self.grad_entropy = torch.zeros_like(self.grad_logprobs) if grad_entropy is None else grad_entropy[tokens]
-        self.entropy, self.row_stats = saved.entropy[tokens], saved.row_stats[:, tokens]
+        self.grad_logprobs, self.entropy, self.row_stats = (
+            indexing.take(x, tokens) for x in (grad_logprobs, saved.entropy, saved.row_stats)
+        )
+        self.grad_entropy = (
+            torch.zeros_like(self.entropy) if grad_entropy is None else indexing.take(grad_entropy, tokens)
+        )
 
     def part(self, first: int, last: int) -> Upstream:
         """Return those of tokens ``first`` to ``last`` of these."""
@@ -348,16 +350,21 @@ class LMHead:
         Returns:
             The number of tokens whose gradient came from ``cached``.
         """
-        has_grad = grad_logprobs[tokens] != 0
-        kind = torch.where(saved.num_entries[tokens] >= 0, _SPARSE, _RECOMPUTED)
-        kind[: len(cached.probs)] = _CACHED
+        has_grad = indexing.take(grad_logprobs, tokens) != 0
+        kind: Tensor | int
+        if not len(cached.probs) and not len(cached.sparse_index):
+            kind = _RECOMPUTED
+        elif len(cached.probs) == len(tokens) and grad_entropy is None:
+            kind = _CACHED
+        else:
+            kind = torch.where(indexing.take(saved.num_entries, tokens) >= 0, _SPARSE, _RECOMPUTED)
+            kind[: len(cached.probs)] = _CACHED
         if grad_entropy is not None:
             # What is kept does not cover the entropy: a token whose entropy has a gradient needs its logits again.
-            has_entropy_grad = grad_entropy[tokens] != 0
+            has_entropy_grad = indexing.take(grad_entropy, tokens) != 0
             has_grad |= has_entropy_grad
-            kind.masked_fill_(has_entropy_grad, _RECOMPUTED)
-        kind.masked_fill_(~has_grad, _NO_GRADIENT)
-        recomputed, from_cache, from_sparse = indexing.partition(kind, _NO_GRADIENT)
+            kind = kind if isinstance(kind, int) else kind.masked_fill(has_entropy_grad, _RECOMPUTED)
+        recomputed, from_cache, from_sparse = indexing.partition(has_grad, kind, _NUM_KINDS)
         _log.debug(
             "backward: %d tokens cached, %d sparse, %d recomputed", len(from_cache), len(from_sparse), len(recomputed)
         )
@@ -372,8 +379,9 @@ class LMHead:
         accumulator.single_product = is_only_call and num_products == 1
         # Sparse entries last: they need d weight zeroed, whereas the first product of the others creates it.
         if len(recomputed):
-            given = Upstream(tokens[recomputed], saved, grad_logprobs=grad_logprobs, grad_entropy=grad_entropy)
-            batch = Batch(self, tokens[recomputed])
+            index = indexing.take(tokens, recomputed)
+            given = Upstream(index, saved, grad_logprobs=grad_logprobs, grad_entropy=grad_entropy)
+            batch = Batch(self, index)
             if columns:
                 self._add_by_columns(batch, given, accumulator, columns)
             else:
@@ -381,12 +389,12 @@ class LMHead:
         coefficient = grad_logprobs / self.temperature
         for block in cache_blocks:
             rows = from_cache[block.start : block.stop]
-            index = tokens[rows]
+            index = indexing.take(tokens, rows)
             accumulator.add_cached(
                 index,
                 (cached.probs[block.start : block.stop] if in_place else cached.probs[rows])[:, : self.vocab],
-                factors=cached.factors[:, rows] * coefficient[index],
-                labels=self.labels[index],
+                factors=indexing.take(cached.factors, rows) * indexing.take(coefficient, index),
+                labels=indexing.take(self.labels, index),
             )
         if len(from_sparse):
             index = tokens[from_sparse]

@@ -170,6 +170,10 @@ def backward_pass(
     backend: str,
 ) -> list[Tensor]:
     """Compute the gradients of hiddens, weights and bias, in this order; an empty tensor for one not needed."""
+    grad_logprobs, grad_entropy = (
+        grad_logprobs.contiguous(),
+        None if grad_entropy is None else grad_entropy.contiguous(),
+    )
     head = LMHead(
         hiddens=hiddens,
         weights=weights,
