@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import sppo_kernels
-from sppo_kernels import _backend, _triton_utils, ops
+from sppo_kernels import _backend, _triton_utils, _validation, ops
 from sppo_kernels._registration import Operation
 from sppo_kernels.ops import selective_logprobs as selective_logprobs_module
 from sppo_kernels.ops.linear_logprobs import arguments, indexing, matmul, sparse, weighted_rows
@@ -73,6 +73,15 @@ def kernel_names() -> frozenset[str]:
 def accept_cpu_tensors() -> Any:
     """Return a context in which the Triton backend launches kernels on CPU tensors, as under the interpreter."""
     return mock.patch.object(_backend, "INTERPRETED", True)
+
+
+@contextmanager
+def values_are_not_checked() -> Iterator[None]:
+    """Check values of CPU tensors as rarely as those on a GPU: not at all."""
+    with ExitStack() as stack:
+        for patch in _patch_everywhere("values_are_checked", _validation.values_are_checked, lambda tensor: False):
+            stack.enter_context(patch)
+        yield
 
 
 @contextmanager
