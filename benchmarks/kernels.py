@@ -371,7 +371,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=OPERATIONS,
         metavar="OPERATION",
-        help=f"some of {', '.join(OPERATIONS)}",
+        help=f"some of {', '.join(map(repr, OPERATIONS))}",
     )
     providers = all_providers()
     parser.add_argument(
@@ -397,6 +397,10 @@ def run(args: argparse.Namespace) -> int:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=UserWarning)
     cases = [case for case in PLANS[plan] if not args.only or case.operation in args.only]
+    if not cases:
+        known = ", ".join(sorted({repr(case.operation) for case in PLANS[plan]}))
+        print(f"the plan {plan} has no case of {', '.join(map(repr, args.only))}; it has {known}", file=sys.stderr)
+        return 2
     seconds = 0.05 if plan in ("quick", "dry") else args.seconds
     comparison = KernelComparison(cases, device, seconds, args.without, args.out / f"kernels-{plan}.json")
     comparison.run()

@@ -67,6 +67,13 @@ def test_rows_have_times_rates_and_errors(suite, tmp_path, capsys):
     assert "of ceiling" in capsys.readouterr().out
 
 
+def test_a_plan_without_the_operation_says_what_it_has(tmp_path, capsys):
+    assert main(["kernels", "--plan", "others", "--only", "linear_logprobs", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "the plan others has no case of 'linear_logprobs'; it has 'gae', " in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_operations_without_matrix_products_have_a_bandwidth():
     cost = MinimalCost(forward_bytes=6e6, backward_bytes=2e6)
     row = kernels.rate(cost, {"forward_ms": 2.0, "both_ms": 4.0})

@@ -1,7 +1,7 @@
 """The torch backend of policy_loss: the loss and its gradient in few passes over the tokens.
 
-On a CPU a comparison takes 5 times and ``torch.where`` up to 15 times as long as arithmetic, so clipping is arithmetic:
-the sign of an objective less its clipped value tells whether it is clipped.
+On a CPU comparisons and ``torch.where`` take several times as long as arithmetic, so clipping is arithmetic: the
+sign of an objective less its clipped value tells whether it is clipped.
 """
 
 from __future__ import annotations
