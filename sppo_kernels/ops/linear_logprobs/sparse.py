@@ -358,7 +358,7 @@ if HAS_TRITON:
         top = tl.load(stat_ptr + row)
         log2_total = tl.load(stat_ptr + stride_stat + row) * LOG2_E
         lane = tl.arange(0, MAX_CANDIDATES)
-        is_candidate = lane < found
+        is_candidate = lane < tl.where(found <= MAX_CANDIDATES, found, 0)  # too many candidates were not listed
         column = tl.load(candidate_ptr + row * MAX_CANDIDATES + lane, mask=is_candidate, other=V)
         c = LOG2_E / tl.load(tau_ptr + row * stride_tau)
         x_ptr += row * stride_x

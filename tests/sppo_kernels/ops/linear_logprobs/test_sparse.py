@@ -132,6 +132,28 @@ def test_flat_rows_and_entropy_gradients_are_exact(backend):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture
+def filled_memory():
+    """Fill new memory with NaN and with the largest integers, which no kernel may use as a column."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("filled_memory")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_candidates_that_do_not_fit_are_not_read(backend):
+    """One token has most of the mass, and all others are near the floor."""
+    hidden, weight = torch.ones(8, 1, device=DEVICE), torch.zeros(400, 1, device=DEVICE)
+    weight[7] = 6.0
+    labels = torch.full((8,), 5, device=DEVICE)
+    sparse = {"backward": "sparse", "max_entries": 16, "backend": backend}
+    out, _, got = gradients(linear_logprobs, hidden, weight, labels, **sparse)
+    assert (out.certificate.num_entries == -1).all()
+    _, _, want = gradients(reference.linear_logprobs, hidden, weight, labels)
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize(("spread", "expected"), [(60.0, 1), (0.1, 4)])
 def test_passes_over_the_vocabulary(spread, expected):
     """One pass suffices if all rows are peaked; if none is, there are as many as with recompute."""
