@@ -139,6 +139,8 @@ def _size_known_at_run_time(at_most: int):
     try:
         return torch.library.get_ctx().new_dynamic_size()
     except (DynamicOutputShapeException, RuntimeError):  # fake tensors without symbolic sizes; meta tensors
+        if torch._guards.TracingContext.try_get() is not None:
+            raise  # torch.compile then runs the operation between two graphs: it would rely on a size that is wrong
         return at_most
 
 

@@ -141,6 +141,24 @@ def test_compiles_without_graph_breaks(backend, backward, compiler):
         assert torch.equal(x, y)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backward", [*MODES, "auto"])
+def test_compiles_with_sizes_that_depend_on_values(backward):
+    """Without fullgraph=True, torch.compile does not support them: it has to break the graph."""
+    torch.compiler.reset()
+    given = inputs(6, 8, 29, ignored=2)
+
+    def loss(hidden, weight):
+        return linear_logprobs(hidden, weight, given["labels"], backward=backward).logprobs.sum()
+
+    compiled = torch.compile(loss)
+    for _ in range(2):
+        got, want = (f(given["hidden"], given["weight"]) for f in (compiled, loss))
+        torch.testing.assert_close(got, want)
+        leaves = given["hidden"], given["weight"]
+        torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves))
+
+
 @pytest.mark.parametrize("backward", [*MODES, "auto"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fake_tensors(backend, backward):
