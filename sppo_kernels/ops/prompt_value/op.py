@@ -90,9 +90,10 @@ def _(grad_logits, hidden, weight, last_index, *, backend):
     return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
-def _gradients(ctx, grad_logits: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _gradients(
+    ctx, grad_logits: Tensor, hidden: Tensor, weight: Tensor, last_index: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute the gradients of hidden, weight and bias from that of the logits, skipping frozen ones."""
-    hidden, weight, last_index = ctx.saved_tensors[:3]
     inputs = (grad_logits, hidden, weight, last_index)
     return (
         _grad_hidden(*inputs, backend=ctx.backend) if ctx.needs[0] else None,
@@ -109,7 +110,7 @@ def _save_logits(ctx, inputs, keyword_only_inputs, output):
 
 
 def _grad_of_logits(ctx, grad_logits):
-    return *_gradients(ctx, grad_logits), None
+    return *_gradients(ctx, grad_logits, *ctx.saved_tensors), None
 
 
 def _save_loss(ctx, inputs, keyword_only_inputs, output):
@@ -120,8 +121,8 @@ def _save_loss(ctx, inputs, keyword_only_inputs, output):
 
 
 def _grad_of_loss(ctx, grad_loss, grad_logits, *_):
-    advantages, normalizer = ctx.saved_tensors[3:]
-    return *_gradients(ctx, grad_logits - advantages * (grad_loss / normalizer)), None, None, None
+    *inputs, advantages, normalizer = ctx.saved_tensors  # read once: activation checkpointing recomputes them then
+    return *_gradients(ctx, grad_logits - advantages * (grad_loss / normalizer), *inputs), None, None, None
 
 
 prompt_value_logits.register_autograd(_grad_of_logits, setup_context=_save_logits)

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from sppo_kernels import prompt_value_logits, prompt_value_loss, reference
 from sppo_kernels.ops.prompt_value import op
@@ -241,6 +242,21 @@ def test_reference_passes_gradcheck():
     loss = lambda h, w, b: reference.prompt_value_loss(h, w, index, outcomes, bias=b)[:2]
     assert torch.autograd.gradcheck(logits, leaves)
     assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_checkpointing(backend, use_reentrant):
+    hidden, weight, bias, index = inputs(3, 5, 4, padded=True).values()
+    outcomes = torch.rand(3).to(DEVICE)
+    loss = lambda *leaves: prompt_value_loss(*leaves[:2], index, outcomes, bias=leaves[2], backend=backend).loss
+    leaves = hidden, weight, bias
+    loss(*leaves).backward()
+    want = [x.grad.clone() for x in leaves]
+    for x in leaves:
+        x.grad = None
+    checkpoint(loss, *leaves, use_reentrant=use_reentrant).backward()
+    assert all(torch.equal(x.grad, y) for x, y in zip(leaves, want, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
