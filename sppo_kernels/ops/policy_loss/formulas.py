@@ -16,8 +16,7 @@ MAX_LOG = 80.0
 
 def bounded_exp(x: Tensor) -> Tensor:
     """Compute exp with its value bounded by exp(MAX_LOG); its gradient is that value."""
-    bounded = x.detach().clamp(max=MAX_LOG)
-    return torch.exp(bounded + (x - x.detach())) if x.requires_grad else bounded.exp_()
+    return torch.exp(x.detach().clamp(max=MAX_LOG) + (x - x.detach()))
 
 
 def kl_estimate(ref_gap: Tensor, estimator: str) -> Tensor:

@@ -74,9 +74,10 @@ def policy_loss(
 
 
 @policy_loss.register_fake
-def _(logprobs, *tensors, **settings):
+def _(logprobs, *tensors, backend, **settings):
     def new(*shape: int) -> Tensor:
-        return logprobs.new_empty(shape, dtype=torch.float32)
+        is_double = backend == "torch" and logprobs.dtype == torch.float64
+        return logprobs.new_empty(shape, dtype=torch.float64 if is_double else torch.float32)
 
     return LossAndGradient(loss=new(), metrics=new(len(METRICS)), gradient=new(logprobs.shape[0]), scale=new())
 

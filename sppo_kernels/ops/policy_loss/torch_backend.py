@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formulas import bounded_exp, kl_estimate, kl_slope, rollout_correction
+from .formulas import MAX_LOG, kl_estimate, kl_slope, rollout_correction
 from .output import METRICS, LossAndGradient
 from .segments import Segments
 from .settings import Settings
@@ -45,7 +45,7 @@ def torch_policy_loss(
     if s.sequence_level:
         log_ratio = segments.sum(log_ratio)
         log_ratio = log_ratio / lengths if s.ratio_level == "sequence_mean" else log_ratio
-    ratio, advantages = bounded_exp(log_ratio), advantages.to(dtype)
+    ratio, advantages = log_ratio.clamp(max=MAX_LOG).exp_(), advantages.to(dtype)
     if s.sequence_level and per_token:
         ratio = segments.expand(ratio)
     elif not s.sequence_level and not per_token:
@@ -76,8 +76,8 @@ def torch_policy_loss(
         if s.kl_coef:
             total = total + s.kl_coef * _product(kl_of_token, weight).sum()
             gradient = gradient + s.kl_coef * _product(kl_slope(ref_gap, s.kl_estimator), weight)
-    scale = 1 / ((tokens if s.mean_over_tokens else sequences).clamp(min=1) if normalizer is None else normalizer)
-    scale = scale.to(dtype).squeeze()
+    count = tokens if s.mean_over_tokens else sequences
+    scale = 1 / (count.clamp(min=1) if normalizer is None else normalizer.to(dtype).squeeze())
 
     # A unit is what a ratio belongs to: a token, or a sequence, which may have several values.
     units, unit_weight = (sequences, None if by_sequence else weight) if s.sequence_level else (tokens, None)
@@ -118,7 +118,9 @@ def _clip(advantages: Tensor, ratio: Tensor, settings: Settings) -> tuple[Tensor
     clipped = ratio.clamp(1 - s.clip_low, 1 + s.clip_high).mul_(advantages)
     torch.minimum(clipped, objective, out=clipped)
     if s.dual_clip is not None:
-        torch.maximum(clipped, advantages.clamp(max=0).mul_(s.dual_clip), out=clipped)  # changes nothing where A >= 0
+        # Changes nothing where A >= 0: the bound is 0 there, and so it has to be for an infinite dual_clip.
+        bound = advantages.clamp(max=0).mul_(min(s.dual_clip, torch.finfo(ratio.dtype).max))
+        torch.maximum(clipped, bound, out=clipped)
     return clipped, objective.sub_(clipped).sign_()
 
 

@@ -104,6 +104,43 @@ def test_a_ratio_beyond_float32_counts_as_exp_80(backend, level):
         assert got.item() == pytest.approx(math.exp(80), rel=1e-5)
 
 
+@pytest.mark.parametrize("dual", [float("inf"), 1e39])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_dual_clip_beyond_float32_is_none(backend, dual):
+    logprobs = torch.tensor([0.5, -0.5, 0.0, 3.0] * 2, device=DEVICE).requires_grad_()
+    inputs = {
+        "old_logprobs": torch.zeros(8, device=DEVICE),
+        "advantages": torch.tensor([1.0] * 4 + [-1.0] * 4, device=DEVICE),
+        "cu_seqlens": offsets([8]),
+    }
+    for dual_clip in (None, dual):
+        out = policy_loss(logprobs, **inputs, dual_clip=dual_clip, backend=backend)
+        (grad,) = torch.autograd.grad(out.loss, logprobs)
+        if dual_clip is None:
+            want, want_grad = out, grad
+    assert torch.equal(out.loss, want.loss)
+    assert torch.equal(grad, want_grad)
+    assert out.metrics == want.metrics
+
+
+@pytest.mark.parametrize("normalizer", [3.0, 60_000.0, 5e-8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_reciprocal_of_a_normalizer_is_not_rounded_to_its_dtype(backend, dtype, normalizer):
+    tensors, normalizer = packed([3, 2]), torch.tensor(normalizer, dtype=dtype, device=DEVICE)
+    one = policy_loss(**tensors, normalizer=1.0, backend=backend).loss
+    got = policy_loss(**tensors, normalizer=normalizer, backend=backend).loss
+    assert got.item() == pytest.approx(one.item() / normalizer.item(), rel=1e-6)
+
+
+def test_forward_mode_derivatives_of_the_reference():
+    tensors = packed([3, 2], torch.float64)
+    logprobs = tensors.pop("logprobs").detach()
+    tensors = {name: x.detach() for name, x in tensors.items()}
+    f = lambda x: policy_loss(x, **tensors, kl_coef=0.1, backend="reference").loss
+    torch.testing.assert_close(torch.func.jacfwd(f)(logprobs), torch.func.jacrev(f)(logprobs))
+
+
 def metrics_of(backend, ratios, advantages, lengths, **arguments):
     logprobs = torch.tensor(ratios, device=DEVICE).log()
     inputs = {"old_logprobs": torch.zeros_like(logprobs), "advantages": torch.tensor(advantages, device=DEVICE)}

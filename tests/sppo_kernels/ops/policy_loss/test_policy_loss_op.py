@@ -49,6 +49,11 @@ def test_registration_passes_opcheck(backend, dtype):
     torch.library.opcheck(op.policy_loss.overload, *op_arguments(backend, tensors, **extra, level="sequence_sum"))
 
 
+def test_fake_results_of_float64_are_float64():
+    tensors, settings = op_arguments("torch", packed([3, 0, 2], torch.float64))
+    torch.library.opcheck(op.policy_loss.overload, tensors, settings, test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("layout", [as_packed, as_padded])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_graph_breaks(backend, layout):
