@@ -25,7 +25,7 @@ BACKENDS = ("reference", "torch", "triton")
 
 # Operations are registered under the package's own name, sppo_kernels. A copy that was imported under another name, as
 # the kernels library does, has its own: torch would otherwise replace those of the installed package silently.
-NAMESPACE = __name__.rpartition(".")[0]
+NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 OPS = getattr(torch.ops, NAMESPACE)
 
 

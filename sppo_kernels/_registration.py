@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backend import NAMESPACE
+from ._backend import NAMESPACE, OPS
 
-_LIBRARIES: dict[str, torch.library.Library] = {}
-"""Registrations last as long as these objects, so that a notebook can register a name again."""
+_LIBRARIES: dict[str, torch.library.Library] = vars(OPS).setdefault("_libraries", {})
+"""Registrations last as long as these objects. They belong to torch, which outlives this module when it is imported or
+reloaded again: a name that is registered again replaces its predecessor."""
 
 Lengths = tuple[int | None, ...]
 """The length of each value that is a list of tensors, None for a single tensor."""
@@ -42,7 +43,7 @@ class Operation:
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.name, self.function = name, function
         self.fake: Callable[..., Any] | None = None
-        self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self.overload: torch._ops.OpOverload = getattr(OPS, name).default
         library.impl(name, _uncompiled(function), "CompositeExplicitAutograd")
         library.impl(name, _uncompiled(self._with_autograd), "Autograd")
         self._derivative = _derivative(self, None, None)
@@ -90,28 +91,27 @@ class _Call:
 def _derivative(
     operation: Operation, backward: Callable[..., Sequence[Any]] | None, setup_context: Callable[..., None] | None
 ) -> type[torch.autograd.Function]:
-    class Derivative(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, call: _Call, *flat):
-            inputs = _group(flat, call.lengths)
-            output = operation.below_autograd(inputs, call.settings)
-            ctx.lengths = call.lengths
-            if setup_context is not None:
-                setup_context(ctx, inputs, call.settings, output)
-            if isinstance(output, Tensor):
-                return output
-            call.output_lengths = _lengths(output)
-            return tuple(_flatten(output))
+    def forward(ctx, call: _Call, *flat):
+        inputs = _group(flat, call.lengths)
+        output = operation.below_autograd(inputs, call.settings)
+        ctx.lengths = call.lengths
+        if setup_context is not None:
+            setup_context(ctx, inputs, call.settings, output)
+        if isinstance(output, Tensor):
+            return output
+        call.output_lengths = _lengths(output)
+        return tuple(_flatten(output))
 
-        @staticmethod
-        def backward(ctx, *grad_outputs):
-            if backward is None:
-                raise RuntimeError(f"{operation.name} has no derivative")
-            ctx.needs = _group(ctx.needs_input_grad[1:], ctx.lengths)
-            grads = backward(ctx, *grad_outputs)
-            return None, *_flatten([grads] if isinstance(grads, Tensor) else grads)
+    def backward_of_flat(ctx, *grad_outputs):
+        if backward is None:
+            raise RuntimeError(f"{operation.name} has no derivative")
+        ctx.needs = _group(ctx.needs_input_grad[1:], ctx.lengths)
+        grads = backward(ctx, *grad_outputs)
+        return None, *_flatten([grads] if isinstance(grads, Tensor) else grads)
 
-    return Derivative
+    # Profiles and error messages show the name of the class.
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_flat)}
+    return type(operation.name, (torch.autograd.Function,), methods)
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -51,6 +51,27 @@ else:
 
 
 @pytest.mark.slow
+def test_importing_again_registers_again():
+    """As notebooks and test runners do that remove modules."""
+    python("""
+import importlib
+import sys
+
+import torch
+import sppo_kernels
+
+for name in [name for name in sys.modules if name.split(".")[0] == "sppo_kernels"]:
+    del sys.modules[name]
+import sppo_kernels
+from sppo_kernels import _registration
+
+importlib.reload(_registration)
+logits = torch.randn(3, 5, requires_grad=True)
+sppo_kernels.selective_logprobs(logits, torch.tensor([0, 4, -100])).logprobs.sum().backward()
+""")
+
+
+@pytest.mark.slow
 def test_triton_on_cpu_requires_its_interpreter():
     """Importing initializes no GPU and loads no dependency of the trainer; the error names the remedy."""
     python("""

@@ -64,6 +64,11 @@ def test_lists_of_tensors_have_gradients(scaled, frozen):
     torch.testing.assert_close(got, expected)
 
 
+def test_a_graph_names_the_operation(scaled):
+    _, total = scaled([torch.ones(2, requires_grad=True)], None, torch.tensor(2.0), factor=3.0)
+    assert type(total.grad_fn).__name__ == "test_scaledBackward"
+
+
 def test_without_gradients_there_is_no_graph(scaled):
     xs, b = [torch.ones(2, requires_grad=True)], torch.tensor(2.0)
     with torch.no_grad():
