@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from .segments import Segments
-from .settings import Settings
-
-# exp of more overflows float32. Only the value is bounded: the gradient of a larger ratio remains that of the ratio.
-MAX_LOG = 80.0
+from .settings import MAX_LOG, Settings
 
 
 def bounded_exp(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ RATIO_LEVELS = ("token", "sequence_mean", "sequence_sum")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 ROLLOUT_CORRECTIONS = ("token_truncate", "sequence_truncate", "sequence_mask")
+
+# exp of more overflows float32. Only the value is bounded: the gradient of a larger ratio remains that of the ratio.
+MAX_LOG = 80.0
 
 
 class Settings(NamedTuple):
@@ -64,6 +68,8 @@ class Settings(NamedTuple):
                 reject(name, float(value), "at least 0")
         if dual_clip is not None and not float(dual_clip) > 1:
             reject("dual_clip", float(dual_clip), "greater than 1, or None for no dual clip")
+        if dual_clip is not None and float(dual_clip) >= math.exp(MAX_LOG):
+            dual_clip = None  # no ratio is larger
         if not float(rollout_cap) > 0:
             reject("rollout_cap", float(rollout_cap), "greater than 0")
         if kl_coef and ref_logprobs is None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formulas import MAX_LOG, kl_estimate, kl_slope, rollout_correction
+from .formulas import kl_estimate, kl_slope, rollout_correction
 from .output import METRICS, LossAndGradient
 from .segments import Segments
-from .settings import Settings
+from .settings import MAX_LOG, Settings
 
 
 def torch_policy_loss(
@@ -118,9 +118,7 @@ def _clip(advantages: Tensor, ratio: Tensor, settings: Settings) -> tuple[Tensor
     clipped = ratio.clamp(1 - s.clip_low, 1 + s.clip_high).mul_(advantages)
     torch.minimum(clipped, objective, out=clipped)
     if s.dual_clip is not None:
-        # Changes nothing where A >= 0: the bound is 0 there, and so it has to be for an infinite dual_clip.
-        bound = advantages.clamp(max=0).mul_(min(s.dual_clip, torch.finfo(ratio.dtype).max))
-        torch.maximum(clipped, bound, out=clipped)
+        torch.maximum(clipped, advantages.clamp(max=0).mul_(s.dual_clip), out=clipped)  # changes nothing where A >= 0
     return clipped, objective.sub_(clipped).sign_()
 
 

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from ..._triton_utils import is_last_program, launch
 from ...tuning import Config, Tunable
-from .formulas import MAX_LOG
 from .output import METRICS, LossAndGradient
-from .settings import Settings
+from .settings import MAX_LOG, Settings
 from .torch_backend import torch_policy_loss
 
 # Columns of the partial sums. A metric is its column's total over a number of tokens or sequences. The extremes are
