@@ -91,6 +91,8 @@ class _Call:
 def _derivative(
     operation: Operation, backward: Callable[..., Sequence[Any]] | None, setup_context: Callable[..., None] | None
 ) -> type[torch.autograd.Function]:
+    """Make the autograd function of an operation, which takes and returns the tensors of lists one by one."""
+
     def forward(ctx, call: _Call, *flat):
         inputs = _group(flat, call.lengths)
         output = operation.below_autograd(inputs, call.settings)
