@@ -55,6 +55,7 @@ class RecordedLaunch:
     def bytes(self) -> float:
         """Bytes of what is accessed of all tensor arguments. Kernels read or write each once, or as ACCESSED says."""
         again = READ_AND_WRITTEN.get(self.kernel.__name__, ()) if self.kernel else ()
+        again = () if self.arguments.get("OUT_IS_ZERO") else again
         return sum(
             (2 if name in again else 1) * count * self.arguments[name].itemsize
             for name, count in self._accessed().items()
@@ -104,7 +105,7 @@ ACCESSED: dict[str, Callable[[dict[str, Any]], dict[str, int]]] = {
     "linear_logprobs_candidates_kernel": _of_candidates,
     "linear_logprobs_select_kernel": _of_selection,
 }
-# Sums that are read, and written again.
+# Sums that are read, and written again, unless they begin at zero.
 READ_AND_WRITTEN = dict.fromkeys(
     ("linear_logprobs_weighted_rows_kernel", "linear_logprobs_open_rows_kernel"), ("out_ptr",)
 )

@@ -121,6 +121,16 @@ def test_entries_are_assumed_for_each_token():
     assert candidates.bytes == pytest.approx(SIZE.tokens * per_token, rel=0.02)
 
 
+def test_sums_that_begin_at_zero_are_not_read():
+    launches = RECORDERS["linear_logprobs, sparse"](SIZE).launches
+    weighted = [each for each in launches if each.kernel.__name__ == "linear_logprobs_weighted_rows_kernel"]
+    assert all(each.arguments["OUT_IS_ZERO"] for each in weighted)
+    for each in weighted:
+        out = min(ENTRIES * SIZE.tokens * SIZE.hidden, each.arguments["out_ptr"].numel())
+        more = replace(each, arguments={**each.arguments, "OUT_IS_ZERO": False}).bytes - each.bytes
+        assert more == out * each.arguments["out_ptr"].itemsize
+
+
 def test_row_passes_of_given_logits_are_recorded():
     call = RECORDERS["selective_logprobs"](SIZE)
     assert call.flops == 0
