@@ -51,8 +51,8 @@ def selective_logprobs(
     """Compute the log-probability of each label and the entropy of each row in one read of the logits.
 
     Args:
-        logits: ``[..., V]``, floating-point, any strides; ``-inf`` marks an impossible token. All is computed in
-            float32, but with ``backend="reference"`` in float64 for float64 logits.
+        logits: ``[..., V]``, floating-point, any strides; ``-inf`` marks an impossible token. float64 is computed
+            in float32, except with ``backend="reference"``.
         labels: ``[...]``, integers in ``[0, V)`` or ``ignore_index``.
         temperature: divides the logits; a float greater than 0, or a tensor ``[...]`` with one per row (not
             differentiated).

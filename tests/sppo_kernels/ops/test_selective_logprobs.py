@@ -259,6 +259,16 @@ def test_reference_passes_gradcheck():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_is_computed_in_float32(backend):
+    logits, labels = randn(3, 5, dtype=torch.float64, grad=True), randint(0, 5, 3)
+    out = selective_logprobs(logits, labels, backend=backend)
+    assert out.logprobs.dtype == torch.float32
+    assert torch.equal(out.logprobs, selective_logprobs(logits.float(), labels, backend=backend).logprobs)
+    (grad,) = torch.autograd.grad(out.logprobs.sum(), logits)
+    assert grad.dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_registration_passes_opcheck(backend):
     logits, labels, tau = randn(2, 3, 5, grad=True), randint(0, 5, 6), torch.ones(6, device=DEVICE)
     settings = {"softcap": 2.0, "ignore_index": IGNORED, "backend": backend}
