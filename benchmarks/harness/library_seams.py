@@ -167,7 +167,7 @@ def on_cuda_without_kernels(
 
 def _init_projection_on_cuda(self: matmul.Projection, weights: Any, bias: Any) -> None:
     """Set up half-precision products, for which PyTorch built without CUDA rejects fake CUDA tensors."""
-    self.mixed, self.weights, self.bias = True, weights, bias
+    self.mixed, self._weights, self.bias = True, weights, bias
 
 
 def _patch_everywhere(name: str, value: object, replacement: object) -> list[Any]:
@@ -278,6 +278,7 @@ def _validate(
         mass_tolerance=1e-4,
         max_entries=512,
         group=None,
+        support=None,
         backend="triton",
     )
 

@@ -15,6 +15,15 @@ def new_labels(cuda, n):
     return cuda.new(n, dtype=torch.int64)
 
 
+NO_SUPPORT = {"support_ids": None, "support_offsets": None}
+
+
+def new_support(cuda, n, entries):
+    """Make the supports of n tokens."""
+    offsets = cuda.new(n + 1, dtype=torch.int64)
+    return {"support_ids": cuda.new(entries, dtype=torch.int64), "support_offsets": offsets}
+
+
 def new_temperature(cuda, n, per_token=False):
     return cuda.new(n) if per_token else cuda.new(1).expand(n)
 
@@ -31,7 +40,7 @@ def selective_inputs(cuda, dtype, batch=3, length=700, vocab=50257):
 def selective(cuda, dtype):
     logits, labels = selective_inputs(cuda, dtype)
     tensors = {"logits": logits, "labels": labels, "temperature": new_temperature(cuda, len(labels))}
-    return {**tensors, "softcap": 0.0, "ignore_index": IGNORED, "backend": "triton"}
+    return {**tensors, **NO_SUPPORT, "softcap": 0.0, "ignore_index": IGNORED, "backend": "triton"}
 
 
 def selective_backward(cuda, dtype):
@@ -43,6 +52,7 @@ def selective_backward(cuda, dtype):
         "logits": logits,
         "labels": labels,
         "temperature": new_temperature(cuda, n, True),
+        **NO_SUPPORT,
         "entropy": cuda.new(n),
         "row_stats": cuda.new(2, n),
         "softcap": 30.0,
@@ -125,6 +135,7 @@ def lm_head(cuda, dtype, n=600, width=64, vocab=50257, rank=0, bias=False, softc
         "bias": new(vocab) if bias else None,
         "labels": new_labels(cuda, n),
         "temperature": new_temperature(cuda, n, per_token),
+        **NO_SUPPORT,
         "softcap": softcap,
     }
 

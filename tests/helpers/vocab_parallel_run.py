@@ -6,6 +6,7 @@ import interpreter
 import pytest
 import torch
 import torch.distributed as dist
+from supports import support_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
@@ -53,14 +54,21 @@ def check_equal_to_one_process(dtype, **settings):
     if settings.pop("mask_first_shard"):
         tensors["bias"][: sizes[0]] = float("-inf")
         labels = torch.where((labels >= 0) & (labels < sizes[0]), sizes[0], labels)
+    sizes_of_supports = settings.pop("supports", None)
+    if sizes_of_supports:
+        settings["support"] = support_of(labels, sizes_of_supports, sum(sizes))
+        dist.broadcast(settings["support"][0], 0)
     expected = run(tensors, labels, **settings)
     part, rows = shard(tensors, sizes, rank)
     with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
         got = run(part, labels, **settings, group=group)
     # Forward: one for the shard sizes and two for the only chunk. Backward: one per factor of the logits.
-    # Sparse mode adds one at the end of forward, for the certificate.
-    for_certificate = settings["backward"] == "sparse"
-    assert all_reduce.call_count == 3 + (2 if settings["extras"] else 1) + for_certificate
+    # Sparse mode adds one at the end of forward, for the certificate. The logits of supports are one, and replace the
+    # two of a chunk if there is none.
+    forward = 3 + (settings["backward"] == "sparse")
+    if sizes_of_supports:
+        forward += 1 if 0 in sizes_of_supports else -1
+    assert all_reduce.call_count == forward + (2 if settings["extras"] else 1)
     rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (0.03, 0.01)
     for x, y in zip(got[:2], expected[:2], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
@@ -85,6 +93,24 @@ def check_many_chunks():
     got = linear_logprobs(hidden, weight[rows].contiguous(), labels, group=group, chunk_bytes=chunk_bytes)
     for x, y in zip(got, linear_logprobs(hidden, weight, labels), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def check_wide_supports():
+    """Supports so wide that their logits come from a dense product, on uneven shards."""
+    group, rank, shards = dist.group.WORLD, dist.get_rank(), [40 * (r + 1) for r in range(dist.get_world_size())]
+    hidden, weight, labels = torch.randn(300, WIDTH), torch.randn(sum(shards), WIDTH), torch.arange(300) % sum(shards)
+    ids, offsets = support_of(labels, [20, 1, 0] * 100, sum(shards))
+    for x in (hidden, weight, ids):
+        dist.broadcast(x, 0)
+    rows = slice(sum(shards[:rank]), sum(shards[: rank + 1]))
+    results = []
+    for part, settings in ((weight, {}), (weight[rows].contiguous(), {"group": group})):
+        leaves = hidden.clone().requires_grad_(), part.clone().requires_grad_()
+        out = linear_logprobs(*leaves, labels, support=(ids, offsets), chunk_bytes=1, **settings)
+        results.append([*out, *torch.autograd.grad((out.logprobs * labels).sum() + out.entropy.sum(), leaves)])
+    results[0][-1] = results[0][-1][rows]
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-3)
 
 
 def check_policy_loss():
@@ -218,6 +244,23 @@ def main():
                         mask_first_shard=mask_first_shard,
                     )
                     cases += 1
+    for backend in ("torch", "triton"):
+        for supports in ((4, 1, 3, 2, 6, 29, 5, 1, 2), (4, 1, 3, 0, 6, 29, 5, 0, 2)):
+            for backward, softcap in (("recompute", 4.0), ("sparse", None)):
+                check_equal_to_one_process(
+                    torch.float32,
+                    backend=backend,
+                    backward=backward,
+                    mass_tolerance=1e-8,
+                    extras=True,
+                    upstream="both",
+                    softcap=softcap,
+                    temperature=0.6,
+                    mask_first_shard=softcap is None,
+                    supports=supports,
+                )
+                cases += 1
+    check_wide_supports()
     check_many_chunks()
     check_policy_loss()
     check_auto_agrees()

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from cuda_arguments import DTYPES, IGNORED, OPS, linear, linear_backward, linear_policy
+from cuda_arguments import DTYPES, IGNORED, OPS, linear, linear_backward, linear_policy, new_support
 from fake_cuda import FakeCUDA
 
 from sppo_kernels.ops import policy_loss
@@ -332,3 +332,61 @@ def test_linear_policy_loss(cuda, dtype, level, optional, num_cached):
     in_backward = ["tolist" if part < size else "nonzero" for size, part in zip(sizes, cached, strict=True)]
     assert cuda.reads.waits == ["nonzero", *["tolist"] * (level != "token"), *in_backward]
     assert_products_are_mixed(cuda, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), LINEAR.values(), ids=LINEAR)
+def test_support(cuda, dtype, shape):
+    """Of 600 tokens 500 have several entries. No product is made, and the host waits once and twice."""
+    arguments = linear(cuda, dtype, chunk_bytes=64 << 20, **shape) | new_support(cuda, 600, 3000)
+    cuda.kinds.append((0, 500, 0))
+    cuda.launches.sizes = {"V": shape.get("vocab", 50257), "softcap": shape.get("softcap", 0.0)}
+    results = cuda.run(OPS["linear_logprobs"], **arguments)
+    assert cuda.launches.names() == {"linear_logprobs_entry_logits_kernel", "support_fwd_kernel"}
+    assert len(cuda.launches.of("linear_logprobs_entry_logits_kernel")) == len(arguments["hiddens"])
+    assert cuda.reads.waits == ["tolist"]
+    cuda.reads.waits.clear()
+    cuda.kinds.append((0, 450, 0))
+    cuda.reads.counts.append(2500)
+    cuda.launches.sizes.pop("V")  # a bias is a column of its own
+    grads = cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
+    assert [grad.numel() > 0 for grad in grads] == [True] * (2 * len(arguments["hiddens"])) + ["bias" in shape]
+    assert cuda.reads.waits == ["tolist", "nonzero"]
+    assert not cuda.products.made
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_support_needs_no_float32_gradient_of_the_weight(cuda, dtype):
+    """A float16 gradient waits for its scale in float32."""
+    vocab, width = 50257, 64
+    arguments = linear(cuda, dtype, chunk_bytes=64 << 20) | new_support(cuda, 600, 3000)
+    cuda.kinds.append((0, 600, 0))
+    results = cuda.run(OPS["linear_logprobs"], **arguments)
+    cuda.allocations.made.clear()
+    cuda.kinds.append((0, 600, 0))
+    cuda.run(OPS["linear_logprobs_backward"], **linear_backward(cuda, arguments, results))
+    assert (cuda.allocations.largest(torch.float32) >= 4 * vocab * width) == (dtype != torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_support_beside_other_tokens(cuda, dtype):
+    """200 tokens have no support, 100 a narrow and 300 a wide one."""
+    arguments = linear(cuda, dtype, "cache", bias=True) | new_support(cuda, 600, 90_000)
+    cuda.kinds.append((200, 100, 300))
+    cuda.reads.counts.append(80_000)  # entries of the wide ones
+    cuda.reads.numbers.extend([0, 20_000, 40_000, 60_000, 70_000])
+    results = cuda.run(OPS["linear_logprobs"], **arguments)
+    assert len(ForwardOutput(*results).cached_probs) == 200
+    assert rows_of(cuda, "selective_logprobs_fwd_kernel") == 200
+    assert_products_are_mixed(cuda, dtype)
+
+
+@pytest.mark.parametrize("level", policy_loss.RATIO_LEVELS)
+def test_linear_policy_loss_with_support(cuda, level):
+    """Coefficients come from one loss, after the log-probabilities of all tokens."""
+    arguments = linear_policy(cuda, torch.bfloat16, ratio_level=level, chunk_bytes=64 << 20) | new_support(
+        cuda, 600, 3000
+    )
+    cuda.kinds.extend([(0, 600, 0)] * 2)
+    cuda.run(OPS["linear_policy_loss"], **arguments)
+    assert len(cuda.launches.of("policy_loss_fwd_bwd_kernel")) == 1
+    assert not cuda.products.made

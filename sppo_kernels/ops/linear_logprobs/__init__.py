@@ -30,7 +30,7 @@ from ..selective_logprobs import reference as selective_reference
 from . import op
 from .arguments import BACKWARDS, Arguments
 from .auto_mode import AutoBackward
-from .output import RECOMPUTED, Certificate, CertifiedLogprobOutput, ForwardOutput
+from .output import Certificate, CertifiedLogprobOutput, ForwardOutput, reference_entries
 
 __all__ = [
     "BACKWARDS",
@@ -59,6 +59,7 @@ def linear_logprobs(
     mass_tolerance: float = 1e-4,
     max_entries: int = 512,
     group: dist.ProcessGroup | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
     return_certificate: Literal[False] = False,
     backend: str | None = None,
 ) -> LogprobOutput: ...
@@ -81,6 +82,7 @@ def linear_logprobs(
     mass_tolerance: float = 1e-4,
     max_entries: int = 512,
     group: dist.ProcessGroup | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
     return_certificate: Literal[True],
     backend: str | None = None,
 ) -> CertifiedLogprobOutput: ...
@@ -102,6 +104,7 @@ def linear_logprobs(
     mass_tolerance: float = 1e-4,
     max_entries: int = 512,
     group: dist.ProcessGroup | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
     return_certificate: bool = False,
     backend: str | None = None,
 ) -> LogprobOutput | CertifiedLogprobOutput:
@@ -150,6 +153,11 @@ def linear_logprobs(
             the ranks, at least one row each. ``hidden``, ``labels``, ``adapter[0]``, what requires a gradient, every
             setting, and the use of the results must be the same on each rank. Otherwise gradients are silently wrong,
             or ranks crash or wait forever. Results and gradients of ``hidden`` are then the same on each rank.
+        support: ``(token_ids, offsets)``, integers ``[M]`` and ``[N + 1]``, for N labels: the sampler kept
+            ``token_ids[offsets[t] : offsets[t + 1]]`` for token t, by top-k, top-p or min-p (the form of vLLM's
+            ``SamplingMask``). Log-probability and entropy are then those of the renormalized distribution over these
+            tokens, the label among them, and only their logits are computed. ``backward`` has no effect on such
+            tokens. An empty range stands for the complete vocabulary.
         return_certificate: return :class:`CertifiedLogprobOutput`, with the certificate as a third result.
         backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for triton on an accelerator and torch elsewhere.
 
@@ -159,7 +167,8 @@ def linear_logprobs(
 
     Raises:
         ValueError: a shape, device or bound is wrong, or a label is outside ``[0, V)`` (checked on a CPU, and elsewhere
-            under ``SPPO_KERNELS_CHECK=1``; unchecked, such a token is NaN).
+            under ``SPPO_KERNELS_CHECK=1``; unchecked, such a token is NaN), or a support does not have its label, or
+            has a token twice or outside ``[0, V)`` (checked likewise; unchecked, without the label a token is NaN).
         TypeError: a tensor has the wrong kind (a DTensor, say), or ``hidden`` and ``weight`` differ in dtype.
     """
     arguments = Arguments.validate(
@@ -177,6 +186,7 @@ def linear_logprobs(
         mass_tolerance=mass_tolerance,
         max_entries=max_entries,
         group=group,
+        support=support,
         backend=backend,
     )
     if arguments.backend == "reference":
@@ -189,8 +199,9 @@ def linear_logprobs(
             temperature=temperature.reshape(-1) if isinstance(temperature, Tensor) else temperature,
             softcap=softcap,
             ignore_index=ignore_index,
+            support=arguments.support,
         )
-        num_entries = torch.where(arguments.labels != ignore_index, RECOMPUTED, 0).int()
+        num_entries = reference_entries(arguments.labels != ignore_index, arguments.support)
         dropped_mass = torch.zeros(num_entries.shape, device=num_entries.device)
     else:
         output = ForwardOutput(*op.linear_logprobs(**arguments._asdict()))
@@ -213,6 +224,7 @@ def reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> LogprobOutput:
     """Definition of ``linear_logprobs``: all logits at once, in float32, or float64 for float64 inputs."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -224,4 +236,6 @@ def reference(
         )
     if bias is not None:
         logits = logits + bias.to(dtype)
-    return selective_reference(logits, labels, temperature=temperature, softcap=softcap, ignore_index=ignore_index)
+    return selective_reference(
+        logits, labels, temperature=temperature, softcap=softcap, ignore_index=ignore_index, support=support
+    )

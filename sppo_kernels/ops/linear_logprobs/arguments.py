@@ -20,6 +20,7 @@ from ..._validation import (
     reject,
 )
 from ..selective_logprobs import check_softcap, check_temperature, temperature_per_row
+from ..support_passes import Support, check_support
 from .auto_mode import AutoBackward
 from .sparse import MAX_ENTRIES
 
@@ -36,6 +37,8 @@ class Arguments(NamedTuple):
     bias: Tensor | None  # [V]
     labels: Tensor  # [N] int64
     temperature: Tensor  # [N] float32
+    support_ids: Tensor | None  # [M] int64
+    support_offsets: Tensor | None  # [N + 1] int64
     softcap: float  # 0 for none
     ignore_index: int
     backward: str
@@ -51,6 +54,13 @@ class Arguments(NamedTuple):
     def adapter(self) -> tuple[Tensor, Tensor] | None:
         """The adapter's pair, or None."""
         return (self.hiddens[1], self.weights[1]) if len(self.hiddens) > 1 else None
+
+    @property
+    def support(self) -> Support | None:
+        """The sampler's support, or None."""
+        if self.support_ids is None or self.support_offsets is None:
+            return None
+        return Support(self.support_ids, self.support_offsets)
 
     @classmethod
     def validate(
@@ -70,6 +80,7 @@ class Arguments(NamedTuple):
         mass_tolerance: float,
         max_entries: int,
         group: dist.ProcessGroup | None,
+        support: tuple[Tensor, Tensor] | None,
         backend: str | None,
     ) -> Arguments:
         """Validate the arguments of ``linear_logprobs``. Raises ValueError or TypeError."""
@@ -81,6 +92,7 @@ class Arguments(NamedTuple):
             weights.append(adapter[1])
         check_softcap(softcap)
         check_temperature(temperature, labels)
+        support_ids, support_offsets = check_support(support, labels) or (None, None)
         auto_key = backward.key if isinstance(backward, AutoBackward) else ""
         backward = "auto" if isinstance(backward, AutoBackward) else backward
         check_choice("backward", backward, BACKWARDS)
@@ -113,6 +125,8 @@ class Arguments(NamedTuple):
             bias=bias,
             labels=labels.reshape(-1).long(),
             temperature=temperature_per_row(temperature, labels),
+            support_ids=support_ids,
+            support_offsets=support_offsets,
             softcap=softcap or 0.0,
             ignore_index=ignore_index,
             backward=backward if differentiated else "recompute",

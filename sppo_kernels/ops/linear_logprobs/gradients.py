@@ -149,7 +149,7 @@ class GradientAccumulator:
         column, order = entries.column.sort(stable=True)
         token = index[entries.token[order]]
         by_column = {"place": column, "weight": entries.weight[order]}
-        for i, (hidden, weight) in enumerate(zip(self.hiddens, self.projection.weights, strict=True)):
+        for i, (hidden, weight) in enumerate(zip(self.hiddens, self.weights, strict=True)):
             if self.needs_hiddens[i]:
                 for tokens, part in _blocks_of_tokens(entries, len(index), tokens_per_block):
                     total = self.scale.new_zeros(tokens.stop - tokens.start, hidden.shape[1])

@@ -371,7 +371,7 @@ class LMHead:
         # The cache is read in place, in blocks as large as their hidden states allow, if all of it is used in the dtype
         # that is multiplied. Otherwise blocks of rows are gathered.
         in_place = len(from_cache) == len(cached.probs) and accumulator.projection.accepts(cached.probs.dtype)
-        cache_size = self._tokens_per_hidden_block() if in_place else self.block_size()
+        cache_size = self.tokens_per_hidden_block() if in_place else self.block_size()
         cache_blocks = indexing.ranges(len(from_cache), cache_size)
         recomputed_blocks = indexing.ranges(len(recomputed), self.block_size())
         columns = self._columns_per_block(len(recomputed), needs_weights=any(accumulator.needs_weights))
@@ -404,7 +404,7 @@ class LMHead:
                 saved.num_entries[index],
                 coefficient[index],
             )
-            accumulator.add_sparse(index, entries, tokens_per_block=self._tokens_per_hidden_block())
+            accumulator.add_sparse(index, entries, tokens_per_block=self.tokens_per_hidden_block())
         return len(from_cache) + len(from_sparse)
 
     def _add_by_tokens(
@@ -489,6 +489,6 @@ class LMHead:
                 grads[i] = vocab_parallel.all_reduce(grads[i], self.group).to(dtype_of(hidden))
         return grads
 
-    def _tokens_per_hidden_block(self) -> int:
+    def tokens_per_hidden_block(self) -> int:
         """Return how many tokens' hidden states and gradients fit in ``chunk_bytes``, at 16 H bytes per token."""
         return max(256, self.chunk_bytes // (16 * sum(hidden.shape[1] for hidden in self.hiddens)))

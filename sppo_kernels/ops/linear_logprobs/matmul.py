@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,9 +28,13 @@ class Projection:
     def __init__(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
         half = weights[0].dtype in (torch.float16, torch.bfloat16)
         self.mixed = half and weights[0].device.type == "cuda" and torch.version.hip is None
-        # Elsewhere float32 copies, made once per call, so that logits are not rounded to half precision.
-        self.weights = weights if self.mixed else [weight.float() for weight in weights]
         self.bias = None if bias is None else bias.float()
+        self._weights = weights
+
+    @cached_property
+    def weights(self) -> Sequence[Tensor]:
+        """Factors of the products: elsewhere float32 copies, so that logits are not rounded to half precision."""
+        return self._weights if self.mixed else [weight.float() for weight in self._weights]
 
     def accepts(self, dtype: torch.dtype) -> bool:
         """Return whether factors of this dtype are multiplied without a copy."""
@@ -64,13 +69,13 @@ class Projection:
 
         On a CPU the system clears each new page first, which takes a third of the time of the product.
         """
-        if self.weights[0].device.type != "cpu" or self.mixed:
+        if self._weights[0].device.type != "cpu" or self.mixed:
             return None
-        return self._allocate(tokens, len(self.weights[0]) if columns is None else columns)
+        return self._allocate(tokens, len(self._weights[0]) if columns is None else columns)
 
     def _allocate(self, tokens: int, columns: int) -> Tensor:
         """Allocate [tokens, columns] float32 with rows ``row_stride(columns)`` apart."""
-        return self.weights[0].new_empty(tokens, row_stride(columns), dtype=torch.float32)[:, :columns]
+        return self._weights[0].new_empty(tokens, row_stride(columns), dtype=torch.float32)[:, :columns]
 
     def logits(
         self, hiddens: Sequence[Tensor], workspace: Tensor | None = None, columns: slice = slice(None)

@@ -13,11 +13,13 @@ from torch.utils.flop_counter import register_flop_formula
 from ..._backend import OPS
 from ..._registration import Operation
 from ..selective_logprobs import check_label_and_temperature_values
+from ..support_passes import Support, check_support_values
 from . import auto_mode, indexing, vocab_parallel
 from .cache import Cache, plan_cache
 from .lm_head import LMHead, SavedForBackward
 from .matmul import row_stride
 from .output import RECOMPUTED, ForwardOutput
+from .support import SupportHead
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ def forward(
     bias: Tensor | None,
     labels: Tensor,
     temperature: Tensor,
+    support_ids: Tensor | None,
+    support_offsets: Tensor | None,
     *,
     softcap: float,
     ignore_index: int,
@@ -39,7 +43,7 @@ def forward(
     max_entries: int,
     group: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the fields of ForwardOutput. Arguments are those of ``Arguments``."""
     vocab = weights[0].shape[0]
     shards = vocab_parallel.sizes(group, vocab, labels.device)
@@ -58,7 +62,15 @@ def forward(
         backend=backend,
         first_row=first_row,
     )
-    tokens = indexing.nonzero_indices(head.loss_mask)
+    supported: SupportHead | None = None
+    if support_ids is None or support_offsets is None:
+        tokens = indexing.nonzero_indices(head.loss_mask)
+    else:
+        support = Support(support_ids, support_offsets)
+        check_support_values(support, labels, sum(shards), ignore_index)
+        supported = SupportHead(head, support, labels=labels, ignore_index=ignore_index, first_row=first_row)
+        by_kind = supported.partition(head.loss_mask)
+        tokens = by_kind.dense
     plan = plan_cache(
         weight=weights[0],
         backward=backward,
@@ -81,6 +93,10 @@ def forward(
     num_entries, dropped_mass = results.num_entries.clone(), results.dropped_mass
     if group and plan.sparse:
         num_entries, dropped_mass = reduce_certificate(group, results.num_entries, results.dropped_mass)
+    support_logits = results.dropped_mass.new_empty(0)
+    if supported is not None:
+        support_logits = supported.forward(by_kind, results.row, sum(shards))
+        num_entries = supported.count(num_entries)
     return ForwardOutput(
         logprobs=results.row.logprobs,
         entropy=results.row.entropy,
@@ -94,6 +110,7 @@ def forward(
         local_num_entries=results.num_entries,
         first_row=first_row,
         tokens=tokens,
+        support_logits=support_logits,
     )
 
 
@@ -111,7 +128,7 @@ linear_logprobs = Operation("linear_logprobs", forward)
 
 
 @linear_logprobs.register_fake
-def _(hiddens, weights, bias, labels, temperature, *, backward, max_entries, **settings):
+def _(hiddens, weights, bias, labels, temperature, support_ids, support_offsets, *, backward, max_entries, **settings):
     n = labels.shape[0]
     num_dense = _size_known_at_run_time(at_most=n) if backward in ("cache", "auto") else 0
     sparse = _size_known_at_run_time(at_most=n) if backward in ("sparse", "auto") else 0
@@ -132,6 +149,7 @@ def _(hiddens, weights, bias, labels, temperature, *, backward, max_entries, **s
         local_num_entries=new(n, dtype=torch.int32),
         first_row=labels.new_empty(1),
         tokens=labels.new_empty(_size_known_at_run_time(at_most=n)),
+        support_logits=new(0 if support_ids is None else len(support_ids)),
     )
 
 
@@ -152,6 +170,8 @@ def backward_pass(
     bias: Tensor | None,
     labels: Tensor,
     temperature: Tensor,
+    support_ids: Tensor | None,
+    support_offsets: Tensor | None,
     entropy: Tensor,
     row_stats: Tensor,
     cached_probs: Tensor,
@@ -161,6 +181,7 @@ def backward_pass(
     local_num_entries: Tensor,
     first_row: Tensor,
     tokens: Tensor,
+    support_logits: Tensor,
     *,
     needs: list[bool],
     softcap: float,
@@ -194,8 +215,11 @@ def backward_pass(
     if has_entropy_grad is not None:
         has_grad |= has_entropy_grad
     monitor = auto_mode.find(auto_key, weights[0]) if backward == "auto" else None
-    if monitor is not None:
-        monitor.record_entropies(has_entropy_grad, has_grad)
+    if monitor is not None and len(tokens):
+        monitor.record_entropies(
+            None if has_entropy_grad is None else indexing.take(has_entropy_grad, tokens),
+            indexing.take(has_grad, tokens),
+        )
     accumulator = head.accumulator(needs, torch.float32 if group else weights[0].dtype)
     if accumulator.scaled:
         largest = (
@@ -204,15 +228,34 @@ def backward_pass(
         scale = accumulator.rescale(torch.where(has_grad, largest / temperature, 0.0))
         grad_logprobs = grad_logprobs / scale
         grad_entropy = None if grad_entropy is None else grad_entropy / scale
-    num_served = head.backward(
-        tokens,
-        accumulator=accumulator,
-        cached=Cache(cached_probs, cached_factors, sparse_index, sparse_value),
-        saved=SavedForBackward(entropy=entropy, row_stats=row_stats, num_entries=local_num_entries),
-        grad_logprobs=grad_logprobs,
-        grad_entropy=grad_entropy,
-        is_only_call=True,
-    )
+    num_served = 0
+    if len(tokens) or support_ids is None:
+        num_served = head.backward(
+            tokens,
+            accumulator=accumulator,
+            cached=Cache(cached_probs, cached_factors, sparse_index, sparse_value),
+            saved=SavedForBackward(entropy=entropy, row_stats=row_stats, num_entries=local_num_entries),
+            grad_logprobs=grad_logprobs,
+            grad_entropy=grad_entropy,
+            is_only_call=support_ids is None,
+        )
+    if support_ids is not None and support_offsets is not None:
+        supported = SupportHead(
+            head,
+            Support(support_ids, support_offsets),
+            labels=labels,
+            ignore_index=ignore_index,
+            first_row=first_row,
+        )
+        supported.backward(
+            accumulator,
+            logits=support_logits,
+            entropy=entropy,
+            row_stats=row_stats,
+            grad_logprobs=grad_logprobs,
+            grad_entropy=grad_entropy,
+            is_only_call=not len(tokens),
+        )
     if len(cached_probs) and not num_served and has_grad[tokens[: len(cached_probs)]].any():
         warnings.warn(
             f"linear_logprobs cached {cached_probs.nbytes} bytes for nothing: the entropies have gradients, for which "
@@ -235,7 +278,7 @@ _BACKWARD_SETTINGS = ("softcap", "ignore_index", "backward", "auto_key", "chunk_
 
 
 def _save(ctx, inputs, keyword_only_inputs, output):
-    hiddens, weights, bias, labels, temperature = inputs
+    hiddens, weights, bias, labels, temperature, support_ids, support_offsets = inputs
     output = ForwardOutput(*output)
     ctx.settings = {name: keyword_only_inputs[name] for name in _BACKWARD_SETTINGS}
     ctx.num_pairs = len(hiddens)
@@ -244,6 +287,8 @@ def _save(ctx, inputs, keyword_only_inputs, output):
         "bias": bias,
         "labels": labels,
         "temperature": temperature,
+        "support_ids": support_ids,
+        "support_offsets": support_offsets,
         "entropy": output.entropy,
         "row_stats": output.row_stats,
         "cached_probs": output.cached_probs,
@@ -253,6 +298,7 @@ def _save(ctx, inputs, keyword_only_inputs, output):
         "local_num_entries": output.local_num_entries,
         "first_row": output.first_row,
         "tokens": output.tokens,
+        "support_logits": output.support_logits,
     }
     ctx.names = tuple(saved)
     ctx.save_for_backward(*hiddens, *weights, *saved.values())
@@ -275,7 +321,7 @@ def _grad(ctx, grad_logprobs, grad_entropy, *_):
         **ctx.settings,
     )
     grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return grads[:n], grads[n:-1], grads[-1], None, None
+    return grads[:n], grads[n:-1], grads[-1], None, None, None, None
 
 
 linear_logprobs.register_autograd(_grad, setup_context=_save)
@@ -284,9 +330,19 @@ linear_logprobs.register_autograd(_grad, setup_context=_save)
 # FlopCounterMode does not see into a registered operation. These formulas count what the chunks multiply.
 
 
+def _dense_mask(labels: Tensor, ignore_index: int, support_offsets: Tensor | None) -> Tensor:
+    """Return which tokens have a loss and no support."""
+    has_loss = labels != ignore_index
+    return has_loss if support_offsets is None else has_loss & (support_offsets.diff() <= 0)
+
+
 @register_flop_formula(OPS.linear_logprobs, get_raw=True)
-def _forward_flops(hiddens, weights, bias, labels, temperature, *, ignore_index, **_) -> int:
-    return 2 * indexing.count(labels != ignore_index) * sum(weight.numel() for weight in weights)
+def _forward_flops(
+    hiddens, weights, bias, labels, temperature, support_ids, support_offsets, *, ignore_index, **_
+) -> int:
+    num_dense = indexing.count(_dense_mask(labels, ignore_index, support_offsets))
+    num_entries = 0 if support_ids is None else len(support_ids)
+    return 2 * sum(num_dense * weight.numel() + num_entries * weight.shape[1] for weight in weights)
 
 
 @register_flop_formula(OPS.linear_logprobs_backward, get_raw=True)
@@ -298,6 +354,8 @@ def _backward_flops(
     bias,
     labels,
     temperature,
+    support_ids,
+    support_offsets,
     entropy,
     row_stats,
     cached_probs,
@@ -307,12 +365,13 @@ def _backward_flops(
     local_num_entries,
     first_row,
     tokens,
+    support_logits,
     *,
     needs,
     ignore_index,
     **_,
 ) -> int:
-    loss_mask = labels != ignore_index
+    loss_mask = _dense_mask(labels, ignore_index, support_offsets)
     has_entropy_grad = torch.zeros_like(loss_mask) if grad_entropy is None else grad_entropy != 0
     has_grad = loss_mask & ((grad_logprobs != 0) | has_entropy_grad)
     is_sparse = local_num_entries >= 0
@@ -324,6 +383,7 @@ def _backward_flops(
     num_dense = indexing.count(
         has_grad & ~(is_sparse & ~has_entropy_grad), without_values=len(labels) - len(sparse_index)
     )
-    sizes = [weight.numel() for weight in weights]
-    products = sum(size for size, need in zip((*sizes, *sizes), needs[:-1], strict=True) if need)
-    return 2 * (num_recomputed * sum(sizes) + num_dense * products)  # sparse entries are not worth counting
+    products = [*weights, *weights]
+    needed = [weight for weight, need in zip(products, needs[:-1], strict=True) if need]
+    dense = num_recomputed * sum(weight.numel() for weight in weights) + num_dense * sum(w.numel() for w in needed)
+    return 2 * (dense + len(support_logits) * sum(w.shape[1] for w in needed))  # sparse entries are not worth counting

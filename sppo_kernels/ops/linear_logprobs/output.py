@@ -19,9 +19,9 @@ class Certificate(NamedTuple):
             gradient is exact. The gradient of the loss with respect to a token's logits is off by at most
             ``|c| dropped_mass / temperature`` in the L1 norm, apart from float32 rounding (which exceeds a tolerance
             below 1e-6).
-        num_entries: ``[...]`` int32, the number of sparse entries; 0 for a token without a loss; -2 if the token's
-            probabilities are cached, -1 if its logits are recomputed. With ``group`` a token has -1 if that is so on
-            any rank, and -2 as on this one.
+        num_entries: ``[...]`` int32, the number of sparse entries, or of tokens in the sampler's support; 0 for a token
+            without a loss; -2 if the token's probabilities are cached, -1 if its logits are recomputed. With ``group``
+            a token has -1 if that is so on any rank, and -2 as on this one.
     """
 
     dropped_mass: Tensor
@@ -57,6 +57,15 @@ class Certificate(NamedTuple):
         return (self.num_entries != 0).sum().clamp(min=1)
 
 
+def reference_entries(loss_mask: Tensor, support: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return ``num_entries`` of the reference, which computes all logits of tokens without a support."""
+    num_entries = torch.where(loss_mask, RECOMPUTED, 0)
+    if support is not None:
+        sizes = support[1].diff()
+        num_entries = torch.where(loss_mask & (sizes > 0), sizes, num_entries)
+    return num_entries.int()
+
+
 class CertifiedLogprobOutput(NamedTuple):
     """Log-probabilities and entropies in nats, float32, in the shape of the labels, and their certificate."""
 
@@ -66,7 +75,7 @@ class CertifiedLogprobOutput(NamedTuple):
 
 
 class ForwardOutput(NamedTuple):
-    """Output of the registered operation for N tokens, T of which have a loss."""
+    """Output of the registered operation for N tokens, T of which have a loss and no support."""
 
     logprobs: Tensor  # [N]
     entropy: Tensor  # [N]
@@ -79,4 +88,5 @@ class ForwardOutput(NamedTuple):
     sparse_value: Tensor  # [T or 0, max_entries]
     local_num_entries: Tensor  # [N] int32, on this rank
     first_row: Tensor  # [1] int64, of this rank's shard
-    tokens: Tensor  # [T] int64, indices of the tokens with a loss
+    tokens: Tensor  # [T] int64, indices of these tokens
+    support_logits: Tensor  # [M]

@@ -26,6 +26,11 @@ def sizes(group: str, rows: int, device: torch.device) -> list[int]:
     return all_reduce(counts, group).tolist()
 
 
+def num_ranks(group: str) -> int:
+    """Return how many ranks have a shard; 1 without a group."""
+    return _members(group).size() if group else 1
+
+
 def first_row(group: str, shards: list[int]) -> int:
     """Return the number of the first row of this rank."""
     return sum(shards[: _members(group).rank()]) if group else 0

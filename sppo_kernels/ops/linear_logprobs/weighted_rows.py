@@ -49,16 +49,23 @@ def _torch_weighted_rows(*, out, place, index, weight, rows, out_is_zero=False):
     ``place`` is sorted. Places past the end are skipped. ``out_is_zero`` says that ``out`` need not be read.
     """
     places, counts = place.unique_consecutive(return_counts=True)
+    if rows.dtype != torch.float32:  # a float32 copy of those that are used
+        used, index = index.unique(return_inverse=True)
+        rows = rows[used].float()
     bag = functional.embedding_bag(
         index,
-        rows.float(),
+        rows,
         functional.pad(counts.cumsum(0), (1, 0)),
         mode="sum",
         per_sample_weights=weight,
         include_last_offset=True,
     )
-    inside = places < len(out)
-    out.index_add_(0, places[inside], bag[inside].to(out.dtype))
+    inside = int(torch.searchsorted(places, len(out)))
+    places, bag = places[:inside], bag[:inside].to(out.dtype)
+    if out_is_zero:
+        out.index_copy_(0, places, bag)
+    else:
+        out.index_add_(0, places, bag)
 
 
 WEIGHTED_ROWS: dict[str, Callable[..., None]] = {"torch": _torch_weighted_rows}

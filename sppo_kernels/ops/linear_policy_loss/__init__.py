@@ -31,7 +31,7 @@ from ..._validation import as_normalizer, check_device, check_floating, check_in
 from ..linear_logprobs import AutoBackward
 from ..linear_logprobs import reference as linear_reference
 from ..linear_logprobs.arguments import Arguments
-from ..linear_logprobs.output import RECOMPUTED, Certificate
+from ..linear_logprobs.output import Certificate, reference_entries
 from ..policy_loss import PolicyLossOutput
 from ..policy_loss import reference as policy_reference
 from ..policy_loss.output import metrics_dict
@@ -90,6 +90,7 @@ def linear_policy_loss(
     mass_tolerance: float = 1e-4,
     max_entries: int = 512,
     group: dist.ProcessGroup | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
     return_per_token: Literal[False] = False,
     backend: str | None = None,
 ) -> PolicyLossOutput: ...
@@ -128,6 +129,7 @@ def linear_policy_loss(
     mass_tolerance: float = 1e-4,
     max_entries: int = 512,
     group: dist.ProcessGroup | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
     return_per_token: Literal[True],
     backend: str | None = None,
 ) -> LinearPolicyLossOutput: ...
@@ -165,6 +167,7 @@ def linear_policy_loss(
     mass_tolerance: float = 1e-4,
     max_entries: int = 512,
     group: dist.ProcessGroup | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
     return_per_token: bool = False,
     backend: str | None = None,
 ) -> PolicyLossOutput | LinearPolicyLossOutput:
@@ -182,8 +185,8 @@ def linear_policy_loss(
         cu_seqlens: int32 ``[B + 1]``, the start of each sequence, from 0 to N; empty sequences are allowed.
         mask, ratio_level, clip_low, clip_high, dual_clip, aggregation, normalizer, ref_logprobs, kl_coef, kl_estimator,
             rollout_logprobs, rollout_correction, rollout_cap: as in ``policy_loss``.
-        bias, adapter, temperature, softcap, ignore_index, chunk_bytes, mass_tolerance, max_entries, group: as in
-            ``linear_logprobs``.
+        bias, adapter, temperature, softcap, ignore_index, chunk_bytes, mass_tolerance, max_entries, group, support: as
+            in ``linear_logprobs``. ``old_logprobs`` and the others must be over the same support.
         backward: as in ``linear_logprobs``. ``"recompute"`` takes another pass and saves no memory here, unless with a
             sequence-level ratio a sequence is longer than a block.
         logits_budget_bytes: as in ``linear_logprobs``, for what is cached at any one time.
@@ -214,6 +217,7 @@ def linear_policy_loss(
         mass_tolerance=mass_tolerance,
         max_entries=max_entries,
         group=group,
+        support=support,
         backend=backend,
     )
     check_floating(old_logprobs=old_logprobs, advantages=advantages)
@@ -262,6 +266,7 @@ def linear_policy_loss(
             temperature=temperature,
             softcap=softcap,
             ignore_index=ignore_index,
+            support=arguments.support,
             **{**settings._asdict(), "rollout_correction": rollout_correction},
         )
     else:
@@ -338,6 +343,7 @@ def _reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    support: tuple[Tensor, Tensor] | None = None,
     **settings: Any,
 ) -> LinearPolicyLossOutput:
     loss_mask = labels != ignore_index if mask is None else (labels != ignore_index) & (mask != 0)
@@ -350,6 +356,7 @@ def _reference(
         temperature=temperature,
         softcap=softcap,
         ignore_index=ignore_index,
+        support=support,
     )
     loss, metrics = policy_reference(logprobs, old_logprobs, advantages, mask=loss_mask, **settings)
     return _detached(
@@ -358,5 +365,5 @@ def _reference(
         logprobs=logprobs,
         entropy=entropy,
         dropped_mass=torch.zeros_like(logprobs),
-        num_entries=torch.where(loss_mask, RECOMPUTED, 0).int(),
+        num_entries=reference_entries(loss_mask, support),
     )

@@ -18,10 +18,12 @@ from ..linear_logprobs.cache import plan_cache
 from ..linear_logprobs.lm_head import LMHead, SavedForBackward, TokenResults
 from ..linear_logprobs.op import reduce_certificate
 from ..linear_logprobs.output import RECOMPUTED
+from ..linear_logprobs.support import SupportHead
 from ..policy_loss.op import BACKENDS
 from ..policy_loss.output import METRICS, LossAndGradient
 from ..policy_loss.settings import Settings, check_values
 from ..selective_logprobs import check_label_and_temperature_values
+from ..support_passes import Support, check_support_values
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ def forward(
     bias: Tensor | None,
     labels: Tensor,
     temperature: Tensor,
+    support_ids: Tensor | None,
+    support_offsets: Tensor | None,
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor | None,
@@ -81,6 +85,7 @@ def forward(
     loss_mask = labels != ignore_index if mask is None else (labels != ignore_index) & (mask != 0)
     labels = torch.where(loss_mask, labels, ignore_index)
     check_label_and_temperature_values(labels, temperature, sum(shards), ignore_index)
+    first_row = labels.new_full((1,), vocab_parallel.first_row(group, shards))
     head = LMHead(
         hiddens=hiddens,
         weights=weights,
@@ -92,7 +97,7 @@ def forward(
         chunk_bytes=chunk_bytes,
         group=group,
         backend=backend,
-        first_row=labels.new_full((1,), vocab_parallel.first_row(group, shards)),
+        first_row=first_row,
     )
     settings = Settings(
         ratio_level=ratio_level,
@@ -126,7 +131,17 @@ def forward(
     accumulator = head.accumulator(needs, torch.float32 if group else _grad_dtype(hiddens[0]))
     logprobs, coefficients = old_logprobs.float(), torch.zeros_like(row.logprobs)
     logprobs = logprobs.clone() if logprobs is old_logprobs else logprobs
-    tokens = indexing.nonzero_indices(loss_mask)
+    supported: SupportHead | None = None
+    if support_ids is None or support_offsets is None:
+        tokens = indexing.nonzero_indices(loss_mask)
+    else:
+        support = Support(support_ids, support_offsets)
+        check_support_values(support, labels, sum(shards), ignore_index)
+        supported = SupportHead(head, support, labels=labels, ignore_index=ignore_index, first_row=first_row)
+        by_kind = supported.partition(loss_mask)
+        tokens = by_kind.dense
+        support_logits = supported.forward(by_kind, row, sum(shards))
+        logprobs = torch.where(supported.has_support, row.logprobs, logprobs)
     block_size = head.block_size(max(shards)) if any(needs) else len(tokens)
     blocks = _blocks(tokens, cu_seqlens if settings.sequence_level else None, block_size)
     plan = plan_cache(
@@ -158,13 +173,31 @@ def forward(
                 saved=saved,
                 grad_logprobs=scaled,
                 grad_entropy=None,
-                is_only_call=len(blocks) == 1,
+                is_only_call=len(blocks) == 1 and supported is None,
             )
         del cached  # before the next block's
     loss = loss_of(logprobs)
+    if supported is not None and any(needs):
+        coefficients = torch.where(supported.has_support, loss.gradient * loss.scale, coefficients)
+        scaled = coefficients
+        if accumulator.scaled:
+            scaled = coefficients / accumulator.rescale(
+                torch.where(supported.has_support, coefficients, 0.0) / temperature
+            )
+        supported.backward(
+            accumulator,
+            logits=support_logits,
+            entropy=row.entropy,
+            row_stats=row.row_stats,
+            grad_logprobs=scaled,
+            grad_entropy=None,
+            is_only_call=not len(tokens),
+        )
     num_entries, dropped_mass = results.num_entries, results.dropped_mass
     if group and plan.sparse:
         num_entries, dropped_mass = reduce_certificate(group, num_entries, dropped_mass)
+    if supported is not None:
+        num_entries = supported.count(num_entries)
     return ForwardOutput(
         loss=loss.loss,
         metrics=loss.metrics,
@@ -183,7 +216,7 @@ def _grad_dtype(x: Tensor) -> torch.dtype:
 
 
 linear_policy_loss = Operation("linear_policy_loss", forward)
-_NUM_TENSORS = 12
+_NUM_TENSORS = 14
 
 
 @linear_policy_loss.register_fake
@@ -231,15 +264,34 @@ linear_policy_loss.register_autograd(_grad, setup_context=_save)
 
 
 @register_flop_formula(OPS.linear_policy_loss, get_raw=True)
-def _flops(hiddens, weights, *tensors: Any, needs, out_val: Any, **settings: Any) -> int:
-    """Count tokens with a loss forward and those with a coefficient backward, plus logits that are recomputed."""
+def _flops(
+    hiddens,
+    weights,
+    bias,
+    labels,
+    temperature,
+    support_ids,
+    support_offsets,
+    *tensors: Any,
+    needs,
+    out_val: Any,
+    **_: Any,
+) -> int:
+    """Count tokens with a loss forward and those with a coefficient backward, plus logits that are recomputed.
+
+    Of a token with a support only the entries count.
+    """
     output = ForwardOutput(*out_val)
     sizes = [weight.numel() for weight in weights]
     products = sum(size for size, need in zip((*sizes, *sizes), needs[:-1], strict=True) if need)
+    has_loss, num_entries = output.num_entries != 0, 0
+    if support_offsets is not None:
+        has_loss, num_entries = has_loss & (support_offsets.diff() <= 0), len(support_ids)
     is_dense = (output.coefficients != 0) & (output.num_entries < 0)
-    num_projected = indexing.count(output.num_entries != 0)
+    num_projected = indexing.count(has_loss)
     num_recomputed = indexing.count(is_dense & (output.num_entries == RECOMPUTED))
-    return 2 * (num_projected + num_recomputed) * sum(sizes) + 2 * indexing.count(is_dense) * products
+    dense = (num_projected + num_recomputed) * sum(sizes) + indexing.count(is_dense) * products
+    return 2 * dense + 2 * num_entries * (sum(sizes) + products) // len(weights[0])
 
 
 def _blocks(tokens: Tensor, cu_seqlens: Tensor | None, size: int) -> Sequence[Tensor]:

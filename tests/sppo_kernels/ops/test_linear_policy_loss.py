@@ -393,7 +393,7 @@ def test_registration_passes_opcheck(backend, needs):
     pairs = [given["hidden"].detach(), u.detach()], [given["weight"].detach(), b.detach()]
     names = ("old_logprobs", "advantages", "mask", "cu_seqlens", "normalizer", "ref_logprobs", "rollout_logprobs")
     temperature = torch.ones_like(given["old_logprobs"])
-    tensors = *pairs, given["bias"].detach(), given["labels"], temperature, *map(given.get, names)
+    tensors = *pairs, given["bias"].detach(), given["labels"], temperature, None, None, *map(given.get, names)
     settings = {
         "softcap": 2.0,
         "ignore_index": IGNORED,

@@ -272,9 +272,9 @@ def test_float64_is_computed_in_float32(backend):
 def test_registration_passes_opcheck(backend):
     logits, labels, tau = randn(2, 3, 5, grad=True), randint(0, 5, 6), torch.ones(6, device=DEVICE)
     settings = {"softcap": 2.0, "ignore_index": IGNORED, "backend": backend}
-    torch.library.opcheck(_selective_logprobs.overload, (logits, labels, tau), settings)
-    _, entropy, row_stats = _selective_logprobs(logits.detach(), labels, tau, **settings)
-    tensors = (randn(6), randn(6), logits.detach(), labels, tau, entropy, row_stats)
+    torch.library.opcheck(_selective_logprobs.overload, (logits, labels, tau, None, None), settings)
+    _, entropy, row_stats = _selective_logprobs(logits.detach(), labels, tau, None, None, **settings)
+    tensors = (randn(6), randn(6), logits.detach(), labels, tau, None, None, entropy, row_stats)
     torch.library.opcheck(_selective_logprobs_backward.overload, tensors, settings)
 
 

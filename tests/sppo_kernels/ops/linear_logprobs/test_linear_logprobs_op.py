@@ -101,17 +101,20 @@ def test_registration_passes_opcheck(backend, backward):
         backward == "recompute"
     )
     torch.library.opcheck(
-        op.linear_logprobs.overload, (*pairs, bias, labels, tau), {"softcap": 2.0, **settings}, test_utils=tests
+        op.linear_logprobs.overload,
+        (*pairs, bias, labels, tau, None, None),
+        {"softcap": 2.0, **settings},
+        test_utils=tests,
     )
     pairs = tuple([x.detach() for x in pair] for pair in pairs)
-    output = ForwardOutput(*op.linear_logprobs(*pairs, None, labels, tau, softcap=0.0, **settings))
+    output = ForwardOutput(*op.linear_logprobs(*pairs, None, labels, tau, None, None, softcap=0.0, **settings))
     for needs in (
         [True, True, True, True, False],
         [True, False, False, True, False],
         [False, True, True, False, False],
     ):
         saved = output.entropy, output.row_stats, *output[5:]
-        tensors = randn(4), randn(4), *pairs, None, labels, tau, *saved
+        tensors = randn(4), randn(4), *pairs, None, labels, tau, None, None, *saved
         # Detached inputs, because the backward op has no derivative to check.
         torch.library.opcheck(
             op.linear_logprobs_backward.overload,

@@ -1,0 +1,480 @@
+"""Tests of log-probabilities over the sampler's support, against the float64 masked softmax over all logits."""
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+from against_float64 import BACKENDS, DEVICE, DTYPES, assert_close_to_float64, ragged_shapes, randint, randn
+from hypothesis import given as examples
+from hypothesis import strategies as st
+from linear_logprobs_cases import IGNORED, MATMUL_FLOOR, inputs, with_adapter
+from supports import random_sizes, support_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from sppo_kernels import linear_logprobs, linear_policy_loss, reference, selective_logprobs
+from sppo_kernels import policy_loss as policy_loss_of
+from sppo_kernels.ops.linear_logprobs import op as linear_op
+from sppo_kernels.ops.linear_logprobs import support as module
+from sppo_kernels.ops.support_passes import arguments
+
+CHUNKS = {"chunk_bytes": 1}
+pytestmark = pytest.mark.filterwarnings("ignore:linear_logprobs cached")  # dense tokens whose entropy has a gradient
+
+
+def compare(backend, given, support, **settings):
+    """Compare values and gradients with float64: errors at most 1.5 times those of the eager masked softmax."""
+    op = with_adapter(linear_logprobs)
+    assert_close_to_float64(
+        lambda *args, **more: op(*args, support=support, **CHUNKS, **more),
+        lambda *args, **more: with_adapter(reference.linear_logprobs)(*args, support=support, **more),
+        backend,
+        given,
+        slack=1.5,
+        floor=MATMUL_FLOOR,
+        **settings,
+    )
+
+
+@examples(
+    n=st.integers(1, 40),
+    width=st.integers(1, 70),
+    vocab=st.sampled_from([2, 7, 97, 300]),
+    largest=st.integers(1, 20),
+    dtype=st.sampled_from(DTYPES),
+    extras=st.booleans(),
+    softcap=st.sampled_from([None, 3.0]),
+    seed=st.integers(0, 1000),
+)
+@ragged_shapes
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ragged_supports(backend, n, width, vocab, largest, dtype, extras, softcap, seed):
+    """Sizes of 0 (no cut), 1, some and everything; unsorted; with bias, adapter, softcap and ignored tokens."""
+    torch.manual_seed(seed)
+    given = inputs(n, width, vocab, dtype, bias=extras, ignored=n // 4, rank=2 if extras else 0)
+    given["temperature"] = 0.5 + torch.rand(n, device=DEVICE)
+    support = support_of(given["labels"], random_sizes(n, min(largest, vocab), vocab), vocab)
+    compare(backend, given, support, softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", ["one", "everything", "no cut"])
+def test_uniform_sizes(backend, sizes, dtype):
+    given = inputs(6, 33, 50, dtype, bias=True)
+    compare(backend, given, support_of(given["labels"], [{"one": 1, "everything": 50, "no cut": 0}[sizes]] * 6, 50))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wide_supports_take_a_dense_product(backend, dtype, monkeypatch):
+    """Wide ones in several chunks and blocks, beside narrow ones, single ones and tokens without a cut."""
+    monkeypatch.setattr(module, "WIDE_SHARE", {"torch": 1 / 64, "triton": 1 / 64})
+    n, vocab = 330, 200
+    given = inputs(n, 8, vocab, dtype, bias=True, ignored=5, rank=2)
+    sizes = [0, 1, 2, 3, 4, 50, 200, 30, 77, 199] * 33  # 3 is narrow, 4 is wide
+    with mock.patch.object(
+        module.SupportHead, "_read_wide", autospec=True, side_effect=module.SupportHead._read_wide
+    ) as f:
+        compare(backend, given, support_of(given["labels"], sizes, vocab), temperature=0.7, softcap=5.0)
+    assert f.call_count == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_few_wide_supports_take_none(backend):
+    given = inputs(20, 8, 200)
+    support = support_of(given["labels"], [200] * 20, 200)
+    with mock.patch.object(module.SupportHead, "_read_wide", side_effect=AssertionError):
+        compare(backend, given, support)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("magnitude", [1e2, 1e4])
+def test_extreme_logits(backend, magnitude):
+    given = inputs(12, 16, 60)
+    given["hidden"].data.mul_(magnitude)
+    compare(backend, given, support_of(given["labels"], [5] * 12, 60))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_impossible_tokens_in_a_support(backend):
+    """A bias of -inf: the token has a probability of 0, and no gradient is NaN."""
+    given = inputs(5, 8, 30, bias=True)
+    given["labels"].fill_(3)
+    given["bias"].data[10:] = float("-inf")
+    given["bias"].requires_grad_(False)
+    compare(backend, given, support_of(given["labels"], [30, 12, 5, 1, 20], 30))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["transposed", "misaligned", "every other"])
+def test_layouts(backend, layout):
+    n, width, vocab = 9, 24, 40
+    make = {
+        "transposed": lambda rows: randn(width, rows).t(),
+        "misaligned": lambda rows: randn(rows * width + 1)[1:].view(rows, width),
+        "every other": lambda rows: randn(2 * rows, 2 * width)[::2, ::2],
+    }[layout]
+    labels = randint(0, vocab, 2 * n)[::2]
+    given = {"hidden": make(n).requires_grad_(), "weight": make(vocab).requires_grad_(), "labels": labels}
+    ids, offsets = support_of(labels, random_sizes(n, 6, vocab), vocab)
+    strided = ids.repeat_interleave(2)[::2], offsets.repeat_interleave(2)[::2]
+    compare(backend, given, strided)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_frozen_inputs(backend, frozen):
+    given = inputs(9, 8, 40, bias=True)
+    given[frozen].requires_grad_(False)
+    compare(backend, given, support_of(given["labels"], random_sizes(9, 6, 40), 40))
+
+
+@pytest.mark.parametrize("upstream", [("logprobs",), ("entropy",)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_upstream_of_one_output(backend, upstream):
+    given = inputs(9, 8, 40)
+    compare(backend, given, support_of(given["labels"], random_sizes(9, 6, 40), 40), upstream=upstream)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_label_alone_has_log_probability_0(backend):
+    """Nothing is read: not even a NaN in its hidden state reaches a result. Nor does one of an ignored token."""
+    given = inputs(4, 8, 40, ignored=1)
+    support = support_of(given["labels"], [6, 1, 3, 1], 40)
+    if backend != "reference":
+        given["hidden"].data[[0, 1, 3]] = float("nan")
+    out = linear_logprobs(**given, support=support, backend=backend)
+    dh, dw = torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), [given["hidden"], given["weight"]])
+    for x in (out.logprobs, out.entropy):
+        assert x[[0, 1, 3]].tolist() == [0, 0, 0]
+        assert x[2] != 0
+    assert not dh[[0, 1, 3]].any()
+    assert dw.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_support_of_everything_equals_no_support(backend):
+    given = inputs(7, 16, 40)
+    every = support_of(given["labels"], [40] * 7, 40)
+    for x, y in zip(
+        linear_logprobs(**given, support=every, backend=backend), linear_logprobs(**given, backend=backend), strict=True
+    ):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_in_every_batch(backend):
+    """A token's results and the gradient of its hidden state do not depend on the other tokens, nor on a second run."""
+    given = inputs(40, 33, 97, torch.bfloat16)
+    sizes = random_sizes(40, 12, 12)
+    ids, offsets = support_of(given["labels"], [max(1, size) for size in sizes], 97)
+
+    def run(first, last):
+        part = {k: x if k == "weight" or x is None else x[first:last] for k, x in given.items()}
+        span = offsets[first : last + 1]
+        out = linear_logprobs(**part, support=(ids[span[0] : span[-1]], span - span[0]), backend=backend)
+        (dh,) = torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), part["hidden"])
+        return [x.detach() for x in (*out, dh)]
+
+    whole, again = run(0, 40), run(0, 40)
+    for x, y in zip(whole, again, strict=True):
+        assert torch.equal(x, y)
+    for first, last in ((0, 1), (7, 30), (30, 40)):
+        for x, y in zip(whole, run(first, last), strict=True):
+            assert torch.equal(x[first:last], y)
+
+
+def test_gradient_of_the_weight_has_the_same_bits_in_each_run():
+    """Also where hundreds of tokens share a row of the weight."""
+    given = inputs(300, 16, 9)
+    support = support_of(given["labels"], [4] * 300, 9)
+    grads = []
+    for _ in range(2):
+        out = linear_logprobs(**given, support=support, backend="triton")
+        grads += torch.autograd.grad(out.logprobs.sum(), given["weight"])
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_certificate_has_the_size_of_the_support(backend):
+    given = inputs(5, 8, 40, ignored=1)
+    out = linear_logprobs(
+        **given, support=support_of(given["labels"], [3, 0, 1, 5, 40], 40), backend=backend, return_certificate=True
+    )
+    assert out.certificate.num_entries.tolist()[0] == 0
+    assert out.certificate.num_entries.tolist()[2:] == [1, 5, 40]
+    assert out.certificate.num_entries[1] < 0
+    assert not out.certificate.dropped_mass.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("ratio_level", "extras"), list(itertools.product(["token", "sequence_mean", "sequence_sum"], [0, 1]))
+)
+def test_linear_policy_loss(backend, ratio_level, extras):
+    """Loss and gradients equal those of linear_logprobs followed by policy_loss; several blocks of dense tokens."""
+    n, vocab = 400, 40
+    given = inputs(n, 12, vocab, bias=bool(extras), ignored=30, rank=2 if extras else 0)
+    sizes = random_sizes(n, 6, vocab) if extras else [3] * n
+    support = support_of(given["labels"], sizes, vocab)
+    cu_seqlens = torch.tensor([0, 100, 100, 330, n], dtype=torch.int32, device=DEVICE)
+    leaves = [x for k, x in given.items() if x is not None and k != "labels"]
+    names = {"bias": given["bias"], "adapter": (given["u"], given["b"]) if extras else None}
+    tensors = given["hidden"], given["weight"], given["labels"]
+    common = {**names, "support": support, "temperature": 0.8, "backend": backend, **CHUNKS}
+    advantages = randn(4)
+    with torch.no_grad():
+        old = linear_logprobs(*tensors, **common).logprobs + 0.1 * randn(n)
+    loss = {"cu_seqlens": cu_seqlens, "ratio_level": ratio_level, "normalizer": 3.0}
+    got = linear_policy_loss(*tensors, old, advantages, **loss, **common)
+    logprobs = linear_logprobs(*tensors, **common).logprobs
+    mask = given["labels"] != IGNORED
+    want = policy_loss_of(logprobs, old, advantages, mask=mask, **loss, backend=backend)
+    torch.testing.assert_close(got.loss, want.loss)
+    for x, y in zip(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want.loss, leaves), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+    exact = reference.linear_policy_loss(*tensors, old, advantages, **loss, **names, support=support, temperature=0.8)
+    torch.testing.assert_close(got.loss, exact.loss, rtol=1e-4, atol=1e-5)
+
+
+# selective_logprobs
+
+
+@examples(
+    shape=st.sampled_from([(1,), (7,), (2, 5), (3, 1)]),
+    vocab=st.sampled_from([2, 7, 97]),
+    dtype=st.sampled_from(DTYPES),
+    softcap=st.sampled_from([None, 3.0]),
+    seed=st.integers(0, 1000),
+)
+@ragged_shapes
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_selective_logprobs(backend, shape, vocab, dtype, softcap, seed):
+    torch.manual_seed(seed)
+    labels = randint(0, vocab, *shape)
+    labels.view(-1)[::4] = IGNORED
+    support = support_of(labels.view(-1), random_sizes(labels.numel(), min(5, vocab), vocab), vocab)
+    if len(shape) == 2:  # every token but the last of each row: not one block of rows
+        logits = randn(shape[0], shape[1] + 1, vocab, dtype=dtype, scale=3)[:, :-1].requires_grad_()
+    else:
+        logits = randn(*shape, vocab, dtype=dtype, scale=3, grad=True)
+    assert_close_to_float64(
+        lambda *args, **more: selective_logprobs(*args, support=support, **more),
+        lambda *args, **more: reference.selective_logprobs(*args, support=support, **more),
+        backend,
+        {"logits": logits, "labels": labels},
+        slack=1.5,
+        temperature=0.7,
+        softcap=softcap,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_selective_logprobs_do_not_read_other_logits(backend):
+    logits = torch.full((2, 10), float("nan"), device=DEVICE)
+    logits[0, [2, 5]] = torch.tensor([1.0, 2.0], device=DEVICE)
+    support = torch.tensor([5, 2, 3], device=DEVICE), torch.tensor([0, 2, 3], device=DEVICE)
+    logits.requires_grad_()
+    out = selective_logprobs(logits, torch.tensor([2, 3], device=DEVICE), support=support, backend=backend)
+    want = torch.log_softmax(torch.tensor([2.0, 1.0], device=DEVICE), 0)[1]
+    torch.testing.assert_close(out.logprobs, torch.stack([want, torch.zeros_like(want)]))
+    (grad,) = torch.autograd.grad(out.logprobs[0], logits)
+    assert grad.isfinite().all()
+    assert grad[0].nonzero().flatten().tolist() == [2, 5]
+    assert not grad[1].any()
+
+
+# Work and memory
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the elements of the largest tensor that an operator returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.untyped_storage().nbytes() // x.itemsize for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return out
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary():
+    """The largest tensor is the gradient of the weight, [V, H]."""
+    n, width, vocab = 400, 8, 3000
+    given = inputs(n, width, vocab)
+    arguments_of_op = dict(
+        zip(("hiddens", "weights"), ([given["hidden"].detach()], [given["weight"].detach()]), strict=True)
+    )
+    ids, offsets = support_of(given["labels"], [5] * n, vocab)
+    with LargestTensor() as mode:  # below the registered operation, which hides what it calls
+        linear_op.linear_logprobs.function(
+            **arguments_of_op,
+            bias=None,
+            labels=given["labels"],
+            temperature=torch.ones(n, device=DEVICE),
+            support_ids=ids.long(),
+            support_offsets=offsets,
+            softcap=0.0,
+            ignore_index=IGNORED,
+            backward="cache",
+            auto_key="",
+            logits_budget_bytes=None,
+            chunk_bytes=1,
+            mass_tolerance=1e-4,
+            max_entries=8,
+            group="",
+            backend="torch",
+        )
+    assert mode.largest <= max(n * 5 * width, width * vocab)
+
+
+def test_flops_are_those_of_the_support():
+    """2 M H forward and twice that backward, whatever V is; tokens without a cut take their passes."""
+    given = inputs(30, 8, 50)
+    flops = []
+    for sizes in ([4] * 30, [4] * 20 + [0] * 10):
+        with FlopCounterMode(display=False) as counter:
+            support = support_of(given["labels"], sizes, 50)
+            linear_logprobs(**given, support=support, backward="recompute", backend="torch").logprobs.sum().backward()
+        flops.append(counter.get_total_flops())
+    assert flops == [3 * 2 * 120 * 8, 3 * 2 * 80 * 8 + 4 * 2 * 10 * 8 * 50]
+
+
+# Registration
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_without_graph_breaks(backend):
+    given = inputs(6, 8, 29, ignored=1)
+    support = support_of(given["labels"], [3, 1, 0, 5, 2, 4], 29)
+
+    def loss(hidden, weight, ids, offsets):
+        out = linear_logprobs(
+            hidden, weight, given["labels"], support=(ids, offsets), backward="recompute", backend=backend
+        )
+        logits = selective_logprobs(hidden @ weight.t(), given["labels"], support=(ids, offsets), backend=backend)
+        return (out.logprobs + 0.1 * out.entropy + logits.logprobs).sum()
+
+    leaves = [given["hidden"], given["weight"]]
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = function(*leaves, *support)
+        results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_reference_passes_gradcheck():
+    given = inputs(5, 4, 9, torch.float64, bias=True, ignored=1)
+    support = support_of(given["labels"], [4, 1, 0, 3, 9], 9)
+    f = lambda h, w, b: tuple(
+        reference.linear_logprobs(h, w, given["labels"], bias=b, temperature=0.7, softcap=2.0, support=support)
+    )
+    assert torch.autograd.gradcheck(f, (given["hidden"], given["weight"], given["bias"]))
+
+
+# Wrong input
+
+LABELS = torch.tensor([3, 4, IGNORED])
+WRONG = {
+    "not a pair": (lambda ids, offsets: ids, TypeError, r"support must be a pair of integer tensors .* got Tensor"),
+    "three": (lambda ids, offsets: (ids, offsets, ids), TypeError, "support must be a pair .* got 3 elements"),
+    "numpy": (
+        lambda ids, offsets: (ids.numpy(), offsets),
+        TypeError,
+        r"token_ids\) must be .*torch.from_numpy.*ndarray",
+    ),
+    "float ids": (lambda ids, offsets: (ids.float(), offsets), TypeError, r"token_ids\) must be an integer tensor"),
+    "bool offsets": (lambda ids, offsets: (ids, offsets.bool()), TypeError, r"offsets\) must be an integer tensor"),
+    "ids of two dimensions": (
+        lambda ids, offsets: (ids[None], offsets),
+        ValueError,
+        r"token_ids\) must be of shape \[M\]",
+    ),
+    "too few offsets": (lambda ids, offsets: (ids, offsets[:-1]), ValueError, r"offsets\) must be of shape \(4,\)"),
+    "offsets that start late": (lambda ids, offsets: (ids, offsets + 1), ValueError, "from 0 to 5.*got from 1 to 6"),
+    "offsets that end early": (
+        lambda ids, offsets: (torch.cat([ids, ids]), offsets),
+        ValueError,
+        "from 0 to 10.*got from 0 to 5",
+    ),
+    "offsets that fall": (
+        lambda ids, offsets: (ids, torch.tensor([0, 4, 3, 5])),
+        ValueError,
+        r"must be ascending, got \[4, 3\] at token 1",
+    ),
+    "label outside": (
+        lambda ids, offsets: (torch.tensor([3, 7, 8, 9, 1]), offsets),
+        ValueError,
+        "got the 2 tokens of token 1, whose label 4 is not among them",
+    ),
+    "id past the vocabulary": (
+        lambda ids, offsets: (torch.tensor([3, 20, 4, 9, 1]), offsets),
+        ValueError,
+        r"in \[0, 20\), got 20 in the support of token 0",
+    ),
+    "negative id": (
+        lambda ids, offsets: (torch.tensor([3, 7, 4, -1, 1]), offsets),
+        ValueError,
+        r"in \[0, 20\), got -1 in the support of token 1",
+    ),
+    "twice": (
+        lambda ids, offsets: (torch.tensor([3, 7, 4, 4, 1]), offsets),
+        ValueError,
+        "different, got 4 twice in the support of token 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize(("change", "error", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_supports(change, error, message, backend):
+    support = change(torch.tensor([3, 7, 4, 9, 1]), torch.tensor([0, 2, 4, 5]))
+    if DEVICE != "cpu":
+        pytest.skip("values are checked on a CPU")
+    hidden, weight = randn(3, 4), randn(20, 4)
+    for call in (
+        lambda: linear_logprobs(hidden, weight, LABELS, support=support, backend=backend),
+        lambda: selective_logprobs(hidden @ weight.t(), LABELS, support=support, backend=backend),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_supports_of_ignored_tokens_are_not_looked_at(backend):
+    given = inputs(3, 4, 20)
+    given["labels"][:] = torch.tensor([5, IGNORED, 6])
+    support = torch.tensor([5, 99, 99, -7, 6, 2], device=DEVICE), torch.tensor([0, 1, 4, 6], device=DEVICE)
+    out = linear_logprobs(**given, support=support, backend=backend)
+    grads = torch.autograd.grad(out.logprobs.sum(), [given["hidden"], given["weight"]])
+    assert out.logprobs[:2].tolist() == [0, 0]
+    assert all(x.isfinite().all() for x in (*out, *grads))
+    logits = randn(3, 20, grad=True)
+    out = selective_logprobs(logits, given["labels"], support=support, backend=backend)
+    (grad,) = torch.autograd.grad(out.logprobs.sum(), logits)
+    assert out.logprobs[:2].tolist() == [0, 0]
+    assert grad[2].nonzero().flatten().tolist() == [2, 6]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unchecked_values_stay_in_bounds(backend, monkeypatch):
+    """As on a GPU: a label outside its support is NaN, an id outside the vocabulary is left out."""
+    monkeypatch.setattr(arguments, "values_are_checked", lambda x: False)
+    given = inputs(4, 4, 20)
+    given["labels"][:] = torch.tensor([5, 6, 7, 8])
+    ids = torch.tensor([5, 1, 99, -3, 1, 2, 7, 8], device=DEVICE)
+    support = ids, torch.tensor([0, 4, 6, 7, 50], device=DEVICE)
+    clean = torch.tensor([5, 1, 6, 7, 8], device=DEVICE), torch.tensor([0, 2, 3, 4, 5], device=DEVICE)
+    out = linear_logprobs(**given, support=support, backend=backend)
+    want = linear_logprobs(**given, support=clean, backend=backend)
+    assert out.logprobs[1].isnan()
+    for x, y in zip(out, want, strict=True):
+        torch.testing.assert_close(x[[0, 2, 3]], y[[0, 2, 3]])
+    (dh,) = torch.autograd.grad(out.logprobs[0], given["hidden"])
+    (want_dh,) = torch.autograd.grad(want.logprobs[0], given["hidden"])
+    torch.testing.assert_close(dh, want_dh)
