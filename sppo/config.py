@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from sppo.algorithms import algorithm_class
 from sppo.presets import preset
+from sppo.rollout.support import is_truncated
 from sppo.settings import SPPOSettings
 from sppo_kernels.ops.policy_loss import AGGREGATIONS, RATIO_LEVELS, ROLLOUT_CORRECTIONS
 
@@ -91,6 +92,11 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
         assert self.steps_per_generation is not None
         return self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps
 
+    @property
+    def is_truncated(self) -> bool:
+        """Whether top_p, top_k or min_p exclude tokens from sampling."""
+        return is_truncated(self.top_p, self.top_k, self.min_p)
+
     def check_processes(self) -> None:
         """Check that several processes, if launched, train together.
 
@@ -126,11 +132,12 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "neftune_noise_alpha": "leave it None: noise on the embeddings belongs to supervised training",
             "label_smoothing_factor": "leave it 0: there are no labels to smooth",
         }
-        is_truncated = self.top_p < 1 or self.top_k > 0
-        if is_truncated and self.rollout_engine != "hf" and self.rollout_correction.startswith("sequence_"):
+        ignores_support = self.is_truncated and not self.replay_sampling_support
+        if ignores_support and self.rollout_engine != "hf" and self.rollout_correction.startswith("sequence_"):
             raise ValueError(
-                f"rollout_correction={self.rollout_correction!r} with top_p={self.top_p} and top_k={self.top_k}: the "
-                "excluded probability would shrink the weight with each token; use token_truncate, or top_p=1, top_k=0"
+                f"rollout_correction={self.rollout_correction!r} with replay_sampling_support=False, top_p="
+                f"{self.top_p}, top_k={self.top_k} and min_p={self.min_p}: the excluded probability would shrink the "
+                "weight with each token; use replay_sampling_support=True or rollout_correction='token_truncate'"
             )
         if self.max_steps == 0:
             raise ValueError(
@@ -197,6 +204,7 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
         rules += [(name, lambda x: x > 0, "greater than 0 (float('inf') for no limit)") for name in positive]
         rules += [
             ("top_p", lambda x: 0 < x <= 1, "in (0, 1]"),
+            ("min_p", lambda x: 0 < x < 1, "in (0, 1)"),
             ("mass_tolerance", lambda x: 0 < x < 1, "in (0, 1)"),
             ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),
             ("lam", lambda x: 0 <= x <= 1, "in [0, 1]"),

@@ -52,9 +52,20 @@ class SPPOSettings:
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling and of the log-probabilities."})
     top_p: float = field(
         default=1.0,
-        metadata={"help": "Nucleus sampling. Below 1, samples do not follow the distribution that is trained."},
+        metadata={"help": "Sample among the most likely tokens that have this probability together; 1: all."},
     )
-    top_k: int = field(default=0, metadata={"help": "Sample among the k most likely tokens; 0: all. See top_p."})
+    top_k: int = field(default=0, metadata={"help": "Sample among the k most likely tokens; 0: all."})
+    min_p: float | None = field(
+        default=None,
+        metadata={"help": "Sample among tokens with at least this share of the largest probability. None: all."},
+    )
+    replay_sampling_support: bool = field(
+        default=True,
+        metadata={
+            "help": "With top_k, top_p or min_p, compute log-probabilities over the tokens that the sampler kept. "
+            "False: over the whole vocabulary, which is another distribution than the one that was sampled."
+        },
+    )
     shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts in each epoch."})
     rollout_engine: str = field(
         default="hf",

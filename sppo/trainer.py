@@ -131,10 +131,19 @@ class SPPOTrainer(Trainer):
             max_completion_length=args.max_completion_length,
             top_p=args.top_p,
             top_k=args.top_k,
+            min_p=args.min_p,
+            return_support=args.replay_sampling_support and train_dataset is not None,
         )
         self.tokenizer = tokenizer
         self.meter = Meter()
         if train_dataset is not None:
+            if args.is_truncated and not args.replay_sampling_support:
+                logger.warning(
+                    f"replay_sampling_support=False with top_p={args.top_p}, top_k={args.top_k}, min_p={args.min_p}: "
+                    "log-probabilities are normalized over the vocabulary. Importance ratios and the policy gradient "
+                    "are those of another distribution than the one that was sampled (arXiv 2512.02556, section 3.1); "
+                    "set replay_sampling_support=True"
+                )
             reference = None
             if args.beta > 0:
                 reference = policy if has_adapter(policy) else frozen_copy(policy, args.device)

@@ -33,6 +33,7 @@ def test_a_run_logs_what_the_page_lists(tmp_path):
         max_steps=2,
         steps_per_generation=2,
         beta=0.1,
+        top_k=5,
         save_strategy="steps",
         save_steps=1,
         eval_strategy="steps",

@@ -48,7 +48,7 @@ def evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     identity = {
         "model": recipe["model"],
         **model_identity(trainer.accelerator.unwrap_model(trainer.model), trainer.tokenizer),
-        **{name: getattr(args, name) for name in ("max_completion_length", "top_p", "top_k", "bf16", "fp16")},
+        **{name: getattr(args, name) for name in ("max_completion_length", "top_p", "top_k", "min_p", "bf16", "fp16")},
     }
     folder = Path(str(args.output_dir), "eval")
     metrics = {}

@@ -6,7 +6,8 @@
     vllm         vLLM in this process                                 its own             copied before each rollout
 
 If an engine computes probabilities with its own kernels, its samples have ``logprobs``, and the policy loss corrects
-for the difference from the trainer's (``rollout_correction``). An engine is a class with one method, see
+for the difference from the trainer's (``rollout_correction``). With top_k, top_p or min_p its samples have
+``support``, the tokens that were kept (:mod:`sppo.rollout.support`). An engine is a class with one method, see
 :class:`RolloutEngine`. :mod:`sppo.rollout.stream` makes rollouts, :mod:`sppo.rollout.batching` micro-batches.
 """
 
@@ -41,7 +42,8 @@ ENGINES = {
 def engine_class(name: str) -> Callable[..., RolloutEngine]:
     """Return the class of an engine by its name, or your own by ``module:Class``.
 
-    Your own must accept the arguments of :class:`HFRollout`.
+    Your own must accept the arguments of :class:`HFRollout`, among them ``min_p`` and ``return_support``. Its samples
+    have ``support`` if it truncates the distribution and can tell which tokens it kept.
 
     Raises:
         ValueError: there is no such engine.

@@ -1,6 +1,6 @@
 """Micro-batches: samples packed without padding and balanced by tokens.
 
-A :data:`MicroBatch` is a dict of tensors; N, R, M count tokens, S samples, P prompts, O outcomes:
+A :data:`MicroBatch` is a dict of tensors; N, R, M, K count tokens, S samples, P prompts, O outcomes:
 
     name                                        shape               contents
     input_ids, position_ids                     [1, N]              prompts with responses, without their last tokens,
@@ -10,6 +10,9 @@ A :data:`MicroBatch` is a dict of tensors; N, R, M count tokens, S samples, P pr
     response_cu_seqlens                         [S + 1]             where each response begins among them
     advantages                                  [S] or [R]          one per sample, or one per response token
     rollout_logprobs                            [R]                 if the engine computes its own
+    support_ids                                 [K]                 if sampling was truncated: the K token ids that the
+                                                                    sampler kept, int32
+    support_offsets                             [R + 1]             where those of each response token begin
     values, returns                             [R]                 token critic: values before the update, and targets
     prompt_ids, prompt_position_ids             [1, M]              prompt critic: distinct prompts
     prompt_cu_seqlens                           [P + 1]             where each prompt begins
@@ -29,6 +32,7 @@ from torch import Tensor
 
 from sppo.models.packed_attention import cumulative, pack
 from sppo.rollout.engine import Sample
+from sppo.rollout.support import pack_supports
 
 MicroBatch = dict[str, Tensor]
 
@@ -102,7 +106,7 @@ def pack_policy_batch(samples: Sequence[Sample]) -> MicroBatch:
         )
     if samples and samples[0].logprobs is not None:
         batch["rollout_logprobs"] = torch.tensor([logprob for s in samples for logprob in s.logprobs or []])
-    return batch
+    return batch | pack_supports(samples)
 
 
 def pack_critic_batch(prompts: Sequence[tuple[tuple[int, ...], list[float]]]) -> MicroBatch:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast
 
 import torch
+import transformers
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from sppo.rollout.engine import Prompt, Sample, encode, make_samples, until_end
 from sppo.rollout.hf import HFRollout
+from sppo.rollout.support import SupportRecorder
 
 
 class ContinuousRollout(HFRollout):
     """Samples from the trained model itself, and returns the log-probabilities it sampled with.
 
+    transformers has no option that returns the kept tokens. They are recorded by a logits processor that is appended
+    to those of its manager, in internals of transformers 5.24.
+
     Args:
-        policy, tokenizer, max_completion_length, top_p, top_k: see :class:`sppo.HFRollout`.
+        policy, tokenizer, max_completion_length, top_p, top_k, min_p, return_support: see :class:`sppo.HFRollout`.
         settings: arguments of ``transformers.generation.ContinuousBatchingConfig``, such as ``max_batch_tokens``.
             Without a GPU ``num_blocks`` defaults to 64, because transformers derives it from the memory of a GPU.
     """
@@ -30,10 +37,25 @@ class ContinuousRollout(HFRollout):
         max_completion_length: int,
         top_p: float = 1.0,
         top_k: int = 0,
+        min_p: float | None = None,
+        return_support: bool = True,
         **settings: Any,
     ) -> None:
-        super().__init__(policy, tokenizer, max_completion_length=max_completion_length, top_p=top_p, top_k=top_k)
+        super().__init__(
+            policy,
+            tokenizer,
+            max_completion_length=max_completion_length,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            return_support=return_support,
+        )
         ContinuousBatchingConfig(**settings)  # raises now if it has no such setting
+        if self.records_support and settings.get("use_async_batching"):
+            raise ValueError(
+                "use_async_batching=True prepares a step before the support of the last one is read; leave it out, or "
+                "set replay_sampling_support=False"
+            )
         self.settings = settings
 
     @torch.no_grad()
@@ -45,15 +67,21 @@ class ContinuousRollout(HFRollout):
         """
         encoded = [encode(prompt, self.tokenizer) for prompt in prompts]
         generation = self._settings(temperature)
-        with self.sampling(seed, generation):
+        recorder = SupportRecorder() if self.records_support and temperature > 0 else None
+        with self.sampling(seed, generation), _recording(self.policy, recorder):
             outputs = self._run(encoded, generation, seed, batch_size)
         responses = [until_end(output.generated_tokens, self.eos_ids) for output in outputs]
         logprobs = [output.logprobs[: len(response)] for output, response in zip(outputs, responses, strict=True)]
-        return make_samples(prompts, encoded, responses, self.tokenizer, self.eos_ids, logprobs)
+        supports = None
+        if recorder is not None:
+            supports = recorder.supports({o.request_id: len(r) for o, r in zip(outputs, responses, strict=True)})
+        return make_samples(prompts, encoded, responses, self.tokenizer, self.eos_ids, logprobs, supports)
 
     def _run(self, encoded: list[list[int]], generation: GenerationConfig, seed: int, batch_size: int) -> list[Any]:
         on_gpu = self.policy.device.type == "cuda"
         own: dict[str, Any] = {"return_logprobs": True, "seed": seed % 2**31, "max_requests_per_batch": batch_size}
+        if self.records_support:
+            own["use_async_batching"] = False
         if not on_gpu:
             own |= {"num_blocks": 64, "max_batch_tokens": 1024, "use_cuda_graph": False}
         config = ContinuousBatchingConfig(**{**own, **self.settings})
@@ -66,3 +94,87 @@ class ContinuousRollout(HFRollout):
         if len(found) < len(encoded):
             raise RuntimeError(f"continuous batching answered {len(found)} of {len(encoded)} prompts; see the log")
         return found
+
+
+class _StepRecorder:
+    """Logits processor of continuous batching that keeps what the processors before it left.
+
+    The kept tokens stay in one buffer, so that a captured graph writes them too, and are read before the next step.
+    """
+
+    supported_kwargs: ClassVar[dict[str, type]] = {}
+    ignored_kwargs = ()
+
+    def __init__(self, recorder: SupportRecorder, max_requests: int) -> None:
+        self.recorder = recorder
+        self.max_requests = max_requests
+        self.requests: list[str] = []
+        self.kept: Tensor | None = None
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        """Fill the argument that transformers stores for each processor; this one has none."""
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
+        """Note whose tokens the next step samples."""
+        self.flush()
+        self.requests = [request.state.request_id for request in requests_with_new_token]
+        return torch.zeros(len(self.requests), dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        """Note what is kept; rows after those of the requests are padding."""
+        if self.kept is None:
+            self.kept = torch.zeros(self.max_requests, scores.shape[1], dtype=torch.bool, device=scores.device)
+        self.kept[: len(scores)] = scores > -torch.inf
+        return scores
+
+    def flush(self) -> None:
+        """Record the last step."""
+        if self.requests:
+            assert self.kept is not None
+            self.recorder.add(self.requests, self.kept[: len(self.requests)])
+        self.requests = []
+
+
+@contextmanager
+def _recording(policy: PreTrainedModel, recorder: SupportRecorder | None) -> Iterator[None]:
+    """Record what the policy's continuous batching keeps within a context.
+
+    Raises:
+        RuntimeError: transformers has other internals than those this requires.
+    """
+    if recorder is None:
+        yield
+        return
+    model = cast(Any, policy)
+    init, steps = model.init_continuous_batching, []
+
+    def init_with_recorder(*args: Any, **kwargs: Any) -> Any:
+        manager = init(*args, **kwargs)
+        steps.append(_append_recorder(manager, recorder))
+        return manager
+
+    model.init_continuous_batching = init_with_recorder
+    try:
+        yield
+        for step in steps:
+            step.flush()
+    finally:
+        del model.init_continuous_batching
+
+
+def _append_recorder(manager: Any, recorder: SupportRecorder) -> _StepRecorder:
+    """Append a recorder to the logits processors of a manager that has not started."""
+    try:
+        from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+
+        ContinuousBatchingLogitsProcessor.register(_StepRecorder)
+        step = _StepRecorder(recorder, manager.continuous_batching_config.max_requests_per_batch)
+        manager.logit_processor.logits_processor.append(step)
+        manager.logit_processor.tensors_required += 1
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"rollout_engine='continuous' cannot record the sampling support with transformers "
+            f"{transformers.__version__} ({error}); use rollout_engine='hf', or set replay_sampling_support=False"
+        ) from error
+    return step

@@ -23,6 +23,9 @@ class Sample:
         prompt_ids, response_ids: their tokens; the response ends with its end-of-sequence token unless truncated.
         truncated: whether the response reached the limit before an end-of-sequence token.
         logprobs: log-probabilities of the response tokens, if the engine computes its own; else None.
+        support: which tokens the sampler kept, as ``(token_ids, offsets)``, int32 ``[M]`` and int64 ``[T + 1]`` on the
+            CPU: ``token_ids[offsets[t]:offsets[t + 1]]`` for response token ``t``, itself included. An empty range
+            stands for the whole vocabulary. None if sampling is not truncated, or the engine cannot tell.
         group: number shared by completions that were sampled together for one prompt.
         reward: None if the completion could not be scored.
         greedy_reward: reward of the greedy response to the prompt, if the algorithm needs it.
@@ -37,6 +40,7 @@ class Sample:
     response_ids: list[int]
     truncated: bool
     logprobs: list[float] | None = None
+    support: tuple[Tensor, Tensor] | None = None
     group: int = 0
     reward: float | None = None
     greedy_reward: float | None = None
@@ -99,6 +103,7 @@ def make_samples(
     tokenizer: PreTrainedTokenizerBase,
     eos: set[int],
     logprobs: Sequence[list[float]] | None = None,
+    supports: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> list[Sample]:
     """Make samples from prompts, their tokens and the sampled tokens."""
     texts = tokenizer.batch_decode(list(responses), skip_special_tokens=True)
@@ -110,6 +115,7 @@ def make_samples(
             response_ids=responses[i],
             truncated=responses[i][-1] not in eos,
             logprobs=None if logprobs is None else logprobs[i],
+            support=None if supports is None else supports[i],
         )
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     ]

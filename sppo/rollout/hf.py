@@ -7,10 +7,21 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from sppo.models.packed_attention import use_attention
 from sppo.rollout.engine import Prompt, Sample, encode, eos_tokens, make_samples, until_end
+from sppo.rollout.support import Support, SupportRecorder, is_truncated
 
 
 class HFRollout:
@@ -23,7 +34,8 @@ class HFRollout:
         policy: the model that is trained; it samples with its present attention implementation.
         tokenizer: tokenizer with an eos token and a pad token.
         max_completion_length: maximum number of tokens per completion.
-        top_p, top_k: 1 and 0 for plain sampling.
+        top_p, top_k, min_p: 1, 0 and None for plain sampling.
+        return_support: whether samples from a truncated distribution have ``support``, the tokens that were kept.
         cache_implementation: None for a cache that grows, ``"static"`` for one of fixed size, with which transformers
             compiles the decoding step on a GPU (docs/training.md has measurements).
     """
@@ -36,6 +48,8 @@ class HFRollout:
         max_completion_length: int,
         top_p: float = 1.0,
         top_k: int = 0,
+        min_p: float | None = None,
+        return_support: bool = True,
         cache_implementation: str | None = None,
     ) -> None:
         self.policy = policy
@@ -43,6 +57,8 @@ class HFRollout:
         self.max_completion_length = max_completion_length
         self.top_p = top_p
         self.top_k = top_k
+        self.min_p = min_p
+        self.records_support = return_support and is_truncated(top_p, top_k, min_p)
         self.cache_implementation = cache_implementation
         self.attention = policy.config._attn_implementation
         self.eos_ids = eos_tokens(policy, tokenizer)
@@ -52,10 +68,21 @@ class HFRollout:
         """See :class:`sppo.RolloutEngine`. The global random state does not change."""
         encoded = [encode(prompt, self.tokenizer) for prompt in prompts]
         responses: list[list[int]] = []
-        with self.sampling(seed, self._settings(temperature)):
+        supports: list[Support] = []
+        settings = self._settings(temperature)
+        recording = None
+        if self.records_support and temperature > 0:
+            recording = RecordingWarper(settings)
+            settings.update(temperature=1.0, top_k=0, top_p=1.0, min_p=None)  # so that nothing is applied twice
+        with self.sampling(seed, settings):
             for start in range(0, len(encoded), batch_size):
-                responses += self._generate_batch(encoded[start : start + batch_size])
-        return make_samples(prompts, encoded, responses, self.tokenizer, self.eos_ids)
+                batch = self._generate_batch(encoded[start : start + batch_size], recording)
+                responses += batch
+                if recording is not None:
+                    supports += recording.pop([len(response) for response in batch])
+        return make_samples(
+            prompts, encoded, responses, self.tokenizer, self.eos_ids, supports=None if recording is None else supports
+        )
 
     @contextmanager
     def sampling(self, seed: int, settings: GenerationConfig) -> Iterator[None]:
@@ -72,19 +99,25 @@ class HFRollout:
             self.policy.generation_config = own_settings
             self.policy.train(training)
 
-    def _generate_batch(self, encoded: list[list[int]]) -> list[list[int]]:
+    def _generate_batch(self, encoded: list[list[int]], recording: RecordingWarper | None) -> list[list[int]]:
         width = max(map(len, encoded))
         pad = self.tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded], device=self.policy.device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=self.policy.device)
         # synced_gpus=False: each process samples for as long as its own responses take.
-        output = cast(Any, self.policy).generate(input_ids=input_ids, attention_mask=mask, synced_gpus=False)
+        output = cast(Any, self.policy).generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            logits_processor=LogitsProcessorList([] if recording is None else [recording]),
+            synced_gpus=False,
+        )
         return [until_end(row, self.eos_ids) for row in output[:, width:].tolist()]
 
     def _settings(self, temperature: float) -> GenerationConfig:
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": self.top_p, "top_k": self.top_k}
+            truncation = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p or None}
+            sampling = {"do_sample": True, "temperature": temperature, **truncation}
         return GenerationConfig(
             max_new_tokens=self.max_completion_length,
             eos_token_id=sorted(self.eos_ids),
@@ -93,3 +126,34 @@ class HFRollout:
             cache_implementation=self.cache_implementation,
             **sampling,
         )
+
+
+class RecordingWarper(LogitsProcessor):
+    """Applies transformers' own temperature and truncation, in its order, and records the tokens that are left.
+
+    Args:
+        settings: what ``generate()`` would otherwise apply itself.
+    """
+
+    def __init__(self, settings: GenerationConfig) -> None:
+        self.warpers = LogitsProcessorList()
+        if settings.temperature != 1:
+            self.warpers.append(TemperatureLogitsWarper(settings.temperature))
+        if settings.top_k:
+            self.warpers.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(settings.top_p))
+        if settings.min_p:
+            self.warpers.append(MinPLogitsWarper(settings.min_p))
+        self.recorder = SupportRecorder()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Truncate the scores ``[B, V]`` of one step."""
+        truncated = cast(torch.FloatTensor, self.warpers(input_ids, scores))
+        self.recorder.add(range(len(truncated)), truncated > -torch.inf)
+        return truncated
+
+    def pop(self, lengths: Sequence[int]) -> list[Support]:
+        """Return the supports of a batch whose responses have these lengths, and forget them."""
+        recorder, self.recorder = self.recorder, SupportRecorder()
+        return recorder.supports(dict(enumerate(lengths)))

@@ -33,6 +33,7 @@ from sppo.rewards.samples import score_samples
 from sppo.rollout.batching import MicroBatch, length, make_micro_batches, num_micro_batches
 from sppo.rollout.engine import RolloutEngine, Sample, rollout_seed
 from sppo.rollout.prompts import Prompts, prompt_hash
+from sppo.rollout.support import SupportStats, support_metrics, take_supports
 
 logger = logging.get_logger(__name__)
 
@@ -105,6 +106,7 @@ class CompletionStats:
     num_tokens: int
     truncated: bool
     reward: float | None
+    support: SupportStats | None
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,8 @@ class RolloutStream(IterableDataset):
                 temperature=temperature,
                 batch_size=self.args.rollout_batch_size or len(rows),
             )
+            if temperature > 0:
+                take_supports(samples, type(self.engine).__name__, self.args)
         with self.meter.phase("reward"):
             means = score_samples(
                 samples, rows, self.reward_funcs, self.args, as_probability=self.algorithm.critic == "prompt"
@@ -287,13 +291,19 @@ class RolloutStream(IterableDataset):
         """Record the metrics of a rollout's completions, on all processes."""
         stats = self.process.gather(
             [
-                CompletionStats(len(s.response_ids), s.truncated, s.reward if self._is_scored(s) else None)
+                CompletionStats(
+                    num_tokens=len(s.response_ids),
+                    truncated=s.truncated,
+                    reward=s.reward if self._is_scored(s) else None,
+                    support=SupportStats.of(s, self.model.policy.config.get_text_config().vocab_size),
+                )
                 for s in samples
             ]
         )
         rewards = [each.reward for each in stats if each.reward is not None]
         self.meter.mean({"response_length": _mean([each.num_tokens for each in stats])})
         self.meter.mean({"truncated": _mean([each.truncated for each in stats])})
+        self.meter.mean(support_metrics([each.support for each in stats]))
         self.meter.sum("rejected_rewards", len(stats) - len(rewards))
         if rewards:
             success = _mean([reward >= 1 for reward in rewards])

@@ -17,6 +17,8 @@ from resume_run import make_trainer, run
 from safetensors.torch import load_file
 
 from sppo._utils import run_lock
+from sppo.checkpointing import load_stream, save_stream
+from sppo.rollout.batching import pack_policy_batch
 
 PROCESSES = multiprocessing.get_context("forkserver")
 
@@ -27,6 +29,7 @@ SETTINGS = {
     "one update a rollout": WHOLE,
     "four updates a rollout": MIDWAY,
     "token critic": MIDWAY | {"algorithm": "ppo", "max_tokens_per_micro_batch": 20},
+    "truncated sampling": MIDWAY | {"top_k": 5, "min_p": 0.1},
     "a mean for each prompt": MIDWAY | {"algorithm": "reinforce", "baseline": "prompt_mean", "num_iterations": 1},
 }
 
@@ -117,6 +120,25 @@ def test_same_bits_after_sigkill(uninterrupted, name, moment, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
     state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
     assert (state["global_step"], state["epoch"]) == (8, pytest.approx(8 / epoch_updates(settings)))
+
+
+def test_a_resumed_update_has_the_same_micro_batches(tmp_path):
+    """Names, types and values, also of a micro-batch without samples."""
+    trainer = make_trainer(tmp_path, **SETTINGS["truncated sampling"], mask_truncated_completions=True)
+    trainer.rollouts.updates = trainer.rollouts._collect(0)
+    trainer.rollouts.progress.updates = 1
+    trainer.rollouts.updates[0].micro_batches.append(pack_policy_batch([]))
+    save_stream(trainer.rollouts, tmp_path)
+    saved = trainer.rollouts.updates
+    load_stream(trainer.rollouts, tmp_path)
+    assert [len(update.micro_batches) for update in saved] == [len(u.micro_batches) for u in trainer.rollouts.updates]
+    for update, again in zip(saved, trainer.rollouts.updates, strict=True):
+        for batch, loaded in zip(update.micro_batches, again.micro_batches, strict=True):
+            assert {n: (t.dtype, t.tolist()) for n, t in batch.items()} == {
+                n: (t.dtype, t.tolist()) for n, t in loaded.items()
+            }
+    names = [set(batch) >= {"support_ids", "support_offsets"} for u in saved for batch in u.micro_batches]
+    assert set(names) == {False, True}
 
 
 @pytest.mark.slow

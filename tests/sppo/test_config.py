@@ -91,8 +91,13 @@ def test_paper_takes_overrides():
         ({"logprobs_backward": "auto"}, "logprobs_backward must be one of cache, recompute, sparse, got 'auto'"),
         ({"mass_tolerance": 0.0}, r"mass_tolerance must be in \(0, 1\), got 0.0"),
         (
-            {"rollout_engine": "vllm", "rollout_correction": "sequence_mask", "top_p": 0.9},
-            "would shrink the weight with each token",
+            {
+                "rollout_engine": "vllm",
+                "rollout_correction": "sequence_mask",
+                "min_p": 0.1,
+                "replay_sampling_support": False,
+            },
+            "would shrink the weight with each token; use replay_sampling_support=True",
         ),
         ({"rollout_correction": "all"}, "rollout_correction must be one of none, token_truncate"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 is not available"),
@@ -101,6 +106,8 @@ def test_paper_takes_overrides():
         ({"temperature": float("nan")}, "temperature must be greater than 0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"top_k": -1}, "top_k must be 0 or more"),
+        ({"min_p": 0.0}, r"min_p must be in \(0, 1\), got 0.0"),
+        ({"min_p": 1}, r"min_p must be in \(0, 1\), got 1"),
         ({"epsilon": -0.1}, "epsilon must be 0 or more"),
         ({"dual_clip": 1.0}, "dual_clip must be greater than 1"),
         ({"max_completion_length": 0}, "max_completion_length must be at least 1"),
@@ -116,6 +123,12 @@ def test_paper_takes_overrides():
 def test_invalid_settings_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         config(**settings)
+
+
+def test_a_sequence_correction_may_truncate_where_the_support_is_replayed():
+    settings = {"rollout_engine": "vllm", "rollout_correction": "sequence_mask"}
+    assert config(**settings, top_p=0.9).is_truncated
+    assert not config(**settings, replay_sampling_support=False).is_truncated
 
 
 def test_the_best_checkpoint_has_the_highest_reward():

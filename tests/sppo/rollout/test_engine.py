@@ -1,7 +1,14 @@
 import pytest
 import torch
 from tiny_models import char_tokenizer, tiny_model
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from sppo.rollout import HFRollout, encode, engine_class, make_engine, rollout_seed
 from sppo.rollout.continuous import ContinuousRollout
@@ -95,6 +102,57 @@ def test_a_static_cache_gives_the_same():
     assert sample(engine(cache_implementation="static"), temperature=0) == sample(engine(), temperature=0)
 
 
+WARPERS = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}  # in transformers' order
+TRUNCATIONS = [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 6, "top_p": 0.8, "min_p": 0.15}]
+
+
+@torch.no_grad()
+def check_support(policy, sample, truncation, temperature=0.7):
+    """Compare with the tokens that transformers' warpers leave of the model's own logits.
+
+    Returns:
+        Log-probabilities of the response over these tokens.
+    """
+    ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+    logits = policy(ids).logits[0, len(sample.prompt_ids) - 1 : -1]
+    truncating = [warper(truncation[name]) for name, warper in WARPERS.items() if name in truncation]
+    scores = LogitsProcessorList([TemperatureLogitsWarper(temperature), *truncating])(ids, logits)
+    token_ids, offsets = sample.support
+    assert (token_ids.dtype, offsets.dtype) == (torch.int32, torch.int64)
+    kept = [part.tolist() for part in token_ids.split(offsets.diff().tolist())]
+    assert kept == [row.isfinite().nonzero()[:, 0].tolist() for row in scores]
+    return scores.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_the_support_is_what_transformers_warpers_leave(truncation, cache):
+    rollout = engine(**truncation, cache_implementation=cache, max_completion_length=20)
+    samples = rollout.generate(PROMPTS * 8, seed=1, temperature=0.7, batch_size=7)  # the last batch is smaller
+    assert {s.truncated for s in samples} == {False, True}  # rows that end early go on as padding
+    assert len({len(s.response_ids) for s in samples}) > 2
+    for s in samples:
+        check_support(rollout.policy, s, truncation)
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_recording_the_support_does_not_change_the_samples(truncation, temperature):
+    recorded, plain = (
+        sample(engine(**truncation, return_support=recorded), temperature=temperature) for recorded in (True, False)
+    )
+    assert recorded == plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "temperature"), [({}, 1.0), ({"top_k": 5}, 0.0), ({"top_k": 5, "return_support": False}, 1.0)]
+)
+@pytest.mark.parametrize("kind", ["hf", pytest.param("continuous", marks=pytest.mark.slow)])
+def test_no_support_without_truncation(kind, settings, temperature):
+    rollout = (engine if kind == "hf" else continuous)(**settings)
+    assert all(s.support is None for s in rollout.generate(PROMPTS, seed=0, temperature=temperature, batch_size=3))
+
+
 def continuous(**settings):
     settings = {"max_completion_length": 8, "num_blocks": 8, "page_size": 16, "max_batch_tokens": 64} | settings
     return ContinuousRollout(tiny_model(), char_tokenizer(), **settings)
@@ -114,6 +172,34 @@ def test_continuous_batching_samples_the_policy():
         logits = rollout.policy(ids).logits[0, len(s.prompt_ids) - 1 : -1] / 0.7
         own = logits.log_softmax(-1).gather(1, ids[0, len(s.prompt_ids) :, None])[:, 0]
         torch.testing.assert_close(torch.tensor(s.logprobs), own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"per_request_processors": True}, {"num_blocks": 3}, {"max_batch_tokens": 8}])
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_continuous_batching_records_its_support(truncation, settings):
+    """Also where a prompt is split over steps, and where requests are put back because the cache is full."""
+    rollout = continuous(**truncation, **settings, max_completion_length=20)
+    samples = rollout.generate(PROMPTS * 4, seed=1, temperature=0.7, batch_size=5)
+    assert {s.truncated for s in samples} == {False, True}
+    for s in samples:
+        own = check_support(rollout.policy, s, truncation)
+        torch.testing.assert_close(torch.tensor(s.logprobs), own, rtol=1e-4, atol=1e-4)
+    assert "init_continuous_batching" not in vars(rollout.policy)
+
+
+def test_continuous_batching_with_other_internals_says_so(monkeypatch):
+    rollout = continuous(top_k=5)
+    monkeypatch.setattr(type(rollout.policy), "init_continuous_batching", lambda *_, **__: object())
+    with pytest.raises(RuntimeError, match=r"cannot record the sampling support with transformers .*has no attribute"):
+        rollout.generate(PROMPTS, seed=0, temperature=1.0, batch_size=3)
+
+
+def test_continuous_batching_cannot_record_asynchronous_steps():
+    with pytest.raises(ValueError, match=r"use_async_batching=True prepares a step before .* leave it out"):
+        continuous(top_k=5, use_async_batching=True)
+    continuous(use_async_batching=True)
+    continuous(top_k=5, use_async_batching=True, return_support=False)
 
 
 @pytest.mark.slow

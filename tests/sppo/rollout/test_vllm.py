@@ -1,16 +1,25 @@
 """vLLM samples from the trained policy. Opt-in: `make test-vllm` creates an environment with vLLM."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import char_tokenizer, tiny_model
 from tiny_run import DATASET, has_a, logged
 
 from sppo import SPPOConfig, SPPOTrainer
+from sppo.rollout.support import take_supports
+from sppo.settings import SPPOSettings
 
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm")
 
 TOLERANCE = 1e-4
 """Largest difference between vLLM's log-probability of a token and the trainer's, in nats, both in float32."""
+
+SMALL = {"max_model_len": 64, "max_num_seqs": 16, "enforce_eager": True}
+
+ENGINES = []
+"""Engines of single tests; vLLM closes the groups of all others when one is deleted."""
 
 
 def servable(**changes):
@@ -26,7 +35,7 @@ def trainer(tmp_path_factory):
     args = SPPOConfig(
         str(tmp_path_factory.mktemp("run")),
         use_vllm=True,
-        rollout_engine_kwargs={"max_model_len": 64, "max_num_seqs": 16, "enforce_eager": True},
+        rollout_engine_kwargs=SMALL,
         per_device_train_batch_size=32,
         max_completion_length=16,
         temperature=0.7,
@@ -81,6 +90,68 @@ def test_the_correction_measures_the_mismatch(trainer):
     assert len(logged(trainer, "rollout_kl")) == 2
     assert max(map(abs, logged(trainer, "rollout_kl"))) < TOLERANCE
     assert logged(trainer, "rollout_weight_mean") == pytest.approx([1, 1], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("truncation", [{"top_k": 5, "top_p": 0.9}, {"min_p": 0.1}])
+def test_the_support_is_what_the_sampler_kept(truncation):
+    """The response token is in it, and the log-probabilities are the policy's over it."""
+    from sppo.rollout.vllm import VLLMRollout
+
+    model = servable()
+    ENGINES.append(engine := VLLMRollout(model, char_tokenizer(), max_completion_length=16, **SMALL, **truncation))
+    samples = engine.generate(DATASET["prompt"], seed=0, temperature=0.7, batch_size=16)
+    take_supports(samples, "vllm", SPPOSettings(**truncation))
+    gaps, sizes = [], []
+    for sample in samples:
+        ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(sample.prompt_ids) - 1 : -1] / 0.7
+        token_ids, offsets = sample.support
+        sizes += offsets.diff().tolist()
+        for row, kept, token, own in zip(
+            logits, token_ids.split(offsets.diff().tolist()), sample.response_ids, sample.logprobs, strict=True
+        ):
+            gaps.append(abs(row[token] - row[kept.long()].logsumexp(-1) - own))
+            if "top_k" in truncation:
+                likeliest = row.softmax(-1).sort(descending=True)
+                assert set(kept.tolist()) == set(likeliest.indices[: len(kept)].tolist())
+    print(f"\nlargest difference {max(gaps):.1e} nats, {min(sizes)} to {max(sizes)} tokens kept")
+    assert max(gaps) < TOLERANCE
+    assert 1 <= min(sizes) < max(sizes) <= truncation.get("top_k", 27)
+    greedy = engine.generate(DATASET["prompt"], seed=0, temperature=0.0, batch_size=16)
+    assert all(sample.support is None for sample in greedy)
+    engine.records_support = False
+    plain = engine.generate(DATASET["prompt"], seed=0, temperature=0.7, batch_size=16)
+    assert [s.response_ids for s in plain] == [s.response_ids for s in samples]
+
+
+@pytest.mark.parametrize(
+    ("mask", "kept"), [(SimpleNamespace(token_ids=[[1, 2], [3]]), [[1, 2], [3]]), (None, "returned no sampling_mask")]
+)
+def test_the_mask_is_taken_where_vllm_has_it(mask, kept):
+    """vLLM computes it with Triton, which its CPU version lacks here."""
+    from sppo.rollout.vllm import VLLMRollout
+
+    engine = object.__new__(VLLMRollout)
+    engine.has_mask = True
+    output = SimpleNamespace(sampling_mask=mask)
+    if mask is None:
+        with pytest.raises(RuntimeError, match=kept):
+            engine._kept(output)
+    else:
+        assert engine._kept(output) == kept
+
+
+def test_more_ties_than_candidates_raise():
+    from sppo.rollout.vllm import VLLMRollout
+
+    engine = object.__new__(VLLMRollout)
+    engine.has_mask, engine.top_k, engine.vocab_size = False, 1, 1000
+    tied = {token: SimpleNamespace(logprob=-1.0) for token in range(65)}
+    with pytest.raises(RuntimeError, match="kept more than 64 tokens with top_k=1, because their logits are equal"):
+        engine._kept(SimpleNamespace(logprobs=[tied]))
+    del tied[0]
+    assert engine._kept(SimpleNamespace(logprobs=[tied])) == [list(range(1, 65))]
 
 
 def test_adapters_are_merged_when_weights_are_copied():

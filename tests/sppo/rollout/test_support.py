@@ -1,0 +1,191 @@
+"""Recording, checking and packing what a truncated sampler kept."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+from tiny_run import make
+
+from sppo.rollout import HFRollout, Sample
+from sppo.rollout.batching import pack_policy_batch
+from sppo.rollout.support import Support, SupportRecorder, SupportStats, is_truncated, support_metrics, take_supports
+from sppo.settings import SPPOSettings
+
+TRUNCATED = SPPOSettings(top_k=3)
+
+
+def a_sample(response, support=None, **facts):
+    return Sample("", "", [5, 6], response, truncated=False, advantage=torch.tensor(1.0), support=support, **facts)
+
+
+def ranges(support):
+    ids, offsets = support
+    assert (ids.dtype, offsets.dtype, ids.device.type) == (torch.int32, torch.int64, "cpu")
+    return [ids[a:b].tolist() for a, b in pairwise(offsets)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "truncated"),
+    [((1.0, 0, None), False), ((0.9, 0, None), True), ((1.0, 5, None), True), ((1.0, 0, 0.1), True)],
+)
+def test_which_settings_truncate(settings, truncated):
+    assert is_truncated(*settings) == truncated
+
+
+@given(st.data())
+def test_each_sequence_gets_its_own_steps_in_order(data):
+    """Sequences begin and end at different steps, in any row, as in continuous batching."""
+    lengths = data.draw(st.lists(st.integers(1, 4), max_size=4), "lengths")
+    extra = data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths)), "extra steps")
+    kept = {
+        i: [[v for v in range(5) if data.draw(st.booleans())] for _ in range(n + more)]
+        for i, (n, more) in enumerate(zip(lengths, extra, strict=True))
+    }
+    recorder, left = SupportRecorder(), {i: list(steps) for i, steps in kept.items()} | {"warmup": [[1, 2], [3]]}
+    while left:
+        rows = data.draw(st.lists(st.sampled_from(list(left)), min_size=1, unique=True), "rows")
+        mask = torch.zeros(len(rows), 5, dtype=torch.bool)
+        for row, name in enumerate(rows):
+            mask[row, left[name].pop(0)] = True
+            if not left[name]:
+                del left[name]
+        recorder.add(rows, mask)
+    supports = recorder.supports(dict(enumerate(lengths)))
+    assert [ranges(support) for support in supports] == [kept[i][:n] for i, n in enumerate(lengths)]
+
+
+def test_a_step_that_was_not_recorded_raises():
+    recorder = SupportRecorder()
+    recorder.add(["a"], torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="support of 1 of 2 tokens of sequence 'a' was recorded; set replay_sampl"):
+        recorder.supports({"a": 2})
+
+
+@pytest.mark.parametrize(
+    ("ids", "offsets", "message"),
+    [
+        ([7, 8], [0, 2], r"offsets of shape \(2,\) for 2 tokens, and must have \[M\] and \[3\]"),
+        ([[7, 8]], [0, 1, 1], r"token_ids of shape \(1, 2\)"),
+        ([7, 8], [1, 1, 2], r"offsets from 1 to 2, which must be from 0 to len\(token_ids\)=2"),
+        ([7, 8], [0, 1, 3], r"offsets from 0 to 3, which must be from 0 to len\(token_ids\)=2"),
+        ([7, 8], [0, 3, 2], "offsets that fall at token 1, from 3 to 2"),
+        ([7, -1, 8], [0, 2, 3], "the negative id -1 at token 0"),
+        ([7, 9, 9], [0, 1, 3], "lacks the response token itself, 8, at token 1"),
+        ([8, 7], [0, 1, 2], "lacks the response token itself, 7, at token 0"),
+        ([7, 9, 8, 9, 9], [0, 2, 5], "the id 9 twice at token 1"),
+    ],
+)
+def test_an_invalid_support_raises(ids, offsets, message):
+    good = a_sample([7, 8], Support.of([[3, 7], []]))
+    bad = a_sample([7, 8], (torch.tensor(ids, dtype=torch.int32), torch.tensor(offsets)))
+    with pytest.raises(ValueError, match=rf"rollout engine MyEngine: the support of sample 1 .*{message}.*; see sppo"):
+        take_supports([good, bad], "MyEngine", TRUNCATED)
+
+
+def test_valid_supports_pass():
+    kept = [[[7], [8, 9]], [[], []], [[], [0, 8]]]
+    take_supports([a_sample([7, 8], Support.of(each)) for each in kept], "MyEngine", TRUNCATED)
+    take_supports([], "MyEngine", TRUNCATED)
+
+
+def test_an_engine_without_supports_is_warned_about_once(monkeypatch):
+    """Only where the settings truncate, and the support is to be used."""
+    said = []
+    monkeypatch.setattr("sppo.rollout.support.logger.warning_once", said.append)
+    take_supports([a_sample([7])], "Blind", SPPOSettings())
+    take_supports([a_sample([7])], "Blind", SPPOSettings(top_k=3, replay_sampling_support=False))
+    take_supports([a_sample([7], Support.of([[7]]))], "Seeing", TRUNCATED)
+    assert not said
+    take_supports([a_sample([7])], "Blind", TRUNCATED)
+    assert len(said) == 1
+    assert "rollout engine Blind returned no support" in said[0]
+    assert "replay_sampling_support=False" in said[0]
+
+
+def test_supports_that_are_not_to_be_used_are_dropped():
+    sample = a_sample([7], Support.of([[7]]))
+    take_supports([sample], "MyEngine", SPPOSettings(top_k=3, replay_sampling_support=False))
+    assert sample.support is None
+
+
+def test_a_micro_batch_concatenates_supports():
+    samples = [a_sample([7, 8], Support.of([[3, 7], []])), a_sample([9], Support.of([[9]]))]
+    batch = pack_policy_batch(samples)
+    assert ranges((batch["support_ids"], batch["support_offsets"])) == [[3, 7], [], [9]]
+    assert "support_ids" not in pack_policy_batch([a_sample([7])])
+    with pytest.raises(ValueError, match="returned a support for some samples and not for others; return one for all"):
+        pack_policy_batch([*samples, a_sample([7])])
+
+
+@pytest.mark.parametrize("samples", [[], [a_sample([7], Support.of([[]]))], [a_sample([7], Support.of([[7, 8]]))]])
+def test_a_saved_micro_batch_keeps_its_keys_and_types(samples):
+    batch = pack_policy_batch(samples)
+    loaded = load(save(batch))
+    assert ("support_ids" in batch) == bool(samples)
+    assert {name: (t.dtype, t.tolist()) for name, t in loaded.items()} == {
+        name: (t.dtype, t.tolist()) for name, t in batch.items()
+    }
+
+
+def test_metrics_count_an_uncut_token_as_the_vocabulary():
+    stats = [
+        SupportStats.of(a_sample([7, 8], Support.of([[3, 7], []])), vocab_size=28),
+        SupportStats.of(a_sample([9], Support.of([[9]])), vocab_size=28),
+        SupportStats.of(a_sample([9]), vocab_size=28),
+    ]
+    assert support_metrics(stats) == {
+        "support_size": pytest.approx(31 / 3),
+        "support_single_share": pytest.approx(1 / 3),
+    }
+    assert support_metrics([None]) == {}
+
+
+class Wrong(HFRollout):
+    """Returns a support without the response token."""
+
+    def generate(self, *args, **kwargs):
+        samples = super().generate(*args, **kwargs)
+        samples[3].support = Support.of([[27 if token != 27 else 26] for token in samples[3].response_ids])
+        return samples
+
+
+def rollout(tmp_path, **settings):
+    trainer = make(tmp_path, **settings)
+    return trainer, [batch for update in trainer.rollouts._collect(0) for batch in update.micro_batches]
+
+
+def test_a_rollout_checks_its_supports(tmp_path):
+    with pytest.raises(ValueError, match="rollout engine Wrong: the support of sample 3 lacks the response token"):
+        rollout(tmp_path, top_k=3, rollout_engine=f"{__file__}:Wrong")
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}])
+def test_a_rollout_carries_supports_and_measures_them(tmp_path, settings):
+    trainer, (batch,) = rollout(tmp_path, **settings)
+    sizes = batch["support_offsets"].diff().float()
+    assert len(sizes) == len(batch["response_ids"])
+    metrics = trainer.meter.read(list)
+    assert metrics["support_size"] == pytest.approx(sizes.mean())
+    assert metrics["support_single_share"] == pytest.approx((sizes == 1).float().mean())
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3, "replay_sampling_support": False}])
+def test_a_rollout_without_supports(tmp_path, settings):
+    trainer, (batch,) = rollout(tmp_path, **settings)
+    assert "support_ids" not in batch
+    assert "support_size" not in trainer.meter.read(list)
+
+
+def test_training_without_replay_is_warned_about(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("sppo.trainer.logger.warning", said.append)
+    make(tmp_path, top_k=3)
+    make(tmp_path, replay_sampling_support=False)
+    assert not said
+    make(tmp_path, top_k=3, replay_sampling_support=False)
+    (text,) = said
+    assert "top_k=3" in text
+    assert "arXiv 2512.02556, section 3.1" in text
