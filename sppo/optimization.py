@@ -16,6 +16,7 @@ from sppo.models.fsdp import full_tensor
 from sppo.reporting.meter import Meter
 from sppo.rollout.batching import MicroBatch
 from sppo.rollout.stream import Update
+from sppo.rollout.support import share_outside
 from sppo_kernels import PolicyLossOutput, policy_loss
 
 
@@ -101,6 +102,8 @@ def _record_loss(
             over_tokens = args.ratio_level == "token" or name in ("approx_kl", "kl", "rollout_kl")
         meter.mean({name: policy.metrics[name]}, weight=num_tokens if over_tokens else num_sequences)
     meter.mean({"entropy": output.entropy.mean()}, weight=num_tokens)
+    if "support_ids" in batch:
+        meter.mean({"support_outside": share_outside(batch)}, weight=num_tokens)
 
 
 def parameter_groups(model: ActorCritic, args: SPPOConfig, decay_names: Collection[str]) -> list[dict[str, Any]]:

@@ -154,7 +154,8 @@ def policy_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Compute the log-probability and entropy ``[R]`` of each response token.
 
-    Only the positions that predict a response token are projected to the vocabulary. ``backward``,
+    Only the positions that predict a response token are projected to the vocabulary, and of the vocabulary only the
+    tokens that the sampler kept, if the batch has them (``support_ids`` and ``support_offsets``). ``backward``,
     ``logits_budget_bytes`` and ``mass_tolerance`` are arguments of ``linear_logprobs``. Avoid ``"auto"`` in
     reproducible runs: its choice depends on earlier calls in the process.
 
@@ -177,6 +178,7 @@ def policy_logprobs(
         bias=lm_head.bias,
         temperature=temperature,
         softcap=getattr(policy.config.get_text_config(), "final_logit_softcapping", None),
+        support=(batch["support_ids"], batch["support_offsets"]) if "support_ids" in batch else None,
         backward=backward,
         logits_budget_bytes=logits_budget_bytes,
         mass_tolerance=mass_tolerance,

@@ -20,6 +20,7 @@ from tiny_models import char_tokenizer, tiny_model
 from sppo import SPPOConfig, SPPOTrainer
 from sppo.models.fsdp import full_tensor
 from sppo.rollout import Sample
+from sppo.rollout.support import Support
 
 PROMPTS = [f"{a}+{b}=" for a in range(4) for b in range(2)]
 SECOND_HALF = ("2", "3")  # first digits of the prompts that rank 1 of 2 has
@@ -30,10 +31,11 @@ class Recited:
 
     Args:
         lost: first digits of the prompts whose responses are cut off.
+        truncates: whether responses have supports, of one to five tokens.
     """
 
-    def __init__(self, tokenizer: Any, lost: tuple[str, ...] = ()) -> None:
-        self.tokenizer, self.lost = tokenizer, lost
+    def __init__(self, tokenizer: Any, lost: tuple[str, ...] = (), truncates: bool = False) -> None:
+        self.tokenizer, self.lost, self.truncates = tokenizer, lost, truncates
 
     def generate(self, prompts: list[str], *, temperature: float, **_: Any) -> list[Sample]:
         made: list[Sample] = []
@@ -42,7 +44,10 @@ class Recited:
             response = [12 + (a * 7 + b * 3 + n + t) % 10 for t in range((a + b + n) % 9)] + [1]
             ids = self.tokenizer(prompt)["input_ids"]
             truncated = prompt.startswith(self.lost) if self.lost else False
-            made.append(Sample(prompt, self.tokenizer.decode(response), ids, response, truncated))
+            support = None
+            if self.truncates:
+                support = Support.of([[(token + 3 * k) % 28 for k in range(1 + token % 5)] for token in response])
+            made.append(Sample(prompt, self.tokenizer.decode(response), ids, response, truncated, support=support))
         return made
 
 
@@ -101,7 +106,7 @@ def make(
         train_dataset=datasets.Dataset.from_dict({"prompt": PROMPTS[:prompts]}),
         eval_dataset=datasets.Dataset.from_dict({"prompt": PROMPTS[:held_out]}),
         processing_class=tokenizer,
-        rollout_engine=None if sampled else Recited(tokenizer, SECOND_HALF if lost else ()),
+        rollout_engine=None if sampled else Recited(tokenizer, SECOND_HALF if lost else (), "top_k" in settings),
         peft_config=adapter if lora else None,
     )
     if sharding == "fsdp2" and world > 1:

@@ -20,6 +20,12 @@ RUNS = {
     "fsdp2": {"sharding": "fsdp2", "ratio_level": "sequence_mean"},
     "fsdp2, ppo, no response left on rank 1": {"sharding": "fsdp2", "algorithm": "ppo", "lost": True},
     "fsdp2, resumed": {"sharding": "fsdp2", "resumes": True, **ADAM},
+    "fsdp2, truncated sampling, no response left on rank 1": {
+        "sharding": "fsdp2",
+        "top_k": 5,
+        "lost": True,
+        "beta": 0.1,
+    },
     "fsdp2, adapters": {"sharding": "fsdp2", "lora": True, "beta": 0.1, "resumes": True, **ADAM},
 }
 
