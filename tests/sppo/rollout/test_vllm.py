@@ -28,12 +28,10 @@ def servable(**changes):
     return tiny_model("llama", **sizes, **changes)
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    """Two updates on vLLM's samples, at a learning rate that moves the policy far."""
-    model = servable(tie_word_embeddings=True)
+def make(folder, **settings):
+    """Make a trainer for two updates on vLLM's samples, at a learning rate that moves the policy far."""
     args = SPPOConfig(
-        str(tmp_path_factory.mktemp("run")),
+        str(folder),
         use_vllm=True,
         rollout_engine_kwargs=SMALL,
         per_device_train_batch_size=32,
@@ -44,8 +42,15 @@ def trainer(tmp_path_factory):
         save_strategy="no",
         report_to="none",
         use_cpu=True,
+        **settings,
     )
-    made = SPPOTrainer(model, has_a, args=args, train_dataset=DATASET, processing_class=char_tokenizer())
+    model = servable(tie_word_embeddings=True)
+    return SPPOTrainer(model, has_a, args=args, train_dataset=DATASET, processing_class=char_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    made = make(tmp_path_factory.mktemp("run"))
     made.first = answers(made)
     made.train()
     return made
@@ -123,6 +128,18 @@ def test_the_support_is_what_the_sampler_kept(truncation):
     engine.records_support = False
     plain = engine.generate(DATASET["prompt"], seed=0, temperature=0.7, batch_size=16)
     assert [s.response_ids for s in plain] == [s.response_ids for s in samples]
+
+
+@pytest.mark.parametrize("replay", [True, False])
+def test_training_replays_the_support(tmp_path, replay):
+    """The trainer's log-probabilities are those of vLLM's truncated samples; over the whole vocabulary they are not."""
+    made = make(tmp_path, top_k=5, top_p=0.9, replay_sampling_support=replay)
+    ENGINES.append(made.rollout_engine)
+    made.train()
+    differences = [abs(x) for x in logged(made, "rollout_kl")]
+    print(f"\nreplay {replay}: rollout_kl {differences}")
+    assert (max(differences) < TOLERANCE) == replay
+    assert replay or min(differences) > 0.01
 
 
 @pytest.mark.parametrize(
