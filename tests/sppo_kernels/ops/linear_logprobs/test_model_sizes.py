@@ -87,3 +87,39 @@ def test_error_is_at_most_one_and_a_half_times_that_of_eager(width, vocab, dtype
             got = values_and_gradients(linear_logprobs, *given, backend=backend, backward=backward)
             for name, x in got.items():
                 assert error(x, exact[name]) <= allowed[name], f"{name}, {backend}, {backward}"
+
+
+SUPPORT_CASES = [
+    (64, 97, torch.bfloat16, uniform),
+    (576, 49_152, torch.bfloat16, peaked),
+    (1000, 49_152, torch.bfloat16, long_tailed),
+    (64, 151_936, torch.bfloat16, peaked),
+    (1000, 97, torch.float32, long_tailed),
+    (64, 49_152, torch.float32, long_tailed),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "vocab", "dtype", "distribution"), SUPPORT_CASES)
+def test_error_over_a_support_is_at_most_one_and_a_half_times_that_of_a_masked_softmax(
+    width, vocab, dtype, distribution
+):
+    """Supports of the 20 likeliest tokens and the label."""
+    hidden, weight, labels = given = distribution(tokens(vocab, dtype, distribution), width, vocab, dtype)
+    logits = hidden.float() @ weight.float().t()
+    likeliest = logits.scatter(1, labels[:, None], float("inf")).topk(20).indices
+    support = likeliest.flatten(), torch.arange(0, likeliest.numel() + 1, 20, device=DEVICE)
+    others = torch.ones_like(logits, dtype=torch.bool).scatter(1, likeliest, False)
+
+    def masked(hidden, weight, labels):
+        rows = torch.nn.functional.linear(hidden, weight).float().masked_fill(others, float("-inf"))
+        logp = rows.log_softmax(-1)
+        p_logp = torch.where(others, 0.0, logp.exp() * logp.masked_fill(others, 0.0))
+        return logp.gather(-1, labels[:, None])[:, 0], -p_logp.sum(-1)
+
+    double = (x.double() if x.is_floating_point() else x for x in given)
+    exact = values_and_gradients(reference.linear_logprobs, *double, support=support)
+    allowed = {name: 1.5 * error(x, exact[name]) for name, x in values_and_gradients(masked, *given).items()}
+    for backend in BACKENDS:
+        for name, x in values_and_gradients(linear_logprobs, *given, support=support, backend=backend).items():
+            assert error(x, exact[name]) <= allowed[name], f"{name}, {backend}"
