@@ -2,9 +2,12 @@
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+import vllm_stand_in
 from tiny_models import char_tokenizer, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -23,15 +26,39 @@ def examples(page):
 EXAMPLES = [pytest.param(code, id=f"{page.name}-{i}") for page in PAGES for i, code in enumerate(examples(page))]
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_example_runs(code, tmp_path, monkeypatch):
+def run(code, tmp_path, monkeypatch):
+    """Run an example in ``tmp_path``, with a tiny model at path/to/model and a stand-in for vLLM -> its names."""
     monkeypatch.chdir(tmp_path)
+    if "from vllm import" in code:
+        monkeypatch.setitem(sys.modules, "vllm", vllm_stand_in.module())
     if "path/to/model" in code:
         tiny_model("llama").save_pretrained("path/to/model")
         char_tokenizer().save_pretrained("path/to/model")
         code = code.replace("max_steps=100", "max_steps=1, max_completion_length=4, use_cpu=True, report_to=[]")
     Path("example.py").write_text(code)  # a file, because Triton reads the source of a kernel
-    runpy.run_path("example.py", run_name="example")
+    return runpy.run_path("example.py", run_name="example")
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example_runs(code, tmp_path, monkeypatch):
+    run(code, tmp_path, monkeypatch)
+
+
+def test_the_sampling_example_scores_what_the_engine_sampled(tmp_path, monkeypatch):
+    """Packed and padded log-probabilities are those of the engine, of policy and reference alike."""
+    (code,) = [code for code in examples(ROOT / "docs/integrations.md") if "from vllm import" in code]
+    names = run(code, tmp_path, monkeypatch)
+    logprobs = [
+        torch.tensor([entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs, strict=True)])
+        for sample in names["samples"]
+    ]
+    torch.testing.assert_close(names["old"], torch.cat(logprobs), rtol=1e-4, atol=1e-5)
+    assert torch.equal(names["old"], names["ref"])
+    padded = torch.nn.utils.rnn.pad_sequence(logprobs, batch_first=True)
+    torch.testing.assert_close(names["logprobs"].detach(), padded, rtol=1e-4, atol=1e-5)
+    assert names["labels"].eq(-100).any()
+    sizes = names["settings"]["support"][1].diff()
+    assert 1 < sizes.max() < names["policy"].config.vocab_size
 
 
 def anchors(page):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import wraps
 from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -40,6 +41,10 @@ class Patch:
         undo.callback(self._remove, replacements)
         return undo
 
+    def original(self, owner: ModuleType | type, name: str) -> Any:
+        """Return the object that a name had before any replacement."""
+        return self._originals.get((owner, name), getattr(owner, name))
+
     def restore(self) -> None:
         """Remove all replacements and restore the originals, if anything was replaced."""
         self._layers.clear()
@@ -62,6 +67,22 @@ class Patch:
         for path, module in list(sys.modules.items()):
             if path.split(".")[0] == self._package and getattr(module, "__dict__", {}).get(name) is old:
                 setattr(module, name, new)
+
+
+def wrapping(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that calls ``function(original, ...)`` under the original's name.
+
+    A driver that sends functions to its workers by name, as verl's does, runs the function that has this name there.
+    """
+
+    def decorate(original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
+
+        return wrapper
+
+    return decorate
 
 
 class AfterImport(MetaPathFinder):

@@ -23,12 +23,17 @@ function:
   for its reference);
 - float64;
 - an LM head sharded by DeepSpeed's ZeRO-3, whose weight has to be gathered again for backward.
+
+GRPOTrainer's ``rollout_func`` may return the field ``sampling_support``, with the tokens that the sampler kept. All
+log-probabilities and entropies of these completions are then computed over them: old, new and of the reference model.
+TRL itself passes such a field only to reward functions; :class:`_SupportCarrier` describes its further path.
 """
 
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -37,12 +42,15 @@ import torch
 from torch import Tensor
 
 from .._backend import BACKENDS
-from .._validation import check_choice
+from .._validation import check_choice, reject
 from ..ops.linear_logprobs import linear_logprobs
 from ..ops.selective_logprobs import selective_logprobs
-from ._patching import Name, Patch, check_version
+from ..ops.support_passes import Support
+from ._patching import Name, Patch, check_version, wrapping
+from ._support import batch_support, completion_supports
 
 VERSION = "1.16.0"
+SUPPORT_FIELD = "sampling_support"
 _IGNORED = -(2**63)  # never a token; -100 would hide an invalid index
 _log = logging.getLogger(__name__)
 _patch = Patch()
@@ -71,6 +79,7 @@ def patch(
     """
     check_version("trl", VERSION)
     from trl.trainer import utils
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     if backend is not None:
         check_choice("backend", backend, BACKENDS)
@@ -85,13 +94,16 @@ def patch(
     one = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
     project(one, one, torch.zeros(1, dtype=torch.long, device="cpu"))  # rejects an invalid setting now
     project = partial(project, backend=backend)
+    carrier = _SupportCarrier()
     replacements: dict[Name, Any] = {
-        (utils, "_ChunkedLogProbFunction"): SimpleNamespace(apply=partial(_chunked_logprobs, project)),
+        (utils, "_ChunkedLogProbFunction"): SimpleNamespace(apply=partial(_chunked_logprobs, project, carrier)),
         (utils, "_use_triton"): lambda device: device.type in ("cpu", "cuda", "xpu"),
     }
     if hasattr(utils, "_fused_logprob_entropy"):  # absent without Triton (macOS, Windows)
         replacements[utils, "_fused_logprob_entropy"] = partial(_logprobs_and_entropy, backend)
         replacements[utils, "_supports_trl_loss_kernel"] = _is_supported
+    for name, method in carrier.methods().items():
+        replacements[GRPOTrainer, name] = wrapping(method)(_patch.original(GRPOTrainer, name))
     return _patch.apply(replacements)
 
 
@@ -100,8 +112,90 @@ def unpatch() -> None:
     _patch.restore()
 
 
+class _SupportCarrier:
+    """Path of the supports from GRPOTrainer's rollout function to the log-probabilities of the same completions.
+
+    The methods wrap those of GRPOTrainer. ``generate`` reads the field. ``generate_and_score`` puts it into the batch,
+    which TRL shuffles, splits and buffers, and ``compute_loss`` takes it out again. ``score`` knows which completions
+    each forward of the model has and which of their tokens are scored, and ``_chunked_logprobs`` runs once per forward.
+    """
+
+    def __init__(self) -> None:
+        self._supports: list[Support] | None = None  # one per sample that is being scored
+        self._calls: Iterator[Support] | None = None  # one per forward of these samples
+        self._is_generating = False
+
+    def methods(self) -> dict[str, Callable[..., Any]]:
+        """Return the methods by the names of those that they wrap."""
+        return {
+            "_generate": self.generate,
+            "_generate_and_score_completions": self.generate_and_score,
+            "compute_loss": self.compute_loss,
+            "_get_per_token_logps_and_entropies": self.score,
+        }
+
+    def next_call(self) -> Support | None:
+        """Return the support of the tokens of the next forward, None where the rollout had no supports."""
+        return None if self._calls is None else next(self._calls)
+
+    @contextmanager
+    def _set(self, **state: Any) -> Iterator[None]:
+        before = dict(vars(self))
+        vars(self).update(state)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def generate(self, original: Any, trainer: Any, prompts: Any) -> Any:
+        results = original(trainer, prompts)
+        _, completions, _, _, _, extra_fields, _, _ = results
+        values = extra_fields.get(SUPPORT_FIELD)
+        if values is not None:
+            if not self._is_generating:
+                got = f"returned to a {type(trainer).__name__}, which overrides _generate_and_score_completions"
+                reject(SUPPORT_FIELD, got, "left out of the fields of a rollout_func of such a trainer")
+            vocab = trainer.model.config.get_text_config().vocab_size
+            self._supports = completion_supports(SUPPORT_FIELD, values, completions, vocab)
+        return results
+
+    def generate_and_score(self, original: Any, trainer: Any, inputs: Any) -> dict[str, Any]:
+        with self._set(_supports=None, _is_generating=True):
+            batch = original(trainer, inputs)
+            return batch if self._supports is None else batch | {SUPPORT_FIELD: self._supports}
+
+    def compute_loss(self, original: Any, trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._set(_supports=inputs.get(SUPPORT_FIELD)):
+            return original(trainer, model, inputs, *args, **kwargs)
+
+    def score(
+        self,
+        original: Any,
+        trainer: Any,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        inputs = (model, input_ids, attention_mask, logits_to_keep, batch_size, *args)
+        supports = self._supports
+        if supports is None:
+            return original(trainer, *inputs, **kwargs)
+        if len(supports) != len(input_ids):
+            reject(SUPPORT_FIELD, f"{len(supports)} supports", f"one per sample of the batch, {len(input_ids)}")
+        rows = batch_size or len(supports)
+        mask = attention_mask[:, -logits_to_keep:].bool().cpu()
+        calls = (batch_support(supports[i : i + rows], mask[i : i + rows]) for i in range(0, len(supports), rows))
+        with self._set(_calls=calls):
+            return original(trainer, *inputs, **kwargs)
+
+
 def _chunked_logprobs(
     project: partial[Any],
+    carrier: _SupportCarrier,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -117,18 +211,32 @@ def _chunked_logprobs(
     hidden [N, H], weight [V, H], bias [V], targets [N] -> log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1,
     each [N], or None if not among ``outputs``.
     """
+    support = carrier.next_call()
     needs_other_outputs = not {"log_probs", "entropy"}.issuperset(outputs)
     if needs_other_outputs or logit_scale <= 0 or hasattr(weight, "ds_id") or hidden.dtype == torch.float64:
         from trl.kernels import ChunkedLogProbFunction
 
+        if support is not None:
+            got = f"{hidden.dtype}, logit scale {logit_scale}, outputs {outputs}"
+            got += ", an LM head sharded by ZeRO-3" if hasattr(weight, "ds_id") else ""
+            want = "used with a gathered LM head, below float64, a scale above 0, only log_probs and entropy"
+            reject(SUPPORT_FIELD, got, want)
         _log.debug("using TRL's own function for outputs %s, logit scale %s", outputs, logit_scale)
         return ChunkedLogProbFunction.apply(
             hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
         )
     # With scale a and cap s, TRL's  s tanh(a x / s) / tau  is  (s/a) tanh(x / (s/a)) / (tau/a).
     softcap = None if final_logit_softcapping is None else final_logit_softcapping / logit_scale
+    if support is not None:
+        support = Support(*(x.to(targets.device, non_blocking=True) for x in support))
     logprobs, entropy = project(
-        hidden, weight.to(hidden.dtype), targets, bias=bias, temperature=temperature / logit_scale, softcap=softcap
+        hidden,
+        weight.to(hidden.dtype),
+        targets,
+        bias=bias,
+        temperature=temperature / logit_scale,
+        softcap=softcap,
+        support=support,
     )
     return logprobs, entropy if "entropy" in outputs else None, None, None, None
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial, wraps
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from ..ops.linear_logprobs import linear_logprobs
 from ..ops.policy_loss import policy_loss
 from ._outcomes import outcomes
-from ._patching import AfterImport, Patch, check_version
+from ._patching import AfterImport, Patch, check_version, wrapping
 
 VERSION = "0.9.1"
 NAME = "sppo_seq"  # "sppo" usually means Self-Play Preference Optimization
@@ -105,22 +105,6 @@ def _add(module_name: str) -> None:
         name, replacement_for = _WRAPPED[module_name]
         _patch.apply({(module, name): replacement_for(getattr(module, name))})
     _added.add(module_name)
-
-
-def _wrapping(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that calls ``function(original, ...)`` under the original's name.
-
-    verl's driver sends functions to its workers by name, and each worker runs the function that has this name there.
-    """
-
-    def decorate(original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return function(original, *args, **kwargs)
-
-        return wrapper
-
-    return decorate
 
 
 # Configuration: on the driver, before anything is started
@@ -372,10 +356,10 @@ def _fused_linear_class(original: Any) -> type:
 
 _REGISTRIES = "verl.trainer.ppo.core_algos"
 _WRAPPED: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "verl.trainer.ppo.utils": ("need_critic", _wrapping(_need_critic)),
-    "verl.trainer.ppo.ray_trainer": ("compute_advantage", _wrapping(_compute_advantage)),
-    "verl.workers.utils.losses": ("value_loss", _wrapping(_value_loss)),
-    "verl.models.transformers.monkey_patch": ("patch_forward_with_backends", _wrapping(_patch_forward)),
+    "verl.trainer.ppo.utils": ("need_critic", wrapping(_need_critic)),
+    "verl.trainer.ppo.ray_trainer": ("compute_advantage", wrapping(_compute_advantage)),
+    "verl.workers.utils.losses": ("value_loss", wrapping(_value_loss)),
+    "verl.models.transformers.monkey_patch": ("patch_forward_with_backends", wrapping(_patch_forward)),
     "verl.utils.experimental.torch_functional": ("FusedLinearForPPO", _fused_linear_class),
 }
 _PATCHED_MODULES = (_REGISTRIES, *_WRAPPED)

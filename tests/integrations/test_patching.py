@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sppo_kernels.integrations._patching import AfterImport, Patch
+from sppo_kernels.integrations._patching import AfterImport, Patch, wrapping
 
 
 @pytest.fixture
@@ -44,6 +44,21 @@ def test_a_name_is_replaced_in_one_module_without_a_package(import_module):
     with Patch().apply({(a, "name"): len}):
         assert (a.name, c.name) == (len, original)
     assert a.name is original
+
+
+def test_the_original_is_known_below_replacements(import_module):
+    a = import_module("a")
+    original, patch = a.name, Patch()
+    assert patch.original(a, "name") is original
+    with patch.apply({(a, "name"): len}), patch.apply({(a, "name"): max}):
+        assert patch.original(a, "name") is original
+
+
+def test_a_wrapper_has_the_name_of_the_original(import_module):
+    a = import_module("a")
+    wrapper = wrapping(lambda original, *args, **kwargs: (original(), args, kwargs))(a.name)
+    assert wrapper(1, b=2) == ("a", (1,), {"b": 2})
+    assert (wrapper.__module__, wrapper.__qualname__) == (a.name.__module__, a.name.__qualname__)
 
 
 def test_replacements_are_removed_in_any_order(import_module):
