@@ -372,12 +372,13 @@ def test_support_beside_other_tokens(cuda, dtype):
     """200 tokens have no support, 100 a narrow and 300 a wide one."""
     arguments = linear(cuda, dtype, "cache", bias=True) | new_support(cuda, 600, 90_000)
     cuda.kinds.append((200, 100, 300))
-    cuda.reads.counts.append(80_000)  # entries of the wide ones
-    cuda.reads.numbers.extend([0, 20_000, 40_000, 60_000, 70_000])
+    cuda.reads.counts.extend([16_000] * 5)  # entries of the wide ones, in five chunks
+    cuda.reads.numbers.extend([*range(0, 90_000, 18_000), *range(18_000, 90_001, 18_000)])
     results = cuda.run(OPS["linear_logprobs"], **arguments)
     assert len(ForwardOutput(*results).cached_probs) == 200
     assert rows_of(cuda, "selective_logprobs_fwd_kernel") == 200
     assert_products_are_mixed(cuda, dtype)
+    assert cuda.reads.waits == ["tolist", "tolist", *["nonzero"] * 5]
 
 
 @pytest.mark.parametrize("level", policy_loss.RATIO_LEVELS)

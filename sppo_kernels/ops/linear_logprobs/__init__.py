@@ -154,10 +154,11 @@ def linear_logprobs(
             setting, and the use of the results must be the same on each rank. Otherwise gradients are silently wrong,
             or ranks crash or wait forever. Results and gradients of ``hidden`` are then the same on each rank.
         support: ``(token_ids, offsets)``, integers ``[M]`` and ``[N + 1]``, for N labels: the sampler kept
-            ``token_ids[offsets[t] : offsets[t + 1]]`` for token t, by top-k, top-p or min-p (the form of vLLM's
-            ``SamplingMask``). Log-probability and entropy are then those of the renormalized distribution over these
-            tokens, the label among them, and only their logits are computed. ``backward`` has no effect on such
-            tokens. An empty range stands for the complete vocabulary.
+            ``token_ids[offsets[t] : offsets[t + 1]]`` for token t, by top-k, top-p or min-p. Log-probability and
+            entropy are then those of the renormalized distribution over these tokens, the label among them, and only
+            their logits are computed. ``backward`` has no effect on such tokens. A label that is alone gives exactly 0
+            and no gradient, whatever its logit is. An empty range stands for the complete vocabulary.
+            docs/integrations.md converts what vLLM returns.
         return_certificate: return :class:`CertifiedLogprobOutput`, with the certificate as a third result.
         backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for triton on an accelerator and torch elsewhere.
 

@@ -1,4 +1,6 @@
-"""Token indices. The host waits for the device only here, and for the sizes of the shards of a process group.
+"""Token indices, for which the host waits for the device.
+
+It also waits for the sizes of the shards of a process group, and for where blocks of entries begin.
 
 Other modules call these functions through this module, so that a replacement (for tensors without values, say) is seen
 everywhere.
@@ -54,3 +56,8 @@ def count(mask: Tensor, without_values: int | None = None) -> int:
     if isinstance(mask, FakeTensor) or mask.is_meta:
         return len(mask) if without_values is None else without_values
     return int(mask.sum())
+
+
+def total(sizes: Tensor, without_values: int) -> int:
+    """Add up ``sizes``; ``without_values`` for fake and meta tensors, which have none."""
+    return without_values if isinstance(sizes, FakeTensor) or sizes.is_meta else int(sizes.sum())

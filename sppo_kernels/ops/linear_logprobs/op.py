@@ -14,7 +14,7 @@ from ..._backend import OPS
 from ..._registration import Operation
 from ..selective_logprobs import check_label_and_temperature_values
 from ..support_passes import Support, check_support_values
-from . import auto_mode, indexing, vocab_parallel
+from . import auto_mode, indexing, support, vocab_parallel
 from .cache import Cache, plan_cache
 from .lm_head import LMHead, SavedForBackward
 from .matmul import row_stride
@@ -66,9 +66,9 @@ def forward(
     if support_ids is None or support_offsets is None:
         tokens = indexing.nonzero_indices(head.loss_mask)
     else:
-        support = Support(support_ids, support_offsets)
-        check_support_values(support, labels, sum(shards), ignore_index)
-        supported = SupportHead(head, support, labels=labels, ignore_index=ignore_index, first_row=first_row)
+        given = Support(support_ids, support_offsets)
+        check_support_values(given, labels, sum(shards), ignore_index)
+        supported = SupportHead(head, given, labels=labels, ignore_index=ignore_index, first_row=first_row)
         by_kind = supported.partition(head.loss_mask)
         tokens = by_kind.dense
     plan = plan_cache(
@@ -149,7 +149,7 @@ def _(hiddens, weights, bias, labels, temperature, support_ids, support_offsets,
         local_num_entries=new(n, dtype=torch.int32),
         first_row=labels.new_empty(1),
         tokens=labels.new_empty(_size_known_at_run_time(at_most=n)),
-        support_logits=new(0 if support_ids is None else len(support_ids)),
+        support_logits=new(0 if support_ids is None else support_ids.shape[0]),
     )
 
 
@@ -327,7 +327,8 @@ def _grad(ctx, grad_logprobs, grad_entropy, *_):
 linear_logprobs.register_autograd(_grad, setup_context=_save)
 
 
-# FlopCounterMode does not see into a registered operation. These formulas count what the chunks multiply.
+# FlopCounterMode does not see into a registered operation. These formulas count what the chunks multiply. An entry of a
+# support counts once, also where a dense product computes it.
 
 
 def _dense_mask(labels: Tensor, ignore_index: int, support_offsets: Tensor | None) -> Tensor:
@@ -341,7 +342,7 @@ def _forward_flops(
     hiddens, weights, bias, labels, temperature, support_ids, support_offsets, *, ignore_index, **_
 ) -> int:
     num_dense = indexing.count(_dense_mask(labels, ignore_index, support_offsets))
-    num_entries = 0 if support_ids is None else len(support_ids)
+    num_entries = support.count_entries(labels != ignore_index, support_ids, support_offsets)
     return 2 * sum(num_dense * weight.numel() + num_entries * weight.shape[1] for weight in weights)
 
 
@@ -386,4 +387,6 @@ def _backward_flops(
     products = [*weights, *weights]
     needed = [weight for weight, need in zip(products, needs[:-1], strict=True) if need]
     dense = num_recomputed * sum(weight.numel() for weight in weights) + num_dense * sum(w.numel() for w in needed)
-    return 2 * (dense + len(support_logits) * sum(w.shape[1] for w in needed))  # sparse entries are not worth counting
+    has_any_grad = (labels != ignore_index) & ((grad_logprobs != 0) | has_entropy_grad)
+    num_entries = support.count_entries(has_any_grad, support_ids, support_offsets)
+    return 2 * (dense + num_entries * sum(w.shape[1] for w in needed))  # sparse entries are not worth counting

@@ -11,13 +11,17 @@ Of V columns a token needs those of its support, often one to twenty. Three case
   product reads W once for all tokens, and each multiplication takes less time. So it is faster from some share of V on,
   if there are enough such tokens. Backward then puts the gradients into dense rows.
 
-The host waits for the device once in forward and twice in backward, and once more for wide supports.
+The host waits for the device once in forward and twice in backward, and for wide supports once more in each and once
+per block.
+
+Memory: 28 bytes per entry besides token_ids, and what blocks of ``chunk_bytes`` take for wide supports.
 
 With a process group each rank computes the logits of its own rows. They are summed over the ranks, M numbers.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -33,12 +37,22 @@ from .lm_head import Batch, LMHead
 from .matmul import Projection, row_stride
 from .weighted_rows import Entries
 
+_log = logging.getLogger(__name__)
+
 # From which share of V on a support is wide: 1 / 64 on a CPU, where dense products then take as long, on a GPU where K
 # rows at 3 TB/s take as long as the dense products at 700 TFLOP/s.
 WIDE_SHARE = {"torch": 1 / 64, "triton": 1 / 256}
 
 _NUM_KINDS = 3
 _DENSE, _NARROW, _WIDE = range(_NUM_KINDS)
+
+
+def count_entries(selected: Tensor, ids: Tensor | None, offsets: Tensor | None) -> int:
+    """Count the entries of the selected tokens that are computed, for FLOP formulas; all on tensors without values."""
+    if ids is None or offsets is None:
+        return 0
+    sizes = offsets.diff()
+    return indexing.total(torch.where(selected & (sizes > 1), sizes, 0), without_values=len(ids))
 
 
 class Tokens(NamedTuple):
@@ -95,6 +109,7 @@ class SupportHead:
             vocab: number of tokens in the complete vocabulary.
         """
         head = self.head
+        _log.debug("forward: %d tokens with single logits, %d with wide supports", len(tokens.narrow), len(tokens.wide))
         logits = torch.empty(len(self.token), dtype=torch.float32, device=self.token.device)
         is_narrow = torch.zeros_like(self.has_support).index_fill(0, tokens.narrow, True)
         token = torch.where(is_narrow[self.token], self.token, -1)
@@ -139,21 +154,23 @@ class SupportHead:
             logits[part.entry] = rows[part.row, part.column]
             del rows  # before the next chunk's
 
-    def _entries(self, index: Tensor) -> LocalEntries:
-        """Return the entries of tokens ``index`` whose rows are on this rank. The host waits for the device."""
+    def _entries(self, index: Tensor, first: int = 0, last: int | None = None) -> LocalEntries:
+        """Return the entries of tokens ``index`` whose rows are on this rank. The host waits for the device.
+
+        They are searched from entry ``first`` to ``last``.
+        """
         number = torch.full_like(self.labels, -1).index_copy(0, index, torch.arange(len(index), device=index.device))
-        row = number[self.token]
-        entry = indexing.nonzero_indices((row >= 0) & (self.columns >= 0) & (self.columns < self.head.vocab))
-        return LocalEntries(entry, row[entry], self.columns[entry])
+        columns, row = self.columns[first:last], number[self.token[first:last]]
+        found = indexing.nonzero_indices((row >= 0) & (columns >= 0) & (columns < self.head.vocab))
+        return LocalEntries(found + first, row[found], columns[found])
 
     def _blocks_of_entries(self, index: Tensor, blocks: list[range]) -> Iterator[tuple[range, LocalEntries]]:
         """Yield blocks of tokens ``index``, each with its entries, whose rows count from the start of the block."""
-        entries = self._entries(index)
-        starts = torch.arange(0, len(index), len(blocks[0]), device=index.device)
-        bounds = [*torch.searchsorted(entries.row, starts).tolist(), len(entries.row)]
-        for block, first, last in zip(blocks, bounds[:-1], bounds[1:], strict=True):
-            entry, row, column = (field[first:last] for field in entries)
-            yield block, LocalEntries(entry, row - block.start, column)
+        size = len(blocks[0])
+        ends = torch.arange(size - 1, len(index) + size - 1, size, device=index.device).clamp_(max=len(index) - 1)
+        spans = torch.cat([self.support.offsets[index[::size]], self.support.offsets[index[ends] + 1]]).tolist()
+        for block, first, last in zip(blocks, spans[: len(blocks)], spans[len(blocks) :], strict=True):
+            yield block, self._entries(index[block.start : block.stop], first, last)
 
     def backward(
         self,

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..._backend import OPS
 from ..._registration import Operation
-from ..linear_logprobs import auto_mode, indexing, vocab_parallel
+from ..linear_logprobs import auto_mode, indexing, support, vocab_parallel
 from ..linear_logprobs.cache import plan_cache
 from ..linear_logprobs.lm_head import LMHead, SavedForBackward, TokenResults
 from ..linear_logprobs.op import reduce_certificate
@@ -135,9 +135,9 @@ def forward(
     if support_ids is None or support_offsets is None:
         tokens = indexing.nonzero_indices(loss_mask)
     else:
-        support = Support(support_ids, support_offsets)
-        check_support_values(support, labels, sum(shards), ignore_index)
-        supported = SupportHead(head, support, labels=labels, ignore_index=ignore_index, first_row=first_row)
+        given = Support(support_ids, support_offsets)
+        check_support_values(given, labels, sum(shards), ignore_index)
+        supported = SupportHead(head, given, labels=labels, ignore_index=ignore_index, first_row=first_row)
         by_kind = supported.partition(loss_mask)
         tokens = by_kind.dense
         support_logits = supported.forward(by_kind, row, sum(shards))
@@ -284,14 +284,16 @@ def _flops(
     output = ForwardOutput(*out_val)
     sizes = [weight.numel() for weight in weights]
     products = sum(size for size, need in zip((*sizes, *sizes), needs[:-1], strict=True) if need)
-    has_loss, num_entries = output.num_entries != 0, 0
+    has_loss = output.num_entries != 0
+    num_entries = support.count_entries(has_loss, support_ids, support_offsets)
+    num_grads = support.count_entries(output.coefficients != 0, support_ids, support_offsets)
     if support_offsets is not None:
-        has_loss, num_entries = has_loss & (support_offsets.diff() <= 0), len(support_ids)
+        has_loss = has_loss & (support_offsets.diff() <= 0)
     is_dense = (output.coefficients != 0) & (output.num_entries < 0)
     num_projected = indexing.count(has_loss)
     num_recomputed = indexing.count(is_dense & (output.num_entries == RECOMPUTED))
     dense = (num_projected + num_recomputed) * sum(sizes) + indexing.count(is_dense) * products
-    return 2 * dense + 2 * num_entries * (sum(sizes) + products) // len(weights[0])
+    return 2 * (dense + (num_entries * sum(sizes) + num_grads * products) // len(weights[0]))
 
 
 def _blocks(tokens: Tensor, cu_seqlens: Tensor | None, size: int) -> Sequence[Tensor]:

@@ -27,12 +27,13 @@ class Support(NamedTuple):
 
     def tokens(self) -> Tensor:
         """Return which token each entry of ``token_ids`` belongs to, ``[M]``."""
-        entries = torch.arange(len(self.token_ids), device=self.offsets.device)
-        return torch.searchsorted(self.offsets[1:], entries, right=True).clamp_(max=len(self.offsets) - 2)
+        entries = torch.arange(self.token_ids.shape[0], device=self.offsets.device)
+        return torch.searchsorted(self.offsets[1:], entries, right=True).clamp_(max=self.offsets.shape[0] - 2)
 
     def safe(self) -> Support:
-        """Return it with contiguous tensors, and with offsets that do not point outside, whatever they are."""
-        return Support(self.token_ids.contiguous(), self.offsets.clamp(0, len(self.token_ids)).contiguous())
+        """Return it with contiguous tensors, and with offsets that rise and do not point outside, whatever they are."""
+        rising = self.offsets.clamp(0, len(self.token_ids)).cummax(0).values
+        return Support(self.token_ids.contiguous(), rising)
 
 
 def check_support(support: tuple[Tensor, Tensor] | None, labels: Tensor) -> Support | None:
@@ -57,6 +58,8 @@ def check_support(support: tuple[Tensor, Tensor] | None, labels: Tensor) -> Supp
     if token_ids.ndim != 1:
         reject("support[0] (token_ids)", f"shape {tuple(token_ids.shape)}", "of shape [M], all supports in succession")
     check_shape((labels.numel() + 1,), "one per label, and the end", **{"support[1] (offsets)": offsets})
+    if not labels.numel() and token_ids.numel():
+        reject("support[0] (token_ids)", f"{token_ids.numel()} tokens", "empty without labels")
     return Support(token_ids.long(), offsets.long())
 
 

@@ -18,6 +18,8 @@ from sppo_kernels import linear_logprobs, linear_policy_loss, reference, selecti
 from sppo_kernels import policy_loss as policy_loss_of
 from sppo_kernels.ops.linear_logprobs import op as linear_op
 from sppo_kernels.ops.linear_logprobs import support as module
+from sppo_kernels.ops.linear_logprobs.matmul import row_stride
+from sppo_kernels.ops.linear_logprobs.output import ForwardOutput
 from sppo_kernels.ops.support_passes import arguments
 
 CHUNKS = {"chunk_bytes": 1}
@@ -167,7 +169,7 @@ def test_support_of_everything_equals_no_support(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_in_every_batch(backend):
-    """A token's results and the gradient of its hidden state do not depend on the other tokens, nor on a second run."""
+    """With narrow supports, results and gradients of hidden states depend neither on other tokens nor on the run."""
     given = inputs(40, 33, 97, torch.bfloat16)
     sizes = random_sizes(40, 12, 12)
     ids, offsets = support_of(given["labels"], [max(1, size) for size in sizes], 97)
@@ -302,46 +304,47 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_memory_does_not_grow_with_tokens_times_vocabulary():
-    """The largest tensor is the gradient of the weight, [V, H]."""
+@pytest.mark.parametrize(("size", "largest"), [(5, 3000 * 8), (1000, 400 * 1000)], ids=["narrow", "wide"])
+def test_memory_does_not_grow_with_tokens_times_vocabulary(size, largest):
+    """The largest tensor is the gradient of the weight, or that of the logits of wide supports.
+
+    Chunks have 128 tokens and blocks 256, both fewer than 400.
+    """
     n, width, vocab = 400, 8, 3000
     given = inputs(n, width, vocab)
-    arguments_of_op = dict(
-        zip(("hiddens", "weights"), ([given["hidden"].detach()], [given["weight"].detach()]), strict=True)
-    )
-    ids, offsets = support_of(given["labels"], [5] * n, vocab)
-    with LargestTensor() as mode:  # below the registered operation, which hides what it calls
-        linear_op.linear_logprobs.function(
-            **arguments_of_op,
-            bias=None,
-            labels=given["labels"],
-            temperature=torch.ones(n, device=DEVICE),
-            support_ids=ids.long(),
-            support_offsets=offsets,
-            softcap=0.0,
-            ignore_index=IGNORED,
-            backward="cache",
-            auto_key="",
-            logits_budget_bytes=None,
-            chunk_bytes=1,
-            mass_tolerance=1e-4,
-            max_entries=8,
-            group="",
-            backend="torch",
-        )
-    assert mode.largest <= max(n * 5 * width, width * vocab)
+    ids, offsets = support_of(given["labels"], [size] * n, vocab)
+    tensors = {
+        "hiddens": [given["hidden"].detach()],
+        "weights": [given["weight"].detach()],
+        "bias": None,
+        "labels": given["labels"],
+        "temperature": torch.ones(n, device=DEVICE),
+        "support_ids": ids.long(),
+        "support_offsets": offsets,
+    }
+    settings = {"softcap": 0.0, "ignore_index": IGNORED, "backward": "cache", "auto_key": "", "chunk_bytes": 1}
+    settings |= {"group": "", "backend": "torch"}
+    forward = {"logits_budget_bytes": None, "mass_tolerance": 1e-4, "max_entries": 8}
+    with LargestTensor() as mode:  # below the registered operations, which hide what they call
+        output = ForwardOutput(*linear_op.linear_logprobs.function(**tensors, **settings, **forward))
+        saved = {
+            name: x for name, x in output._asdict().items() if name not in ("logprobs", "num_entries", "dropped_mass")
+        }
+        grads = {"grad_logprobs": randn(n), "grad_entropy": randn(n), "needs": [True, True, False]}
+        linear_op.linear_logprobs_backward.function(**tensors, **saved, **settings, **grads)
+    assert mode.largest <= max(largest, 256 * row_stride(vocab))
 
 
 def test_flops_are_those_of_the_support():
     """2 M H forward and twice that backward, whatever V is; tokens without a cut take their passes."""
     given = inputs(30, 8, 50)
     flops = []
-    for sizes in ([4] * 30, [4] * 20 + [0] * 10):
+    for sizes in ([4] * 30, [4] * 20 + [0] * 10, [1] * 30):
         with FlopCounterMode(display=False) as counter:
             support = support_of(given["labels"], sizes, 50)
             linear_logprobs(**given, support=support, backward="recompute", backend="torch").logprobs.sum().backward()
         flops.append(counter.get_total_flops())
-    assert flops == [3 * 2 * 120 * 8, 3 * 2 * 80 * 8 + 4 * 2 * 10 * 8 * 50]
+    assert flops == [3 * 2 * 120 * 8, 3 * 2 * 80 * 8 + 4 * 2 * 10 * 8 * 50, 0]
 
 
 # Registration
@@ -366,6 +369,31 @@ def test_compiles_without_graph_breaks(backend):
         results.append([value.detach(), *torch.autograd.grad(value, leaves)])
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_supports_of_any_length_compile_once(backend):
+    """Their number of entries differs in every step."""
+    torch.compiler.reset()
+    given = inputs(6, 8, 29)
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def loss(hidden, ids, offsets):
+        settings = {"support": (ids, offsets), "backend": backend}
+        out = linear_logprobs(hidden, given["weight"], given["labels"], backward="recompute", **settings)
+        return out.logprobs.sum() + selective_logprobs(hidden, given["labels"] % 8, **settings).logprobs.sum()
+
+    given["labels"] %= 8
+    compiled = torch.compile(loss, fullgraph=True, backend=count)
+    for size in range(2, 8):
+        ids, offsets = support_of(given["labels"], [size, 1, size, 3, size, 2], 8)
+        torch._dynamo.mark_dynamic(ids, 0)
+        torch.testing.assert_close(compiled(given["hidden"], ids, offsets), loss(given["hidden"], ids, offsets))
+    assert len(graphs) == 1
 
 
 def test_reference_passes_gradcheck():
@@ -431,6 +459,16 @@ WRONG = {
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_without_tokens(backend):
+    given = inputs(0, 4, 20)
+    nothing = torch.zeros(0, dtype=torch.long, device=DEVICE), torch.zeros(1, dtype=torch.long, device=DEVICE)
+    assert linear_logprobs(**given, support=nothing, backend=backend).logprobs.shape == (0,)
+    assert selective_logprobs(randn(0, 20), given["labels"], support=nothing, backend=backend).logprobs.shape == (0,)
+    with pytest.raises(ValueError, match=r"token_ids\) must be empty without labels, got 2 tokens"):
+        linear_logprobs(**given, support=(torch.ones(2, dtype=torch.long, device=DEVICE), nothing[1]), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize(("change", "error", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_supports(change, error, message, backend):
     support = change(torch.tensor([3, 7, 4, 9, 1]), torch.tensor([0, 2, 4, 5]))
@@ -478,3 +516,16 @@ def test_unchecked_values_stay_in_bounds(backend, monkeypatch):
     (dh,) = torch.autograd.grad(out.logprobs[0], given["hidden"])
     (want_dh,) = torch.autograd.grad(want.logprobs[0], given["hidden"])
     torch.testing.assert_close(dh, want_dh)
+    falling = ids, torch.tensor([0, 7, 5, -4, 50], device=DEVICE)
+    out = linear_logprobs(**given, support=falling, backend=backend)
+    torch.autograd.grad(out.logprobs.sum(), given["hidden"])
+    torch.testing.assert_close(
+        out.logprobs[0],
+        linear_logprobs(
+            given["hidden"][:1],
+            given["weight"],
+            given["labels"][:1],
+            support=(torch.tensor([5, 1, 1, 2, 7], device=DEVICE), torch.tensor([0, 5], device=DEVICE)),
+            backend=backend,
+        ).logprobs[0],
+    )
