@@ -54,7 +54,7 @@ def _completion_support(name: str, value: Any, completion: Sequence[int], vocab:
 
 def _pair(value: Any, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Return token_ids [M] and offsets [N + 1] on the CPU."""
-    if isinstance(value, tuple) and len(value) == 2:
+    if isinstance(value, tuple) and len(value) == 2 and (num_tokens != 2 or len(value[1]) == 3):
         return torch.as_tensor(value[0], device="cpu"), torch.as_tensor(value[1], device="cpu")
     rows = [[]] * num_tokens if value is None else value
     token_ids = list(chain.from_iterable(rows))

@@ -190,7 +190,10 @@ class _SupportCarrier:
         mask = attention_mask[:, -logits_to_keep:].bool().cpu()
         calls = (batch_support(supports[i : i + rows], mask[i : i + rows]) for i in range(0, len(supports), rows))
         with self._set(_calls=calls):
-            return original(trainer, *inputs, **kwargs)
+            results = original(trainer, *inputs, **kwargs)
+        if next(calls, None) is not None:
+            reject(SUPPORT_FIELD, "ignored by a function that this patch does not replace", f"used with TRL {VERSION}")
+        return results
 
 
 def _chunked_logprobs(
