@@ -22,7 +22,8 @@ class Sample:
         prompt, completion: both text, or both chat messages, as in the dataset.
         prompt_ids, response_ids: their tokens; the response ends with its end-of-sequence token unless truncated.
         truncated: whether the response reached the limit before an end-of-sequence token.
-        logprobs: log-probabilities of the response tokens, if the engine computes its own; else None.
+        logprobs: log-probabilities of the response tokens, if the engine computes its own; else None. With a support
+            they are those over it.
         support: which tokens the sampler kept, as ``(token_ids, offsets)``, int32 ``[M]`` and int64 ``[T + 1]`` on the
             CPU: ``token_ids[offsets[t]:offsets[t + 1]]`` for response token ``t``, itself included. An empty range
             stands for the whole vocabulary. None if sampling is not truncated, or the engine cannot tell.

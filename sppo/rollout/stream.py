@@ -233,6 +233,11 @@ class RolloutStream(IterableDataset):
         warmed_up = self.progress.updates > self.args.critic_warmup_steps
         return {"policy": self.update.policy_learns and warmed_up, "critic": self.update.critic_learns}
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens in the policy's vocabulary."""
+        return self.model.policy.config.get_text_config().vocab_size
+
     def _collect(self, rollout: int) -> list[Update]:
         with torch.no_grad(), self.process.autocast():
             with self.process.gathered_weights():
@@ -278,7 +283,7 @@ class RolloutStream(IterableDataset):
                 batch_size=self.args.rollout_batch_size or len(rows),
             )
             if temperature > 0:
-                take_supports(samples, type(self.engine).__name__, self.args)
+                take_supports(samples, type(self.engine).__name__, self.args, self.vocab_size)
         with self.meter.phase("reward"):
             means = score_samples(
                 samples, rows, self.reward_funcs, self.args, as_probability=self.algorithm.critic == "prompt"
@@ -295,7 +300,7 @@ class RolloutStream(IterableDataset):
                     num_tokens=len(s.response_ids),
                     truncated=s.truncated,
                     reward=s.reward if self._is_scored(s) else None,
-                    support=SupportStats.of(s, self.model.policy.config.get_text_config().vocab_size),
+                    support=SupportStats.of(s, self.vocab_size),
                 )
                 for s in samples
             ]

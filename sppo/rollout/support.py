@@ -9,7 +9,7 @@ every importance ratio is biased (arXiv 2512.02556, section 3.1).
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,12 +51,13 @@ class SupportRecorder:
         self._counts: list[Tensor] = []
 
     def add(self, sequences: Iterable[Hashable], kept: Tensor) -> None:
-        """Record one step.
+        """Record one step. A row of which everything was kept is recorded as an empty range: it was not cut.
 
         Args:
             sequences: name of the sequence of each row.
             kept: bool ``[rows, V]``, whether the sampler kept each token.
         """
+        kept = kept & ~kept.all(1, keepdim=True)
         self._sequences += sequences
         self._token_ids.append(kept.nonzero()[:, 1].to("cpu", torch.int32))
         self._counts.append(kept.sum(1).cpu())
@@ -92,38 +93,79 @@ class SupportRecorder:
         return supports
 
 
-def take_supports(samples: Sequence[Sample], engine: str, args: SPPOSettings) -> None:
+def take_supports(samples: Sequence[Sample], engine: str, args: SPPOSettings, vocab_size: int) -> None:
     """Check the supports that an engine returned, or drop them if they are not to be used.
 
     Args:
-        samples: sampled completions.
+        samples: sampled completions. Each gets its support as integer tensors on the CPU, whatever holds it.
         engine: name of the engine, for messages.
         args: settings of the run.
+        vocab_size: number of tokens in the vocabulary.
 
     Raises:
-        ValueError: a support does not describe its response.
+        ValueError: a support does not describe its response, only some samples have one, or their absence does not fit
+            the settings.
     """
     if not args.replay_sampling_support:
         for sample in samples:
             sample.support = None
         return
-    if is_truncated(args.top_p, args.top_k, args.min_p) and any(sample.support is None for sample in samples):
-        logger.warning_once(
-            f"rollout engine {engine} returned no support: log-probabilities are over the whole vocabulary, although "
-            f"samples are from a truncated distribution (top_p={args.top_p}, top_k={args.top_k}, min_p={args.min_p}); "
-            "return Sample.support, or set replay_sampling_support=False to silence this"
+    missing = [i for i, sample in enumerate(samples) if sample.support is None]
+    if missing and len(missing) < len(samples):
+        raise ValueError(
+            f"rollout engine {engine} returned no support for sample {missing[0]} and {len(missing) - 1} others of "
+            f"{len(samples)}; return one for all or for none. An empty range in its offsets stands for a token without "
+            "truncation"
         )
+    if missing and is_truncated(args.top_p, args.top_k, args.min_p):
+        _accept_missing(samples, engine, args)
     for i, sample in enumerate(samples):
-        if sample.support is not None and (problem := _problem(Support(*sample.support), sample.response_ids)):
+        if sample.support is None:
+            continue
+        support, problem = _read(sample.support)
+        if support is not None:
+            problem = _problem(support, sample.response_ids, vocab_size)
+        if problem:
             raise ValueError(
                 f"rollout engine {engine}: the support of sample {i} {problem}; see sppo.rollout.Sample, or set "
                 "replay_sampling_support=False"
             )
+        sample.support = support
 
 
-def _problem(support: Support, response_ids: Sequence[int]) -> str | None:
+def _accept_missing(samples: Sequence[Sample], engine: str, args: SPPOSettings) -> None:
+    """Warn that samples of a truncated distribution have no support, or raise ValueError where that ruins the loss."""
+    truncation = f"top_p={args.top_p}, top_k={args.top_k}, min_p={args.min_p}"
+    if args.rollout_correction.startswith("sequence_") and any(sample.logprobs is not None for sample in samples):
+        raise ValueError(
+            f"rollout engine {engine} returned log-probabilities without a support, with {truncation} and "
+            f"rollout_correction={args.rollout_correction!r}: the excluded probability would shrink the weight with "
+            "each token; return Sample.support, or use rollout_correction='token_truncate'"
+        )
+    logger.warning_once(
+        f"rollout engine {engine} returned no support: log-probabilities are over the whole vocabulary, although "
+        f"samples are from a truncated distribution ({truncation}); return Sample.support, or set "
+        "replay_sampling_support=False to silence this"
+    )
+
+
+def _read(value: Any) -> tuple[Support | None, str | None]:
+    """Return a support as int32 and int64 tensors on the CPU, or None and what is wrong with it."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        return None, f"is {type(value).__name__} and must be a pair (token_ids, offsets)"
+    try:
+        ids, offsets = (torch.as_tensor(x, device="cpu") for x in value)
+    except (TypeError, ValueError) as error:
+        return None, f"must be a pair (token_ids, offsets) of integers ({error})"
+    for name, x in (("token_ids", ids), ("offsets", offsets)):
+        if x.numel() and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+            return None, f"has {name} of {x.dtype}, which must be integers"
+    return Support(ids.int(), offsets.long()), None
+
+
+def _problem(support: Support, response_ids: Sequence[int], vocab_size: int) -> str | None:
     """Say what is wrong with a support, or return None."""
-    ids, offsets, num_tokens = support.token_ids.long(), support.offsets.long(), len(response_ids)
+    ids, offsets, num_tokens = support.token_ids.long(), support.offsets, len(response_ids)
     if ids.ndim != 1 or offsets.shape != (num_tokens + 1,):
         return (
             f"has token_ids of shape {tuple(ids.shape)} and offsets of shape {tuple(offsets.shape)} for {num_tokens} "
@@ -138,14 +180,14 @@ def _problem(support: Support, response_ids: Sequence[int]) -> str | None:
     if not len(ids):
         return None
     token = torch.arange(num_tokens).repeat_interleave(counts)
-    if (ids < 0).any():
-        return f"has the negative id {ids[ids < 0][0]} at token {token[_first(ids < 0)]}"
+    if (outside := (ids < 0) | (ids >= vocab_size)).any():
+        return f"has the id {ids[outside][0]} at token {token[_first(outside)]}, outside of [0, {vocab_size})"
     labels = torch.tensor(response_ids, dtype=torch.long)
     has_label = token[ids == labels[token]].bincount(minlength=num_tokens) > 0
     if (lost := (counts > 0) & ~has_label).any():
         t = _first(lost)
         return f"lacks the response token itself, {response_ids[t]}, at token {t}"
-    values, order = (token * (ids.max() + 1) + ids).sort()
+    values, order = (token * vocab_size + ids).sort()
     if (twice := values.diff() == 0).any():
         entry = order[_first(twice)]
         return f"has the id {ids[entry]} twice at token {token[entry]}"
@@ -180,21 +222,17 @@ def support_metrics(stats: Sequence[SupportStats | None]) -> dict[str, float]:
 
 
 def pack_supports(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Concatenate the supports of a micro-batch's samples: ``support_ids`` and ``support_offsets``, or nothing.
+    """Concatenate the supports of a micro-batch's samples, all or none of which have one.
 
-    Raises:
-        ValueError: some samples have a support and others do not.
+    Returns:
+        ``support_ids`` and ``support_offsets``, or nothing.
     """
     supports = [s.support for s in samples if s.support is not None]
     if not supports:
         return {}
-    if len(supports) < len(samples):
-        raise ValueError(
-            "the rollout engine returned a support for some samples and not for others; return one for all or for "
-            "none. An empty range in its offsets stands for a token without truncation"
-        )
+    assert len(supports) == len(samples)
     return {
-        "support_ids": torch.cat([ids for ids, _ in supports]).to(torch.int32),
+        "support_ids": torch.cat([ids for ids, _ in supports]),
         "support_offsets": _offsets(torch.cat([offsets.diff() for _, offsets in supports])),
     }
 

@@ -119,7 +119,11 @@ class VLLMRollout:
         return min(self.top_k + self._TIES, self.vocab_size) if self.top_k else self.vocab_size
 
     def _kept(self, output: Any) -> list[list[int]]:
-        """Return the tokens that the sampler kept at each token of an output."""
+        """Return the tokens that the sampler kept at each token of an output, none where it did not cut."""
+        kept = self._kept_of(output)
+        return [tokens if len(tokens) < self.vocab_size else [] for tokens in kept]
+
+    def _kept_of(self, output: Any) -> list[list[int]]:
         if self.has_mask:
             if output.sampling_mask is None:
                 raise RuntimeError(

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -41,7 +42,7 @@ def test_each_sequence_gets_its_own_steps_in_order(data):
     lengths = data.draw(st.lists(st.integers(1, 4), max_size=4), "lengths")
     extra = data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths)), "extra steps")
     kept = {
-        i: [[v for v in range(5) if data.draw(st.booleans())] for _ in range(n + more)]
+        i: [[v for v in range(4) if data.draw(st.booleans())] for _ in range(n + more)]
         for i, (n, more) in enumerate(zip(lengths, extra, strict=True))
     }
     recorder, left = SupportRecorder(), {i: list(steps) for i, steps in kept.items()} | {"warmup": [[1, 2], [3]]}
@@ -72,7 +73,10 @@ def test_a_step_that_was_not_recorded_raises():
         ([7, 8], [1, 1, 2], r"offsets from 1 to 2, which must be from 0 to len\(token_ids\)=2"),
         ([7, 8], [0, 1, 3], r"offsets from 0 to 3, which must be from 0 to len\(token_ids\)=2"),
         ([7, 8], [0, 3, 2], "offsets that fall at token 1, from 3 to 2"),
-        ([7, -1, 8], [0, 2, 3], "the negative id -1 at token 0"),
+        ([7, -1, 8], [0, 2, 3], r"the id -1 at token 0, outside of \[0, 28\)"),
+        ([7, 8, 28], [0, 1, 3], r"the id 28 at token 1, outside of \[0, 28\)"),
+        ([7.0, 8.0], [0, 1, 2], "token_ids of torch.float32, which must be integers"),
+        ([7, 8], [False, True, True], "offsets of torch.bool, which must be integers"),
         ([7, 9, 9], [0, 1, 3], "lacks the response token itself, 8, at token 1"),
         ([8, 7], [0, 1, 2], "lacks the response token itself, 7, at token 0"),
         ([7, 9, 8, 9, 9], [0, 2, 5], "the id 9 twice at token 1"),
@@ -80,26 +84,68 @@ def test_a_step_that_was_not_recorded_raises():
 )
 def test_an_invalid_support_raises(ids, offsets, message):
     good = a_sample([7, 8], Support.of([[3, 7], []]))
-    bad = a_sample([7, 8], (torch.tensor(ids, dtype=torch.int32), torch.tensor(offsets)))
+    bad = a_sample([7, 8], (torch.tensor(ids), torch.tensor(offsets)))
     with pytest.raises(ValueError, match=rf"rollout engine MyEngine: the support of sample 1 .*{message}.*; see sppo"):
-        take_supports([good, bad], "MyEngine", TRUNCATED)
+        take_supports([good, bad], "MyEngine", TRUNCATED, 28)
+
+
+@pytest.mark.parametrize(
+    ("support", "message"),
+    [
+        (torch.tensor([7, 8]), r"is Tensor and must be a pair \(token_ids, offsets\)"),
+        ([[7], [8], [9]], r"is list and must be a pair \(token_ids, offsets\)"),
+        (([[7], [8, 9]], [0, 1, 3]), r"must be a pair \(token_ids, offsets\) of integers \("),
+        (("seven", [0, 1]), r"must be a pair \(token_ids, offsets\) of integers \("),
+    ],
+)
+def test_what_is_no_support_raises(support, message):
+    with pytest.raises(ValueError, match=f"rollout engine MyEngine: the support of sample 0 {message}"):
+        take_supports([a_sample([7, 8], support)], "MyEngine", TRUNCATED, 28)
+
+
+@pytest.mark.parametrize("make_array", [list, np.array, torch.tensor, lambda x: np.array(x, dtype=np.int16)])
+def test_an_engine_may_return_any_array(make_array):
+    sample = a_sample([7, 8], (make_array([3, 7]), make_array([0, 2, 2])))
+    take_supports([sample], "MyEngine", TRUNCATED, 28)
+    assert ranges(sample.support) == [[3, 7], []]
+
+
+def test_supports_for_some_samples_raise():
+    """Also where they would be in different micro-batches."""
+    samples = [a_sample([7], Support.of([[7]])), a_sample([8]), a_sample([9])]
+    with pytest.raises(ValueError, match="MyEngine returned no support for sample 1 and 1 others of 3; return one for"):
+        take_supports(samples, "MyEngine", TRUNCATED, 28)
+
+
+@pytest.mark.parametrize("correction", ["sequence_truncate", "sequence_mask"])
+def test_log_probabilities_without_a_support_do_not_fit_a_sequence_weight(correction):
+    settings = SPPOSettings(top_k=3, rollout_correction=correction)
+    with pytest.raises(ValueError, match=f"log-probabilities without a support.*{correction}.*return Sample.support"):
+        take_supports([a_sample([7], logprobs=[-0.1])], "MyEngine", settings, 28)
+    take_supports([a_sample([7])], "MyEngine", settings, 28)  # no log-probabilities, no weight
+
+
+def test_a_row_that_was_not_cut_is_an_empty_range():
+    recorder = SupportRecorder()
+    recorder.add(["a", "b"], torch.tensor([[True, True, True], [True, False, True]]))
+    assert [ranges(support) for support in recorder.supports({"a": 1, "b": 1})] == [[[]], [[0, 2]]]
 
 
 def test_valid_supports_pass():
     kept = [[[7], [8, 9]], [[], []], [[], [0, 8]]]
-    take_supports([a_sample([7, 8], Support.of(each)) for each in kept], "MyEngine", TRUNCATED)
-    take_supports([], "MyEngine", TRUNCATED)
+    take_supports([a_sample([7, 8], Support.of(each)) for each in kept], "MyEngine", TRUNCATED, 28)
+    take_supports([], "MyEngine", TRUNCATED, 28)
 
 
 def test_an_engine_without_supports_is_warned_about_once(monkeypatch):
     """Only where the settings truncate, and the support is to be used."""
     said = []
     monkeypatch.setattr("sppo.rollout.support.logger.warning_once", said.append)
-    take_supports([a_sample([7])], "Blind", SPPOSettings())
-    take_supports([a_sample([7])], "Blind", SPPOSettings(top_k=3, replay_sampling_support=False))
-    take_supports([a_sample([7], Support.of([[7]]))], "Seeing", TRUNCATED)
+    take_supports([a_sample([7])], "Blind", SPPOSettings(), 28)
+    take_supports([a_sample([7])], "Blind", SPPOSettings(top_k=3, replay_sampling_support=False), 28)
+    take_supports([a_sample([7], Support.of([[7]]))], "Seeing", TRUNCATED, 28)
     assert not said
-    take_supports([a_sample([7])], "Blind", TRUNCATED)
+    take_supports([a_sample([7])], "Blind", TRUNCATED, 28)
     assert len(said) == 1
     assert "rollout engine Blind returned no support" in said[0]
     assert "replay_sampling_support=False" in said[0]
@@ -107,7 +153,7 @@ def test_an_engine_without_supports_is_warned_about_once(monkeypatch):
 
 def test_supports_that_are_not_to_be_used_are_dropped():
     sample = a_sample([7], Support.of([[7]]))
-    take_supports([sample], "MyEngine", SPPOSettings(top_k=3, replay_sampling_support=False))
+    take_supports([sample], "MyEngine", SPPOSettings(top_k=3, replay_sampling_support=False), 28)
     assert sample.support is None
 
 
@@ -116,8 +162,6 @@ def test_a_micro_batch_concatenates_supports():
     batch = pack_policy_batch(samples)
     assert ranges((batch["support_ids"], batch["support_offsets"])) == [[3, 7], [], [9]]
     assert "support_ids" not in pack_policy_batch([a_sample([7])])
-    with pytest.raises(ValueError, match="returned a support for some samples and not for others; return one for all"):
-        pack_policy_batch([*samples, a_sample([7])])
 
 
 @pytest.mark.parametrize("samples", [[], [a_sample([7], Support.of([[]]))], [a_sample([7], Support.of([[7, 8]]))]])
@@ -148,7 +192,7 @@ class Wrong(HFRollout):
 
     def generate(self, *args, **kwargs):
         samples = super().generate(*args, **kwargs)
-        samples[3].support = Support.of([[27 if token != 27 else 26] for token in samples[3].response_ids])
+        samples[3].support = Support.of([[25 if token != 25 else 26] for token in samples[3].response_ids])
         return samples
 
 

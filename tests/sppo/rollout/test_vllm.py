@@ -105,7 +105,7 @@ def test_the_support_is_what_the_sampler_kept(truncation):
     model = servable()
     ENGINES.append(engine := VLLMRollout(model, char_tokenizer(), max_completion_length=16, **SMALL, **truncation))
     samples = engine.generate(DATASET["prompt"], seed=0, temperature=0.7, batch_size=16)
-    take_supports(samples, "vllm", SPPOSettings(**truncation))
+    take_supports(samples, "vllm", SPPOSettings(**truncation), engine.vocab_size)
     gaps, sizes = [], []
     for sample in samples:
         ids = torch.tensor([sample.prompt_ids + sample.response_ids])
@@ -143,14 +143,15 @@ def test_training_replays_the_support(tmp_path, replay):
 
 
 @pytest.mark.parametrize(
-    ("mask", "kept"), [(SimpleNamespace(token_ids=[[1, 2], [3]]), [[1, 2], [3]]), (None, "returned no sampling_mask")]
+    ("mask", "kept"),
+    [(SimpleNamespace(token_ids=[[1, 2], [0, 1, 2, 3]]), [[1, 2], []]), (None, "returned no sampling_mask")],
 )
 def test_the_mask_is_taken_where_vllm_has_it(mask, kept):
     """vLLM computes it with Triton, which its CPU version lacks here."""
     from sppo.rollout.vllm import VLLMRollout
 
     engine = object.__new__(VLLMRollout)
-    engine.has_mask = True
+    engine.has_mask, engine.vocab_size = True, 4
     output = SimpleNamespace(sampling_mask=mask)
     if mask is None:
         with pytest.raises(RuntimeError, match=kept):
