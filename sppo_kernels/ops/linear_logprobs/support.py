@@ -39,9 +39,9 @@ from .weighted_rows import Entries
 
 _log = logging.getLogger(__name__)
 
-# From which share of V on a support is wide: 1 / 64 on a CPU, where dense products then take as long, on a GPU where K
-# rows at 3 TB/s take as long as the dense products at 700 TFLOP/s.
-WIDE_SHARE = {"torch": 1 / 64, "triton": 1 / 256}
+# From which share of V on a support is wide: on a CPU as measured (docs/sampling-support.md), on a GPU where K rows at
+# 3 TB/s take as long as the dense products at 700 TFLOP/s.
+WIDE_SHARE = {"torch": 1 / 20, "triton": 1 / 256}
 
 _NUM_KINDS = 3
 _DENSE, _NARROW, _WIDE = range(_NUM_KINDS)

@@ -28,7 +28,9 @@ class Support(NamedTuple):
     def tokens(self) -> Tensor:
         """Return which token each entry of ``token_ids`` belongs to, ``[M]``."""
         entries = torch.arange(self.token_ids.shape[0], device=self.offsets.device)
-        return torch.searchsorted(self.offsets[1:], entries, right=True).clamp_(max=self.offsets.shape[0] - 2)
+        return torch.searchsorted(self.offsets[1:].contiguous(), entries, right=True).clamp_(
+            max=self.offsets.shape[0] - 2
+        )
 
     def safe(self) -> Support:
         """Return it with contiguous tensors, and with offsets that rise and do not point outside, whatever they are."""

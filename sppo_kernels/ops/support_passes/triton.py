@@ -16,7 +16,8 @@ _TOKENS, _ENTRIES = 16, 32  # per program and step: most supports have fewer ent
 _BLOCK = 1024  # entries per program in backward
 
 
-# One program per 16 tokens. It reads their supports side by side, twice where the longest has more than 32 entries.
+# One program per 16 tokens. It reads their supports side by side: for the largest logit, then from the cache for the
+# sums.
 @triton.jit(do_not_specialize=["N", "stride_stat", "ignore_index"])
 def support_fwd_kernel(
     x_ptr,

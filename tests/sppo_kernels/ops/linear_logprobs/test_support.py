@@ -86,8 +86,8 @@ def test_wide_supports_take_a_dense_product(backend, dtype, monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_few_wide_supports_take_none(backend):
-    given = inputs(20, 8, 200)
-    support = support_of(given["labels"], [200] * 20, 200)
+    given = inputs(15, 8, 200)
+    support = support_of(given["labels"], [200] * 15, 200)
     with mock.patch.object(module.SupportHead, "_read_wide", side_effect=AssertionError):
         compare(backend, given, support)
 
@@ -97,7 +97,8 @@ def test_few_wide_supports_take_none(backend):
 def test_extreme_logits(backend, magnitude):
     given = inputs(12, 16, 60)
     given["hidden"].data.mul_(magnitude)
-    compare(backend, given, support_of(given["labels"], [5] * 12, 60))
+    # Logits of this magnitude are rounded, and the entropies of such distributions are far below 1.
+    compare(backend, given, support_of(given["labels"], [5] * 12, 60), term=magnitude)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -170,9 +171,9 @@ def test_support_of_everything_equals_no_support(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_in_every_batch(backend):
     """With narrow supports, results and gradients of hidden states depend neither on other tokens nor on the run."""
-    given = inputs(40, 33, 97, torch.bfloat16)
+    given = inputs(40, 33, 400, torch.bfloat16)
     sizes = random_sizes(40, 12, 12)
-    ids, offsets = support_of(given["labels"], [max(1, size) for size in sizes], 97)
+    ids, offsets = support_of(given["labels"], [max(1, size) for size in sizes], 400)
 
     def run(first, last):
         part = {k: x if k == "weight" or x is None else x[first:last] for k, x in given.items()}
@@ -299,7 +300,9 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        sizes = [x.untyped_storage().nbytes() // x.itemsize for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        dense = [x.values() if x.layout == torch.sparse_csr else x for x in tensors]
+        sizes = [x.untyped_storage().nbytes() // x.itemsize for x in dense]
         self.largest = max([self.largest, *sizes])
         return out
 
