@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.harness import library_seams, results
 from benchmarks.harness.allocations import GIB, Allocations
+from benchmarks.harness.operations import eager
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
 
@@ -38,6 +39,7 @@ class Size(NamedTuple):
 
 FULL = Size(32_768, 3584, 151_936)  # a 7B policy
 SMALL = Size(8192, 4096, 151_936)
+SUPPORT = 20  # as with top_k=20
 
 
 class Setting(NamedTuple):
@@ -48,6 +50,7 @@ class Setting(NamedTuple):
     logits_budget_bytes: int | None = None
     chunk_bytes: int = library_seams.ACCELERATOR_CHUNK_BYTES
     gradients: bool = True
+    support: int = 0  # tokens that the sampler kept, for each token; 0 for all
 
 
 SETTINGS = {
@@ -56,6 +59,7 @@ SETTINGS = {
     "recompute, chunk_bytes=2**28": Setting(5 * GIB // 2, chunk_bytes=2**28),
     "cache, everything kept": Setting(backward="cache"),
     "cache, logits_budget_bytes=2**32": Setting(backward="cache", logits_budget_bytes=2**32),
+    f"support of {SUPPORT}": Setting(1 * GIB, support=SUPPORT),
 }
 
 
@@ -65,15 +69,25 @@ def _inputs(size: Size, gradients: bool = True) -> tuple[Tensor, Tensor, Tensor]
     return hidden, weight, torch.empty(size.tokens, dtype=torch.int64)
 
 
+def _support(size: Size, entries: int) -> tuple[Tensor, Tensor]:
+    ids = torch.empty(size.tokens * entries, dtype=torch.int64)
+    return ids, torch.empty(size.tokens + 1, dtype=torch.int64)
+
+
 def linear_logprobs_peak(size: Size, setting: Setting) -> tuple[int, int]:
     """Measure the peak in bytes, and how many of them are kept for backward."""
     with FakeTensorMode():
         hidden, weight, labels = _inputs(size, setting.gradients)
         is_cached = setting.backward == "cache"
         kept = library_seams.num_cached(size.tokens, size.vocab, setting.logits_budget_bytes) if is_cached else 0
+        selection = library_seams.selection_by_tokens(size.tokens, cached=kept)
+        support = None
+        if setting.support:
+            selection = library_seams.selection_by_supports(size.tokens, setting.support)
+            support = _support(size, setting.support)
         with (
-            library_seams.on_cuda_without_kernels(library_seams.selection_by_tokens(size.tokens, cached=kept)),
-            Allocations([hidden, weight, labels]) as allocations,
+            library_seams.on_cuda_without_kernels(selection),
+            Allocations([hidden, weight, labels, *(support or ())]) as allocations,
         ):
             out = library_seams.linear_logprobs(
                 hidden,
@@ -82,6 +96,7 @@ def linear_logprobs_peak(size: Size, setting: Setting) -> tuple[int, int]:
                 backward=setting.backward,
                 logits_budget_bytes=setting.logits_budget_bytes,
                 chunk_bytes=setting.chunk_bytes,
+                support=support,
             )
             kept_bytes = out.cached_probs.untyped_storage().nbytes()
             grads: tuple[Tensor, ...] = ()
@@ -129,12 +144,25 @@ def eager_peak(size: Size, entropy_gradient: bool) -> int:
         return allocations.peak(apart_from=grads)
 
 
+def masked_peak(size: Size) -> int:
+    """Measure the peak in bytes of plain PyTorch with supports: all logits, those outside of the supports masked."""
+    with FakeTensorMode():
+        hidden, weight, labels = _inputs(size)
+        ids, offsets = _support(size, SUPPORT)
+        with Allocations([hidden, weight, labels, ids, offsets]) as allocations:
+            out = eager.masked_logprobs(hidden, weight, labels, ids, offsets)
+            grads = torch.autograd.grad(out["logprobs"].sum(), (hidden, weight))
+        return allocations.peak(apart_from=grads)
+
+
 def _rows(sizes: Iterable[Size]) -> Iterator[Row]:
     for size in sizes:
         print(f"{size.tokens} tokens, hidden size {size.hidden}, vocabulary {size.vocab}", file=sys.stderr)
         for case, entropy_gradient in (("eager", False), ("eager, gradient of entropy too", True)):
             peak = eager_peak(size, entropy_gradient)
             yield {**size._asdict(), "case": case, "peak_bytes": peak, "kept_bytes": 0, "limit_bytes": None}
+        case = f"eager, masked to a support of {SUPPORT}"
+        yield {**size._asdict(), "case": case, "peak_bytes": masked_peak(size), "kept_bytes": 0, "limit_bytes": None}
         for case, setting in SETTINGS.items():
             peak, kept = linear_logprobs_peak(size, setting)
             limit = setting.limit if size == FULL else None

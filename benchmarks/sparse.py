@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import library_seams, results, timing
-from benchmarks.harness.hidden_states import HiddenStates, sampled_states
+from benchmarks.harness.hidden_states import random_states, sampled_states
 from benchmarks.harness.operations import OPERATIONS, eager
 from benchmarks.harness.peers import PEERS, explain
 from benchmarks.harness.problem import Implementation, Outputs, Problem
@@ -179,21 +179,13 @@ def _spread(part: str, milliseconds: Iterable[float]) -> Row:
 # The suite
 
 
-def _random_states(tokens: int) -> HiddenStates:
-    """Make states in place of the model's for the quick form: half of the tokens peaked, half not."""
-    torch.manual_seed(0)
-    weight, hidden = torch.randn(3000, 32) / 32**0.5, torch.randn(tokens, 32)
-    hidden[::2] *= 12
-    return HiddenStates(hidden, weight, (hidden @ weight.t()).argmax(-1))
-
-
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     """Yield all rows, each with the part that it belongs to."""
     sources = ("made up",) if args.quick else tuple(args.prompts or PROMPTS)
     temperatures = (1.0,) if args.quick else TEMPERATURES
     for source in sources:
         for temperature in temperatures:
-            made = _random_states(256) if args.quick else sampled_states(args.states, source, temperature, 48, 128)
+            made = random_states(256) if args.quick else sampled_states(args.states, source, temperature, 48, 128)
             at = {"prompts": source.rpartition("/")[2], "temperature": temperature}
             given = made.hidden / temperature, made.weight, made.labels
             print(f"{at['prompts']} at {temperature}: {len(made.labels)} tokens", file=sys.stderr, flush=True)

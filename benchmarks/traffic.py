@@ -170,6 +170,7 @@ def _linear_cases(vocab: int) -> Iterator[Case]:
     yield _sharded_case(tokens, vocab, dtype)
     yield _equal_labels_case(dtype)
     yield _sparse_case(tokens, vocab, dtype)
+    yield _support_case(tokens, vocab, dtype)
 
 
 def _scaled_row(hidden: int, dtype: torch.dtype) -> int:
@@ -271,7 +272,7 @@ def _sparse_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
     candidates = maxima + tokens * 32 + groups * (GROUP * FLOAT + 2 * 4) + 4 * entries
     again = tokens * TILE // GROUP * 2  # the maxima of the first tile, which has all candidates, are read twice
     lists = 2 * entries * (2 * INDEX + FLOAT)  # token, column and weight, once in each order
-    gathered = entries * hidden_size * (FLOAT + dtype.itemsize)  # on a CPU the weight is a float32 copy
+    gathered = 2 * entries * hidden_size * dtype.itemsize
     sums = FLOAT * hidden_size * (tokens + entries)  # written where zeros were
     return Case(
         "linear_logprobs",
@@ -282,6 +283,44 @@ def _sparse_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
             Kernel("linear_logprobs_candidates_kernel", candidates, candidates + again),
             Kernel("linear_logprobs_select_kernel", tokens * 36 + (4 + 4 + 8) * entries),
             Kernel("linear_logprobs_weighted_rows_kernel", lists + gathered + sums),
+            Kernel("linear_logprobs_scaled_rows_kernel", tokens * _scaled_row(hidden_size, dtype)),
+        ),
+    )
+
+
+def _support_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
+    """Compute the logits of supports as large as a program's share of entries, so that each reads one hidden state.
+
+    Each entry gathers a row of the weight in forward and backward, and adds a hidden state to its gradient.
+    """
+    hidden_size, size = 64, 16
+    problem = OPERATIONS["linear_logprobs"].inputs(ProblemSize(tokens, hidden_size, vocab), CPU, dtype)
+    labels = torch.arange(tokens)
+    ids = (labels[:, None] + tokens * torch.arange(size)).flatten()  # no token has an entry of another
+    leaves = problem.tensors["hidden"], problem.tensors["weight"]
+    support = ids, size * torch.arange(tokens + 1)
+
+    def call() -> None:
+        out = sppo_kernels.linear_logprobs(*leaves, labels, support=support, backend="triton")
+        torch.autograd.grad(out.logprobs.sum(), leaves)
+
+    entries, row = tokens * size, hidden_size * dtype.itemsize
+    # Label, temperature and four results; the offsets are read from and to.
+    of_token = INDEX + FLOAT + 4 * FLOAT
+    least = tokens * of_token + (tokens + 1) * INDEX + entries * (INDEX + FLOAT)
+    # The largest logit is found in one read, the sums in a second one, from the cache.
+    designed = tokens * (of_token + 2 * INDEX) + 2 * entries * (INDEX + FLOAT)
+    lists = 2 * entries * (2 * INDEX + FLOAT)  # token, column and weight, once in each order
+    sums = FLOAT * hidden_size * (tokens + entries)  # written where zeros were
+    return Case(
+        "linear_logprobs",
+        f"support, {_name(dtype)}",
+        call,
+        (
+            Kernel("linear_logprobs_entry_logits_kernel", entries * (2 * INDEX + FLOAT + row) + tokens * row),
+            Kernel("support_fwd_kernel", least, designed),
+            Kernel("support_bwd_kernel", entries * (3 * INDEX + 2 * FLOAT) + tokens * (INDEX + 4 * FLOAT)),
+            Kernel("linear_logprobs_weighted_rows_kernel", lists + 2 * entries * row + sums),
             Kernel("linear_logprobs_scaled_rows_kernel", tokens * _scaled_row(hidden_size, dtype)),
         ),
     )

@@ -25,6 +25,8 @@ from benchmarks.harness.operations import OPERATIONS
 from benchmarks.harness.problem import ProblemSize
 
 CPU = torch.device("cpu")
+SUPPORT = 20  # tokens that the sampler keeps, as with top_k=20
+SUPPORTED = f"linear_logprobs, support of {SUPPORT}"
 ENTRIES = 62  # assumed for each token in "sparse"; the suite sparse measures means of 40 to 130
 
 
@@ -97,6 +99,17 @@ def _of_selection(given: dict[str, Any]) -> dict[str, int]:
     return dict.fromkeys(("x_ptr", "candidate_ptr", "index_ptr", "value_ptr"), len(given["label_ptr"]) * ENTRIES)
 
 
+def _of_entry_logits(given: dict[str, Any]) -> dict[str, int]:
+    """Each entry reads a row of the weight. The hidden state of a token's entries is in the cache after the first."""
+    rows = given["M"] * given["H"]
+    return {"hidden_ptr": min(rows, given["hidden_ptr"].numel()), "weight_ptr": rows}
+
+
+def _of_support_backward(given: dict[str, Any]) -> dict[str, int]:
+    """Each entry reads its logit and its token's numbers, which count once per token."""
+    return dict.fromkeys(("x_ptr", "id_ptr"), given["E"])
+
+
 # What kernels access of their tensors, if it is not all: elements by the name of the argument.
 ACCESSED: dict[str, Callable[[dict[str, Any]], dict[str, int]]] = {
     "linear_logprobs_scaled_rows_kernel": _of_scaled_rows,
@@ -104,6 +117,8 @@ ACCESSED: dict[str, Callable[[dict[str, Any]], dict[str, int]]] = {
     "linear_logprobs_open_rows_kernel": _of_open_rows,
     "linear_logprobs_candidates_kernel": _of_candidates,
     "linear_logprobs_select_kernel": _of_selection,
+    "linear_logprobs_entry_logits_kernel": _of_entry_logits,
+    "support_bwd_kernel": _of_support_backward,
 }
 # Sums that are read, and written again, unless they begin at zero.
 READ_AND_WRITTEN = dict.fromkeys(
@@ -196,6 +211,25 @@ def _linear_logprobs(size: ProblemSize, mode: str) -> Call:
     return call
 
 
+def _linear_logprobs_of_supports(size: ProblemSize) -> Call:
+    with FakeTensorMode():
+        hidden, weight, labels = _linear_inputs(size)
+        ids = torch.empty(size.tokens * SUPPORT, dtype=torch.int32)
+        offsets = torch.empty(size.tokens + 1, dtype=torch.int64)
+        with recorded(library_seams.selection_by_supports(size.tokens, SUPPORT)) as call:
+            out = library_seams.linear_logprobs(
+                hidden,
+                weight,
+                labels,
+                backward="recompute",
+                logits_budget_bytes=None,
+                chunk_bytes=library_seams.ACCELERATOR_CHUNK_BYTES,
+                support=(ids, offsets),
+            )
+            torch.autograd.grad(out.logprobs, (hidden, weight), torch.empty(size.tokens))
+    return call
+
+
 def _linear_policy_loss(size: ProblemSize) -> Call:
     chunk_bytes = library_seams.ACCELERATOR_CHUNK_BYTES
     with FakeTensorMode():
@@ -249,6 +283,7 @@ RECORDERS: dict[str, Callable[[ProblemSize], Call]] = {
     "linear_logprobs, cache": lambda size: _linear_logprobs(size, "cache"),
     "linear_logprobs, recompute": lambda size: _linear_logprobs(size, "recompute"),
     "linear_logprobs, sparse": lambda size: _linear_logprobs(size, "sparse"),
+    SUPPORTED: _linear_logprobs_of_supports,
     "linear_policy_loss": _linear_policy_loss,
     "policy_loss, token": _whole("policy_loss, token"),
     "policy_loss, sequence_mean": _whole("policy_loss, sequence_mean"),

@@ -21,12 +21,14 @@ from sppo_kernels.tuning import TUNABLES, Config, Tunable
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOCABULARIES = (151_936, 50_257, 97)  # a multiple of 16 (Qwen), odd (GPT-2), smaller than a block
 HIDDEN_SIZES = (1536, 97)
+SUPPORT_HIDDEN_SIZES = (4096, 576, 97)  # of a multiple of a block, not one, and odd
 
 
 def all_cases() -> Iterator[Case]:
     """Yield calls of every operation over the dtypes, sizes and settings that change what is compiled."""
     yield from _selective_logprobs_cases()
     yield from _linear_logprobs_cases()
+    yield from _support_cases()
     yield from _policy_loss_cases()
     yield from _prompt_value_cases()
     yield from _advantage_cases()
@@ -80,6 +82,32 @@ def _linear_logprobs_cases() -> Iterator[Case]:
     for name, dtype in DTYPES.items():  # a list of labels of more than one piece
         label = f"{name} V={VOCABULARIES[2]} cache 200 tokens"
         yield Case("linear_logprobs", label, functools.partial(call, dtype, VOCABULARIES[2], None, "cache", tokens=200))
+
+
+def _support_cases() -> Iterator[Case]:
+    """Yield calls with supports, whose kernels do not depend on the vocabulary beyond its alignment."""
+    vocab, entries = 128, 3
+
+    def call(dtype: torch.dtype, hidden_size: int, softcap: float | None, everything: bool, tokens: int = 16) -> None:
+        x = lambda *shape: torch.zeros(*shape, dtype=dtype, requires_grad=True)
+        extras = {"bias": x(vocab), "adapter": (x(tokens, 16), x(vocab, 16))} if everything else {}
+        out = sppo_kernels.linear_logprobs(
+            x(tokens, hidden_size),
+            x(vocab, hidden_size),
+            torch.zeros(tokens, dtype=torch.int64),
+            support=(torch.arange(entries).repeat(tokens), entries * torch.arange(tokens + 1)),
+            softcap=softcap,
+            backend="triton",
+            **extras,
+        )
+        out.logprobs.sum().backward(retain_graph=True)
+        out.entropy.sum().backward()
+
+    for (name, dtype), hidden_size, (softcap, everything) in product(
+        DTYPES.items(), SUPPORT_HIDDEN_SIZES, ((30.0, True), (None, False))
+    ):
+        label = f"{name} H={hidden_size}{' softcap bias adapter' if everything else ''} support"
+        yield Case("linear_logprobs", label, functools.partial(call, dtype, hidden_size, softcap, everything))
 
 
 def _policy_loss_cases() -> Iterator[Case]:

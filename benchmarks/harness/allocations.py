@@ -52,7 +52,9 @@ class Allocations(TorchDispatchMode):
         out = func(*args, **kwargs)
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
-                self._record(x.untyped_storage())
+                parts = [x.crow_indices(), x.col_indices(), x.values()] if x.layout == torch.sparse_csr else [x]
+                for part in parts:
+                    self._record(part.untyped_storage())
         return out
 
     @contextmanager

@@ -75,6 +75,7 @@ def _sweep(base: ProblemSize) -> list[ProblemSize]:
     return [base._replace(**change) for change in changes]
 
 
+_HEADS = "linear_logprobs, mean NLL", "linear_logprobs + policy_loss", "linear_logprobs, support"
 _TINY = ProblemSize(512, 64, 1024)
 _DRY = ProblemSize(8, 16, 97, ignored=0.25, clipped=0.25)
 _CPU = ProblemSize(512, 576, 49_152)  # the output embedding of SmolLM2-135M
@@ -95,6 +96,7 @@ PLANS: dict[str, list[BenchmarkCase]] = {
     ),
     "others": [
         *(BenchmarkCase("linear_logprobs + policy_loss", size) for size in (BASE, SHARP)),
+        BenchmarkCase("linear_logprobs, support", BASE),
         *_without_vocabulary(OTHER_OPERATIONS, MILLION),
     ],
     "sweep": [
@@ -104,7 +106,7 @@ PLANS: dict[str, list[BenchmarkCase]] = {
     ],
     "quick": [
         *_linear(_TINY, _TINY._replace(ignored=0.5, clipped=0.5), _TINY._replace(logits="sharp")),
-        *(BenchmarkCase(name, _TINY) for name in ("linear_logprobs, mean NLL", "linear_logprobs + policy_loss")),
+        *(BenchmarkCase(name, _TINY) for name in _HEADS),
         BenchmarkCase("selective_logprobs", _TINY),
         *_without_vocabulary((*POLICY_LOSSES, *OTHER_OPERATIONS), 4096),
     ],
@@ -121,4 +123,6 @@ PLANS: dict[str, list[BenchmarkCase]] = {
         *_without_vocabulary((*POLICY_LOSSES, *OTHER_OPERATIONS), 65_536),
     ],
 }
+# Of the size of the plan cpu, and eight times as many tokens, where tokens outnumber the dense gradient of the weight.
+PLANS["support"] = [BenchmarkCase("linear_logprobs, support", _CPU._replace(tokens=n)) for n in (512, 4096)]
 PLANS["full"] = [*PLANS["headline"], *PLANS["shapes"], *PLANS["others"], *PLANS["sweep"]]

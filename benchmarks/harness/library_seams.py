@@ -30,6 +30,7 @@ from sppo_kernels.ops.linear_logprobs import output as linear_logprobs_output
 from sppo_kernels.ops.linear_logprobs.cache import CachePlan
 from sppo_kernels.ops.linear_logprobs.gradients import GradientAccumulator
 from sppo_kernels.ops.linear_logprobs.lm_head import LMHead, SavedForBackward
+from sppo_kernels.ops.linear_logprobs.support import SupportHead, Tokens
 from sppo_kernels.ops.linear_policy_loss import op as linear_policy_loss_op
 from sppo_kernels.ops.policy_loss import op as policy_loss_op
 from sppo_kernels.ops.policy_loss.settings import Settings
@@ -194,6 +195,14 @@ def selection_by_tokens(tokens: int, *, cached: int = 0, entries: int = 0) -> Se
     return Selection(tokens, ((0, cached, others) if entries else (others, cached, 0),), entries)
 
 
+def selection_by_supports(tokens: int, entries: int) -> Selection:
+    """Return what linear_logprobs selects where all tokens have a gradient and a support of so many ``entries``.
+
+    In forward and backward all tokens are narrow, and all entries are on this rank.
+    """
+    return Selection(tokens * entries, ((0, tokens, 0), (0, tokens, 0)))
+
+
 def selection_by_blocks(tokens: int, block: int) -> Selection:
     """Return what linear_policy_loss selects where all tokens have a loss, and are cached, block by block."""
     return Selection(tokens, tuple((0, len(part), 0) for part in indexing.ranges(tokens, block)))
@@ -207,10 +216,17 @@ def linear_logprobs(
     backward: str,
     logits_budget_bytes: int | None,
     chunk_bytes: int,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> linear_logprobs_output.ForwardOutput:
     """Call the Triton backend of linear_logprobs and return all outputs of the registered operation."""
     validated = _validate(
-        hidden, weight, labels, backward=backward, logits_budget_bytes=logits_budget_bytes, chunk_bytes=chunk_bytes
+        hidden,
+        weight,
+        labels,
+        backward=backward,
+        logits_budget_bytes=logits_budget_bytes,
+        chunk_bytes=chunk_bytes,
+        support=support,
     )
     return linear_logprobs_output.ForwardOutput(*linear_logprobs_op.linear_logprobs(**validated._asdict()))
 
@@ -262,6 +278,7 @@ def _validate(
     backward: str,
     logits_budget_bytes: int | None,
     chunk_bytes: int,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> arguments.Arguments:
     return arguments.Arguments.validate(
         hidden=hidden,
@@ -278,7 +295,7 @@ def _validate(
         mass_tolerance=1e-4,
         max_entries=512,
         group=None,
-        support=None,
+        support=support,
         backend="triton",
     )
 
@@ -369,6 +386,18 @@ def select_entries(logits: Tensor, labels: Tensor, *, max_entries: int, mass_tol
         value=value,
     )
     return SelectedEntries(index, value, selected.num_entries, selected.dropped_mass)
+
+
+@contextmanager
+def all_supports_are(kind: str) -> Iterator[None]:
+    """Take all supports of several tokens for "narrow" or "wide" ones, whatever their size."""
+
+    def partition(self: SupportHead, selected: Tensor) -> Tokens:
+        index = indexing.nonzero_indices(selected & (self.sizes != 1))
+        return Tokens(index[:0], index[:0], index[:0])._replace(**{kind: index})
+
+    with mock.patch.object(SupportHead, "partition", partition):
+        yield
 
 
 @contextmanager

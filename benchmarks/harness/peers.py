@@ -203,6 +203,7 @@ PEERS: dict[str, dict[str, PeerFactory]] = {
         "TRL ChunkedLogProbFunction": _trl_chunked(partial(LinearPolicyLoss().finish, reference)),
         "Liger fused linear GRPO": _liger_grpo,
     },
+    "linear_logprobs, support": _pytorch(eager.masked_logprobs),
     "selective_logprobs": {
         **_pytorch(eager.selective_logprobs),
         "TRL selective_log_softmax_and_entropy": _trl_selective,

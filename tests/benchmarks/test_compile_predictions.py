@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import torch
 
 from benchmarks.compile.binaries import Binary, Hot
-from benchmarks.compile.calls import ENTRIES, RECORDERS, Call, RecordedLaunch
+from benchmarks.compile.calls import ENTRIES, RECORDERS, SUPPORT, SUPPORTED, Call, RecordedLaunch
 from benchmarks.compile.launches import Launch
 from benchmarks.compile.predictions import PredictedCall, tables, work_of
 from benchmarks.compile.time_model import GPU, H100, Prediction, Work, predict
@@ -119,6 +119,22 @@ def test_entries_are_assumed_for_each_token():
     candidates = next(each for each in launches if each.kernel.__name__ == "linear_logprobs_candidates_kernel")
     per_token = SIZE.vocab / 2 + ENTRIES * (16 + 8 + 4)
     assert candidates.bytes == pytest.approx(SIZE.tokens * per_token, rel=0.02)
+
+
+def test_a_support_reads_a_row_of_the_weight_per_entry_and_has_no_products():
+    call = RECORDERS[SUPPORTED](SIZE)
+    assert call.flops == 0
+    launches = {each.kernel.__name__: each for each in call.launches}
+    rows = 2 * SUPPORT * SIZE.tokens * SIZE.hidden
+    entry_logits = launches["linear_logprobs_entry_logits_kernel"]
+    assert entry_logits.bytes == pytest.approx(rows + 2 * SIZE.tokens * SIZE.hidden, rel=0.02)
+    # Both gradients gather as many rows. That of the hidden states is summed in float32, d weight in its own dtype.
+    weighted = [each for each in call.launches if each.kernel.__name__ == "linear_logprobs_weighted_rows_kernel"]
+    of_hidden, of_weight = (each.bytes for each in weighted)
+    assert of_hidden == pytest.approx(rows + 4 * SIZE.tokens * SIZE.hidden, rel=0.02)
+    assert of_weight == pytest.approx(rows + 2 * SIZE.vocab * SIZE.hidden, rel=0.02)
+    assert launches["support_fwd_kernel"].bytes < rows / 50
+    assert launches["support_bwd_kernel"].bytes < rows / 50
 
 
 def test_sums_that_begin_at_zero_are_not_read():

@@ -33,6 +33,12 @@ def test_a_pass_more_or_less_is_a_failure(tmp_path, monkeypatch, capsys, case):
     assert failure in capsys.readouterr().err
 
 
+def test_entries_of_supports_are_counted_and_are_no_matrix_products():
+    row = count(Case("support", 0, support=4), QUICK)
+    assert row["products"] == row["designed_products"] == 0
+    assert row["counted"] == pytest.approx(row["designed"]) == pytest.approx(3 * 4 / QUICK[2])
+
+
 def test_a_formula_that_forgets_a_product_is_a_failure(tmp_path, monkeypatch):
     """What the operation says of itself and what the profiler sees are held against the design apart."""
     right = count(Case("cache", 3, "cache"), QUICK)

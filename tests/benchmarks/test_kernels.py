@@ -67,6 +67,17 @@ def test_rows_have_times_rates_and_errors(suite, tmp_path, capsys):
     assert "of ceiling" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_supports_are_measured_next_to_masked_logits(suite):
+    code, report = suite("linear_logprobs, support")
+    assert (code, report["failures"]) == (0, [])
+    rows = {row["provider"]: row for row in report["rows"]}
+    assert list(rows) == ["sppo_kernels, support", "sppo_kernels, from logits", "eager PyTorch"]
+    for row in rows.values():
+        assert row["both_ms"] > 0
+        assert row["errors"].keys() == {"logprobs", "d hidden", "d weight"}
+
+
 def test_a_plan_without_the_operation_says_what_it_has(tmp_path, capsys):
     assert main(["kernels", "--plan", "others", "--only", "linear_logprobs", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err

@@ -22,6 +22,7 @@ from benchmarks.memory import (
     eager_peak,
     linear_logprobs_peak,
     linear_policy_loss_peak,
+    masked_peak,
 )
 from sppo_kernels.ops.linear_logprobs.matmul import row_stride
 
@@ -94,6 +95,15 @@ def test_kept_blocks_are_bounded_by_the_chunk_too():
     assert peak < kept + 4 * vocab * hidden + chunk + 60 * tokens
 
 
+def test_a_support_holds_no_logits_but_its_own():
+    """The float32 gradient of the hidden states, and some numbers per entry."""
+    tokens, hidden, _ = size = Size(4096, 64, 50_000)
+    peak, kept = linear_logprobs_peak(size, Setting(support=20))
+    assert kept == 0
+    assert peak < tokens * (8 * hidden + 20 * 120)
+    assert 3 * 4 * tokens * size.vocab < masked_peak(size) < 3.5 * 4 * tokens * size.vocab
+
+
 def test_the_loss_in_one_call_keeps_one_block():
     """Of 4,096 tokens the probabilities, float32 logits and hidden states of a quarter of them; d weight in float32."""
     block = 4096 * row_stride(FULL.vocab) * (2 + 1) + 1024 * FULL.hidden * 2
@@ -117,6 +127,7 @@ def test_limits_hold(tmp_path, capsys):
         "forward without gradients": 1,
         "recompute": 1.5,
         "recompute, chunk_bytes=2**28": 2.5,
+        "support of 20": 1,
         "linear_policy_loss": 4,
     }
     assert all(0 < row["peak_bytes"] <= row["limit_bytes"] for row in limited.values())

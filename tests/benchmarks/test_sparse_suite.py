@@ -35,7 +35,7 @@ def test_each_part_has_its_rows_and_its_table(report):
 
 def test_coverage_is_what_the_operation_keeps(report):
     """Counted by sorting, in float64; the operation selects in one read, in float32."""
-    hidden, weight, labels = sparse._random_states(256)
+    hidden, weight, labels = hidden_states.random_states(256)
     for row in sparse.rows_of("coverage", report["rows"]):
         if row["tolerance"] < 1e-4:  # next to what float32 sums are off by
             continue
@@ -65,7 +65,7 @@ def test_providers_take_turns(monkeypatch):
         return lambda **given: called.append(provider) or function(**given)
 
     monkeypatch.setattr(sparse, "_implementation", noting)
-    rows = list(sparse.times(*sparse._random_states(64), rounds=3, peers=False))
+    rows = list(sparse.times(*hidden_states.random_states(64), rounds=3, peers=False))
     assert called[-12:] == [*sparse.MODES] * 3
     assert [row["provider"] for row in rows] == [*sparse.MODES]
     assert all(row["both_ms"] >= max(row["forward_ms"], row["backward_ms"]) for row in rows)
@@ -92,10 +92,13 @@ def test_a_broken_promise_is_a_failure(report, part, change, says):
 
 def test_sampled_states_are_kept(tmp_path, monkeypatch):
     """The model is asked once; what lies in the folder is read the next time."""
-    made = sparse._random_states(8)
+    made = hidden_states.random_states(8)
     asked = []
     monkeypatch.setattr(hidden_states, "_sample", lambda *given: asked.append(given) or made)
     for _ in range(2):
         read = hidden_states.sampled_states(tmp_path, "some/prompts.parquet", 0.6, 4, 2)
         assert all(torch.equal(x, y) for x, y in zip(read, made, strict=True))
-    assert asked == [("some/prompts.parquet", 0.6, 4, 2)]
+    assert asked == [("some/prompts.parquet", 0.6, 4, 2, hidden_states.NOT_TRUNCATED)]
+    hidden_states.sampled_states(tmp_path, "some/prompts.parquet", 0.6, 4, 2, hidden_states.Truncation(20, 0.95))
+    assert len(asked) == 2  # another sampler has other states
+    assert len(list(tmp_path.iterdir())) == 2

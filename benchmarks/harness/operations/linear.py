@@ -20,6 +20,7 @@ from benchmarks.harness.problem import IGNORE_INDEX, Implementation, MinimalCost
 from sppo_kernels import reference
 
 BLOCK = 512  # tokens whose logits exist in float64 at once: 0.6 GB at a vocabulary of 152k
+SUPPORT = 20  # tokens that the sampler keeps, as with top_k=20
 MODES = ("cache", "recompute", "sparse", "auto")
 
 
@@ -78,6 +79,69 @@ class LinearLogprobs(Operation):
         """Count one product forward and two backward, of the tokens that need them."""
         product = 2.0 * size.tokens * (1 - size.ignored) * size.hidden * size.vocab
         return MinimalCost(forward_flops=product, backward_flops=2 * product * (1 - size.clipped))
+
+
+class LinearSupport(LinearLogprobs):
+    """Log-probabilities over a sampler's support of SUPPORT tokens each: the label and others at random."""
+
+    def inputs(self, size: ProblemSize, device: torch.device, dtype: torch.dtype) -> Problem:
+        problem = super().inputs(size, device, dtype)
+        labels, count = problem.tensors["labels"], min(SUPPORT, size.vocab)
+        # Distances of 1 to V - 1 from the label, all different: a start and equal steps.
+        step = (size.vocab - 1) // (count - 1)
+        start = torch.randint(1, size.vocab - step * (count - 2), (size.tokens, 1), device=device)
+        others = labels.clamp(min=0)[:, None] + start + step * torch.arange(count - 1, device=device)
+        ids = torch.cat([labels.clamp(min=0)[:, None], others % size.vocab], 1)
+        problem.tensors |= {
+            "token_ids": ids.flatten().int(),
+            "offsets": count * torch.arange(size.tokens + 1, device=device),
+        }
+        return problem
+
+    def reference(self, problem: Problem, dtype: torch.dtype) -> Outputs:
+        given = problem.tensors
+        weight = given["weight"].detach().to(dtype).requires_grad_()
+        logprobs, d_hidden = [], []
+        d_weight = torch.zeros_like(weight, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for rows in torch.arange(len(given["labels"]), device=weight.device).split(BLOCK):
+            first, last = int(rows[0]), int(rows[-1]) + 1
+            hidden = given["hidden"].detach()[first:last].to(dtype).requires_grad_()
+            offsets = given["offsets"][first : last + 1]
+            ids = given["token_ids"][int(offsets[0]) : int(offsets[-1])]
+            found = eager.masked_logprobs(hidden, weight, given["labels"][first:last], ids, offsets - offsets[0])
+            upstream = problem.upstream["logprobs"][first:last].to(found["logprobs"].dtype)
+            of_block = torch.autograd.grad(found["logprobs"], (hidden, weight), upstream)
+            logprobs.append(found["logprobs"].detach())
+            d_hidden.append(of_block[0])
+            d_weight += of_block[1]
+        grads = {"d hidden": torch.cat(d_hidden), "d weight": d_weight.to(dtype)}
+        return {"logprobs": torch.cat(logprobs), **grads}
+
+    def implementations(self, backend: str | None) -> dict[str, Implementation]:
+        return {"support": partial(self._of_support, backend), "from logits": partial(self._from_logits, backend)}
+
+    @staticmethod
+    def _of_support(
+        backend: str | None, hidden: Tensor, weight: Tensor, labels: Tensor, token_ids: Tensor, offsets: Tensor
+    ) -> Outputs:
+        out = sppo_kernels.linear_logprobs(hidden, weight, labels, support=(token_ids, offsets), backend=backend)
+        return {"logprobs": out.logprobs}
+
+    @staticmethod
+    def _from_logits(
+        backend: str | None, hidden: Tensor, weight: Tensor, labels: Tensor, token_ids: Tensor, offsets: Tensor
+    ) -> Outputs:
+        """Compute all logits, and read those of the supports."""
+        logits = functional.linear(hidden, weight)
+        out = sppo_kernels.selective_logprobs(logits, labels, support=(token_ids, offsets), backend=backend)
+        return {"logprobs": out.logprobs}
+
+    def minimal_cost(self, size: ProblemSize, dtype: torch.dtype) -> MinimalCost:
+        """Read distinct rows of the weight and the hidden states, in backward again; write all of both gradients."""
+        tokens, row = size.tokens * (1 - size.ignored), size.hidden * dtype.itemsize
+        read = (min(tokens * SUPPORT, size.vocab) + tokens) * row
+        written = (size.tokens + size.vocab) * row
+        return MinimalCost(forward_bytes=read, backward_bytes=(1 - size.clipped) * read + written)
 
 
 class LinearNLL(LinearLogprobs):
