@@ -87,7 +87,10 @@ def forward(
         if plan.sparse
         else f"the probabilities of {plan.num_dense} tokens"
     )
-    _log.debug("forward: %d of %d tokens have a loss, keeping %s (%s)", len(tokens), len(labels), kept, backward)
+    beside = "" if supported is None else " and no support"
+    _log.debug(
+        "forward: %d of %d tokens have a loss%s, keeping %s (%s)", len(tokens), len(labels), beside, kept, backward
+    )
     results, cached = head.forward(tokens, plan, shards)
     results = results.among(len(labels), tokens)
     num_entries, dropped_mass = results.num_entries.clone(), results.dropped_mass

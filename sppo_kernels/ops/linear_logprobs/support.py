@@ -109,7 +109,8 @@ class SupportHead:
             vocab: number of tokens in the complete vocabulary.
         """
         head = self.head
-        _log.debug("forward: %d tokens with single logits, %d with wide supports", len(tokens.narrow), len(tokens.wide))
+        counts = len(tokens.narrow), len(tokens.wide)
+        _log.debug("forward: %d tokens over their supports with single logits, %d with dense products", *counts)
         logits = torch.empty(len(self.token), dtype=torch.float32, device=self.token.device)
         is_narrow = torch.zeros_like(self.has_support).index_fill(0, tokens.narrow, True)
         token = torch.where(is_narrow[self.token], self.token, -1)

@@ -155,7 +155,10 @@ def forward(
         shards=shards,
         entropies=False,
     )
-    _log.debug("%d of %d tokens have a loss, in %d blocks (%s)", len(tokens), len(labels), len(blocks), backward)
+    beside = "" if supported is None else " and no support"
+    _log.debug(
+        "%d of %d tokens have a loss%s, in %d blocks (%s)", len(tokens), len(labels), beside, len(blocks), backward
+    )
     for block in blocks:
         computed, cached = head.forward(block, plan._replace(num_dense=min(plan.num_dense, len(block))), shards)
         results.set(block, computed)

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ..._validation import check_device, check_integer, check_shape, reject, values_are_checked
 
-_REMEDY = "the support with which the tokens were sampled, in the order of the labels"
-
 
 class Support(NamedTuple):
     """The tokens that a sampler kept, in CSR form: those of token t are ``token_ids[offsets[t] : offsets[t + 1]]``.
@@ -53,8 +51,9 @@ def check_support(support: tuple[Tensor, Tensor] | None, labels: Tensor) -> Supp
         reject("support", got, pair, TypeError)
     for name, x in zip(("support[0] (token_ids)", "support[1] (offsets)"), support, strict=True):
         if not isinstance(x, Tensor):
-            reject(name, type(x).__name__, "a torch.Tensor (of numpy's arrays: torch.from_numpy)", TypeError)
-        check_integer(**{name: x})
+            reject(name, type(x).__name__, "a torch.Tensor (convert with torch.as_tensor)", TypeError)
+        if x.numel():  # torch.tensor([]) is float32
+            check_integer(**{name: x})
         check_device(labels.device, **{name: x})
     token_ids, offsets = support
     if token_ids.ndim != 1:
@@ -92,10 +91,13 @@ def check_support_values(support: Support, labels: Tensor, vocab: int, ignore_in
     missing = has_loss & (sizes > 0) & ~has_label
     if missing.any():
         first = int(missing.nonzero()[0])
-        got = f"the {int(sizes[first])} tokens of token {first}, whose label {int(labels[first])} is not among them"
-        reject("support", got, _REMEDY)
+        raise ValueError(
+            f"support: label {int(labels[first])} of token {first} is not among the {int(sizes[first])} tokens of its "
+            "support; pass the supports with which the tokens were sampled, in the order of the labels"
+        )
     keys = (token * vocab + ids).sort().values
     twice = keys[1:] == keys[:-1]
     if twice.any():
         key = int(keys[1:][twice][0])
-        reject("support[0] (token_ids)", f"{key % vocab} twice in the support of token {key // vocab}", "different")
+        got = f"{key % vocab} twice in the support of token {key // vocab}"
+        reject("support[0] (token_ids)", got, "without repetition")
