@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from sppo.algorithms import Algorithm, RolloutBatch
     from sppo.config import SPPOConfig
     from sppo.models.critic_io import load_critic
-    from sppo.rollout import HFRollout, RolloutEngine
+    from sppo.rollout import HFRollout, RolloutEngine, Sample
+    from sppo.rollout.support import Support
     from sppo.trainer import SPPOTrainer
 
 _HOME = {
@@ -22,10 +23,22 @@ _HOME = {
     "RolloutEngine": "rollout",
     "SPPOConfig": "config",
     "SPPOTrainer": "trainer",
+    "Sample": "rollout",
+    "Support": "rollout.support",
     "load_critic": "models.critic_io",
 }
 
-__all__ = ["Algorithm", "HFRollout", "RolloutBatch", "RolloutEngine", "SPPOConfig", "SPPOTrainer", "load_critic"]
+__all__ = [
+    "Algorithm",
+    "HFRollout",
+    "RolloutBatch",
+    "RolloutEngine",
+    "SPPOConfig",
+    "SPPOTrainer",
+    "Sample",
+    "Support",
+    "load_critic",
+]
 
 
 def __getattr__(name: str) -> Any:

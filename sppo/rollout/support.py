@@ -32,7 +32,7 @@ class Support(NamedTuple):
 
     @classmethod
     def of(cls, kept: Sequence[Sequence[int]]) -> Support:
-        """Make the support from one list of token ids per response token."""
+        """Make the support from one list of token ids per response token; an empty list for one without a cut."""
         ids = [token for tokens in kept for token in tokens]
         return cls(torch.tensor(ids, dtype=torch.int32), _offsets(torch.tensor([len(tokens) for tokens in kept])))
 
@@ -106,9 +106,12 @@ def take_supports(samples: Sequence[Sample], engine: str, args: SPPOSettings, vo
         ValueError: a support does not describe its response, only some samples have one, or their absence does not fit
             the settings.
     """
+    is_cut = is_truncated(args.top_p, args.top_k, args.min_p)
     if not args.replay_sampling_support:
         for sample in samples:
             sample.support = None
+        if is_cut:
+            _reject_sequence_weights(samples, engine, args)
         return
     missing = [i for i, sample in enumerate(samples) if sample.support is None]
     if missing and len(missing) < len(samples):
@@ -117,8 +120,13 @@ def take_supports(samples: Sequence[Sample], engine: str, args: SPPOSettings, vo
             f"{len(samples)}; return one for all or for none. An empty range in its offsets stands for a token without "
             "truncation"
         )
-    if missing and is_truncated(args.top_p, args.top_k, args.min_p):
-        _accept_missing(samples, engine, args)
+    if missing and is_cut:
+        _reject_sequence_weights(samples, engine, args)
+        logger.warning_once(
+            f"rollout engine {engine} returned no support: log-probabilities are over the whole vocabulary, although "
+            f"samples are from a truncated distribution (top_p={args.top_p}, top_k={args.top_k}, min_p={args.min_p}); "
+            "return Sample.support, or set replay_sampling_support=False to accept this"
+        )
     for i, sample in enumerate(samples):
         if sample.support is None:
             continue
@@ -126,33 +134,28 @@ def take_supports(samples: Sequence[Sample], engine: str, args: SPPOSettings, vo
         if support is not None:
             problem = _problem(support, sample.response_ids, vocab_size)
         if problem:
-            raise ValueError(
-                f"rollout engine {engine}: the support of sample {i} {problem}; see sppo.rollout.Sample, or set "
-                "replay_sampling_support=False"
-            )
+            raise ValueError(f"rollout engine {engine}: the support of sample {i} {problem}; see sppo.Sample")
         sample.support = support
 
 
-def _accept_missing(samples: Sequence[Sample], engine: str, args: SPPOSettings) -> None:
-    """Warn that samples of a truncated distribution have no support, or raise ValueError where that ruins the loss."""
-    truncation = f"top_p={args.top_p}, top_k={args.top_k}, min_p={args.min_p}"
+def _reject_sequence_weights(samples: Sequence[Sample], engine: str, args: SPPOSettings) -> None:
+    """Raise ValueError where log-probabilities over different sets of tokens would be summed over a sequence."""
     if args.rollout_correction.startswith("sequence_") and any(sample.logprobs is not None for sample in samples):
         raise ValueError(
-            f"rollout engine {engine} returned log-probabilities without a support, with {truncation} and "
-            f"rollout_correction={args.rollout_correction!r}: the excluded probability would shrink the weight with "
-            "each token; return Sample.support, or use rollout_correction='token_truncate'"
+            f"rollout_correction={args.rollout_correction!r} with top_p={args.top_p}, top_k={args.top_k}, min_p="
+            f"{args.min_p}: rollout engine {engine} returned log-probabilities, and no support is used, so the "
+            "excluded probability would shrink the weight with each token; return Sample.support with "
+            "replay_sampling_support=True, or use rollout_correction='token_truncate'"
         )
-    logger.warning_once(
-        f"rollout engine {engine} returned no support: log-probabilities are over the whole vocabulary, although "
-        f"samples are from a truncated distribution ({truncation}); return Sample.support, or set "
-        "replay_sampling_support=False to silence this"
-    )
 
 
 def _read(value: Any) -> tuple[Support | None, str | None]:
     """Return a support as int32 and int64 tensors on the CPU, or None and what is wrong with it."""
     if not isinstance(value, tuple | list) or len(value) != 2:
-        return None, f"is {type(value).__name__} and must be a pair (token_ids, offsets)"
+        return (
+            None,
+            f"is {type(value).__name__} and must be a pair (token_ids, offsets); sppo.Support.of makes one of lists",
+        )
     try:
         ids, offsets = (torch.as_tensor(x, device="cpu") for x in value)
     except (TypeError, ValueError) as error:

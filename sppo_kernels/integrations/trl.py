@@ -124,6 +124,7 @@ class _SupportCarrier:
         self._supports: list[Support] | None = None  # one per sample that is being scored
         self._calls: Iterator[Support] | None = None  # one per forward of these samples
         self._is_generating = False
+        self._has_warned = False
 
     def methods(self) -> dict[str, Callable[..., Any]]:
         """Return the methods by the names of those that they wrap."""
@@ -140,7 +141,7 @@ class _SupportCarrier:
 
     @contextmanager
     def _set(self, **state: Any) -> Iterator[None]:
-        before = dict(vars(self))
+        before = {name: getattr(self, name) for name in state}
         vars(self).update(state)
         try:
             yield
@@ -151,13 +152,29 @@ class _SupportCarrier:
         results = original(trainer, prompts)
         _, completions, _, _, _, extra_fields, _, _ = results
         values = extra_fields.get(SUPPORT_FIELD)
-        if values is not None:
+        if values is None:
+            self._warn_of_truncation(trainer.args)
+        else:
             if not self._is_generating:
                 got = f"returned to a {type(trainer).__name__}, which overrides _generate_and_score_completions"
                 reject(SUPPORT_FIELD, got, "left out of the fields of a rollout_func of such a trainer")
             vocab = trainer.model.config.get_text_config().vocab_size
             self._supports = completion_supports(SUPPORT_FIELD, values, completions, vocab)
         return results
+
+    def _warn_of_truncation(self, args: Any) -> None:
+        """Warn once of a truncated distribution that is scored over the whole vocabulary."""
+        truncation = {"top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p}
+        is_truncated = args.top_p < 1 or (args.top_k or 0) > 0 or bool(args.min_p)
+        if self._has_warned or not is_truncated:
+            return
+        self._has_warned = True
+        _log.warning(
+            "%s, but the rollout returned no %s: log-probabilities are over the whole vocabulary, which is another "
+            "distribution than the one that was sampled; return the field from rollout_func (docs/integrations.md)",
+            ", ".join(f"{name}={value}" for name, value in truncation.items()),
+            SUPPORT_FIELD,
+        )
 
     def generate_and_score(self, original: Any, trainer: Any, inputs: Any) -> dict[str, Any]:
         with self._set(_supports=None, _is_generating=True):

@@ -47,7 +47,7 @@ def test_only_supports_of_unmasked_tokens_are_concatenated():
     ("value", "message"),
     [
         ([[5], [3]], r"offsets.*\(one per label, and the end\)"),
-        ([[5], [3], [2]], "label 7 is not among them"),
+        ([[5], [3], [2]], "label 7 of token 2 is not among"),
         ([[5], [3], [7, 7]], "7 twice in the support of token 2"),
         ([[5], [3], [7, 10]], r"in \[0, 10\), got 10 in the support of token 2"),
         ([[5], [3], [7, -1]], r"in \[0, 10\), got -1 in the support of token 2"),

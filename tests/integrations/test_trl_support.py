@@ -156,6 +156,22 @@ def test_the_training_above_scores_in_parts_and_shuffles(tmp_path, monkeypatch):
     assert trained != generated
 
 
+@pytest.mark.parametrize(
+    ("settings", "make_field", "warnings"),
+    [
+        ({"top_p": 0.9}, lambda supports: {"support": supports}, 1),  # a misspelled name
+        ({"top_k": 5}, lambda _: {"sampling_support": None}, 1),
+        ({"min_p": 0.1}, lambda supports: {"sampling_support": supports}, 0),
+        ({}, lambda _: {}, 0),
+    ],
+)
+def test_truncation_without_the_field_is_warned_about_once(tmp_path, caplog, settings, make_field, warnings):
+    with fused.patch(), caplog.at_level("WARNING", logger="sppo_kernels"):
+        train(tmp_path, Rollouts(make_field), max_steps=2, **settings)
+    found = [message for message in caplog.messages if "returned no sampling_support" in message]
+    assert len(found) == warnings
+
+
 @pytest.mark.slow
 def test_nothing_changes_without_the_field(tmp_path):
     """A rollout function without supports, and without any cut, gives what TRL gives without the patch."""
@@ -196,7 +212,7 @@ def test_the_field_reaches_reward_functions_as_returned(tmp_path):
         (lambda s: s[:-1], "sampling_support must be a list of 4 supports, one per completion, got 3 supports"),
         (lambda s: "top_p", "sampling_support must be a list of 4 supports, one per completion, got str"),
         (lambda s: [*s[:2], s[2][:-1], s[3]], r"sampling_support\[2\], of a completion of . tokens, must be a list .*"),
-        (lambda s: [[[0]] * len(s[0]), *s[1:]], r"sampling_support\[0\].* label \d+ is not among them"),
+        (lambda s: [[[0]] * len(s[0]), *s[1:]], r"sampling_support\[0\].* label \d+ of token \d+ is not among"),
         (lambda s: [*s[:3], [[*k, V] for k in s[3]]], rf"sampling_support\[3\].* in \[0, {V}\), got {V} in the"),
     ],
 )

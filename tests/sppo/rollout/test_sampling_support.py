@@ -85,7 +85,9 @@ def test_a_step_that_was_not_recorded_raises():
 def test_an_invalid_support_raises(ids, offsets, message):
     good = a_sample([7, 8], Support.of([[3, 7], []]))
     bad = a_sample([7, 8], (torch.tensor(ids), torch.tensor(offsets)))
-    with pytest.raises(ValueError, match=rf"rollout engine MyEngine: the support of sample 1 .*{message}.*; see sppo"):
+    with pytest.raises(
+        ValueError, match=rf"rollout engine MyEngine: the support of sample 1 .*{message}.*; see sppo.Sample"
+    ):
         take_supports([good, bad], "MyEngine", TRUNCATED, 28)
 
 
@@ -120,9 +122,14 @@ def test_supports_for_some_samples_raise():
 @pytest.mark.parametrize("correction", ["sequence_truncate", "sequence_mask"])
 def test_log_probabilities_without_a_support_do_not_fit_a_sequence_weight(correction):
     settings = SPPOSettings(top_k=3, rollout_correction=correction)
-    with pytest.raises(ValueError, match=f"log-probabilities without a support.*{correction}.*return Sample.support"):
+    with pytest.raises(
+        ValueError, match=f"{correction}.*MyEngine returned log-probabilities, and no support.*return Sample.support"
+    ):
         take_supports([a_sample([7], logprobs=[-0.1])], "MyEngine", settings, 28)
     take_supports([a_sample([7])], "MyEngine", settings, 28)  # no log-probabilities, no weight
+    settings.replay_sampling_support = False
+    with pytest.raises(ValueError, match=correction):
+        take_supports([a_sample([7], Support.of([[7]]), logprobs=[-0.1])], "MyEngine", settings, 28)
 
 
 def test_a_row_that_was_not_cut_is_an_empty_range():
