@@ -46,7 +46,7 @@ class Recited:
             truncated = prompt.startswith(self.lost) if self.lost else False
             support = None
             if self.truncates:
-                support = Support.of([[(token + 3 * k) % 28 for k in range(1 + token % 5)] for token in response])
+                support = Support.of([[(token + 3 * k) % 27 for k in range(1 + token % 5)] for token in response])
             made.append(Sample(prompt, self.tokenizer.decode(response), ids, response, truncated, support=support))
         return made
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import register_random
 
+from sppo_kernels.ops.linear_logprobs import auto_mode
 from sppo_kernels.ops.linear_logprobs.lm_head import LMHead
 
 
@@ -35,6 +36,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_other_tests():
+    """What backward="auto" learned from another test's weight of the same shape would change this one's choice."""
+    auto_mode.reset_defaults()
 
 
 @pytest.fixture
