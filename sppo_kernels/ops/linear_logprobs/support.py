@@ -14,7 +14,8 @@ Of V columns a token needs those of its support, often one to twenty. Three case
 The host waits for the device once in forward and twice in backward, and for wide supports once more in each and once
 per block.
 
-Memory: 28 bytes per entry besides token_ids, and what blocks of ``chunk_bytes`` take for wide supports.
+Memory: indices and numbers of each entry, at most about 100 bytes at a time. Wide supports need those of one block, and
+what dense blocks of ``chunk_bytes`` take.
 
 With a process group each rank computes the logits of its own rows. They are summed over the ranks, M numbers.
 """
