@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import library_seams, results, timing
+from benchmarks.harness import hidden_states, library_seams, results, timing
 from benchmarks.harness.hidden_states import random_states, sampled_states
 from benchmarks.harness.operations import OPERATIONS, eager
 from benchmarks.harness.peers import PEERS, explain
@@ -314,9 +314,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="source of prompts: a file, or reasoning_gym:TASK; may be repeated, and the first one is timed "
         f"(default: {', '.join(PROMPTS)})",
     )
-    parser.add_argument(
-        "--states", type=Path, default=Path("runs/states"), metavar="DIR", help="folder of sampled states (%(default)s)"
-    )
+    hidden_states.add_folder(parser)
     results.add_out(parser)
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.harness import checking, claims, library_seams, results, timing
+from benchmarks.harness import checking, claims, hidden_states, library_seams, results, timing
 from benchmarks.harness.allocations import GIB, Allocations
 from benchmarks.harness.claims import Claim
 from benchmarks.harness.hidden_states import HiddenStates, Truncation, random_states, sampled_states
@@ -446,9 +446,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"some of {', '.join(PARTS)}; rows of the others are kept from the report in --out, if there is one",
     )
     parser.add_argument("--rounds", type=int, default=7, help="of times; half as many of 4,096 tokens (%(default)s)")
-    parser.add_argument(
-        "--states", type=Path, default=Path("runs/states"), metavar="DIR", help="folder of sampled states (%(default)s)"
-    )
+    hidden_states.add_folder(parser)
     results.add_out(parser)
 
 

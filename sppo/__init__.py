@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from sppo.config import SPPOConfig
     from sppo.models.critic_io import load_critic
     from sppo.rollout import HFRollout, RolloutEngine, Sample
-    from sppo.rollout.support import Support
     from sppo.trainer import SPPOTrainer
 
 _HOME = {
@@ -24,7 +23,6 @@ _HOME = {
     "SPPOConfig": "config",
     "SPPOTrainer": "trainer",
     "Sample": "rollout",
-    "Support": "rollout.support",
     "load_critic": "models.critic_io",
 }
 
@@ -36,7 +34,6 @@ __all__ = [
     "SPPOConfig",
     "SPPOTrainer",
     "Sample",
-    "Support",
     "load_critic",
 ]
 

@@ -10,6 +10,7 @@ from .ops.linear_policy_loss import LinearPolicyLossOutput, linear_policy_loss
 from .ops.policy_loss import PolicyLossOutput, policy_loss
 from .ops.prompt_value import PromptValueOutput, prompt_value_logits, prompt_value_loss
 from .ops.selective_logprobs import LogprobOutput, selective_logprobs
+from .ops.support_passes import Support
 from .ops.whiten import whiten
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LogprobOutput",
     "PolicyLossOutput",
     "PromptValueOutput",
+    "Support",
     "gae",
     "group_advantages",
     "linear_logprobs",

@@ -5,6 +5,7 @@ Sampling takes minutes on a CPU, so the states are saved to a folder and read fr
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -49,6 +50,13 @@ class Truncation(NamedTuple):
 
 _DEFAULTS = Truncation._field_defaults
 NOT_TRUNCATED = Truncation()
+
+
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    """Add the argument ``--states``."""
+    parser.add_argument(
+        "--states", type=Path, default=Path("runs/states"), metavar="DIR", help="folder of sampled states (%(default)s)"
+    )
 
 
 def sampled_states(

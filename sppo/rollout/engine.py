@@ -24,9 +24,10 @@ class Sample:
         truncated: whether the response reached the limit before an end-of-sequence token.
         logprobs: log-probabilities of the response tokens, if the engine computes its own; else None. With a support
             they are those over it.
-        support: which tokens the sampler kept, as ``(token_ids, offsets)``, int32 ``[M]`` and int64 ``[T + 1]`` on the
-            CPU: ``token_ids[offsets[t]:offsets[t + 1]]`` for response token ``t``, itself included. An empty range
-            stands for the whole vocabulary. None if sampling is not truncated, or the engine cannot tell.
+        support: which tokens the sampler kept: a list with the token ids kept for each response token, itself included,
+            or a tuple ``(token_ids, offsets)``, where these are ``token_ids[offsets[t]:offsets[t + 1]]`` (a
+            ``sppo_kernels.Support``, which every support becomes). No token ids stand for the whole
+            vocabulary. None if sampling is not truncated, or the engine cannot tell.
         group: number shared by completions that were sampled together for one prompt.
         reward: None if the completion could not be scored.
         greedy_reward: reward of the greedy response to the prompt, if the algorithm needs it.
@@ -41,7 +42,7 @@ class Sample:
     response_ids: list[int]
     truncated: bool
     logprobs: list[float] | None = None
-    support: tuple[Tensor, Tensor] | None = None
+    support: tuple[Tensor, Tensor] | list[list[int]] | None = None
     group: int = 0
     reward: float | None = None
     greedy_reward: float | None = None

@@ -21,7 +21,8 @@ from transformers import (
 
 from sppo.models.packed_attention import use_attention
 from sppo.rollout.engine import Prompt, Sample, encode, eos_tokens, make_samples, until_end
-from sppo.rollout.support import Support, SupportRecorder, is_truncated
+from sppo.rollout.support import SupportRecorder, is_truncated
+from sppo_kernels import Support
 
 
 class HFRollout:

@@ -9,7 +9,7 @@ every importance ratio is biased (arXiv 2512.02556, section 3.1).
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,24 +17,9 @@ from transformers.utils import logging
 
 from sppo.rollout.engine import Sample
 from sppo.settings import SPPOSettings
+from sppo_kernels.ops.support_passes import Support, offsets_of, read_support
 
 logger = logging.get_logger(__name__)
-
-
-class Support(NamedTuple):
-    """Token ids that a sampler kept: ``token_ids[offsets[t]:offsets[t + 1]]`` for response token ``t``.
-
-    ``token_ids`` is int32 ``[M]``, ``offsets`` int64 ``[T + 1]``. An empty range stands for the whole vocabulary.
-    """
-
-    token_ids: Tensor
-    offsets: Tensor
-
-    @classmethod
-    def of(cls, kept: Sequence[Sequence[int]]) -> Support:
-        """Make the support from one list of token ids per response token; an empty list for one without a cut."""
-        ids = [token for tokens in kept for token in tokens]
-        return cls(torch.tensor(ids, dtype=torch.int32), _offsets(torch.tensor([len(tokens) for tokens in kept])))
 
 
 def is_truncated(top_p: float, top_k: int, min_p: float | None) -> bool:
@@ -87,7 +72,7 @@ class SupportRecorder:
                     "replay_sampling_support=False to sample without recording it"
                 )
             steps = steps[:length]
-            offsets = _offsets(counts[steps])
+            offsets = offsets_of(counts[steps])
             shift = (starts[steps] - offsets[:-1]).repeat_interleave(counts[steps])
             supports.append(Support(token_ids[torch.arange(len(shift)) + shift], offsets))
         return supports
@@ -97,7 +82,7 @@ def take_supports(samples: Sequence[Sample], engine: str, args: SPPOSettings, vo
     """Check the supports that an engine returned, or drop them if they are not to be used.
 
     Args:
-        samples: sampled completions. Each gets its support as integer tensors on the CPU, whatever holds it.
+        samples: sampled completions. Each gets its support as a ``Support`` on the CPU, in whichever form it is.
         engine: name of the engine, for messages.
         args: settings of the run.
         vocab_size: number of tokens in the vocabulary.
@@ -130,12 +115,8 @@ def take_supports(samples: Sequence[Sample], engine: str, args: SPPOSettings, vo
     for i, sample in enumerate(samples):
         if sample.support is None:
             continue
-        support, problem = _read(sample.support)
-        if support is not None:
-            problem = _problem(support, sample.response_ids, vocab_size)
-        if problem:
-            raise ValueError(f"rollout engine {engine}: the support of sample {i} {problem}; see sppo.Sample")
-        sample.support = support
+        name = f"rollout engine {engine}: the support of sample {i}"
+        sample.support = read_support(name, sample.support, sample.response_ids, vocab_size)
 
 
 def _reject_sequence_weights(samples: Sequence[Sample], engine: str, args: SPPOSettings) -> None:
@@ -147,54 +128,6 @@ def _reject_sequence_weights(samples: Sequence[Sample], engine: str, args: SPPOS
             "excluded probability would shrink the weight with each token; return Sample.support with "
             "replay_sampling_support=True, or use rollout_correction='token_truncate'"
         )
-
-
-def _read(value: Any) -> tuple[Support | None, str | None]:
-    """Return a support as int32 and int64 tensors on the CPU, or None and what is wrong with it."""
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        return (
-            None,
-            f"is {type(value).__name__} and must be a pair (token_ids, offsets); sppo.Support.of makes one of lists",
-        )
-    try:
-        ids, offsets = (torch.as_tensor(x, device="cpu") for x in value)
-    except (TypeError, ValueError) as error:
-        return None, f"must be a pair (token_ids, offsets) of integers ({error})"
-    for name, x in (("token_ids", ids), ("offsets", offsets)):
-        if x.numel() and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
-            return None, f"has {name} of {x.dtype}, which must be integers"
-    return Support(ids.int(), offsets.long()), None
-
-
-def _problem(support: Support, response_ids: Sequence[int], vocab_size: int) -> str | None:
-    """Say what is wrong with a support, or return None."""
-    ids, offsets, num_tokens = support.token_ids.long(), support.offsets, len(response_ids)
-    if ids.ndim != 1 or offsets.shape != (num_tokens + 1,):
-        return (
-            f"has token_ids of shape {tuple(ids.shape)} and offsets of shape {tuple(offsets.shape)} for {num_tokens} "
-            f"tokens, and must have [M] and [{num_tokens + 1}]"
-        )
-    if offsets[0] != 0 or offsets[-1] != len(ids):
-        return f"has offsets from {offsets[0]} to {offsets[-1]}, which must be from 0 to len(token_ids)={len(ids)}"
-    counts = offsets.diff()
-    if (counts < 0).any():
-        t = _first(counts < 0)
-        return f"has offsets that fall at token {t}, from {offsets[t]} to {offsets[t + 1]}"
-    if not len(ids):
-        return None
-    token = torch.arange(num_tokens).repeat_interleave(counts)
-    if (outside := (ids < 0) | (ids >= vocab_size)).any():
-        return f"has the id {ids[outside][0]} at token {token[_first(outside)]}, outside of [0, {vocab_size})"
-    labels = torch.tensor(response_ids, dtype=torch.long)
-    has_label = token[ids == labels[token]].bincount(minlength=num_tokens) > 0
-    if (lost := (counts > 0) & ~has_label).any():
-        t = _first(lost)
-        return f"lacks the response token itself, {response_ids[t]}, at token {t}"
-    values, order = (token * vocab_size + ids).sort()
-    if (twice := values.diff() == 0).any():
-        entry = order[_first(twice)]
-        return f"has the id {ids[entry]} twice at token {token[entry]}"
-    return None
 
 
 class SupportStats(NamedTuple):
@@ -209,7 +142,8 @@ class SupportStats(NamedTuple):
         """Count; None without a support."""
         if sample.support is None:
             return None
-        counts = sample.support[1].diff()
+        assert isinstance(sample.support, Support)
+        counts = sample.support.sizes()
         return cls(len(counts), int(torch.where(counts == 0, vocab_size, counts).sum()), int((counts == 1).sum()))
 
 
@@ -230,14 +164,12 @@ def pack_supports(samples: Sequence[Sample]) -> dict[str, Tensor]:
     Returns:
         ``support_ids`` and ``support_offsets``, or nothing.
     """
-    supports = [s.support for s in samples if s.support is not None]
+    supports = [s.support for s in samples if isinstance(s.support, Support)]
     if not supports:
         return {}
     assert len(supports) == len(samples)
-    return {
-        "support_ids": torch.cat([ids for ids, _ in supports]),
-        "support_offsets": _offsets(torch.cat([offsets.diff() for _, offsets in supports])),
-    }
+    ids, offsets = Support.cat(supports)
+    return {"support_ids": ids, "support_offsets": offsets}
 
 
 def share_outside(batch: Mapping[str, Tensor]) -> Tensor:
@@ -245,16 +177,5 @@ def share_outside(batch: Mapping[str, Tensor]) -> Tensor:
 
     Their log-probability would be minus infinity. None can be, as long as supports follow their tokens.
     """
-    ids, offsets, labels = batch["support_ids"], batch["support_offsets"], batch["response_ids"]
-    token = torch.searchsorted(offsets[1:], torch.arange(len(ids), device=ids.device), right=True)
-    is_inside = (offsets.diff() == 0).index_fill(0, token[ids == labels[token]], True)
-    return 1 - is_inside.float().mean()
-
-
-def _offsets(counts: Tensor) -> Tensor:
-    """Return where each range begins, and where the last one ends."""
-    return torch.cat([torch.zeros(1, dtype=torch.long), counts.long().cumsum(0)])
-
-
-def _first(mask: Tensor) -> int:
-    return int(mask.int().argmax())
+    support = Support(batch["support_ids"], batch["support_offsets"])
+    return 1 - support.has_labels(batch["response_ids"]).float().mean()

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sppo.models.lora import merged_weights
 from sppo.rollout.engine import Prompt, Sample, encode, eos_tokens, make_samples
-from sppo.rollout.support import Support, is_truncated
+from sppo.rollout.support import is_truncated
+from sppo_kernels import Support
 
 
 class VLLMRollout:

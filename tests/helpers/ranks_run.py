@@ -20,7 +20,7 @@ from tiny_models import char_tokenizer, tiny_model
 from sppo import SPPOConfig, SPPOTrainer
 from sppo.models.fsdp import full_tensor
 from sppo.rollout import Sample
-from sppo.rollout.support import Support
+from sppo_kernels import Support
 
 PROMPTS = [f"{a}+{b}=" for a in range(4) for b in range(2)]
 SECOND_HALF = ("2", "3")  # first digits of the prompts that rank 1 of 2 has

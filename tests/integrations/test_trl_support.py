@@ -211,7 +211,7 @@ def test_the_field_reaches_reward_functions_as_returned(tmp_path):
     [
         (lambda s: s[:-1], "sampling_support must be a list of 4 supports, one per completion, got 3 supports"),
         (lambda s: "top_p", "sampling_support must be a list of 4 supports, one per completion, got str"),
-        (lambda s: [*s[:2], s[2][:-1], s[3]], r"sampling_support\[2\], of a completion of . tokens, must be a list .*"),
+        (lambda s: [*s[:2], s[2][:-1], s[3]], r"sampling_support\[2\], for a completion of . tokens: .*offsets"),
         (lambda s: [[[0]] * len(s[0]), *s[1:]], r"sampling_support\[0\].* label \d+ of token \d+ is not among"),
         (lambda s: [*s[:3], [[*k, V] for k in s[3]]], rf"sampling_support\[3\].* in \[0, {V}\), got {V} in the"),
     ],

@@ -158,7 +158,7 @@ def linear_logprobs(
             entropy are then those of the renormalized distribution over these tokens, the label among them, and only
             their logits are computed. ``backward`` has no effect on such tokens. A label that is alone gives exactly 0
             and no gradient, whatever its logit is. An empty range stands for the complete vocabulary.
-            docs/integrations.md converts what vLLM returns.
+            ``sppo_kernels.Support.of`` makes it from what vLLM returns.
         return_certificate: return :class:`CertifiedLogprobOutput`, with the certificate as a third result.
         backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for triton on an accelerator and torch elsewhere.
 

@@ -14,10 +14,18 @@ nothing else, selective_logprobs reads nothing else.
 from __future__ import annotations
 
 from ..._backend import HAS_TRITON
-from .arguments import Support, check_support, check_support_values
+from .arguments import Support, check_support, check_support_values, offsets_of, read_support
 from .torch_backend import TORCH_SUPPORT_PASS, SupportPass
 
-__all__ = ["SUPPORT_PASSES", "Support", "SupportPass", "check_support", "check_support_values"]
+__all__ = [
+    "SUPPORT_PASSES",
+    "Support",
+    "SupportPass",
+    "check_support",
+    "check_support_values",
+    "offsets_of",
+    "read_support",
+]
 
 SUPPORT_PASSES: dict[str, SupportPass] = {"torch": TORCH_SUPPORT_PASS}
 
