@@ -16,10 +16,10 @@ measured rows with their part, and the claims), roofline.json and .csv, tuning.j
 and log.txt; at the end also kernels.png. They replace the results of an earlier run.
 
 Requires a GPU, torch, triton, numpy, pytest and hypothesis. matplotlib is needed for the chart, and pytest-xdist to run
-the tests in a third of the time. Other libraries are measured if they are installed: pip install trl==1.16 liger-kernel
-cut-cross-entropy. ``--dry-run`` runs every part on a CPU in Triton's interpreter with tiny sizes. At most 100 lines are
-printed, the tables last. The exit code is 1 when a part fails, or when one of the first three is stopped at its limit.
-A claim that does not hold is a result, not a failure.
+the tests in a third of the time. Other libraries are measured if they are installed; docs/benchmarks.md lists them.
+``--dry-run`` runs every part on a CPU in Triton's interpreter with tiny sizes. At most 100 lines are printed, the
+tables last. The exit code is 1 when a part fails, or when one of the first three is stopped at its limit. A claim that
+does not hold is a result, not a failure.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ MERGED = (
     "gpu.json", "kernels.json", "kernels.csv", "kernels.png", "roofline.json", "roofline.csv", "tuning.json",
 )  # fmt: skip
 PART_COLUMNS = ("part", "seconds", "outcome", "last_line")
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "numpy")
+PACKAGES = (
+    "torch", "triton", "transformers", "trl", "liger-kernel", "verl", "quack-kernels", "nvidia-cutlass-dsl",
+    "cut-cross-entropy", "flash-attn", "numpy",
+)  # fmt: skip
 # The tests that decide whether the kernels are right: comparisons with float64, bits, bounds, and all that need a GPU.
 ESSENTIAL = "gpu or agrees_with_float64 or as_without_and_every_run or bound_holds or many_chunks"
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -1,4 +1,4 @@
-"""Time, memory and error of every operation compared with PyTorch, TRL, Liger and cut-cross-entropy.
+"""Time, memory and error of every operation compared with PyTorch, TRL, Liger, verl, quack and cut-cross-entropy.
 
 All providers run in one process on the same tensors. First each is checked: its outputs and gradients may differ from
 float64 by at most four times the error of eager PyTorch in the same dtype; in float32, sparse gradients by at most a
