@@ -22,6 +22,9 @@ from sppo.rewards.worker import Expired, RewardError, SampleResult
 LOAD_TIMEOUT = 300.0
 """Time limit for starting a worker and importing a reward's module, in seconds."""
 
+EXIT_TIMEOUT = 10.0
+"""Time limit for the end of a worker after that of its output, in seconds."""
+
 
 class Worker:
     """The process that runs named rewards. It is started once, and replaced only after it was killed or has died."""
@@ -82,7 +85,7 @@ class Worker:
                 self._kill()
                 raise
         if not reply:
-            raise RewardError(f"ended its process (exit code {self.process.wait()})")
+            raise RewardError(f"ended its process (exit code {self._exit_code()})")
         result = json.loads(reply)
         if "error" in result:
             raise RewardError(result["error"])
@@ -101,6 +104,14 @@ class Worker:
         for line in self.process.stdout:
             self.replies.put(line)
         self.replies.put(b"")
+
+    def _exit_code(self) -> int:
+        """Return the exit code after the output has ended; kill a worker that goes on without it."""
+        try:
+            return self.process.wait(timeout=EXIT_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._kill()
+            return self.process.returncode
 
     def _kill(self) -> None:
         self.process.kill()

@@ -6,6 +6,7 @@ not; ``jail.py`` implements it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _FENCE = re.compile(r"^[ \t]*+```[ \t]*+(\w*+)[ \t\r]*+$", re.MULTILINE)
 _PYTHON = ("python", "python3", "py")
 _STARTUP_SECONDS = 30.0
+_KILL_SECONDS = 10.0
 
 
 def unit_tests(
@@ -109,6 +111,7 @@ def count_passed(code: str, tests: list[str], *, seconds: float, memory_mb: int,
 
     Raises:
         RuntimeError: the sandbox cannot be set up on this machine.
+        subprocess.TimeoutExpired: the sandbox did not end by itself.
     """
     if sys.platform != "linux":
         raise RuntimeError(f"runs a model's code only on Linux, this is {sys.platform}; nothing was run")
@@ -118,22 +121,38 @@ def count_passed(code: str, tests: list[str], *, seconds: float, memory_mb: int,
         limits = {"seconds": seconds, "memory_mb": memory_mb}
         verdict_fd = os.open(verdict.name, os.O_WRONLY | os.O_APPEND)  # the jail can append to the file, not read it
         try:
-            jail = subprocess.run(
-                [sys.executable, "-IB", _JAIL],
-                input=json.dumps(job | limits).encode(),
-                stdout=verdict_fd,
-                stderr=subprocess.PIPE,
-                env=_ENVIRONMENT,
-                timeout=seconds + _STARTUP_SECONDS,
-            )
+            errors = _run_jail(json.dumps(job | limits).encode(), verdict_fd, seconds + _STARTUP_SECONDS)
         finally:
             os.close(verdict_fd)
         started_and_passed = verdict.read(len(nonce) * (len(tests) + 1)).count(nonce.encode())
-    if not started_and_passed and jail.stderr:
-        reason = (jail.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
+    if not started_and_passed and errors:
+        reason = (errors.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
         raise RuntimeError(
             f"cannot set up its sandbox on this machine ({reason}); nothing was run. Isolating network and files "
             "requires Linux 5.12 and root or unprivileged user namespaces; in a container that is itself the sandbox, "
             "use unit_tests?isolation=limits"
         )
     return max(0, started_and_passed - 1)
+
+
+def _run_jail(job: bytes, verdict_fd: int, seconds: float) -> bytes:
+    """Run ``jail.py`` with standard output ``verdict_fd``, and return what it wrote to standard error.
+
+    Unlike ``subprocess.run``, which waits for a killed process for ever: the kernel may not be able to end one.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than ``seconds`` and was killed.
+    """
+    command = [sys.executable, "-IB", str(_JAIL)]
+    jail = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=verdict_fd, stderr=subprocess.PIPE, env=_ENVIRONMENT)
+    try:
+        return jail.communicate(job, timeout=seconds)[1]
+    except BaseException:
+        jail.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            jail.wait(timeout=_KILL_SECONDS)
+        raise
+    finally:
+        for pipe in (jail.stdin, jail.stderr):
+            if pipe is not None:
+                pipe.close()

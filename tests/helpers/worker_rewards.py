@@ -19,6 +19,10 @@ def misbehave(prompts, completions, *, how, **columns):
                 return sum(iter(int, 1))  # stays in C, where signals are not handled
             if how == "exit":
                 os._exit(3)
+            if how == "close":
+                os.closerange(0, 100)
+                while True:
+                    pass
             if how == "short":
                 return [1.0] * (len(completions) - 1)
     print("noise on standard output")

@@ -14,7 +14,7 @@ import pytest
 from reward_batches import score_batch, spec
 from worker_rewards import misbehave
 
-from sppo.rewards import resolve, score
+from sppo.rewards import limits, resolve, score
 from sppo.rewards.limits import Worker
 
 
@@ -86,6 +86,13 @@ def test_the_worker_ends_with_its_standard_input():
     process.stdin.close()
     process.wait(timeout=10)
     assert score(["exact"], ["p"], ["a"], {"answer": ["a"]}).rewards == [1.0]
+
+
+def test_a_worker_that_closed_its_output_and_goes_on_is_killed(monkeypatch):
+    monkeypatch.setattr(limits, "EXIT_TIMEOUT", 0.3)
+    scores = score([spec("misbehave") + "?how=close"], ["p"], ["bb"], {})
+    assert scores.rewards == [None]
+    assert "ended its process (exit code -9)" in scores.failures[0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only the Linux kernel can end the worker")

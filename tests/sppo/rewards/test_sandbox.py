@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sppo.rewards import score
+from sppo.rewards import sandbox, score
 from sppo.rewards.sandbox import last_code, unit_tests
 
 PROBE = ["unshare", "--mount", "--ipc", "--pid", "--net", "--fork", *["--map-root-user"] * (os.getuid() != 0)]
@@ -195,6 +195,28 @@ def wait_until(condition, seconds):
         time.sleep(0.05)
 
 
+def test_a_sandbox_that_cannot_be_killed_is_given_up(monkeypatch, tmp_path):
+    """As after a fault of the kernel, which then keeps the process in a system call."""
+    jail = tmp_path / "jail.py"
+    jail.write_text("import time\ntime.sleep(60)\n")
+    started = []
+
+    def ignore(process):
+        started.append(process)
+
+    monkeypatch.setattr(sandbox, "_JAIL", jail)
+    monkeypatch.setattr(sandbox, "_STARTUP_SECONDS", 0.2)
+    monkeypatch.setattr(sandbox, "_KILL_SECONDS", 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess.Popen, "kill", ignore)
+        with pytest.raises(subprocess.TimeoutExpired):
+            grade(TWICE, seconds=0.2)
+    (process,) = started
+    assert process.poll() is None
+    process.kill()
+    process.wait(timeout=10)
+
+
 @in_namespaces
 def test_network_files_processes_and_rights_are_denied(tmp_path):
     (tmp_path / "secret").write_text("key")
@@ -277,7 +299,7 @@ def test_nothing_runs_without_isolation():
         "import os; os.execv(os.sys.executable, [os.sys.executable, '-c', os.sys.argv[1]])"
     )
     code = "from sppo.rewards.sandbox import unit_tests; unit_tests(['p'], ['```python\\n1\\n```'], tests=['pass'])"
-    found = subprocess.run([sys.executable, "-c", script, code], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", script, code], capture_output=True, text=True, timeout=120)
     assert found.returncode == 1
     assert (
         "cannot set up its sandbox on this machine (unshare: Operation not permitted); nothing was run" in found.stderr
