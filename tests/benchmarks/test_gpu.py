@@ -304,7 +304,7 @@ def test_the_most_valuable_comes_first(tmp_path):
 @pytest.mark.slow
 def test_essential_tests_are_those_against_float64_and_those_that_need_a_gpu():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/sppo_kernels", "-k", gpu.ESSENTIAL]
-    found = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, env={**os.environ}).stdout
+    found = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, timeout=300).stdout
     for name in ("test_agrees_with_float64", "test_the_bound_holds", "test_tokens_may_exceed_a_grid_axis"):
         assert name in found
     others = parts(gpu.ROOT, dry=False)[-1].command
@@ -346,7 +346,7 @@ def test_dry_run(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(gpu.ROOT / "tests/helpers")])}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT, env=environment, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()[-3000:]
     report = json.loads((out / "gpu.json").read_text())
     assert {part["outcome"] for part in report["parts"]} == {"passed"}

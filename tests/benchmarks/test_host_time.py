@@ -43,7 +43,8 @@ print(json.dumps(launched))
 def compiled(*command: str) -> subprocess.CompletedProcess[str]:
     """Run Python where Triton compiles, which it does not in a process with its interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment)
+    command = (sys.executable, *command)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=500)
 
 
 def test_each_implementation_has_a_time(tmp_path):

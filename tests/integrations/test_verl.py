@@ -392,7 +392,7 @@ assert {"sppo_seq", "sppo_seq_mean", "sppo_seq_sum"} <= set(core_algos.POLICY_LO
 assert "sppo_seq" in core_algos.ADV_ESTIMATOR_REGISTRY
 assert fused._added == {"verl.trainer.ppo.core_algos"}
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -415,7 +415,7 @@ def recipe(tmp_path, *arguments):
     fake.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MODEL": str(tmp_path / "model"), "DATA": "/data.parquet"}
     script = [str(ROOT / "examples/verl_sppo.sh"), *arguments]
-    done = subprocess.run(["bash", *script], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(["bash", *script], env=environment, capture_output=True, text=True, check=True, timeout=60)
     return done.stdout.split()
 
 

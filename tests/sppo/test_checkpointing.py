@@ -53,16 +53,18 @@ def _preloaded():
         forkserver.ensure_running()
         warm = PROCESSES.Process(target=int)  # its imports are done once a process has been forked
         warm.start()
-        warm.join()
+        warm.join(timeout=240)
+        assert warm.exitcode == 0
 
 
 def in_process(*args, kill_after=None, **kwargs):
     process = PROCESSES.Process(target=run, args=args, kwargs=kwargs)
     process.start()
     process.join(timeout=120 if kill_after is None else kill_after)
-    if kill_after is not None:
-        process.kill()  # SIGKILL, where it has not ended yet
-        process.join()
+    ended = process.exitcode is not None
+    process.kill()  # SIGKILL, where it has not ended yet
+    process.join(timeout=60)
+    assert ended or kill_after is not None, "the run took longer than 120 s"
     return process.exitcode
 
 

@@ -91,7 +91,8 @@ def compiled():
     """PTX of every kernel, and the variants that different numbers of tokens compile."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    completed = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-c", PROGRAM]
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert completed.returncode == 0, completed.stderr
     return json.loads(completed.stdout)
 

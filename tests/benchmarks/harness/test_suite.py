@@ -87,7 +87,8 @@ def test_one_new_module_is_a_command_a_table_a_chart_and_a_line_in_the_docs(new_
 
 def test_listing_the_suites_imports_none_of_them():
     program = "import sys; from benchmarks.__main__ import main; main([]); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert all(f"\n    {name}" in done.stdout for name in suite.names())
 
@@ -108,7 +109,8 @@ def test_every_module_declares_a_suite_and_has_a_one_line_summary(name):
 def test_kernel_suites_import_nothing_of_the_trainer():
     program = f"{WITHOUT_TRAINER}from benchmarks.harness import suite\nfor name in {KERNEL_SUITES}: suite.load(name)"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

@@ -184,7 +184,8 @@ def test_help_does_not_import_torch():
         (["train", "--help"], "--critic_learning_rate"),
         (["eval", "-h"], "--limit"),
     ):
-        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
         assert text in done.stdout
 
 
