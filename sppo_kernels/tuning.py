@@ -20,9 +20,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -38,20 +38,38 @@ class Config(NamedTuple):
     num_warps: int
 
 
-class Tunable:
+C = TypeVar("C", bound=tuple[int, ...])
+"""A named tuple of numbers: what a kernel is launched with."""
+
+
+class Tunable(Generic[C]):
     """Candidates and default of a kernel, and the configuration chosen for each class of shapes."""
 
-    def __init__(self, name: str, default: Config, *others: Config) -> None:
+    def __init__(self, name: str, default: C, *others: C) -> None:
         self.name, self.default, self.candidates = name, default, (default, *others)
-        self.chosen: dict[str, Config] = {}
-        self._forced: Config | None = None
+        self.chosen: dict[str, C] = {}
+        self._forced: C | None = None
         TUNABLES[name] = self
 
-    def config(self, length: int, itemsize: int) -> Config:
-        """Return the configuration for rows of ``length`` elements of ``itemsize`` bytes."""
-        return self._forced or self.chosen.get(shape_class(length, itemsize), self.default)
+    def choice(self, shapes: str) -> C | None:
+        """Return the configuration chosen for a class of shapes, or None."""
+        return self._forced or self.chosen.get(shapes)
 
-    def choose(self, shapes: str, config: Config) -> None:
+    def config(self, length: int, itemsize: int) -> C:
+        """Return the configuration for rows of ``length`` elements of ``itemsize`` bytes."""
+        return self.choice(shape_class(length, itemsize)) or self.default
+
+    def read(self, values: Iterable[int]) -> C:
+        """Return the candidate with these values.
+
+        Raises:
+            ValueError: there is none.
+        """
+        config = cast(C, tuple(values))
+        self._check(config)
+        return self.candidates[self.candidates.index(config)]
+
+    def choose(self, shapes: str, config: C) -> None:
         """Launch ``config`` for a class of shapes (see ``shape_class``) from now on.
 
         Raises:
@@ -61,7 +79,7 @@ class Tunable:
         self.chosen = {**self.chosen, shapes: config}
 
     @contextlib.contextmanager
-    def using(self, config: Config) -> Iterator[None]:
+    def using(self, config: C) -> Iterator[None]:
         """Launch ``config`` for every shape and in all threads, inside the context.
 
         Raises:
@@ -74,12 +92,12 @@ class Tunable:
         finally:
             self._forced = previous
 
-    def _check(self, config: Config) -> None:
+    def _check(self, config: C) -> None:
         if config not in self.candidates:
             reject("config", config, f"one of {self.name}'s candidates {[tuple(c) for c in self.candidates]}")
 
 
-TUNABLES: dict[str, Tunable] = {}
+TUNABLES: dict[str, Tunable[Any]] = {}
 
 
 def shape_class(length: int, itemsize: int) -> str:
@@ -140,13 +158,10 @@ def load(path: str | os.PathLike[str], *, any_device: bool = False) -> None:
         tunable.chosen = choices.get(name, {})
 
 
-def _read(name: str, chosen: dict[str, Any]) -> dict[str, Config]:
+def _read(name: str, chosen: dict[str, Any]) -> dict[str, Any]:
     if name not in TUNABLES:
         reject("kernel", repr(name), f"one of {', '.join(TUNABLES)}")
-    configs = {str(shapes): Config(*config) for shapes, config in chosen.items()}
-    for config in configs.values():
-        TUNABLES[name]._check(config)
-    return configs
+    return {str(shapes): TUNABLES[name].read(config) for shapes, config in chosen.items()}
 
 
 def _device_name() -> str:

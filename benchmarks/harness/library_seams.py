@@ -24,13 +24,16 @@ import sppo_kernels
 from sppo_kernels import _backend, _triton_utils, _validation, ops
 from sppo_kernels._registration import Operation
 from sppo_kernels.ops import selective_logprobs as selective_logprobs_module
-from sppo_kernels.ops.linear_logprobs import arguments, indexing, matmul, sparse, weighted_rows
+from sppo_kernels.ops.linear_logprobs import arguments, indexing, matmul, projection, sparse, weighted_rows
 from sppo_kernels.ops.linear_logprobs import op as linear_logprobs_op
 from sppo_kernels.ops.linear_logprobs import output as linear_logprobs_output
 from sppo_kernels.ops.linear_logprobs.cache import CachePlan
 from sppo_kernels.ops.linear_logprobs.gradients import GradientAccumulator
-from sppo_kernels.ops.linear_logprobs.lm_head import LMHead, SavedForBackward
+from sppo_kernels.ops.linear_logprobs.lm_head import LMHead
+from sppo_kernels.ops.linear_logprobs.projection import triton as projection_triton
+from sppo_kernels.ops.linear_logprobs.projection.factors import head_class
 from sppo_kernels.ops.linear_logprobs.support import SupportHead, Tokens
+from sppo_kernels.ops.linear_logprobs.tokens import SavedForBackward
 from sppo_kernels.ops.linear_policy_loss import op as linear_policy_loss_op
 from sppo_kernels.ops.policy_loss import op as policy_loss_op
 from sppo_kernels.ops.policy_loss.settings import Settings
@@ -42,6 +45,8 @@ RECOMPUTED, CACHED = (
     linear_logprobs_output.CACHED,
 )  # values of a certificate's num_entries
 ACCELERATOR_CHUNK_BYTES = arguments._CHUNK_BYTES_ACCELERATOR
+PROJECTION = projection_triton.TILES  # of the fused projection: its tiles, and those that are chosen
+PROJECTION_KERNEL = projection_triton.linear_logprobs_projection_kernel.__name__
 
 # Registered operations are opaque to a dispatch mode: on fake tensors it sees only what they return.
 OPERATION_BODIES: dict[Any, Callable[..., Any]] = {
@@ -82,6 +87,43 @@ def values_are_not_checked() -> Iterator[None]:
     with ExitStack() as stack:
         for patch in _patch_everywhere("values_are_checked", _validation.values_are_checked, lambda tensor: False):
             stack.enter_context(patch)
+        yield
+
+
+def projection_candidates() -> tuple[projection_triton.Tile, ...]:
+    """Return the tiles of the fused projection that the current device, or the one that Triton believes in, has."""
+    return projection_triton.candidates()
+
+
+def projection_class(vocab: int, hidden: int, dtype: torch.dtype) -> str:
+    """Name the class of output embeddings that one of this shape belongs to."""
+    return head_class(torch.empty(vocab, hidden, dtype=dtype, device="meta"))
+
+
+@contextmanager
+def projection_selects(tokens: bool, entries: int = 0) -> Iterator[None]:
+    """Fake what the fused projection selects by values, where there are none.
+
+    Args:
+        tokens: whether all tokens are computed again about their maximum, as very unlikely ones are, or none.
+        entries: columns of each token that may be sparse entries.
+    """
+
+    class Indexing:
+        ranges = staticmethod(indexing.ranges)
+
+        @staticmethod
+        def nonzero_indices(mask: Tensor) -> Tensor:
+            return torch.arange(len(mask) if tokens else 0)
+
+    def places_of_bits(words: Tensor) -> tuple[Tensor, Tensor]:
+        row = torch.arange(len(words)).repeat_interleave(entries)
+        return row, torch.zeros_like(row)
+
+    with (
+        mock.patch.object(projection, "indexing", Indexing),
+        mock.patch.object(projection, "_places_of_bits", places_of_bits),
+    ):
         yield
 
 
@@ -127,7 +169,9 @@ NOTHING_SELECTED = Selection()
 def on_cuda_without_kernels(
     selection: Selection = NOTHING_SELECTED, launch: Callable[..., None] = _launch_nothing
 ) -> Iterator[None]:
-    """Run operations on fake CPU tensors as on a CUDA device, without their kernels, which allocate nothing.
+    """Run operations on fake CPU tensors as on an H100, without their kernels, which allocate nothing.
+
+    In the fused projection no token is so unlikely that it is computed again.
 
     Args:
         selection: what the operations select.
@@ -155,12 +199,14 @@ def on_cuda_without_kernels(
         mock.patch.object(matmul.Projection, "__init__", _init_projection_on_cuda),
         mock.patch.object(arguments, "_CHUNK_BYTES_CPU", ACCELERATOR_CHUNK_BYTES),
         *_patch_everywhere("launch", _triton_utils.launch, launch),
+        mock.patch.object(projection_triton, "_capability", return_value=projection_triton._HOPPER),
         *_patch_everywhere("pick_backend", _backend.pick_backend, lambda backend, tensor: backend or "triton"),
     ]
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         # The forward row pass asks whether rows are aligned. A fake tensor is at address 0.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        stack.enter_context(projection_selects(tokens=False, entries=selection.entries))
         for patch in patches:
             stack.enter_context(patch)
         yield
@@ -217,6 +263,7 @@ def linear_logprobs(
     logits_budget_bytes: int | None,
     chunk_bytes: int,
     support: tuple[Tensor, Tensor] | None = None,
+    projection: str = "vendor",
 ) -> linear_logprobs_output.ForwardOutput:
     """Call the Triton backend of linear_logprobs and return all outputs of the registered operation."""
     validated = _validate(
@@ -227,6 +274,7 @@ def linear_logprobs(
         logits_budget_bytes=logits_budget_bytes,
         chunk_bytes=chunk_bytes,
         support=support,
+        projection=projection,
     )
     return linear_logprobs_output.ForwardOutput(*linear_logprobs_op.linear_logprobs(**validated._asdict()))
 
@@ -240,9 +288,18 @@ def linear_policy_loss(
     advantages: Tensor,
     cu_seqlens: Tensor,
     chunk_bytes: int,
+    projection: str = "vendor",
 ) -> linear_policy_loss_op.ForwardOutput:
     """Call the Triton backend of the token-level linear_policy_loss and return all outputs of the operation."""
-    validated = _validate(hidden, weight, labels, backward="cache", logits_budget_bytes=None, chunk_bytes=chunk_bytes)
+    validated = _validate(
+        hidden,
+        weight,
+        labels,
+        backward="cache",
+        logits_budget_bytes=None,
+        chunk_bytes=chunk_bytes,
+        projection=projection,
+    )
     settings = Settings(
         ratio_level="token",
         clip_low=0.2,
@@ -279,6 +336,7 @@ def _validate(
     logits_budget_bytes: int | None,
     chunk_bytes: int,
     support: tuple[Tensor, Tensor] | None = None,
+    projection: str = "vendor",
 ) -> arguments.Arguments:
     return arguments.Arguments.validate(
         hidden=hidden,
@@ -294,6 +352,7 @@ def _validate(
         chunk_bytes=chunk_bytes,
         mass_tolerance=1e-4,
         max_entries=512,
+        projection=projection,
         group=None,
         support=support,
         backend="triton",
@@ -311,6 +370,7 @@ def block_size(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_bytes: int)
         softcap=0.0,
         ignore_index=-100,
         chunk_bytes=chunk_bytes,
+        projection="vendor",
         group="",
         backend="triton",
         first_row=labels.new_zeros(1),
@@ -329,6 +389,7 @@ def cached_gradients(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: T
         softcap=0.0,
         ignore_index=-100,
         chunk_bytes=1 << 28,
+        projection="vendor",
         group="",
         backend="torch",
         first_row=labels.new_zeros(1),

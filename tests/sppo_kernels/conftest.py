@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import register_random
+from projection_cases import use_tiles
 
 from sppo_kernels.ops.linear_logprobs import auto_mode
 from sppo_kernels.ops.linear_logprobs.lm_head import LMHead
@@ -48,3 +49,9 @@ def _forget_other_tests():
 def small_blocks(monkeypatch):
     """Blocks of 16 tokens instead of at least 256, with 4 tokens per chunk of logits (8 on the PyTorch backend)."""
     monkeypatch.setattr(LMHead, "block_size", lambda self, vocab=None: 16)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 16 tokens by 64 columns in the fused projection, of which few tokens and columns fill several."""
+    use_tiles(monkeypatch)

@@ -12,10 +12,13 @@ pytest.importorskip("triton")
 
 import sppo_kernels
 from sppo_kernels import reference, tuning
+from sppo_kernels.ops.linear_logprobs.projection import triton as triton_backend
+from sppo_kernels.ops.linear_logprobs.projection.factors import head_class
 from sppo_kernels.ops.row_passes.triton.shared import launch_shape
 from sppo_kernels.tuning import TUNABLES, Config, shape_class
 
-KERNELS = ["selective_logprobs.forward", "selective_logprobs.backward", "policy_loss"]
+PROJECTION = "linear_logprobs.projection"
+KERNELS = ["selective_logprobs.forward", "selective_logprobs.backward", "policy_loss", PROJECTION]
 CANDIDATES = [(name, config) for name in KERNELS for config in TUNABLES[name].candidates]
 
 
@@ -51,6 +54,20 @@ def assert_linear_logprobs_are_correct(backward):
     assert expected.get(backward, certificate.num_entries > 0).all()
 
 
+def assert_the_fused_projection_is_correct():
+    """Columns and hidden states end inside a second tile, and tokens too where few programs are launched for each."""
+    for backward, tokens in (("recompute", 260), ("cache", 5), ("sparse", 5)):
+        tensors = {
+            "hidden": randn(tokens, 72, dtype=torch.bfloat16, grad=tokens == 5),
+            "weight": randn(137, 72, dtype=torch.bfloat16, scale=0.1, grad=True),
+            "labels": randint(0, 137, tokens),
+        }
+        settings = {"backward": backward, "mass_tolerance": 1e-6, "projection": "fused"}
+        op = lambda *, settings=settings, **given: sppo_kernels.linear_logprobs(**given, **settings)
+        floor = {torch.float32: 4.0, torch.bfloat16: 4.0}
+        assert_close_to_float64(op, reference.linear_logprobs, "triton", tensors, upstream=["logprobs"], floor=floor)
+
+
 @pytest.mark.parametrize(("name", "config"), CANDIDATES, ids=str)
 def test_every_candidate_is_correct(name, config):
     """Rows span several blocks and end inside one."""
@@ -61,6 +78,8 @@ def test_every_candidate_is_correct(name, config):
             )
             for backward in ("cache", "sparse", "recompute"):
                 assert_linear_logprobs_are_correct(backward)
+        elif name == PROJECTION:
+            assert_the_fused_projection_is_correct()
         else:
             tensors = {"logprobs": randn(1300, grad=True), "old_logprobs": randn(1300), "advantages": randn(2)}
             cu_seqlens = torch.tensor([0, 1, 1300], dtype=torch.int32, device=DEVICE)
@@ -85,6 +104,33 @@ def test_the_chosen_configuration_is_launched(name):
     assert launch_shape(tunable, rows)["BLOCK"] == 1024
     tuning.reset()
     assert launch_shape(tunable, rows)["BLOCK"] == 2048
+
+
+def test_the_chosen_tile_of_the_projection_is_launched():
+    """Only for output embeddings of the same shape in half precision."""
+    tunable, weight = TUNABLES[PROJECTION], torch.empty(137, 72, dtype=torch.bfloat16, device=DEVICE)
+    default, other = triton_backend.tile_of(weight), tunable.candidates[1]
+    tunable.choose(head_class(weight), other)
+    assert triton_backend.tile_of(weight) == other != default
+    assert triton_backend.tile_of(weight[:136]) == default
+    assert triton_backend.tile_of(weight.float()).block_n == 64
+    with tunable.using(tunable.candidates[2]):
+        assert triton_backend.tile_of(weight) == triton_backend.tile_of(weight[:136]) == tunable.candidates[2]
+    tuning.reset()
+    assert triton_backend.tile_of(weight) == default
+
+
+def test_a_saved_tile_is_loaded(tmp_path):
+    """A tile has more numbers than the launch configurations of the other kernels."""
+    path, weight = tmp_path / "tuning.json", torch.empty(137, 72, dtype=torch.bfloat16, device=DEVICE)
+    TUNABLES[PROJECTION].choose(head_class(weight), TUNABLES[PROJECTION].candidates[1])
+    tuning.save(path)
+    tuning.reset()
+    assert not triton_backend.is_chosen(weight)
+    tuning.load(path)
+    assert triton_backend.is_chosen(weight)
+    assert triton_backend.tile_of(weight) == TUNABLES[PROJECTION].candidates[1]
+    assert isinstance(triton_backend.tile_of(weight), triton_backend.Tile)
 
 
 def test_short_rows_get_a_block_that_holds_them():

@@ -12,8 +12,10 @@ distribution is too flat.
     op               registered operations           sparse          selection of sparse logit gradients
     lm_head          forward and backward in chunks  weighted_rows   products with them
     matmul           the matrix products             auto_mode       what backward="auto" remembers
+    projection       the fused projection            tokens          hidden states and results of tokens
     gradients        accumulation of the gradients   scaled_rows     rows times factors, around the products
     indexing         token indices, host waits       vocab_parallel  the output embedding split over ranks
+    support          tokens that a sampler kept      entry_logits    single logits
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ def linear_logprobs(
     chunk_bytes: int | None = None,
     mass_tolerance: float = 1e-4,
     max_entries: int = 512,
+    projection: str = "auto",
     group: dist.ProcessGroup | None = None,
     support: tuple[Tensor, Tensor] | None = None,
     return_certificate: Literal[False] = False,
@@ -81,6 +84,7 @@ def linear_logprobs(
     chunk_bytes: int | None = None,
     mass_tolerance: float = 1e-4,
     max_entries: int = 512,
+    projection: str = "auto",
     group: dist.ProcessGroup | None = None,
     support: tuple[Tensor, Tensor] | None = None,
     return_certificate: Literal[True],
@@ -103,6 +107,7 @@ def linear_logprobs(
     chunk_bytes: int | None = None,
     mass_tolerance: float = 1e-4,
     max_entries: int = 512,
+    projection: str = "auto",
     group: dist.ProcessGroup | None = None,
     support: tuple[Tensor, Tensor] | None = None,
     return_certificate: bool = False,
@@ -149,6 +154,15 @@ def linear_logprobs(
             with respect to a token's logits is then off by at most ``|c| mass_tolerance / temperature``, summed over
             the vocabulary, with ``c`` the upstream gradient. What was left out is in the certificate.
         max_entries: the most sparse entries per token, 1 to 1024, of 8 bytes; a token that needs more is recomputed.
+        projection: how logits are computed. The last bits of results depend on it.
+
+            - ``"vendor"``: by the vendor's matrix product, a chunk of float32 logits at a time, and a pass over them.
+            - ``"fused"``: by a product that finishes each tile of logits in registers, so that none is stored. A
+              token's results then have the same bits in every batch. The PyTorch backend does likewise in the cache of
+              a CPU.
+            - ``"auto"``: ``"fused"`` where ``python -m benchmarks tune`` measured it to be faster for an output
+              embedding of this shape (see :mod:`sppo_kernels.tuning`), else ``"vendor"``, as always with ``group``.
+
         group: the process group over which ``weight``, ``bias`` and ``adapter[1]`` are split by rows, in the order of
             the ranks, at least one row each. ``hidden``, ``labels``, ``adapter[0]``, what requires a gradient, every
             setting, and the use of the results must be the same on each rank. Otherwise gradients are silently wrong,
@@ -186,6 +200,7 @@ def linear_logprobs(
         chunk_bytes=chunk_bytes,
         mass_tolerance=mass_tolerance,
         max_entries=max_entries,
+        projection=projection,
         group=group,
         support=support,
         backend=backend,

@@ -22,6 +22,7 @@ from ..._validation import (
 from ..selective_logprobs import check_softcap, check_temperature, temperature_per_row
 from ..support_passes import Support, check_support
 from .auto_mode import AutoBackward
+from .projection import PROJECTIONS, choose_projection
 from .sparse import MAX_ENTRIES
 
 BACKWARDS = ("auto", "recompute", "cache", "sparse")
@@ -47,6 +48,7 @@ class Arguments(NamedTuple):
     chunk_bytes: int
     mass_tolerance: float
     max_entries: int
+    projection: str  # "vendor" or "fused"
     group: str  # name of the process group, "" for none
     backend: str
 
@@ -79,6 +81,7 @@ class Arguments(NamedTuple):
         chunk_bytes: int | None,
         mass_tolerance: float,
         max_entries: int,
+        projection: str,
         group: dist.ProcessGroup | None,
         support: tuple[Tensor, Tensor] | None,
         backend: str | None,
@@ -107,6 +110,7 @@ class Arguments(NamedTuple):
         check_int("max_entries", max_entries, least=1)
         if max_entries > MAX_ENTRIES:
             reject("max_entries", max_entries, f"at most {MAX_ENTRIES} (more would cost what they save)")
+        check_choice("projection", projection, PROJECTIONS)
         backend = pick_backend(backend, hidden)
         group_name = _name_of(group, backend)
         if autocast_is_on(hidden.device):
@@ -135,6 +139,7 @@ class Arguments(NamedTuple):
             chunk_bytes=chunk_bytes,
             mass_tolerance=max(float(mass_tolerance), 1e-30),  # less is beyond float32
             max_entries=max_entries,
+            projection=choose_projection(projection, weights[0], backend=backend, group=group_name),
             group=group_name,
             backend=backend,
         )

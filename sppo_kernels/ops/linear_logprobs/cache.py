@@ -11,9 +11,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..row_passes import CachedRows
+from . import vocab_parallel
 from .auto_mode import MIN_VOCAB_PER_ENTRY, AutoBackward
 from .matmul import row_stride
 
@@ -54,6 +56,7 @@ def plan_cache(
     max_entries: int,
     shards: list[int],
     entropies: bool,
+    agree_in: str = "",
 ) -> CachePlan:
     """Decide what a call keeps of ``num_tokens`` tokens. In "auto" this waits for the previous call.
 
@@ -67,6 +70,7 @@ def plan_cache(
         max_entries: most sparse entries per token.
         shards: rows of the output embedding on each rank.
         entropies: whether the entropies can have gradients.
+        agree_in: name of a process group whose ranks are to cache the same tokens, "" for none.
     """
     sparse, recording = backward == "sparse", monitor
     if monitor is not None:
@@ -80,6 +84,9 @@ def plan_cache(
     num_dense = 0 if sparse else _num_cacheable(backward, logits_budget_bytes, num_tokens, row_bytes, weight.device)
     if monitor is not None and not sparse:
         num_dense = min(num_tokens, monitor.num_cached(num_dense))
+    if agree_in and backward != "recompute" and not sparse:
+        least = torch.tensor(num_dense, device=weight.device)
+        num_dense = int(vocab_parallel.all_reduce(least, agree_in, dist.ReduceOp.MIN))
     return CachePlan(sparse, max_entries, mass_tolerance, num_dense, recording)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..._backend import HAS_TRITON
+from ..._backend import HAS_TRITON, without_autocast
 
 if HAS_TRITON:
     import triton
@@ -45,7 +45,8 @@ def _torch_entry_logits(
         out[entries] += _sampled_products(hidden, weight, token[entries], column[entries])
     else:  # copied to float32, a few rows at a time
         for entry in entries.split(max(1, _CPU_ELEMENTS // hidden.shape[1])):
-            out[entry] += torch.linalg.vecdot(weight[column[entry]].float(), hidden[token[entry]].float())
+            with without_autocast(out.device):
+                out[entry] += torch.linalg.vecdot(weight[column[entry]].float(), hidden[token[entry]].float())
     if bias is not None:
         out[entries] += bias[column[entries]].float()
 

@@ -7,6 +7,8 @@
                 recomputed:       hidden --(W^T)--> logits --(row pass)--> logit gradient times c, and the entropy's
                 logit gradient --(W)--> d hidden      logit gradient^T --(hidden)--> d weight
 
+With ``projection="fused"`` a product and the row pass after it are one kernel, and no logits are stored (projection).
+
 c is the upstream gradient of a token's log-probability, cap' the derivative of the softcap (1 without one). The logit
 gradient (onehot(label) - p) cap'(logit) does not depend on the loss: any function of the log-probabilities reaches
 token t's logits as c_t times it, divided by the temperature. Only the gradient of an entropy is not of this form, so a
@@ -23,11 +25,10 @@ written once per block, 8 V H bytes, which has to hide behind the 6 H V FLOPs pe
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ from .cache import Cache, CachePlan, allocate
 from .gradients import GradientAccumulator, same_dtype
 from .matmul import Projection, row_stride
 from .output import CACHED, RECOMPUTED
+from .projection import Factors, FusedProjection
+from .projection import block_size as fused_block_size
+from .tokens import Batch, SavedForBackward, TokenResults, Upstream
 from .weighted_rows import gather_entries
 
 _log = logging.getLogger(__name__)
@@ -47,102 +51,6 @@ _log = logging.getLogger(__name__)
 _LEAST_COLUMNS = 4096
 _NUM_KINDS = 3
 _RECOMPUTED, _CACHED, _SPARSE = range(_NUM_KINDS)  # where the gradient of a token comes from
-
-
-class TokenResults(NamedTuple):
-    """Results of N tokens."""
-
-    row: RowResults
-    dropped_mass: Tensor  # [N], probability that is in no sparse entry
-    num_entries: Tensor  # [N] int32: entries on this rank, or RECOMPUTED, or CACHED
-
-    @classmethod
-    def zeros(cls, num_tokens: int, device: torch.device) -> TokenResults:
-        """Allocate results of tokens without a loss."""
-        row = RowResults.empty(num_tokens, device)
-        for field in row:
-            field.zero_()
-        num_entries = torch.zeros(num_tokens, dtype=torch.int32, device=device)
-        return cls(row, dropped_mass=torch.zeros(num_tokens, device=device), num_entries=num_entries)
-
-    def set(self, tokens: Tensor, results: TokenResults) -> None:
-        """Set the results of ``tokens``."""
-        for mine, theirs in zip(
-            (*self.row, self.dropped_mass, self.num_entries),
-            (*results.row, results.dropped_mass, results.num_entries),
-            strict=True,
-        ):
-            mine.index_copy_(-1, tokens, theirs)
-
-    def among(self, num_tokens: int, tokens: Tensor) -> TokenResults:
-        """Return the results of ``num_tokens`` tokens, of which only ``tokens`` have a loss."""
-        if len(tokens) == num_tokens:
-            return self
-        everyone = TokenResults.zeros(num_tokens, tokens.device)
-        everyone.set(tokens, self)
-        return everyone
-
-
-class SavedForBackward(NamedTuple):
-    """Results of all N tokens that ``LMHead.backward`` reads."""
-
-    entropy: Tensor  # [N]
-    row_stats: Tensor  # [2, N]
-    num_entries: Tensor  # [N]
-
-
-class Batch:
-    """Tokens of a call, in its order, with labels and temperatures ``[n]``.
-
-    Args:
-        head: the hidden states, labels and temperatures of all N tokens.
-        tokens: ``[n]``, indices among these.
-    """
-
-    def __init__(self, head: LMHead, tokens: Tensor) -> None:
-        self.start = 0  # of these tokens, among those of the call
-        self.tokens = tokens
-        self.labels, self.temperature = (indexing.take(x, tokens) for x in (head.labels, head.temperature))
-        self._hiddens = head.hiddens
-        self._adjacent = len(tokens) == len(head.labels)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def part(self, first: int, last: int) -> Batch:
-        """Return tokens ``first`` to ``last`` of these."""
-        part = copy.copy(self)
-        part.start = self.start + first
-        part.tokens, part.labels, part.temperature = (
-            x[first:last] for x in (self.tokens, self.labels, self.temperature)
-        )
-        return part
-
-    def hiddens(self) -> list[Tensor]:
-        """Return their hidden states [n, H]: a view if the call has all N tokens."""
-        rows = slice(self.start, self.start + len(self)) if self._adjacent else self.tokens
-        return [hidden[rows] for hidden in self._hiddens]
-
-
-class Upstream:
-    """Upstream gradients of tokens, and what the row pass needs of their results."""
-
-    def __init__(
-        self, tokens: Tensor, saved: SavedForBackward, *, grad_logprobs: Tensor, grad_entropy: Tensor | None
-    ) -> None:
-        self.grad_logprobs, self.entropy, self.row_stats = (
-            indexing.take(x, tokens) for x in (grad_logprobs, saved.entropy, saved.row_stats)
-        )
-        self.grad_entropy = (
-            torch.zeros_like(self.entropy) if grad_entropy is None else indexing.take(grad_entropy, tokens)
-        )
-
-    def part(self, first: int, last: int) -> Upstream:
-        """Return those of tokens ``first`` to ``last`` of these."""
-        part = copy.copy(self)
-        for name, field in vars(self).items():
-            setattr(part, name, field[..., first:last])
-        return part
 
 
 class LMHead:
@@ -157,6 +65,7 @@ class LMHead:
         softcap: 0 for none.
         ignore_index: marks a token without a loss.
         chunk_bytes: memory for one block.
+        projection: "vendor" or "fused".
         group: name of the process group over which the weights are split, "" for none.
         backend: "torch" or "triton".
         first_row: ``[1]`` int64, the number of this rank's first row; read only with ``group``.
@@ -173,18 +82,21 @@ class LMHead:
         softcap: float,
         ignore_index: int,
         chunk_bytes: int,
+        projection: str,
         group: str,
         backend: str,
         first_row: Tensor,
     ) -> None:
-        self.hiddens, self.weights, self.bias = hiddens, weights, bias
+        self.hiddens, self.weights = hiddens, weights
+        self.bias = None if bias is None else bias.contiguous()  # kernels read it without a stride
         self.vocab = weights[0].shape[0]
         if group:
             labels, ignore_index = vocab_parallel.local_labels(labels, ignore_index, first_row, self.vocab)
         self.labels, self.ignore_index = labels.contiguous(), ignore_index
         self.loss_mask = labels != ignore_index
         self.temperature, self.softcap = temperature, softcap
-        self.chunk_bytes, self.group, self.backend = chunk_bytes, group, backend
+        self.chunk_bytes, self.is_fused = chunk_bytes, projection == "fused"
+        self.group, self.backend = group, backend
 
     def block_size(self, vocab: int | None = None) -> int:
         """Return how many tokens' logit gradients, with float32 logits for a quarter of them, fit in ``chunk_bytes``.
@@ -206,6 +118,24 @@ class LMHead:
             backend=self.backend,
         )
 
+    def batch(self, tokens: Tensor) -> Batch:
+        """Return ``tokens`` with their hidden states, labels and temperatures."""
+        return Batch(self.hiddens, self.labels, self.temperature, tokens)
+
+    def _fused(
+        self, batch: Batch, hiddens: list[Tensor] | None = None, columns: slice = slice(None)
+    ) -> FusedProjection:
+        """Return the fused projection of a batch, with its hidden states if given, onto some columns of the logits."""
+        factors = Factors(batch.hiddens() if hiddens is None else hiddens, self.weights, self.bias, self.softcap)
+        labels = batch.labels - columns.start if columns.start else batch.labels
+        return FusedProjection(
+            factors.columns(columns),
+            labels=labels,
+            temperature=batch.temperature,
+            backend=self.backend,
+            group=self.group,
+        )
+
     # Forward
 
     def forward(self, tokens: Tensor, plan: CachePlan, shards: list[int]) -> tuple[TokenResults, Cache]:
@@ -224,27 +154,31 @@ class LMHead:
             num_entries=torch.full((n,), RECOMPUTED, dtype=torch.int32, device=device),
         )
         results.num_entries[: plan.num_dense] = CACHED
-        batch = Batch(self, tokens)
-        projection = Projection(self.weights, self.bias)
-        # The PyTorch backend is for CPUs, where a matrix product copies the weight in every call, so small chunks cost
-        # more per token. Without the logit gradients that backward also holds, twice as many logits fit.
-        chunk_size = self.block_size(max(shards)) // (2 if self.backend == "torch" else 4)
-        chunks = indexing.ranges(n, chunk_size)
-        workspace = projection.workspace(len(chunks[0])) if chunks else None
+        batch = self.batch(tokens)
         num_seen = 0
         num_need_dense = results.num_entries.new_zeros((), dtype=torch.int64)  # among those seen
+        if self.is_fused:
+            size = fused_block_size(self.hiddens, self.weights[0], max(shards), self.backend)
+        else:
+            # The PyTorch backend is for CPUs, where a matrix product copies the weight in every call, so small chunks
+            # cost more per token. Without the logit gradients that backward also holds, twice as many logits fit.
+            size = self.block_size(max(shards)) // (2 if self.backend == "torch" else 4)
+        chunks = indexing.ranges(n, size)
+        projection = Projection(self.weights, self.bias)
+        workspace = projection.workspace(len(chunks[0])) if chunks and not self.is_fused else None
         # The number of chunks is the same on each rank, whatever the size of its shard: all communicate in each chunk.
         for chunk in chunks:
             part = batch.part(chunk.start, chunk.stop)
-            logits = projection.logits(part.hiddens(), workspace)
+            logits = None if self.is_fused else projection.logits(part.hiddens(), workspace)
             if plan.sparse:
                 self._select(logits, part, results=results, cached=cached, plan=plan, num_ranks=len(shards))
-            else:
-                self._row_pass(logits, part, results.row, cached)
-                if plan.monitor is not None:
-                    num_probed = -(-len(chunk) // PROBE_EVERY)
-                    num_need_dense += self._count_dense(logits, part.part(0, num_probed), plan, len(shards))
-                    num_seen += num_probed
+                continue
+            self._row_pass(logits, part, results.row, cached)
+            if plan.monitor is not None:
+                part = part.part(0, -(-len(chunk) // PROBE_EVERY))
+                logits = projection.logits(part.hiddens()) if logits is None else logits[:, : len(part)]
+                num_need_dense += self._count_dense(logits, part, plan, len(shards))
+                num_seen += len(part)
             del logits  # before the next chunk's
         if plan.monitor is not None and plan.sparse:
             num_need_dense, num_seen = (results.num_entries < 0).sum(), n
@@ -252,12 +186,18 @@ class LMHead:
             plan.monitor.record(num_need_dense, num_seen, self.group)
         return results, cached
 
-    def _row_pass(self, logits: Tensor, batch: Batch, results: RowResults, cached: Cache) -> None:
-        """Compute the results of a chunk over the complete vocabulary, and what is cached of its first tokens."""
+    def _row_pass(self, logits: Tensor | None, batch: Batch, results: RowResults, cached: Cache) -> None:
+        """Compute the results of a chunk over the complete vocabulary, and what is cached of its first tokens.
+
+        Without logits the projection is fused.
+        """
         row_pass, start, n = ROW_PASSES[self.backend], batch.start, len(batch)
         num_cached = min(max(len(cached.probs) - start, 0), n)
         probs = cached.rows(start, num_cached, self.vocab)
         out = results.rows(start, start + n)
+        if logits is None:
+            self._fused(batch).forward(out, probs if num_cached else None)
+            return
         for first, last, target in ((0, num_cached, probs), (num_cached, n, None)):
             if first < last:
                 row_pass.forward(
@@ -287,24 +227,37 @@ class LMHead:
         )
 
     def _select(
-        self, logits: Tensor, batch: Batch, *, results: TokenResults, cached: Cache, plan: CachePlan, num_ranks: int
+        self,
+        logits: Tensor | None,
+        batch: Batch,
+        *,
+        results: TokenResults,
+        cached: Cache,
+        plan: CachePlan,
+        num_ranks: int,
     ) -> None:
         """Compute the results of a chunk, and select its sparse logit gradients.
 
-        The PyTorch backend overwrites the logits.
+        Without logits the projection is fused. The PyTorch backend overwrites the logits.
         """
         rows = slice(batch.start, batch.start + len(batch))
-        selected = sparse.SELECT[self.backend](
-            logits=logits,
-            labels=batch.labels,
-            temperature=batch.temperature,
-            softcap=self.softcap,
-            mass_tolerance=plan.mass_tolerance / num_ranks,
-            combine=functools.partial(self._combine, batch) if self.group else None,
-            out=results.row.rows(rows.start, rows.stop),
-            index=cached.sparse_index[rows],
-            value=cached.sparse_value[rows],
-        )
+        given: dict[str, Any] = {
+            "out": results.row.rows(rows.start, rows.stop),
+            "mass_tolerance": plan.mass_tolerance / num_ranks,
+            "index": cached.sparse_index[rows],
+            "value": cached.sparse_value[rows],
+        }
+        if logits is None:
+            selected = self._fused(batch).select(**given)
+        else:
+            selected = sparse.SELECT[self.backend](
+                **given,
+                logits=logits,
+                labels=batch.labels,
+                temperature=batch.temperature,
+                softcap=self.softcap,
+                combine=functools.partial(self._combine, batch) if self.group else None,
+            )
         results.num_entries[rows], results.dropped_mass[rows] = selected.num_entries, selected.dropped_mass
 
     def _count_dense(self, logits: Tensor, batch: Batch, plan: CachePlan, num_ranks: int) -> Tensor:
@@ -381,7 +334,7 @@ class LMHead:
         if len(recomputed):
             index = indexing.take(tokens, recomputed)
             given = Upstream(index, saved, grad_logprobs=grad_logprobs, grad_entropy=grad_entropy)
-            batch = Batch(self, index)
+            batch = self.batch(index)
             if columns:
                 self._add_by_columns(batch, given, accumulator, columns)
             else:
@@ -412,19 +365,21 @@ class LMHead:
     ) -> None:
         """Add the gradients of tokens whose logits are computed again, block by block of tokens."""
         largest = max(map(len, blocks))
-        size = max(1, self.block_size() // 4)
-        workspace = accumulator.projection.workspace(min(size, largest))
+        size = self.block_size() if self.is_fused else max(1, self.block_size() // 4)
+        workspace = None if self.is_fused else accumulator.projection.workspace(min(size, largest))
         buffer = self.weights[0].new_empty(largest, row_stride(self.vocab))
         for block in blocks:
             logit_grads = buffer[: len(block), : self.vocab]
             for first in range(block.start, block.stop, size):
                 last = min(first + size, block.stop)
-                part = batch.part(first, last)
-                logits = accumulator.projection.logits(part.hiddens(), workspace)
-                self._row_pass_backward(
-                    logits, part, given.part(first, last), logit_grads[first - block.start : last - block.start]
+                self._logit_grads(
+                    accumulator.projection,
+                    batch.part(first, last),
+                    given.part(first, last),
+                    logit_grads[first - block.start : last - block.start],
+                    hiddens=batch.part(first, last).hiddens(),
+                    workspace=workspace,
                 )
-                del logits  # before the next chunk's, and before the products
             rows = batch.part(block.start, block.stop)
             accumulator.add(rows.tokens, rows.hiddens(), logit_grads)
 
@@ -435,15 +390,21 @@ class LMHead:
         product, and d hidden accumulates.
         """
         n, hiddens = len(batch), batch.hiddens()
-        workspace = accumulator.projection.workspace(n, size)
+        workspace = None if self.is_fused else accumulator.projection.workspace(n, size)
         buffer = self.weights[0].new_empty(n, row_stride(size))
         sums = accumulator.begin_columns()
         for first in range(0, self.vocab, size):
             columns = slice(first, min(first + size, self.vocab))
             logit_grads = buffer[:, : columns.stop - columns.start]
-            logits = accumulator.projection.logits(hiddens, workspace, columns)
-            self._row_pass_backward(logits, batch, given, logit_grads, first_column=first)
-            del logits
+            self._logit_grads(
+                accumulator.projection,
+                batch,
+                given,
+                logit_grads,
+                hiddens=hiddens,
+                columns=columns,
+                workspace=workspace,
+            )
             accumulator.add_columns(hiddens, logit_grads, columns, sums)
         accumulator.finish_columns(batch.tokens, sums)
 
@@ -460,15 +421,32 @@ class LMHead:
         fit = max(self.chunk_bytes // 4, min(self.chunk_bytes, _LEAST_COLUMNS * row)) // row
         return min(fit // 64 * 64, self.vocab) if fit >= min(_LEAST_COLUMNS, self.vocab) else 0
 
-    def _row_pass_backward(
-        self, logits: Tensor, batch: Batch, given: Upstream, logit_grads: Tensor, first_column: int = 0
+    def _logit_grads(
+        self,
+        projection: Projection,
+        batch: Batch,
+        given: Upstream,
+        logit_grads: Tensor,
+        *,
+        hiddens: list[Tensor],
+        columns: slice = slice(None),
+        workspace: Tensor | None,
     ) -> None:
-        """Compute the gradients of logits, which begin at ``first_column``."""
+        """Compute logits of a batch again from its hidden states, and set ``logit_grads`` to their gradients."""
+        if self.is_fused:
+            self._fused(batch, hiddens, columns).gradient(
+                row_stats=given.row_stats,
+                entropy=given.entropy,
+                grad_logprobs=given.grad_logprobs,
+                grad_entropy=given.grad_entropy if given.has_entropy else None,
+                out=logit_grads,
+            )
+            return
         ROW_PASSES[self.backend].backward(
             grad_logprobs=given.grad_logprobs,
             grad_entropy=given.grad_entropy,
-            logits=logits,
-            labels=batch.labels - first_column if first_column else batch.labels,
+            logits=projection.logits(hiddens, workspace, columns),
+            labels=batch.labels - columns.start if columns.start else batch.labels,
             temperature=batch.temperature,
             entropy=given.entropy,
             row_stats=given.row_stats,

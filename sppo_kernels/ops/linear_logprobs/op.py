@@ -16,10 +16,11 @@ from ..selective_logprobs import check_label_and_temperature_values
 from ..support_passes import Support, check_support_values
 from . import auto_mode, indexing, support, vocab_parallel
 from .cache import Cache, plan_cache
-from .lm_head import LMHead, SavedForBackward
+from .lm_head import LMHead
 from .matmul import row_stride
 from .output import RECOMPUTED, ForwardOutput
 from .support import SupportHead
+from .tokens import SavedForBackward
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def forward(
     chunk_bytes: int,
     mass_tolerance: float,
     max_entries: int,
+    projection: str,
     group: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -58,6 +60,7 @@ def forward(
         softcap=softcap,
         ignore_index=ignore_index,
         chunk_bytes=chunk_bytes,
+        projection=projection,
         group=group,
         backend=backend,
         first_row=first_row,
@@ -81,6 +84,7 @@ def forward(
         max_entries=max_entries,
         shards=shards,
         entropies=True,
+        agree_in=group if head.is_fused else "",  # it communicates for cached tokens apart
     )
     kept = (
         f"up to {max_entries} sparse entries per token"
@@ -88,9 +92,8 @@ def forward(
         else f"the probabilities of {plan.num_dense} tokens"
     )
     beside = "" if supported is None else " and no support"
-    _log.debug(
-        "forward: %d of %d tokens have a loss%s, keeping %s (%s)", len(tokens), len(labels), beside, kept, backward
-    )
+    how = f"{backward}, fused projection" if head.is_fused else backward
+    _log.debug("forward: %d of %d tokens have a loss%s, keeping %s (%s)", len(tokens), len(labels), beside, kept, how)
     results, cached = head.forward(tokens, plan, shards)
     results = results.among(len(labels), tokens)
     num_entries, dropped_mass = results.num_entries.clone(), results.dropped_mass
@@ -192,6 +195,7 @@ def backward_pass(
     backward: str,
     auto_key: str,
     chunk_bytes: int,
+    projection: str,
     group: str,
     backend: str,
 ) -> list[Tensor]:
@@ -209,6 +213,7 @@ def backward_pass(
         softcap=softcap,
         ignore_index=ignore_index,
         chunk_bytes=chunk_bytes,
+        projection=projection,
         group=group,
         backend=backend,
         first_row=first_row,
@@ -277,7 +282,9 @@ def _(grad_logprobs, grad_entropy, hiddens, weights, bias, *tensors, needs, **se
     return [x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True)]
 
 
-_BACKWARD_SETTINGS = ("softcap", "ignore_index", "backward", "auto_key", "chunk_bytes", "group", "backend")
+_BACKWARD_SETTINGS = (
+    "softcap", "ignore_index", "backward", "auto_key", "chunk_bytes", "projection", "group", "backend"
+)  # fmt: skip
 
 
 def _save(ctx, inputs, keyword_only_inputs, output):

@@ -130,7 +130,7 @@ def _torch_select(*, logits, labels, temperature, softcap, mass_tolerance, combi
             found = found._replace(value=found.value * softcap_derivative(ratio[found.row, found.column]))
         candidates.append(found._replace(row=found.row + first))
         rest[rows] = e.sum(-1) / total
-    num_entries, dropped_mass = _fill(
+    num_entries, dropped_mass = fill(
         Candidates.cat(candidates), rest=rest, mass_tolerance=mass_tolerance, index=index, value=value
     )
     return Selected(num_entries, dropped_mass)
@@ -169,22 +169,33 @@ def _collect_candidates(
     return Candidates(row, column, p, is_label, value=torch.where(is_label, 1 - p, -p))
 
 
+def sums_of_rows(x: Tensor, *, row: Tensor, num_rows: int) -> Tensor:
+    """Sum ``x`` [M] over the entries of each of ``num_rows`` rows, which ascend in ``row`` [M]."""
+    return _sums(x, torch.bincount(row, minlength=num_rows))
+
+
+def _sums(x: Tensor, sizes: Tensor) -> Tensor:
+    """Sum successive parts of ``x`` of these sizes; unlike ``index_add`` on a GPU always in the same order."""
+    return torch.segment_reduce(x, "sum", lengths=sizes, unsafe=True)
+
+
 def _set_to_infinity(x: Tensor, column: Tensor, mask: Tensor) -> None:
     """Set one column per row of x to infinity where ``mask``."""
     at = column[:, None]
     x.scatter_(-1, at, torch.where(mask[:, None], float("inf"), x.gather(-1, at)))
 
 
-def _fill(
+def fill(
     candidates: Candidates, *, rest: Tensor, mass_tolerance: float, index: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Write the candidates that are needed into index and value. Returns num_entries and dropped_mass."""
     n, max_entries = index.shape
     row, is_label = candidates.row, candidates.is_label
     optional = torch.where(is_label, 0.0, candidates.p)  # what may be left out
+    sizes = torch.bincount(row, minlength=n)
 
     def left_out(threshold: Tensor) -> Tensor:
-        return rest.index_add(0, row, torch.where(optional <= threshold[row], optional, 0.0))
+        return rest + _sums(torch.where(optional <= threshold[row], optional, 0.0), sizes)
 
     low = torch.full_like(rest, math.log2(mass_tolerance / max_entries) - _LOG2_BELOW_FLOOR)
     high = torch.full_like(rest, math.log2(mass_tolerance))

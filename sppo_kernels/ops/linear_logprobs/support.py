@@ -34,7 +34,7 @@ from ..support_passes import SUPPORT_PASSES, Support
 from . import indexing, vocab_parallel
 from .entry_logits import ENTRY_LOGITS
 from .gradients import GradientAccumulator
-from .lm_head import Batch, LMHead
+from .lm_head import LMHead
 from .matmul import Projection, row_stride
 from .weighted_rows import Entries
 
@@ -148,7 +148,7 @@ class SupportHead:
     def _read_wide(self, wide: Tensor, logits: Tensor) -> None:
         """Set the logits of wide supports, from dense logits."""
         head = self.head
-        projection, batch = Projection(head.weights, head.bias), Batch(head, wide)
+        projection, batch = Projection(head.weights, head.bias), head.batch(wide)
         chunks = indexing.ranges(len(wide), max(1, head.block_size() // 4))
         workspace = projection.workspace(len(chunks[0]))
         for chunk, part in self._blocks_of_entries(wide, chunks):
@@ -216,7 +216,7 @@ class SupportHead:
         blocks = indexing.ranges(len(wide), self.head.block_size())
         accumulator.single_product = is_only_call and len(blocks) + bool(len(narrow)) == 1
         if len(wide):
-            batch, vocab = Batch(self.head, wide), self.head.vocab
+            batch, vocab = self.head.batch(wide), self.head.vocab
             buffer = self.head.weights[0].new_empty(len(blocks[0]), row_stride(vocab))
             for block, part in self._blocks_of_entries(wide, blocks):
                 logit_grads = buffer[: len(block), :vocab].zero_()

@@ -89,6 +89,7 @@ def linear_policy_loss(
     chunk_bytes: int | None = None,
     mass_tolerance: float = 1e-4,
     max_entries: int = 512,
+    projection: str = "auto",
     group: dist.ProcessGroup | None = None,
     support: tuple[Tensor, Tensor] | None = None,
     return_per_token: Literal[False] = False,
@@ -128,6 +129,7 @@ def linear_policy_loss(
     chunk_bytes: int | None = None,
     mass_tolerance: float = 1e-4,
     max_entries: int = 512,
+    projection: str = "auto",
     group: dist.ProcessGroup | None = None,
     support: tuple[Tensor, Tensor] | None = None,
     return_per_token: Literal[True],
@@ -166,6 +168,7 @@ def linear_policy_loss(
     chunk_bytes: int | None = None,
     mass_tolerance: float = 1e-4,
     max_entries: int = 512,
+    projection: str = "auto",
     group: dist.ProcessGroup | None = None,
     support: tuple[Tensor, Tensor] | None = None,
     return_per_token: bool = False,
@@ -185,8 +188,8 @@ def linear_policy_loss(
         cu_seqlens: int32 ``[B + 1]``, the start of each sequence, from 0 to N; empty sequences are allowed.
         mask, ratio_level, clip_low, clip_high, dual_clip, aggregation, normalizer, ref_logprobs, kl_coef, kl_estimator,
             rollout_logprobs, rollout_correction, rollout_cap: as in ``policy_loss``.
-        bias, adapter, temperature, softcap, ignore_index, chunk_bytes, mass_tolerance, max_entries, group, support: as
-            in ``linear_logprobs``. ``old_logprobs`` and the others must be over the same support.
+        bias, adapter, temperature, softcap, ignore_index, chunk_bytes, mass_tolerance, max_entries, projection, group,
+            support: as in ``linear_logprobs``. ``old_logprobs`` and the others must be over the same support.
         backward: as in ``linear_logprobs``. ``"recompute"`` takes another pass and saves no memory here, unless with a
             sequence-level ratio a sequence is longer than a block.
         logits_budget_bytes: as in ``linear_logprobs``, for what is cached at any one time.
@@ -216,6 +219,7 @@ def linear_policy_loss(
         chunk_bytes=chunk_bytes,
         mass_tolerance=mass_tolerance,
         max_entries=max_entries,
+        projection=projection,
         group=group,
         support=support,
         backend=backend,

@@ -15,10 +15,11 @@ from ..._backend import OPS
 from ..._registration import Operation
 from ..linear_logprobs import auto_mode, indexing, support, vocab_parallel
 from ..linear_logprobs.cache import plan_cache
-from ..linear_logprobs.lm_head import LMHead, SavedForBackward, TokenResults
+from ..linear_logprobs.lm_head import LMHead
 from ..linear_logprobs.op import reduce_certificate
 from ..linear_logprobs.output import RECOMPUTED
 from ..linear_logprobs.support import SupportHead
+from ..linear_logprobs.tokens import SavedForBackward, TokenResults
 from ..policy_loss.op import BACKENDS
 from ..policy_loss.output import METRICS, LossAndGradient
 from ..policy_loss.settings import Settings, check_values
@@ -65,6 +66,7 @@ def forward(
     chunk_bytes: int,
     mass_tolerance: float,
     max_entries: int,
+    projection: str,
     group: str,
     backend: str,
     needs: list[bool],
@@ -95,6 +97,7 @@ def forward(
         softcap=softcap,
         ignore_index=ignore_index,
         chunk_bytes=chunk_bytes,
+        projection=projection,
         group=group,
         backend=backend,
         first_row=first_row,
@@ -154,11 +157,11 @@ def forward(
         max_entries=max_entries,
         shards=shards,
         entropies=False,
+        agree_in=group if head.is_fused else "",  # it communicates for cached tokens apart
     )
     beside = "" if supported is None else " and no support"
-    _log.debug(
-        "%d of %d tokens have a loss%s, in %d blocks (%s)", len(tokens), len(labels), beside, len(blocks), backward
-    )
+    how = f"{backward}, fused projection" if head.is_fused else backward
+    _log.debug("%d of %d tokens have a loss%s, in %d blocks (%s)", len(tokens), len(labels), beside, len(blocks), how)
     for block in blocks:
         computed, cached = head.forward(block, plan._replace(num_dense=min(plan.num_dense, len(block))), shards)
         results.set(block, computed)

@@ -64,7 +64,7 @@ def _copy_rows(logits: Tensor, rows: slice | Tensor, workspace: Tensor) -> Tenso
     return workspace[: len(block)].copy_(block)
 
 
-def _exp(x: Tensor, zero: float, out: Tensor) -> Tensor:
+def exp_or_zero(x: Tensor, zero: float, out: Tensor) -> Tensor:
     """Compute exp(x) in ``out``, with 0 where it is at most ``zero``. Overwrites x with finite numbers.
 
     On a CPU, exp and products are up to a hundred times slower where their result is subnormal.
@@ -115,7 +115,7 @@ def _forward(
         if has_temperature:
             z /= temperature[rows, None]
         target[rows] = z.gather(-1, label[rows, None]).squeeze(-1)
-        z *= _exp(z, _ZERO_FORWARD, out=workspace[1, : len(z)])
+        z *= exp_or_zero(z, _ZERO_FORWARD, out=workspace[1, : len(z)])
         # One call for both: alone, the sum of a single row would be split over threads, and round differently.
         weighted[rows], total[rows] = workspace[:, : len(z)].sum(-1)
     log_total = total.log()
@@ -152,7 +152,7 @@ def _cache(
         y -= row_stats[0, rows, None]
         y /= temperature[rows, None]
         rest = -torch.expm1(y.gather(-1, at) - row_stats[1, rows, None])
-        p = _exp(y.sub_(shift[rows, None]), _ZERO_BACKWARD, out=torch.empty_like(y))
+        p = exp_or_zero(y.sub_(shift[rows, None]), _ZERO_BACKWARD, out=torch.empty_like(y))
         if ratio is not None:
             slope = softcap_derivative(ratio)
             p *= slope
@@ -192,7 +192,7 @@ def _backward(
         if has_temperature:
             logp /= temperature[rows, None]
         logp -= row_stats[1, rows, None]
-        g = _exp(logp, _ZERO_BACKWARD, out=workspace[1, : len(logp)])
+        g = exp_or_zero(logp, _ZERO_BACKWARD, out=workspace[1, : len(logp)])
         if has_entropy:
             logp.add_(entropy[rows, None]).mul_(g).mul_(of_entropy[rows, None])
         g.scatter_add_(-1, label[rows, None], -onehot[rows, None])  # p - 1 first: it is exact near p = 1

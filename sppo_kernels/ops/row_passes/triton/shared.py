@@ -87,7 +87,7 @@ _COLUMNS_PER_PROGRAM = 1 << 15
 LEAST_BLOCK = 16  # columns: two groups of the widest
 
 
-def launch_shape(tunable: Tunable, rows: Tensor) -> dict[str, int]:
+def launch_shape(tunable: Tunable[Config], rows: Tensor) -> dict[str, int]:
     """Return block and warps for rows ``[..., V]``."""
     return fitted(tunable.config(rows.shape[-1], rows.itemsize), rows.shape[-1])
 
