@@ -118,6 +118,7 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "ratio_level": RATIO_LEVELS,
             "aggregation": AGGREGATIONS,
             "logprobs_backward": ("cache", "recompute", "sparse"),
+            "logprobs_projection": ("vendor", "fused"),
             "rollout_correction": ("none", *ROLLOUT_CORRECTIONS),
         }
         for name, allowed in choices.items():

@@ -48,6 +48,7 @@ def update_loss(
         max_length=update.max_length,
         critic_normalizer=update.critic_normalizer,
         backward=args.logprobs_backward,
+        projection=args.logprobs_projection,
         logits_budget_bytes=args.logits_budget_bytes,
         mass_tolerance=args.mass_tolerance,
     )

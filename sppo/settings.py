@@ -138,6 +138,13 @@ class SPPOSettings:
             "not available: a resumed run would not have the same bits."
         },
     )
+    logprobs_projection: str = field(
+        default="vendor",
+        metadata={
+            "help": "How logits are computed: vendor, or fused, which gives a token the same bits in every batch; see "
+            "docs/linear-logprobs.md. auto is not available: a resumed run would not have the same bits."
+        },
+    )
     mass_tolerance: float = field(
         default=1e-4,
         metadata={"help": "Probability mass that logprobs_backward='sparse' may omit from a token's gradient."},

@@ -149,6 +149,7 @@ def policy_logprobs(
     temperature: float,
     max_length: int,
     backward: str = "cache",
+    projection: str = "vendor",
     logits_budget_bytes: int | None = None,
     mass_tolerance: float = 1e-4,
 ) -> tuple[Tensor, Tensor]:
@@ -156,8 +157,8 @@ def policy_logprobs(
 
     Only the positions that predict a response token are projected to the vocabulary, and of the vocabulary only the
     tokens that the sampler kept, if the batch has them (``support_ids`` and ``support_offsets``). ``backward``,
-    ``logits_budget_bytes`` and ``mass_tolerance`` are arguments of ``linear_logprobs``. Avoid ``"auto"`` in
-    reproducible runs: its choice depends on earlier calls in the process.
+    ``projection``, ``logits_budget_bytes`` and ``mass_tolerance`` are arguments of ``linear_logprobs``. Avoid
+    ``"auto"`` in reproducible runs: its choice depends on earlier calls and settings of the process.
 
     Args:
         policy: the policy, with packed attention in use.
@@ -165,6 +166,7 @@ def policy_logprobs(
         temperature: sampling temperature.
         max_length: number of tokens of the longest packed sequence, or more.
         backward: see above.
+        projection: see above.
         logits_budget_bytes: see above.
         mass_tolerance: see above.
     """
@@ -180,6 +182,7 @@ def policy_logprobs(
         softcap=getattr(policy.config.get_text_config(), "final_logit_softcapping", None),
         support=(batch["support_ids"], batch["support_offsets"]) if "support_ids" in batch else None,
         backward=backward,
+        projection=projection,
         logits_budget_bytes=logits_budget_bytes,
         mass_tolerance=mass_tolerance,
     )

@@ -450,7 +450,11 @@ class RolloutStream(IterableDataset):
                 for batch in update.micro_batches:
                     on_device = {key: value.to(model.device) for key, value in batch.items()}
                     logprobs, _ = policy_logprobs(
-                        model, on_device, temperature=self.args.temperature, max_length=update.max_length
+                        model,
+                        on_device,
+                        temperature=self.args.temperature,
+                        max_length=update.max_length,
+                        projection=self.args.logprobs_projection,
                     )
                     batch[name] = logprobs.cpu()
 

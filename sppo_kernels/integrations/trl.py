@@ -63,6 +63,7 @@ def patch(
     chunk_bytes: int | None = None,
     mass_tolerance: float = 1e-4,
     max_entries: int = 512,
+    projection: str = "auto",
     backend: str | None = None,
 ) -> ExitStack:
     """Make TRL's trainers use ``linear_logprobs`` and ``selective_logprobs``. Call it again to change a setting.
@@ -90,6 +91,7 @@ def patch(
         chunk_bytes=chunk_bytes,
         mass_tolerance=mass_tolerance,
         max_entries=max_entries,
+        projection=projection,
     )
     one = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
     project(one, one, torch.zeros(1, dtype=torch.long, device="cpu"))  # rejects an invalid setting now

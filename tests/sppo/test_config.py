@@ -89,6 +89,7 @@ def test_paper_takes_overrides():
         ({"ratio_level": "word"}, "ratio_level must be one of token"),
         ({"aggregation": "mean"}, "aggregation must be one of"),
         ({"logprobs_backward": "auto"}, "logprobs_backward must be one of cache, recompute, sparse, got 'auto'"),
+        ({"logprobs_projection": "auto"}, "logprobs_projection must be one of vendor, fused, got 'auto'"),
         ({"mass_tolerance": 0.0}, r"mass_tolerance must be in \(0, 1\), got 0.0"),
         (
             {

@@ -205,6 +205,20 @@ def test_mass_tolerance_reaches_the_log_probabilities(tmp_path, caplog):
     torch.testing.assert_close(weights["sparse"], weights["cache"], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_fused_projection_gives_the_same_update(tmp_path, caplog):
+    """It computes log-probabilities before the update and in it."""
+    weights = {}
+    for name in ("vendor", "fused"):
+        with caplog.at_level(logging.DEBUG, logger="sppo_kernels"):
+            trainer = make(tmp_path / name, max_steps=1, num_iterations=1, logprobs_projection=name)
+            trainer.train()
+        weights[name] = torch.cat([p.detach().flatten() for p in trainer.model.policy.parameters()])
+        assert any("fused projection" in message for message in caplog.messages) == (name == "fused")
+        caplog.clear()
+    torch.testing.assert_close(weights["fused"], weights["vendor"], rtol=1e-3, atol=1e-5)
+
+
 def test_two_learning_rates(tmp_path):
     trainer = make(tmp_path, learning_rate=1e-4, critic_learning_rate=2e-3, weight_decay=0.1)
     rates = {}
