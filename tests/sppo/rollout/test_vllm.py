@@ -1,5 +1,9 @@
 """vLLM samples from the trained policy. Opt-in: `make test-vllm` creates an environment with vLLM."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +14,14 @@ from tiny_run import DATASET, has_a, logged
 from sppo import SPPOConfig, SPPOTrainer
 from sppo.rollout.support import take_supports
 from sppo.settings import SPPOSettings
+from sppo_kernels import linear_logprobs
 
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm")
 
 TOLERANCE = 1e-4
 """Largest difference between vLLM's log-probability of a token and the trainer's, in nats, both in float32."""
+
+ROOT = Path(__file__).parents[3]
 
 SMALL = {"max_model_len": 64, "max_num_seqs": 16, "enforce_eager": True}
 
@@ -185,3 +192,47 @@ def test_adapters_are_merged_when_weights_are_copied():
     with torch.no_grad():
         logits = model(torch.tensor([sample.prompt_ids + sample.response_ids])).logits[0, len(sample.prompt_ids) - 1 :]
     assert logits.argmax(-1)[:-1].tolist() == sample.response_ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_engine_reports_what_the_trainers_function_computes(dtype, monkeypatch):
+    """From the hidden states that the engine had, in another batch, the log-probabilities have the same bits."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from vllm import SamplingParams
+    from vllm_logprobs import SETTINGS, share_logprobs
+
+    from sppo.rollout.vllm import VLLMRollout
+
+    model, record = servable(vocab_size=1000).to(dtype), []
+    ENGINES.append(engine := VLLMRollout(model, char_tokenizer(), max_completion_length=16, **SMALL))
+    own = engine.generate(DATASET["prompt"], seed=0, temperature=0.7, batch_size=16)
+    engine.llm.collective_rpc(share_logprobs, kwargs={"record": record})
+    shared = engine.generate(DATASET["prompt"], seed=0, temperature=0.7, batch_size=16)
+    greedy = engine.generate(DATASET["prompt"][:4], seed=0, temperature=0.0, batch_size=4)
+    monkeypatch.setattr(engine, "_sampling", lambda *_: SamplingParams(max_tokens=8, logprobs=3, detokenize=False))
+    candidates = engine.generate(DATASET["prompt"][:4], seed=0, temperature=1.0, batch_size=4)
+    assert [s.response_ids for s in shared] == [s.response_ids for s in own]  # the samples are vLLM's
+
+    hidden, tokens, temperature, logprobs = (torch.cat(field) for field in zip(*record, strict=True))
+    reported = [pair for s in [*shared, *greedy, *candidates] for pair in zip(s.response_ids, s.logprobs, strict=True)]
+    assert sorted(zip(tokens.tolist(), logprobs.tolist(), strict=True)) == sorted(reported)
+    weight = model.lm_head.weight.detach().requires_grad_()
+    order = torch.randperm(len(tokens))
+    again = linear_logprobs(hidden[order], weight, tokens[order], temperature=temperature[order], **SETTINGS).logprobs
+    assert torch.equal(again, logprobs[order])
+
+    differences = torch.tensor(
+        [a - b for x, y in zip(own, shared, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True)]
+    )
+    print(f"\nvLLM's own log-probabilities: {differences.abs().max():.1e} nats off at most")
+    assert 0 < differences.abs().max() < (TOLERANCE if dtype == torch.float32 else 0.2)
+
+
+def test_the_example_runs(tmp_path):
+    """In a process of its own, because vLLM closes the groups of all engines when one is deleted."""
+    servable().save_pretrained(tmp_path)
+    char_tokenizer().save_pretrained(tmp_path)
+    command = [sys.executable, ROOT / "examples/vllm_logprobs.py", tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "log-probabilities have the same bits: True" in printed
