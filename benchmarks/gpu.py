@@ -3,8 +3,9 @@
     correctness      the compiled kernels against float64: times of wrong kernels mean nothing
     headline         every operation compared with its peers at the sizes of the claims, without torch.compile
     roofline         each kernel and matrix product of a call: time, bandwidth and rate over what the device reaches
-    torch-compile    the same cases with torch.compile
-    tune             launch configurations for a vocabulary of 151,936
+    projection       the vendor's product with row passes, and the fused projection, at the heads of four models
+    torch-compile    the same cases as in headline with torch.compile
+    tune             launch configurations for a vocabulary of 151,936, and the projection of four heads
     headline-tuned   this library with the chosen configurations
     other-tests      all other tests of the kernels but the sharded vocabulary's, as far as time allows
 
@@ -109,11 +110,13 @@ def parts(folder: Path, dry: bool) -> list[Part]:
         kinds = "--only", "linear_logprobs", "selective_logprobs", *POLICY_LOSSES  # each launches other kernels
         compiled = run.kernels("torch-compile", "dry", *one, providers=["torch.compile"])
         retimed = run.kernels("headline-tuned", "dry", *one, *tuned, providers=baseline)
+        projection = run.kernels("projection", "dry", "--only", "linear_logprobs, projection", providers=[OURS])
         others = _pytest("tests/sppo_kernels/test_triton_utils.py")
         return [
             Part("correctness", _pytest("tests/sppo_kernels/ops/test_whiten.py", "-k", "float64"), 120),
             Part("headline", run.kernels("headline", "dry", *kinds), 420),
             Part("roofline", run.suite("roofline", "roofline", "--quick"), 240),
+            Part("projection", projection, 120, may_stop=True),
             Part("torch-compile", compiled, 120, may_stop=True),
             Part("tune", run.suite("tune", "tune", "--quick"), 240, may_stop=True),
             Part("headline-tuned", retimed, 120, may_stop=True),
@@ -129,10 +132,11 @@ def parts(folder: Path, dry: bool) -> list[Part]:
         Part("correctness", _pytest("-q", "--maxfail=10", "tests/sppo_kernels", "-k", ESSENTIAL), 45),
         Part("headline", run.kernels("headline", "headline", *brief), 100),
         Part("roofline", run.suite("roofline", "roofline"), 25),
-        Part("torch-compile", compiled, 60, may_stop=True),
-        Part("tune", tune, 40, may_stop=True),
-        Part("headline-tuned", retimed, 40, may_stop=True),
-        Part("other-tests", others, 20, may_stop=True, open_ended=True),
+        Part("projection", run.kernels("projection", "projection", *brief, providers=[OURS]), 30, may_stop=True),
+        Part("torch-compile", compiled, 45, may_stop=True),
+        Part("tune", tune, 60, may_stop=True),
+        Part("headline-tuned", retimed, 35, may_stop=True),
+        Part("other-tests", others, 10, may_stop=True, open_ended=True),
     ]
 
 

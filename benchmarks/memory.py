@@ -5,6 +5,9 @@ whose kernels allocate nothing and are not launched. Every storage that PyTorch 
 Peaks are what is needed at once beyond the inputs and the returned gradients, in bfloat16, when every token has a label
 and only the log-probabilities have gradients (in one row of eager PyTorch the entropies do too).
 
+With projection="fused" no token's label is so unlikely that its probabilities are computed a second time, in blocks of
+256 tokens.
+
 Not counted: the workspace of the vendor's matrix products (tens of MiB) and what the allocator loses by rounding. The
 default, backward="auto", keeps a quarter of the device memory that is free at the time, beyond the peak of "recompute".
 The exit code is 1 when a peak exceeds its limit. The suite train_memory has the peaks of a whole training step.
@@ -51,6 +54,7 @@ class Setting(NamedTuple):
     chunk_bytes: int = library_seams.ACCELERATOR_CHUNK_BYTES
     gradients: bool = True
     support: int = 0  # tokens that the sampler kept, for each token; 0 for all
+    projection: str = "vendor"
 
 
 SETTINGS = {
@@ -60,6 +64,10 @@ SETTINGS = {
     "cache, everything kept": Setting(backward="cache"),
     "cache, logits_budget_bytes=2**32": Setting(backward="cache", logits_budget_bytes=2**32),
     f"support of {SUPPORT}": Setting(1 * GIB, support=SUPPORT),
+    "fused, forward without gradients": Setting(GIB // 10, gradients=False, projection="fused"),
+    "fused, recompute": Setting(1 * GIB, projection="fused"),
+    "fused, cache, everything kept": Setting(backward="cache", projection="fused"),
+    "fused, cache, logits_budget_bytes=2**32": Setting(backward="cache", logits_budget_bytes=2**32, projection="fused"),
 }
 
 
@@ -97,6 +105,7 @@ def linear_logprobs_peak(size: Size, setting: Setting) -> tuple[int, int]:
                 logits_budget_bytes=setting.logits_budget_bytes,
                 chunk_bytes=setting.chunk_bytes,
                 support=support,
+                projection=setting.projection,
             )
             kept_bytes = out.cached_probs.untyped_storage().nbytes()
             grads: tuple[Tensor, ...] = ()
@@ -105,7 +114,7 @@ def linear_logprobs_peak(size: Size, setting: Setting) -> tuple[int, int]:
         return allocations.peak(apart_from=grads), kept_bytes
 
 
-def linear_policy_loss_peak(size: Size) -> int:
+def linear_policy_loss_peak(size: Size, projection: str = "vendor") -> int:
     """Measure the peak in bytes of the whole token-level loss in one call."""
     with FakeTensorMode():
         hidden, weight, labels = _inputs(size)
@@ -125,6 +134,7 @@ def linear_policy_loss_peak(size: Size) -> int:
                 advantages=advantages,
                 cu_seqlens=cu_seqlens,
                 chunk_bytes=chunk_bytes,
+                projection=projection,
             )
         return allocations.peak(apart_from=out.grads)
 
@@ -167,14 +177,15 @@ def _rows(sizes: Iterable[Size]) -> Iterator[Row]:
             peak, kept = linear_logprobs_peak(size, setting)
             limit = setting.limit if size == FULL else None
             yield {**size._asdict(), "case": case, "peak_bytes": peak, "kept_bytes": kept, "limit_bytes": limit}
-        peak, limit = linear_policy_loss_peak(size), 4 * GIB if size == FULL else None
-        case = "linear_policy_loss"  # keeps only the gradients until backward
-        yield {**size._asdict(), "case": case, "peak_bytes": peak, "kept_bytes": 0, "limit_bytes": limit}
+        limit = 4 * GIB if size == FULL else None
+        for case, projection in (("linear_policy_loss", "vendor"), ("fused, linear_policy_loss", "fused")):
+            peak = linear_policy_loss_peak(size, projection)  # keeps only the gradients until backward
+            yield {**size._asdict(), "case": case, "peak_bytes": peak, "kept_bytes": 0, "limit_bytes": limit}
 
 
 def table(rows: Iterable[Row]) -> str:
     """Return one line per row, in GiB."""
-    line = "{:>7} {:>6} {:>7} {:34} {:>6} {:>12} {:>6}"
+    line = "{:>7} {:>6} {:>7} {:39} {:>6} {:>12} {:>6}"
     gib = lambda size: f"{size / GIB:.2f}" if size else ""
     lines = [line.format("tokens", "hidden", "vocab", "case", "peak", "of it, kept", "limit")]
     for row in rows:

@@ -9,12 +9,16 @@ bytes per block, stack in bytes per thread. In a configuration, w8s3 means 8 war
 
 Code for NVIDIA's GPUs is disassembled. The hot path is what a warp executes for one whole block of elements: one pass
 of a loop, or the kernel from start to end (see machine_code.py). Its instructions are counted by class, per element.
+Of kernels that multiply matrices the instructions outside of the main loop are counted, per element of a tile of
+results (see products.py).
+
 Programs per multiprocessor and occupancy follow from registers, warps and shared memory. For an H100 the times of whole
 operations are predicted, from the launches that they make at real sizes (see time_model.py and predictions.py): lower
-bounds that say what bounds each kernel, not measurements. "sparse" is assumed to keep 62 entries of every token.
+bounds that say what bounds each kernel, not measurements. "sparse" is assumed to keep 62 entries of every token. The
+fused projection is compared with the vendor's product under assumptions that projection_predictions.py states.
 
 The exit code is 1 when a kernel spills, does not compile, needs more shared memory than a block may have, exceeds its
-budget (see budgets.py), or is launched by no case.
+budget (see budgets.py and products.py), lacks the instructions of fast products, or is launched by no case.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from typing import Any
 import triton
 
 import sppo_kernels
-from benchmarks.compile import budgets, predictions
+from benchmarks.compile import budgets, predictions, products, projection_cases, projection_predictions
 from benchmarks.compile.binaries import Binary, compile_all
 from benchmarks.compile.cases import all_cases
 from benchmarks.compile.launches import TARGETS, Case, Launch, first_of_each_kernel, launches, uncovered
@@ -70,6 +74,7 @@ def report(
     quick: bool,
     out: Path,
     predict: Callable[[], list[PredictedCall]] = list,
+    predict_projections: Callable[[], list[Row]] = list,
 ) -> int:
     """Compile the cases, print and write the report with the calls of ``predict``, and return the exit code."""
     found = launches(cases, targets)
@@ -82,34 +87,39 @@ def report(
           for row in rows if row.failure() for launch in [row.launch]),
         *(f"{kernel}: no case launches it" for kernel in missing),
         *budgets.exceeded(rows),
+        *products.failures(rows),
     ]  # fmt: skip
     print(table(rows))
     path = out / f"compile-triton-{triton.__version__}.json"
     lines = [_as_json(row) for row in rows]
-    print(f"\n{hot_tables(lines)}")
-    calls = predict()
+    print(f"\n{hot_tables(lines)}\n\n{product_table(lines)}")
+    calls, projections = predict(), predict_projections()
     times = {
         "calls": [call.row(H100) for call in calls],
         "kernels": [row for call in calls for row in call.kernel_rows()],
     }
     if calls:
         print(f"\n{predictions.tables(**times)}")
-    content = {"failures": failures, "predicted": times, "rows": lines}
+    if projections:
+        print(f"\n{projection_predictions.tables(projections)}")
+    content = {"failures": failures, "predicted": {**times, "projections": projections}, "rows": lines}
     results.write(path, "compile", chart(lines), quick=quick, targets=targets, **content)
     return results.conclude(f"\n{len(rows)} compiled", failures, path)
 
 
 def check_budgets(out: Path) -> int:
     """Compile the launches with a budget, print and write what they cost, and return the exit code."""
-    cases = (case for case in all_cases() if case.label in budgets.cases())
-    found = [launch for launch in launches(cases, [budgets.TARGET]) if (launch.kernel, launch.case) in budgets.BUDGETS]
+    limited = [*budgets.BUDGETS, *products.BUDGETS]
+    labels = {label for _, label in limited}
+    cases = (case for case in all_cases() if case.label in labels)
+    found = [launch for launch in launches(cases, [budgets.TARGET]) if (launch.kernel, launch.case) in limited]
     rows = compile_all(found)
     errors = [f"{row.launch.kernel} {row.launch.case}: {row.failure()}" for row in rows if row.failure()]
-    failures = [*errors, *budgets.exceeded(rows), *budgets.without_launch(rows)]
+    failures = [*errors, *budgets.exceeded(rows), *products.failures(rows), *budgets.without_launch(rows, limited)]
     path = out / "budgets.json"
     lines = [_as_json(row) for row in rows]
     results.write(path, "budgets", failures=failures, rows=lines)
-    return results.conclude(hot_tables(lines), failures, path)
+    return results.conclude(f"{hot_tables(lines)}\n\n{product_table(lines)}", failures, path)
 
 
 SHOWN = {
@@ -154,6 +164,33 @@ def hot_tables(rows: Iterable[Row]) -> str:
         f"{results.table(chosen, {**KERNEL_COLUMNS, **HOT_COLUMNS})}\n\n"
         f"{results.table(chosen, {**KERNEL_COLUMNS, **RESOURCE_COLUMNS})}"
     )
+
+
+PRODUCT_COLUMNS: results.Columns = {
+    "mode": lambda row: row["case"].rpartition(" fused ")[2],
+    "tile": lambda row: projection_predictions.tile_name(row),
+    "target": lambda row: row["target"],
+    "instructions": lambda row: row["product"]["outside"] / row["product"]["elements"],
+    "of it special": lambda row: row["product"]["special"] / row["product"]["elements"],
+    "registers": lambda row: row["registers"],
+    "shared": lambda row: row["shared"],
+    "for matrices and copies": lambda row: ", ".join(row["product"]["found"]),
+}
+
+
+def product_table(rows: Iterable[Row]) -> str:
+    """Return the instructions of kernels that multiply matrices, outside of the main loop."""
+    chosen = product_rows(rows)
+    return f"instructions outside of the main loop, per element of a tile\n\n{results.table(chosen, PRODUCT_COLUMNS)}"
+
+
+def product_rows(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of the fused projection of the plain head, without "maximum", whose tiles are as cheap."""
+    labels = {projection_cases.label_of("bf16", projection_cases.PLAIN, mode) for mode in projection_cases.MODES}
+    return [
+        row for row in rows
+        if row["case"] in labels and row.get("product") and row["constants"].get("MODE") != "maximum"
+    ]  # fmt: skip
 
 
 def hot_rows(rows: Iterable[Row]) -> list[Row]:
@@ -205,7 +242,8 @@ def run(args: argparse.Namespace) -> int:
         return check_budgets(args.out)
     is_predicted = H100.target in args.arch and not args.quick
     predict = predictions.predicted_calls if is_predicted else list
-    return report(all_cases(), sppo_kernels, args.arch, args.quick, args.out, predict)
+    projections = projection_predictions.predicted_projections if is_predicted else list
+    return report(all_cases(), sppo_kernels, args.arch, args.quick, args.out, predict, projections)
 
 
 def published_table(folder: Path) -> str:
@@ -259,9 +297,46 @@ def published_predictions(folder: Path) -> str:
     return results.markdown(rows[-1] if rows else [], predictions.CALL_COLUMNS)
 
 
+def published_product_table(folder: Path) -> str:
+    """Return one line per mode of the fused projection, target and version of Triton."""
+    reports = sorted(results.load_all(folder, "compile"), key=lambda report: report["versions"]["triton"])
+    rows = [
+        {**row, "triton": report["versions"]["triton"]} for report in reports for row in product_rows(report["rows"])
+    ]
+    order = list(dict.fromkeys((row["case"], row["target"]) for row in rows))
+    rows.sort(key=lambda row: order.index((row["case"], row["target"])))
+    head = {name: PRODUCT_COLUMNS[name] for name in ("mode", "tile", "target")}
+    columns = {**head, "Triton": lambda row: row["triton"], **PRODUCT_COLUMNS}
+    return results.markdown(rows, columns)
+
+
+def published_projections(folder: Path) -> str:
+    """Return one line per head and part, with the newest version of Triton that was predicted for."""
+    return results.markdown(_projections(folder), projection_predictions.COLUMNS)
+
+
+def published_break_even(folder: Path) -> str:
+    """Return one line per part: at which hidden sizes the fused projection is predicted to be faster."""
+    found = projection_predictions.break_even(_projections(folder))
+    return results.markdown(found, projection_predictions.BREAK_EVEN_COLUMNS)
+
+
+def _projections(folder: Path) -> list[Row]:
+    reports = sorted(results.load_all(folder, "compile"), key=lambda report: report["versions"]["triton"])
+    rows = [found for report in reports if (found := report.get("predicted", {}).get("projections"))]
+    return rows[-1] if rows else []
+
+
 SUITE = Suite(
     add_arguments,
     run,
-    tables={"compile": published_table, "hot-paths": published_hot_table, "predicted-times": published_predictions},
+    tables={
+        "compile": published_table,
+        "hot-paths": published_hot_table,
+        "products": published_product_table,
+        "predicted-times": published_predictions,
+        "predicted-projections": published_projections,
+        "predicted-break-even": published_break_even,
+    },
     draw=results.draw_bars(chart),
 )

@@ -16,6 +16,7 @@ import triton
 from benchmarks.compile.launches import TARGETS, AbsentGPU, Launch, kernel_of
 from benchmarks.compile.machine_code import HotPath, disassemble, hot_path
 from benchmarks.compile.occupancy import occupancy
+from benchmarks.compile.products import Product, is_product, product_of
 from benchmarks.compile.tiles import Tile, tile_of
 
 
@@ -69,7 +70,8 @@ class Hot:
 class Binary:
     """Resources of a compiled launch, in the units of the suite's docstring, or the compiler's error.
 
-    Of a GPU that is not NVIDIA's, the last three fields are not known.
+    Of a GPU that is not NVIDIA's, the last four fields are not known. Kernels that multiply matrices have ``product``
+    in place of ``hot``.
     """
 
     launch: Launch
@@ -81,6 +83,7 @@ class Binary:
     programs_per_sm: int | None = None
     occupancy: float | None = None
     hot: Hot | None = None
+    product: Product | None = None
 
     def instructions_per_element(self) -> float:
         """Return the instructions of a thread on the hot path, per element that it handles."""
@@ -131,14 +134,20 @@ def _nvidia_binary(launch: Launch, binary: Any) -> Binary:
     resources = parse_cuobjdump(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     shared, warps = binary.metadata.shared, launch.options["num_warps"]
     resident = occupancy(launch.target, registers=resources["registers"], warps=warps, shared=shared)
-    tile = tile_of(binary.asm["ttgir"])
+    listing, representation = disassemble(cubin), binary.asm["ttgir"]
+    code: dict[str, Any]
+    if is_product(representation):
+        code = {"product": product_of(listing, launch.constants, warps)}
+    else:
+        tile = tile_of(representation)
+        code = {"hot": Hot.of(hot_path(listing, tile.in_loop), tile, warps)}
     return Binary(
         launch,
         shared=shared,
         **resources,
         programs_per_sm=resident.programs,
         occupancy=resident.share,
-        hot=Hot.of(hot_path(disassemble(cubin), tile.in_loop), tile, warps),
+        **code,
     )
 
 

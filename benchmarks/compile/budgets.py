@@ -7,7 +7,7 @@ element on the path of a whole block (see machine_code.py); barriers are those o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from benchmarks.compile.binaries import Binary
@@ -46,11 +46,6 @@ BUDGETS = {
 }
 
 
-def cases() -> set[str]:
-    """Return the cases that launch a kernel with a budget."""
-    return {case for _, case in BUDGETS}
-
-
 def budget_of(binary: Binary) -> Budget | None:
     """Return the budget of a compiled launch; None without one."""
     launch = binary.launch
@@ -77,9 +72,10 @@ def exceeded(binaries: Iterable[Binary]) -> Iterator[str]:
                 yield f"{where}: {measured:.4g} {name}, the budget is {bound} {limit:g}"
 
 
-def without_launch(binaries: Iterable[Binary]) -> list[str]:
-    """List the budgets of which no binary was compiled."""
+def without_launch(binaries: Iterable[Binary], limited: Collection[tuple[str, str]] | None = None) -> list[str]:
+    """List the kernels and cases of ``limited`` (BUDGETS), which have budgets, of which no binary was compiled."""
+    limited = BUDGETS if limited is None else limited
     launched = {(binary.launch.kernel, binary.launch.case) for binary in binaries if binary.launch.target == TARGET}
     return [
-        f"{kernel}, {case}: has a budget and no launch" for kernel, case in BUDGETS if (kernel, case) not in launched
+        f"{kernel}, {case}: has a budget and no launch" for kernel, case in limited if (kernel, case) not in launched
     ]

@@ -128,11 +128,12 @@ READ_AND_WRITTEN = dict.fromkeys(
 
 @dataclass
 class Call:
-    """All that a call does: its launches, the FLOPs of its products, and the bytes that other operations move."""
+    """All that a call does: its launches, the FLOPs of its products, and other operations with the bytes they move."""
 
     launches: list[RecordedLaunch] = field(default_factory=list)
     flops: float = 0.0
     other_bytes: float = 0.0
+    other_operations: int = 0
 
 
 class _Operations(TorchDispatchMode):
@@ -160,6 +161,7 @@ class _Operations(TorchDispatchMode):
         casts = name == "to" and made[0].dtype != given[0].dtype  # else it returns what it was given
         if func.namespace == "aten" and (casts or not func.is_view) and "empty" not in name:
             self.call.other_bytes += _traffic(name, given, made)
+            self.call.other_operations += 1
         return out
 
 
@@ -190,9 +192,10 @@ def recorded(selection: library_seams.Selection = library_seams.NOTHING_SELECTED
         yield call
 
 
-def _linear_logprobs(size: ProblemSize, mode: str) -> Call:
+def linear_logprobs_call(size: ProblemSize, mode: str, *, projection: str = "vendor", gradients: bool = True) -> Call:
+    """Record linear_logprobs, and its backward pass if there are ``gradients``."""
     with FakeTensorMode():
-        hidden, weight, labels = _linear_inputs(size)
+        hidden, weight, labels = _linear_inputs(size, gradients)
         selection = library_seams.selection_by_tokens(
             size.tokens,
             cached=size.tokens if mode == "cache" else 0,
@@ -206,8 +209,10 @@ def _linear_logprobs(size: ProblemSize, mode: str) -> Call:
                 backward=mode,
                 logits_budget_bytes=None,
                 chunk_bytes=library_seams.ACCELERATOR_CHUNK_BYTES,
+                projection=projection,
             )
-            torch.autograd.grad(out.logprobs, (hidden, weight), torch.empty(size.tokens))
+            if gradients:
+                torch.autograd.grad(out.logprobs, (hidden, weight), torch.empty(size.tokens))
     return call
 
 
@@ -249,9 +254,9 @@ def _linear_policy_loss(size: ProblemSize) -> Call:
     return call
 
 
-def _linear_inputs(size: ProblemSize) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = torch.empty(size.tokens, size.hidden, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.empty(size.vocab, size.hidden, dtype=torch.bfloat16, requires_grad=True)
+def _linear_inputs(size: ProblemSize, gradients: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.empty(size.tokens, size.hidden, dtype=torch.bfloat16, requires_grad=gradients)
+    weight = torch.empty(size.vocab, size.hidden, dtype=torch.bfloat16, requires_grad=gradients)
     return hidden, weight, torch.empty(size.tokens, dtype=torch.int64)
 
 
@@ -280,9 +285,9 @@ def _whole(name: str) -> Callable[[ProblemSize], Call]:
 
 RECORDERS: dict[str, Callable[[ProblemSize], Call]] = {
     "selective_logprobs": _selective_logprobs,
-    "linear_logprobs, cache": lambda size: _linear_logprobs(size, "cache"),
-    "linear_logprobs, recompute": lambda size: _linear_logprobs(size, "recompute"),
-    "linear_logprobs, sparse": lambda size: _linear_logprobs(size, "sparse"),
+    "linear_logprobs, cache": lambda size: linear_logprobs_call(size, "cache"),
+    "linear_logprobs, recompute": lambda size: linear_logprobs_call(size, "recompute"),
+    "linear_logprobs, sparse": lambda size: linear_logprobs_call(size, "sparse"),
     SUPPORTED: _linear_logprobs_of_supports,
     "linear_policy_loss": _linear_policy_loss,
     "policy_loss, token": _whole("policy_loss, token"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import sppo_kernels
+from benchmarks.compile import projection_cases
 from benchmarks.compile.launches import Case
 from benchmarks.harness import library_seams
 from sppo_kernels.tuning import TUNABLES, Config, Tunable
@@ -32,7 +33,9 @@ def all_cases() -> Iterator[Case]:
     yield from _policy_loss_cases()
     yield from _prompt_value_cases()
     yield from _advantage_cases()
+    yield from projection_cases.cases()
     yield from _candidate_cases()
+    yield from projection_cases.candidate_cases()
 
 
 def _selective_logprobs_cases() -> Iterator[Case]:
@@ -176,7 +179,10 @@ def _advantage_cases() -> Iterator[Case]:
 
 
 def _candidate_cases() -> Iterator[Case]:
-    """Yield each operation's most complete case again with every configuration that its kernels may be tuned to."""
+    """Yield each operation's most complete case again with every configuration that its kernels may be tuned to.
+
+    The tiles of the fused projection, which not every target has, are those of projection_cases.py.
+    """
     rows = lambda case: case.operation == "selective_logprobs" and case.label.endswith("V=151936 softcap")
     fullest = {
         "selective_logprobs.forward": rows,
@@ -189,9 +195,10 @@ def _candidate_cases() -> Iterator[Case]:
         with tunable.using(config):
             case.call()
 
-    for name, tunable in TUNABLES.items():
-        for config, case in product(tunable.candidates[1:], filter(fullest[name], cases)):
-            label = f"{case.label} tuned {config.block}/{config.num_warps}"
+    for name, is_fullest in fullest.items():
+        tunable = TUNABLES[name]
+        for config, case in product(tunable.candidates[1:], filter(is_fullest, cases)):
+            label = f"{case.label} tuned {'/'.join(map(str, config))}"
             yield Case(case.operation, label, functools.partial(call, tunable, config, case))
 
 

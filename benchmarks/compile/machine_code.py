@@ -134,6 +134,11 @@ def hot_path(listing: str, in_loop: bool) -> HotPath:
     return HotPath(True, graph.code(paths[hot]), len(outside))
 
 
+def basic_blocks_of(listing: str) -> list[list[Instruction]]:
+    """Return the instructions of a listing, by ``disassemble``, in blocks without branches into or out of them."""
+    return _basic_blocks(_lines(listing))[0]
+
+
 class ControlFlow:
     """Basic blocks of a kernel. The first is the entry."""
 

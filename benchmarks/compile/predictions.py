@@ -78,22 +78,27 @@ def predicted_calls(gpu: GPU = H100) -> list[PredictedCall]:
         for name, size in product(RECORDERS, (*SIZES, RESPONSES))
         if name.startswith("policy_loss") == (size == RESPONSES)
     ]
-    calls = [(name, size, RECORDERS[name](size)) for name, size in todo]
-    keys = [[_launch(each, gpu.target) for each in call.launches] for _, _, call in calls]
-    distinct = {launch.key(): launch for found in keys for launch in found}
-    binaries = dict(zip(distinct, compile_all(list(distinct.values())), strict=True))
+    calls = [RECORDERS[name](size) for name, size in todo]
     return [
         PredictedCall(
             name,
             size,
             call,
             [
-                (each.kernel.__name__, predict(binaries[launch.key()], work_of(each, binaries[launch.key()]), gpu))
-                for each, launch in zip(call.launches, found, strict=True)
+                (each.kernel.__name__, predict(binary, work_of(each, binary), gpu))
+                for each, binary in zip(call.launches, binaries, strict=True)
             ],
         )
-        for (name, size, call), found in zip(calls, keys, strict=True)
+        for (name, size), call, binaries in zip(todo, calls, compiled(calls, gpu), strict=True)
     ]
+
+
+def compiled(calls: Iterable[Call], gpu: GPU) -> list[list[Binary]]:
+    """Return the binary of each launch of each call. Launches of the same code share one."""
+    found = [[_launch(each, gpu.target) for each in call.launches] for call in calls]
+    distinct = {launch.key(): launch for launches in found for launch in launches}
+    binaries = dict(zip(distinct, compile_all(list(distinct.values())), strict=True))
+    return [[binaries[launch.key()] for launch in launches] for launches in found]
 
 
 def _launch(recorded: RecordedLaunch, target: str) -> Launch:

@@ -75,7 +75,12 @@ def _sweep(base: ProblemSize) -> list[ProblemSize]:
     return [base._replace(**change) for change in changes]
 
 
-_HEADS = "linear_logprobs, mean NLL", "linear_logprobs + policy_loss", "linear_logprobs, support"
+_HEADS = (
+    "linear_logprobs, mean NLL",
+    "linear_logprobs + policy_loss",
+    "linear_logprobs, support",
+    "linear_logprobs, projection",
+)
 _TINY = ProblemSize(512, 64, 1024)
 _DRY = ProblemSize(8, 16, 97, ignored=0.25, clipped=0.25)
 _CPU = ProblemSize(512, 576, 49_152)  # the output embedding of SmolLM2-135M
@@ -87,6 +92,10 @@ PLANS: dict[str, list[BenchmarkCase]] = {
         BenchmarkCase("selective_logprobs", BASE),
         *_without_vocabulary(POLICY_LOSSES, MILLION),
         BenchmarkCase("linear_logprobs, mean NLL", BASE),
+    ],
+    # The vendor's product next to the fused projection, from the smallest head to the largest.
+    "projection": [
+        BenchmarkCase("linear_logprobs, projection", ProblemSize(8192, *shape)) for shape in LM_SHAPES.values()
     ],
     "compiled": [*_linear(BASE, SHARP), BenchmarkCase("selective_logprobs", BASE)],
     "shapes": _linear(
@@ -125,4 +134,4 @@ PLANS: dict[str, list[BenchmarkCase]] = {
 }
 # Of the size of the plan cpu, and eight times as many tokens, where tokens outnumber the dense gradient of the weight.
 PLANS["support"] = [BenchmarkCase("linear_logprobs, support", _CPU._replace(tokens=n)) for n in (512, 4096)]
-PLANS["full"] = [*PLANS["headline"], *PLANS["shapes"], *PLANS["others"], *PLANS["sweep"]]
+PLANS["full"] = [case for plan in ("headline", "projection", "shapes", "others", "sweep") for case in PLANS[plan]]

@@ -10,10 +10,20 @@ pytest.importorskip("triton")
 
 import torch
 
+from benchmarks.compile import projection_predictions
 from benchmarks.compile.binaries import Binary, Hot
-from benchmarks.compile.calls import ENTRIES, RECORDERS, SUPPORT, SUPPORTED, Call, RecordedLaunch
+from benchmarks.compile.calls import (
+    ENTRIES,
+    RECORDERS,
+    SUPPORT,
+    SUPPORTED,
+    Call,
+    RecordedLaunch,
+    linear_logprobs_call,
+)
 from benchmarks.compile.launches import Launch
 from benchmarks.compile.predictions import PredictedCall, tables, work_of
+from benchmarks.compile.products import Product
 from benchmarks.compile.time_model import GPU, H100, Prediction, Work, predict
 from benchmarks.harness.problem import ProblemSize
 
@@ -180,3 +190,78 @@ def test_the_time_of_a_call_is_the_sum_of_its_parts():
     assert (first["kernel"], first["launches"], first["bound"]) == ("a", 2, "memory")
     assert (first["ms"], second["ms"]) == pytest.approx((4.0, 2.0))
     assert max(map(len, tables([row], [first, second]).split("\n"))) <= 120
+
+
+# The fused projection
+
+
+def fused_launch(**arguments) -> RecordedLaunch:
+    given = {
+        "N": 1024,
+        "V": 2000,
+        "H": 100,
+        "R": 100,
+        "adapter_hidden": None,
+        "out": None,
+        "BLOCK_N": 256,
+        "BLOCK_V": 128,
+    }
+    return RecordedLaunch(None, (64,), {**given, **arguments})
+
+
+def fused_binary(outside: int, special: int = 0) -> Binary:
+    launch = Launch("op", "case", "module", "k_kernel", "sm_90", {}, {}, {}, {"num_warps": 8, "num_stages": 3})
+    return Binary(launch, product=Product(10, outside, elements=128.0, special=special, found={"HGMMA": 8}))
+
+
+def test_the_time_of_a_fused_projection_is_that_of_its_parts():
+    """4 x 16 tiles on 10 SMs, at 2 instructions per element; the main loop's rate is the vendor's times 0.5."""
+    found = projection_predictions.fused_time(fused_binary(256), fused_launch(), TOY)
+    assert found.main == pytest.approx(2 * 1024 * 2000 * 100 / 1e12)
+    assert found.finishing == pytest.approx(7 * 256 * 128 * 2 / 128 / 1e9)
+    assert found.writing == 0
+    assert found.total(0.5, TOY) == pytest.approx(2 * found.main + found.finishing)
+    # A special function takes 8 cycles.
+    slow = projection_predictions.fused_time(fused_binary(256, special=128), fused_launch(), TOY)
+    assert slow.finishing == pytest.approx(4 * found.finishing)
+
+
+def test_an_adapter_and_what_is_written_take_time():
+    given = fused_launch(R=50, adapter_hidden="present", out=torch.empty(1024, 2000, dtype=torch.bfloat16))
+    found = projection_predictions.fused_time(fused_binary(256), given, TOY)
+    assert found.main == pytest.approx(2 * 1024 * 2000 * 150 / 1e12)
+    assert found.writing == pytest.approx(2 * 1024 * 2000 / 1e10)
+    with pytest.raises(ValueError, match="must be a product for sm_90"):
+        projection_predictions.fused_time(binary(counts={}), given, TOY)
+
+
+def test_the_fused_projection_is_recorded_in_place_of_one_product():
+    vendor, fused = (linear_logprobs_call(SIZE, "cache", projection=name) for name in ("vendor", "fused"))
+    assert (vendor.flops, fused.flops) == (3 * ONE_PASS, 2 * ONE_PASS)
+    names = {each.kernel.__name__ for each in fused.launches}
+    assert "linear_logprobs_projection_kernel" in names
+    assert "selective_logprobs_fwd_kernel" not in names
+    (launch,) = [each for each in fused.launches if "projection" in each.kernel.__name__]
+    assert (launch.arguments["N"], launch.arguments["V"], launch.arguments["BLOCK_N"]) == (SIZE.tokens, SIZE.vocab, 256)
+    assert fused.other_operations > vendor.other_operations
+    scoring = linear_logprobs_call(SIZE, "recompute", projection="fused", gradients=False)
+    assert scoring.flops == 0
+
+
+def head(hidden: int, vendor: float, *fused: float, part: str = "forward") -> dict:
+    times = {f"fused_at_{efficiency}": ms for efficiency, ms in zip((1.0, 0.9, 0.8), fused, strict=True)}
+    return {
+        "head": "x", "part": part, "tokens": 8192, "hidden": hidden, "vocab": 151_936, "vendor": vendor, **times,
+        "vendor_products": 1.0, "fused_finishing": 1.0, "fused_writing": 1.0, "instructions_per_element": 14.0,
+        "vendor_small_operations": 17, "fused_small_operations": 115,
+    }  # fmt: skip
+
+
+def test_break_even_is_where_the_line_through_the_heads_is_zero():
+    rows = [head(1000, 10.0, 9.0, 9.5, 12.0), head(2000, 20.0, 19.0, 20.0, 23.0), head(4000, 40.0, 39.0, 41.0, 44.0)]
+    (found,) = projection_predictions.break_even(rows)
+    assert found == {
+        "part": "forward", "fused_at_1.0": "at every H", "fused_at_0.9": "below H = 2,000", "fused_at_0.8": "at no H"
+    }  # fmt: skip
+    assert max(map(len, projection_predictions.tables(rows).split("\n"))) <= 120
+    assert projection_predictions.break_even([]) == []

@@ -20,6 +20,10 @@ def test_passes_are_as_designed(tmp_path, capsys):
     assert report["failures"] == []
     rows = {row["case"]: row for row in report["rows"]}
     assert {rows[name]["products"] for name in ("recompute", "cache", "forward alone")} == {4, 3, 1}
+    fused = {name.removeprefix("fused, "): row["products"] for name, row in rows.items() if name.startswith("fused")}
+    again = fused.pop("forward alone, every label the unlikeliest token")
+    assert again == 2
+    assert fused.items() <= {name: row["products"] for name, row in rows.items()}.items()
     assert "seen by the profiler" in capsys.readouterr().out
     assert (tmp_path / "flops.png").exists()
 

@@ -269,7 +269,7 @@ def test_a_slow_start_counts(tmp_path, monkeypatch):
     assert late == [pytest.approx(5 * 12 - 30 - gpu.SAVING, abs=3)]
 
 
-@pytest.mark.parametrize(("minutes", "count"), [(6, 7), (3, 3), (1, 1)])
+@pytest.mark.parametrize(("minutes", "count"), [(6, 8), (3, 3), (1, 1)])
 def test_parts_that_fit_into_the_minutes(tmp_path, minutes, count):
     """Each ends in time even if those before it run into their limits, in the dry run as on a GPU."""
     seconds = 60 * minutes - gpu.STARTING

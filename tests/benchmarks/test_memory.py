@@ -104,6 +104,26 @@ def test_a_support_holds_no_logits_but_its_own():
     assert 3 * 4 * tokens * size.vocab < masked_peak(size) < 3.5 * 4 * tokens * size.vocab
 
 
+def test_the_fused_forward_holds_no_logits():
+    """The parts of a block of tokens and its hidden states, at most 64 MB, and some numbers per token."""
+    peak, kept = linear_logprobs_peak(FULL, Setting(gradients=False, projection="fused"))
+    assert kept == 0
+    assert peak < GIB // 10
+    assert peak < (1 << 26) + 60 * FULL.tokens
+    assert peak < linear_logprobs_peak(FULL, Setting(gradients=False))[0] / 10
+
+
+def test_the_fused_projection_keeps_as_much_and_holds_less():
+    size = Size(8192, 64, 50_000)
+    for setting in (Setting(), Setting(backward="cache")):
+        vendor, fused = (
+            linear_logprobs_peak(size, setting._replace(projection=projection)) for projection in ("vendor", "fused")
+        )
+        assert fused[1] == vendor[1]
+        assert fused[0] < vendor[0]
+    assert linear_policy_loss_peak(size, "fused") < linear_policy_loss_peak(size)
+
+
 def test_the_loss_in_one_call_keeps_one_block():
     """Of 4,096 tokens the probabilities, float32 logits and hidden states of a quarter of them; d weight in float32."""
     block = 4096 * row_stride(FULL.vocab) * (2 + 1) + 1024 * FULL.hidden * 2

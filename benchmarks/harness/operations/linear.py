@@ -81,6 +81,28 @@ class LinearLogprobs(Operation):
         return MinimalCost(forward_flops=product, backward_flops=2 * product * (1 - size.clipped))
 
 
+class LinearProjection(LinearLogprobs):
+    """Log-probabilities by the vendor's product and row passes, and by the fused projection, with a cache of all."""
+
+    def implementations(self, backend: str | None) -> dict[str, Implementation]:
+        return {projection: partial(self._of_projection, projection, backend) for projection in ("vendor", "fused")}
+
+    @staticmethod
+    def _of_projection(
+        projection: str, backend: str | None, *, hidden: Tensor, weight: Tensor, labels: Tensor
+    ) -> Outputs:
+        out = sppo_kernels.linear_logprobs(
+            hidden,
+            weight,
+            labels,
+            backward="cache",
+            logits_budget_bytes=None,
+            projection=projection,
+            backend=backend,
+        )
+        return {"logprobs": out.logprobs, "entropy": out.entropy}
+
+
 class LinearSupport(LinearLogprobs):
     """Log-probabilities over a sampler's support of SUPPORT tokens each: the label and others at random."""
 

@@ -54,6 +54,7 @@ PEERS: dict[str, dict[str, PeerFactory]] = {
         "Liger scaled CE (CuTe)": liger.scaled_cross_entropy_in_cute(_policy_loss),
         "verl linear_cross_entropy": verl.linear_cross_entropy(_policy_loss),
     },
+    "linear_logprobs, projection": pytorch.eager_and_compiled(eager.linear_logprobs),
     "linear_logprobs, support": pytorch.eager_and_compiled(eager.masked_logprobs),
     "selective_logprobs": {
         **pytorch.eager_and_compiled(eager.selective_logprobs),

@@ -3,7 +3,7 @@
 The minimum is each input that the result depends on read once and each result written once. An address that one
 instruction accesses twice counts once, as on a GPU; an access by another program or instruction counts again, though a
 cache may hold the data. If a kernel is designed to move more than the minimum, the column "designed" has the ratio, and
-a comment at its case the reason. Matrix products and elementwise steps of PyTorch are not counted.
+a comment at its case the reason. Matrix products of the vendor and elementwise steps of PyTorch are not counted.
 
 The exit code is 1 when a kernel moves over 5 percent more than it is designed to, or so much less that the count must
 be wrong, or when no case launches a kernel.
@@ -13,16 +13,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 import sppo_kernels
 from benchmarks.harness import library_seams, results
@@ -32,6 +27,10 @@ from benchmarks.harness.operations.losses import PolicyLoss
 from benchmarks.harness.problem import IGNORE_INDEX, Problem, ProblemSize
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
+from benchmarks.traffic import projection
+from benchmarks.traffic.counter import Case, Kernel, Traffic, counted
+
+__all__ = ["SUITE", "Case", "Kernel", "counted", "launched_by_none", "measure"]
 
 SLACK = 1.05
 FLOAT, INDEX = 4, 8  # bytes
@@ -40,81 +39,7 @@ TILE = 8192  # columns whose maxima a program reads again where one of them is a
 CPU = torch.device("cpu")
 
 
-# The counter
-
-
-class Traffic(NamedTuple):
-    """Bytes by name of the kernel."""
-
-    loaded: Counter[str]
-    stored: Counter[str]
-
-
-@contextmanager
-def counted() -> Iterator[Traffic]:
-    """Count what kernels load and store inside this context; an atomic operation does both."""
-    traffic = Traffic(Counter(), Counter())
-    running = [""]
-    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    launch, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
-    update, swap = builder.create_atomic_rmw, builder.create_atomic_cas
-
-    def note_launch(self: Any, *args: Any, **kwargs: Any) -> None:
-        running[0] = self.fn.__name__
-        launch(self, *args, **kwargs)
-
-    def note_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        traffic.loaded[running[0]] += _bytes(pointers, mask.data)
-        return load(self, pointers, mask, *rest)
-
-    def note_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        traffic.stored[running[0]] += _bytes(pointers, mask.data)
-        return store(self, pointers, value, mask, *rest)
-
-    def note_update(self: Any, how: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        for direction in traffic:
-            direction[running[0]] += _bytes(pointers, mask.data)
-        return update(self, how, pointers, value, mask, *rest)
-
-    def note_swap(self: Any, pointers: Any, *rest: Any) -> Any:
-        for direction in traffic:
-            direction[running[0]] += _bytes(pointers, np.ones_like(pointers.data, dtype=bool))
-        return swap(self, pointers, *rest)
-
-    notes = {
-        "create_masked_load": note_load,
-        "create_masked_store": note_store,
-        "create_atomic_rmw": note_update,
-        "create_atomic_cas": note_swap,
-    }
-    with mock.patch.multiple(builder, **notes), mock.patch.object(executor, "__call__", note_launch):
-        yield traffic
-
-
-def _bytes(pointers: Any, mask: np.ndarray) -> int:
-    """Count the bytes of the distinct addresses that are not masked off."""
-    size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-    return size * len(np.unique(pointers.data[np.broadcast_to(mask, pointers.data.shape)]))
-
-
 # The cases
-
-
-class Kernel(NamedTuple):
-    """A kernel, the bytes that it has to move at least, and those that it is designed to move if these are more."""
-
-    name: str
-    least: float
-    designed: float | None = None
-
-
-class Case(NamedTuple):
-    """A call, and the kernels that it launches."""
-
-    operation: str
-    label: str
-    call: Callable[[], object]
-    kernels: tuple[Kernel, ...]
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -171,6 +96,7 @@ def _linear_cases(vocab: int) -> Iterator[Case]:
     yield _equal_labels_case(dtype)
     yield _sparse_case(tokens, vocab, dtype)
     yield _support_case(tokens, vocab, dtype)
+    yield from projection.cases(dtype)
 
 
 def _scaled_row(hidden: int, dtype: torch.dtype) -> int:
