@@ -17,7 +17,8 @@ operations are predicted, from the launches that they make at real sizes (see ti
 bounds that say what bounds each kernel, not measurements. "sparse" is assumed to keep 62 entries of every token. The
 fused projection is compared with the vendor's product under assumptions that projection_predictions.py states.
 
-The exit code is 1 when a kernel spills, does not compile, needs more shared memory than a block may have, exceeds its
+The exit code is 1 when a kernel spills (other than the fused projection with options or unaligned rows, see
+projection_cases.py), does not compile, needs more shared memory than a block may have, exceeds its
 budget (see budgets.py and products.py), lacks the instructions of fast products, or is launched by no case.
 """
 

@@ -17,6 +17,7 @@ from benchmarks.compile.launches import TARGETS, AbsentGPU, Launch, kernel_of
 from benchmarks.compile.machine_code import HotPath, disassemble, hot_path
 from benchmarks.compile.occupancy import occupancy
 from benchmarks.compile.products import Product, is_product, product_of
+from benchmarks.compile.projection_cases import may_spill
 from benchmarks.compile.tiles import Tile, tile_of
 
 
@@ -94,7 +95,7 @@ class Binary:
         limit = TARGETS[self.launch.target].shared_limit
         if self.error:
             return self.error
-        if self.spills:
+        if self.spills and not may_spill(self.launch.kernel, self.launch.case):
             return f"spills {self.spills} registers"
         if self.shared > limit:
             return f"needs {self.shared} bytes of shared memory, a block has {limit}"
