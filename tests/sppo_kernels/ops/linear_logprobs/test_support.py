@@ -325,7 +325,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(size, largest):
         "support_offsets": offsets,
     }
     settings = {"softcap": 0.0, "ignore_index": IGNORED, "backward": "cache", "auto_key": "", "chunk_bytes": 1}
-    settings |= {"group": "", "backend": "torch"}
+    settings |= {"projection": "vendor", "group": "", "backend": "torch"}
     forward = {"logits_budget_bytes": None, "mass_tolerance": 1e-4, "max_entries": 8}
     with LargestTensor() as mode:  # below the registered operations, which hide what they call
         output = ForwardOutput(*linear_op.linear_logprobs.function(**tensors, **settings, **forward))
