@@ -21,7 +21,6 @@ from benchmarks.compile.projection_cases import PLAIN, label_of
 from benchmarks.harness import library_seams
 
 if TYPE_CHECKING:
-    from benchmarks.compile.binaries import Binary
     from benchmarks.compile.launches import Launch
 
 MATRIX = ("UTCHMMA", "HGMMA", "HMMA")  # of Blackwell, of Hopper, and of all before
@@ -98,8 +97,8 @@ def _is_special(instruction: Instruction) -> bool:
     return instruction.kind == "special"
 
 
-def missing(binary: Binary) -> list[str]:
-    """List the instructions that fast products of half-precision factors have, and this binary has not."""
+def missing(binary: Any) -> list[str]:
+    """List the instructions that fast products of half-precision factors have, and this ``Binary`` has not."""
     launch = binary.launch
     names = FAST.get(launch.target)
     is_half = any("bf16" in str(kind) or "fp16" in str(kind) for kind in launch.signature.values())
@@ -123,7 +122,7 @@ def _is_aligned(launch: Launch) -> bool:
     return {place(name) for name in ("hidden", "weight", "stride_hidden", "stride_weight")} <= aligned
 
 
-def failures(binaries: Iterable[Binary]) -> Iterator[str]:
+def failures(binaries: Iterable[Any]) -> Iterator[str]:
     """Yield a message for each binary that lacks instructions of fast products or exceeds its budget."""
     for binary in binaries:
         launch = binary.launch

@@ -150,6 +150,7 @@ def linear(cuda, dtype, backward="recompute", budget=None, chunk_bytes=1, max_en
         "chunk_bytes": chunk_bytes,
         "mass_tolerance": 1e-4,
         "max_entries": max_entries,
+        "projection": "vendor",
         "group": "",
         "backend": "triton",
     }
