@@ -5,7 +5,7 @@ torch.profiler, and accounts for all of a call's time: each kernel, and the time
 is the time of a call between two CUDA events, without the profiler and with an idle device before it, minus the sum of
 the kernels. It contains the host's time to queue the first kernel, and waits for the device.
 
-Bytes are the least that a Triton kernel moves at this size, as benchmarks/traffic.py counts them, so GB/s is a lower
+Bytes are the least that a Triton kernel moves at this size, as benchmarks/traffic/ counts them, so GB/s is a lower
 bound. Only the kernel that gathers weighted rows counts a row as often as it reads it; part of that comes from the L2
 cache, and its GB/s may exceed the copy bandwidth. FLOPs are those of matrix products only, from the shapes that the
 profiler records; their sum is compared with FlopCounterMode's. "of copy" and "of product" are shares of the copy

@@ -15,7 +15,7 @@ ROLES = ("logits", "d hidden", "d weight")  # of products
 IDLE, CALL = "idle", "the whole call"
 
 # Bytes of each kernel in one call, given its sizes and the number of launches. Each formula is that of the case in
-# benchmarks/traffic.py that counts the kernel; comments name the function there.
+# benchmarks/traffic/ that counts the kernel; comments name the function there.
 
 BYTES: dict[str, Callable[[Sizes, float], float]] = {
     # _linear_cases: float32 logits read; probabilities, which have the inputs' dtype, written in the same read. Of

@@ -403,6 +403,7 @@ def test_registration_passes_opcheck(backend, needs):
         "chunk_bytes": 1000,
         "mass_tolerance": 1e-4,
         "max_entries": 8,
+        "projection": "vendor",
         "group": "",
         "backend": backend,
         "needs": needs,

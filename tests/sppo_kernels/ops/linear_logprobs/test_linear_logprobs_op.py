@@ -89,11 +89,12 @@ def test_reference_passes_gradcheck():
 
 @pytest.mark.slow
 @each_mode
-def test_registration_passes_opcheck(backend, backward):
+@pytest.mark.parametrize("projection", ["vendor", "fused"])
+def test_registration_passes_opcheck(backend, backward, projection):
     hidden, weight, labels, bias, u, b = inputs(4, 6, 11, bias=True, rank=2).values()
     tau = torch.ones(4, device=DEVICE)
     common = {"ignore_index": IGNORED, "backward": backward, "auto_key": "", "chunk_bytes": 1000, "group": ""}
-    common["backend"] = backend
+    common |= {"backend": backend, "projection": projection}
     settings = {**common, "logits_budget_bytes": None, "mass_tolerance": 1e-4, "max_entries": 8}
     pairs = [hidden, u], [weight, b]
     # The opcheck tests of autograd and of dynamic shapes do not support a data-dependent output size.
