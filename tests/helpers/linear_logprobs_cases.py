@@ -6,6 +6,7 @@ import pytest
 import torch
 from against_float64 import (
     BACKENDS,
+    DEVICE,
     FLOOR,
     assert_close_to_float64,
     randint,
@@ -32,6 +33,18 @@ MATMUL_FLOOR = {**FLOOR, torch.float16: 4.0, torch.bfloat16: 4.0}
 
 # The minimum: 64 tokens per chunk of logits (128 in torch's forward), 256 per block of logit gradients.
 SMALL_CHUNKS = {"chunk_bytes": 1}
+
+
+def uniform(n, width, vocab, dtype):
+    """Return inputs with logits of standard deviation 1."""
+    return randn(n, width, dtype=dtype), randn(vocab, width, dtype=dtype, scale=width**-0.5), randint(0, vocab, n)
+
+
+def long_tailed(n, width, vocab, dtype):
+    """Return inputs with a few dominant tokens and a slowly decaying tail, as in Zipf's law."""
+    hidden, weight, labels = uniform(n, width, vocab, dtype)
+    spread = (1 + torch.arange(vocab, device=DEVICE)).float().rsqrt().mul(8)[torch.randperm(vocab)]
+    return hidden, (weight.float() * (0.5 + spread[:, None])).to(dtype), labels
 
 
 def with_adapter(op):

@@ -1,8 +1,8 @@
 """Inputs, tiles and checks shared by the tests of the fused projection."""
 
 import torch
-from against_float64 import DEVICE, FLOOR, assert_close_to_float64, randint, randn
-from linear_logprobs_cases import with_adapter
+from against_float64 import DEVICE, FLOOR, assert_close_to_float64, randn
+from linear_logprobs_cases import long_tailed, uniform, with_adapter
 
 from sppo_kernels import linear_logprobs, reference
 from sppo_kernels._backend import HAS_TRITON
@@ -27,7 +27,7 @@ def use_tiles(monkeypatch, *, tokens=16, columns=64, depth=16):
     monkeypatch.setattr(torch_backend, "COLUMNS", columns)
     if HAS_TRITON and DEVICE == "cpu":
         tile = projection.triton_backend.Tile(tokens, columns, depth, num_warps=4, num_stages=1)
-        monkeypatch.setattr(projection.triton_backend, "tile_of", lambda weight: tile)
+        monkeypatch.setattr(projection.triton_backend, "tile_of", lambda factors: tile)
 
 
 def peaked(n, width, vocab, dtype):
@@ -36,18 +36,6 @@ def peaked(n, width, vocab, dtype):
     likely = torch.where(torch.arange(n, device=DEVICE) % 2 == 0, labels, labels.roll(1))
     rows = weight[likely].float()
     return (hidden + 10 * rows / rows.square().sum(1, keepdim=True)).to(dtype), weight, labels
-
-
-def uniform(n, width, vocab, dtype):
-    """Return inputs with logits of standard deviation 1."""
-    return randn(n, width, dtype=dtype), randn(vocab, width, dtype=dtype, scale=width**-0.5), randint(0, vocab, n)
-
-
-def long_tailed(n, width, vocab, dtype):
-    """Return inputs with a few dominant tokens and a slowly decaying tail, as in Zipf's law."""
-    hidden, weight, labels = uniform(n, width, vocab, dtype)
-    spread = (1 + torch.arange(vocab, device=DEVICE)).float().rsqrt().mul(8)[torch.randperm(vocab)]
-    return hidden, (weight.float() * (0.5 + spread[:, None])).to(dtype), labels
 
 
 DISTRIBUTIONS = {"peaked": peaked, "uniform": uniform, "long-tailed": long_tailed}

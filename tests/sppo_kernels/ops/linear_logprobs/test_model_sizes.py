@@ -6,7 +6,8 @@ root mean squares over a complete result, so that no single element determines t
 
 import pytest
 import torch
-from against_float64 import BACKENDS, DEVICE, randint, randn
+from against_float64 import BACKENDS, DEVICE
+from linear_logprobs_cases import long_tailed, uniform
 
 from sppo_kernels import linear_logprobs, reference
 
@@ -16,18 +17,6 @@ def peaked(n, width, vocab, dtype):
     hidden, weight, labels = uniform(n, width, vocab, dtype)
     likely = torch.where(torch.arange(n, device=DEVICE) % 2 == 0, labels, labels.roll(1))
     return (hidden + 10 * weight[likely]).to(dtype), weight, labels
-
-
-def uniform(n, width, vocab, dtype):
-    """Return inputs with logits of standard deviation 1, so that all tokens are about equally likely."""
-    return randn(n, width, dtype=dtype), randn(vocab, width, dtype=dtype, scale=width**-0.5), randint(0, vocab, n)
-
-
-def long_tailed(n, width, vocab, dtype):
-    """Return inputs with a few dominant tokens and a slowly decaying tail, as in Zipf's law."""
-    hidden, weight, labels = uniform(n, width, vocab, dtype)
-    spread = (1 + torch.arange(vocab, device=DEVICE)).float().rsqrt().mul(8)[torch.randperm(vocab)]
-    return hidden, (weight.float() * (0.5 + spread[:, None])).to(dtype), labels
 
 
 def tokens(vocab, dtype, distribution):
