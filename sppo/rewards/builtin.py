@@ -1,6 +1,4 @@
-"""The built-in rewards ``exact``, ``numeric``, ``math`` and ``reasoning_gym``.
-
-They are 1.0 for a correct final answer and 0.0 otherwise; ``reasoning_gym`` has the scale of its task.
+"""The built-in rewards ``exact``, ``numeric`` and ``math``: 1.0 for a correct final answer, else 0.0.
 
 The final answer of a completion is read after its thinking section: the last ``\\boxed{...}``, else the last
 ``<answer>...</answer>``, else what follows the last ``####``, ``Answer:`` or ``the answer is``, else the last line. If
@@ -13,8 +11,6 @@ The ground truth is the column ``answer`` (in GSM8K's layout, what follows ``###
 
 from __future__ import annotations
 
-import functools
-import json
 import math as maths
 import re
 from collections.abc import Sequence
@@ -161,49 +157,6 @@ def _value(parsed: list[Any]) -> float | None:
         return float(parsed[0])
     except (TypeError, ValueError, OverflowError, IndexError):
         return None
-
-
-def reasoning_gym(prompts: Sequence[Any], completions: Sequence[Any], *, entry: Sequence[str]) -> list[float]:
-    """Score the final answer with the verifier of its reasoning-gym task, from 0 to 1; some tasks give partial credit.
-
-    Args:
-        prompts: text or chat messages.
-        completions: text or chat messages.
-        entry: JSON, as written by :func:`sppo.data.load_prompts`: the task, its options and reasoning-gym's entry.
-    """
-    return [_reasoning_gym(p, c, e) for p, c, e in zip(prompts, completions, entry, strict=True)]
-
-
-def _reasoning_gym(prompt: Any, completion: Any, entry: str) -> float:
-    record = json.loads(entry, object_hook=_unpack)
-    task = reasoning_gym_task(record["task"], json.dumps(record["options"], sort_keys=True))
-    answer = final_answer(prompt, completion, multiline=True)
-    return min(1.0, max(0.0, float(task.score_answer(answer, record["entry"])))) if answer else 0.0
-
-
-@functools.lru_cache(maxsize=64)
-def reasoning_gym_task(task: str, options: str) -> Any:
-    """Return reasoning-gym's dataset of a task, cached; ``options`` are JSON so that they can be compared."""
-    from reasoning_gym import create_dataset
-
-    return create_dataset(task, **json.loads(options))
-
-
-def pack(value: Any) -> Any:
-    """Encode a reasoning-gym entry for JSON, preserving tuples and non-text keys, which verifiers may depend on."""
-    if isinstance(value, dict):
-        if all(isinstance(key, str) for key in value):
-            return {key: pack(item) for key, item in value.items()}
-        return {"__pairs__": [[pack(key), pack(item)] for key, item in value.items()]}
-    if isinstance(value, tuple):
-        return {"__tuple__": [pack(item) for item in value]}
-    return [pack(item) for item in value] if isinstance(value, list) else value
-
-
-def _unpack(value: dict[str, Any]) -> Any:
-    if "__tuple__" in value:
-        return tuple(value["__tuple__"])
-    return dict(value["__pairs__"]) if "__pairs__" in value else value
 
 
 def final_answer(prompt: Any, completion: Any, *, multiline: bool = False) -> str | None:

@@ -1,10 +1,14 @@
-"""A script, started by ``sandbox.py``, that runs a solution and its tests in a process that can only compute.
+"""A script, started by ``sandbox.py``, that runs what a model wrote in a process that can only compute.
 
     this process   (root or the user)         creates the namespaces, waits, kills at the limit
     └─ its child   (no capabilities, limits)  runs the solution, then the tests; process 1 of its own process namespace
 
+In place of a solution and tests a job may have a trusted program that judges samples. The child prepares it, and a
+process of its own judges each sample.
+
 The script reads one line of JSON from standard input. Its standard output is a file that the child hides from
-``print``; the nonce is written to it once when the child is ready to start, and once more for each test that passes.
+``print``. For a solution the nonce is written to it once when the child is ready to start, and once more for each test
+that passes; for samples, an empty line and then one of JSON for each.
 
 With ``namespaces`` the child has no network and sees only its own processes. Its file system contains the interpreter
 and the system's libraries, read-only, and an empty ``/tmp`` in memory. With ``limits`` it has only the limits. In both
@@ -21,12 +25,16 @@ import json
 import math
 import os
 import resource
+import select
 import signal
 import sys
+import time
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 _PROCESSES, _FILES, _FILE_BYTES = 256, 64, 64 << 20
+_RESULT_BYTES, _ERROR_CHARS = 4096, 300
 _NOBODY = 0x70000000 + os.getpid()  # a user id per process, because limits on processes count those of a user
 _VISIBLE = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
 # From <linux/sched.h>, <linux/mount.h>, <linux/prctl.h> and <linux/capability.h>; Python has unshare() since 3.12.
@@ -34,7 +42,7 @@ _NEW_USER = 0x10000000
 _NEW_MOUNT_IPC_PID_NET = 0x00020000 | 0x08000000 | 0x20000000 | 0x40000000
 _MS_NOSUID, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4096, 16384, 1 << 18
 _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY, _ATTR_NOSUID = 442, -100, 0x8000, 1, 2
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
 _CAPABILITY_VERSION_3 = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -54,6 +62,8 @@ def main() -> None:
     if child == 0:
         drop_privileges()
         set_limits(job["seconds"], job["memory_mb"])
+        if "samples" in job:
+            judge(job["program"], job["samples"], seconds=job["seconds_per_sample"], at_once=job["at_once"])
         run(job["solution"], job["tests"], job["nonce"].encode())
     supervise(child, job["seconds"])
 
@@ -169,6 +179,82 @@ def run(solution: str, tests: list[str], nonce: bytes) -> None:
             write(verdict, nonce)
     finally:
         leave(0)
+
+
+def judge(program: str, samples: list[list[Any]], *, seconds: float, at_once: int) -> None:
+    """Call ``judge(*sample)`` of a program for each sample, several at once, and report the values; does not return.
+
+    Each line has the index of a sample, and its value or the text of the error that it raised. A sample that ends its
+    process or exceeds a limit has the value 0. It may have ended others, so those that ended beside it are repeated.
+    """
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # no sample can trace this process, or another one
+    names: dict[str, Any] = {}
+    exec(compile(program, "<program>", "exec"), names)
+    names["prepare"]()
+    report, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(null, stream)
+    os.write(report, b"\n")
+    waiting, alone = list(range(len(samples))), list[int]()
+    running: dict[int, tuple[int, int, float]] = {}  # by the pipe of the result: process, sample, end of its time
+    try:
+        while waiting or alone or running:
+            while (waiting and len(running) < at_once) or (alone and not running):
+                index = waiting.pop(0) if waiting else alone.pop()
+                result, pid = _start_sample(names["judge"], samples[index], seconds, report)
+                running[result] = pid, index, time.monotonic() + seconds
+            first_end = min(end for _, _, end in running.values())
+            ready = select.select(list(running), [], [], max(0.0, first_end - time.monotonic()))[0]
+            for result in ready or [pipe for pipe, (_, _, end) in running.items() if end == first_end]:
+                pid, index, _ = running[result]
+                text = os.read(result, _RESULT_BYTES) if ready else b"0.0"
+                if text or len(running) == 1:
+                    os.write(report, json.dumps([index, _value_or_error(text or b"0.0")]).encode() + b"\n")
+                else:
+                    alone.append(index)
+                del running[result]
+                os.close(result)
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+                    while os.waitpid(-1, os.WNOHANG)[0]:  # what others left counts as a process until then
+                        pass
+    finally:
+        os._exit(0)
+
+
+def _value_or_error(text: bytes) -> float | str:
+    """Read the result of a sample, which the sample may have written itself."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return "wrote no result"
+    return value if type(value) in (float, str) else "wrote no number"
+
+
+def _start_sample(judge_one: Callable[..., Any], sample: list[Any], seconds: float, report: int) -> tuple[int, int]:
+    """Start the process of a sample, and return the pipe of its result and its id."""
+    result, end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(report)
+            os.setpgid(0, 0)
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds),) * 2)
+            try:
+                text = json.dumps(float(judge_one(*sample)))
+            except MemoryError:
+                text = "0.0"
+            except BaseException as error:
+                text = json.dumps(f"{type(error).__name__}: {error}"[:_ERROR_CHARS])
+            os.write(end, text.encode())
+        finally:
+            os._exit(0)
+    os.close(end)
+    with contextlib.suppress(PermissionError, ProcessLookupError):
+        os.setpgid(pid, pid)  # whoever is first, so that it can be killed
+    return result, pid
 
 
 def supervise(child: int, seconds: float) -> None:

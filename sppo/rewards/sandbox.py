@@ -1,7 +1,8 @@
-"""The built-in reward ``unit_tests``: run the completion's Python code against the tests of its row, in a sandbox.
+"""The built-in rewards ``unit_tests`` and ``reasoning_gym``, which run in a sandbox.
 
-It is the only reward that runs model output. ``docs/rewards.md`` describes what the sandbox prevents and what it does
-not; ``jail.py`` implements it.
+``unit_tests`` runs the completion's Python code against the tests of its row. Verifiers of ``reasoning_gym`` may
+evaluate the answer. No other built-in reward runs what a model wrote. ``docs/rewards.md`` describes what the sandbox
+prevents and what it does not; ``jail.py`` implements it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sppo.rewards.builtin import text_after_thinking
+from sppo.rewards.builtin import final_answer, text_after_thinking
 
 _JAIL = Path(__file__).with_name("jail.py")
+_REASONING_VERIFIER = Path(__file__).with_name("reasoning_verifier.py")
 # The complete environment. Without it, libraries would start one thread per core, and each counts against the limits.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _FENCE = re.compile(r"^[ \t]*+```[ \t]*+(\w*+)[ \t\r]*+$", re.MULTILINE)
@@ -60,8 +62,7 @@ def unit_tests(
         ValueError: a row without tests, tests that are not valid Python, or another ``isolation``.
         RuntimeError: the sandbox cannot be set up on this machine; nothing was run.
     """
-    if isolation not in ("namespaces", "limits"):
-        raise ValueError(f"isolation must be 'namespaces' or 'limits', got {isolation!r}")
+    _check_isolation(isolation)
 
     def grade(prompt: Any, completion: Any, cell: str | Sequence[str]) -> float:
         row_tests = _check_tests(cell)
@@ -71,7 +72,7 @@ def unit_tests(
         passed = count_passed(code, row_tests, seconds=seconds, memory_mb=memory_mb, isolation=isolation)
         return passed / len(row_tests) if partial else float(passed == len(row_tests))
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1) as pool:
+    with ThreadPoolExecutor(_num_cores()) as pool:
         return list(pool.map(grade, prompts, completions, tests))
 
 
@@ -113,29 +114,116 @@ def count_passed(code: str, tests: list[str], *, seconds: float, memory_mb: int,
         RuntimeError: the sandbox cannot be set up on this machine.
         subprocess.TimeoutExpired: the sandbox did not end by itself.
     """
-    if sys.platform != "linux":
-        raise RuntimeError(f"runs a model's code only on Linux, this is {sys.platform}; nothing was run")
     nonce = secrets.token_hex(16)
+    job = {"solution": code, "tests": tests, "nonce": nonce}
+    verdict = _run_jail(job, seconds=seconds, memory_mb=memory_mb, isolation=isolation)
+    return max(0, verdict[: len(nonce) * (len(tests) + 1)].count(nonce.encode()) - 1)
+
+
+def reasoning_gym(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    *,
+    entry: Sequence[str],
+    seconds: float = 2.0,
+    memory_mb: int = 1024,
+    isolation: str = "namespaces",
+) -> list[float | Exception]:
+    """Score the final answer with the verifier of its reasoning-gym task, from 0 to 1; some tasks give partial credit.
+
+    Verifiers of some tasks evaluate the answer as Python, so all of them run in the sandbox, a process per answer. One
+    that exceeds a limit scores 0.
+
+    Args:
+        prompts: text or chat messages.
+        completions: text or chat messages.
+        entry: JSON, as written by :func:`sppo.data.load_prompts`: the task, its options and reasoning-gym's entry.
+        seconds: time limit per answer.
+        memory_mb: limit on the address space of each process, in MiB.
+        isolation: as for :func:`unit_tests`.
+
+    Returns:
+        A score, or the error that the verifier raised, per completion.
+
+    Raises:
+        RuntimeError: the sandbox cannot be set up on this machine, or has no reasoning-gym; nothing was run.
+    """
+    _check_isolation(isolation)
+    answers = [final_answer(p, c, multiline=True) for p, c in zip(prompts, completions, strict=True)]
+    scores: list[float | Exception] = [0.0] * len(answers)
+    given = [i for i, answer in enumerate(answers) if answer]
+    samples = [(entry[i], answers[i]) for i in given]
+    values = _judge(_REASONING_VERIFIER, samples, seconds=seconds, memory_mb=memory_mb, isolation=isolation)
+    for i, value in zip(given, values, strict=True):
+        scores[i] = value
+    return scores
+
+
+def _judge(
+    program: Path, samples: Sequence[Sequence[Any]], *, seconds: float, memory_mb: int, isolation: str
+) -> list[float | Exception]:
+    """Call ``judge(*sample)`` of a program of this package for each sample in one sandbox.
+
+    Args:
+        program: a file with functions ``prepare`` and ``judge``.
+        samples: arguments that are JSON.
+        seconds: time limit per sample.
+        memory_mb: limit on the address space of each process, in MiB.
+        isolation: ``"namespaces"`` or ``"limits"``.
+
+    Returns:
+        A number, or what went wrong, per sample.
+
+    Raises:
+        RuntimeError: the sandbox cannot be set up on this machine.
+    """
+    if not samples:
+        return []
+    job = {"program": program.read_text(), "samples": samples, "seconds_per_sample": seconds, "at_once": _num_cores()}
+    total = _STARTUP_SECONDS + 2 * seconds * len(samples)  # some may be repeated
+    verdict = _run_jail(job, seconds=total, memory_mb=memory_mb, isolation=isolation)
+    found = dict(json.loads(line) for line in verdict.splitlines() if line)
+    values = [found.get(i, "not judged: another answer may have ended the sandbox") for i in range(len(samples))]
+    return [value if isinstance(value, float) else ValueError(value) for value in values]
+
+
+def _run_jail(job: dict[str, Any], *, seconds: float, memory_mb: int, isolation: str) -> bytes:
+    """Run ``jail.py`` with limits for all of the job, and return what it wrote to its standard output.
+
+    Raises:
+        RuntimeError: it wrote nothing, because the sandbox cannot be set up on this machine.
+        subprocess.TimeoutExpired: the sandbox did not end by itself.
+    """
+    if sys.platform != "linux":
+        raise RuntimeError(f"runs what a model wrote only on Linux, this is {sys.platform}; nothing was run")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.NamedTemporaryFile() as verdict:
-        job = {"solution": code, "tests": tests, "nonce": nonce, "folder": folder, "isolation": isolation}
-        limits = {"seconds": seconds, "memory_mb": memory_mb}
+        job = {**job, "folder": folder, "isolation": isolation, "seconds": seconds, "memory_mb": memory_mb}
         verdict_fd = os.open(verdict.name, os.O_WRONLY | os.O_APPEND)  # the jail can append to the file, not read it
         try:
-            errors = _run_jail(json.dumps(job | limits).encode(), verdict_fd, seconds + _STARTUP_SECONDS)
+            errors = _communicate(json.dumps(job).encode(), verdict_fd, seconds + _STARTUP_SECONDS)
         finally:
             os.close(verdict_fd)
-        started_and_passed = verdict.read(len(nonce) * (len(tests) + 1)).count(nonce.encode())
-    if not started_and_passed and errors:
+        output = verdict.read()
+    if not output and errors:
         reason = (errors.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
         raise RuntimeError(
             f"cannot set up its sandbox on this machine ({reason}); nothing was run. Isolating network and files "
             "requires Linux 5.12 and root or unprivileged user namespaces; in a container that is itself the sandbox, "
-            "use unit_tests?isolation=limits"
+            "use the option isolation=limits, as in unit_tests?isolation=limits"
         )
-    return max(0, started_and_passed - 1)
+    return output
 
 
-def _run_jail(job: bytes, verdict_fd: int, seconds: float) -> bytes:
+def _check_isolation(isolation: str) -> None:
+    if isolation not in ("namespaces", "limits"):
+        raise ValueError(f"isolation must be 'namespaces' or 'limits', got {isolation!r}")
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+
+
+def _communicate(job: bytes, verdict_fd: int, seconds: float) -> bytes:
     """Run ``jail.py`` with standard output ``verdict_fd``, and return what it wrote to standard error.
 
     Unlike ``subprocess.run``, which waits for a killed process for ever: the kernel may not be able to end one.

@@ -15,8 +15,8 @@ from sppo._utils import suggest
 from sppo.rewards.limits import Worker, run_within
 from sppo.rewards.worker import RewardError, SampleResult, call
 
-BUILTIN = {name: f"sppo.rewards.builtin:{name}" for name in ("exact", "numeric", "math", "reasoning_gym")} | {
-    "unit_tests": "sppo.rewards.sandbox:unit_tests"
+BUILTIN = {name: f"sppo.rewards.builtin:{name}" for name in ("exact", "numeric", "math")} | {
+    name: f"sppo.rewards.sandbox:{name}" for name in ("reasoning_gym", "unit_tests")
 }
 BUILTIN_OPTIONS = {"tolerance", "seconds", "memory_mb", "partial", "isolation"}
 """Options of built-in rewards, set only in the reward's name; columns of the same names are not passed to them."""

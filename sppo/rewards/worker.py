@@ -144,6 +144,8 @@ def _check_value(value: Any) -> SampleResult:
 def _to_float(value: Any) -> SampleResult:
     if value is None:
         return None
+    if isinstance(value, Exception):
+        return f"raised {type(value).__name__}: {_shorten(value, str)}"
     try:
         number = value.item() if hasattr(value, "item") else value  # NumPy and PyTorch scalars
     except (ValueError, RuntimeError):  # an array of several values

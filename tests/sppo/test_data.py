@@ -5,6 +5,7 @@ import logging
 
 import datasets
 import pytest
+from sandbox_cases import in_namespaces
 
 from sppo.data import load_prompts
 from sppo.rewards import score
@@ -112,6 +113,7 @@ def test_dropped_prompts_are_counted_in_the_log(caplog):
         load_prompts(table(), exclude=[table()])
 
 
+@in_namespaces
 @pytest.mark.parametrize("task", ["chain_sum", "arc_agi", "list_functions", "countdown", "graph_color", "rush_hour"])
 def test_reasoning_gym_tasks_use_their_own_verifier(task):
     data = load_prompts(f"reasoning_gym:{task}?size=2&seed=5")

@@ -5,7 +5,6 @@ exists. Not testable this way are 53 of Minerva's 240 answers, which the file cu
 (math rejects them), and the unit in two of MATH-500's, ``15\\mbox{ cm}^2``, because math-verify does not read units.
 """
 
-import json
 import re
 import time
 from pathlib import Path
@@ -203,14 +202,6 @@ def test_an_answer_too_hard_to_compare_within_the_tolerance_is_wrong(monkeypatch
     completions = [r"\boxed{8}", r"\boxed{7.01}"]
     assert rewards.math(["p", "q"], completions, answer=["7", "7"], tolerance=0.01, seconds=1) == [0.0, 1.0]
     assert time.monotonic() - start < 4
-
-
-# reasoning_gym
-
-
-def test_reasoning_gym_entries_survive_json():
-    entry = {"a": (1, [2, (3,)]), "b": {4: "x", (5, 6): None}, "c": "text"}
-    assert json.loads(json.dumps(rewards.pack(entry)), object_hook=rewards._unpack) == entry
 
 
 # Ground truths

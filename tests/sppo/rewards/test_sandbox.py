@@ -1,7 +1,6 @@
 """Tests of the reward unit_tests: its scores, its limits, and what a solution cannot do to the machine."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -10,21 +9,11 @@ import uuid
 from pathlib import Path
 
 import pytest
+from sandbox_cases import HAS_NAMESPACES, ISOLATIONS, in_namespaces
 
 from sppo.rewards import sandbox, score
 from sppo.rewards.sandbox import last_code, unit_tests
 
-PROBE = ["unshare", "--mount", "--ipc", "--pid", "--net", "--fork", *["--map-root-user"] * (os.getuid() != 0)]
-PROBE += ["mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-HAS_NAMESPACES = bool(shutil.which("unshare")) and subprocess.run(PROBE, stderr=subprocess.DEVNULL).returncode == 0
-# Root becomes an unprivileged user, who cannot read an interpreter that is installed in root's home.
-HIDDEN_PYTHON = os.getuid() == 0 and not all(p.stat().st_mode & 1 for p in Path(os.__file__).parents)
-
-in_namespaces = pytest.mark.skipif(not HAS_NAMESPACES, reason="needs root or unprivileged user namespaces")
-ISOLATIONS = [
-    pytest.param("namespaces", marks=in_namespaces),
-    pytest.param("limits", marks=pytest.mark.skipif(HIDDEN_PYTHON, reason="needs an interpreter outside root's home")),
-]
 TWICE = "\ndef twice(x):\n    return 2 * x\n"
 TEST = "assert twice(2) == 4\nassert twice('a') == 'aa'"
 
