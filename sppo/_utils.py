@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ LEARNING_CURVE_FILE = "learning_curve.png"
 
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that marks a folder as a PEFT adapter."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @contextmanager
@@ -105,6 +108,11 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean ...?"`` with the known name closest to a misspelt one, or ``""`` if none is close."""
     matches = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def printable(text: str) -> str:
+    """Return text for a terminal: control characters of a model's output, but line ends and tabs, as ``\\x1b``."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def lock_file(file: IO[Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Console output of sample completions."""
+"""Console output of sample completions, whose control characters would reach the terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from sppo._utils import printable
 from sppo.rollout.engine import Sample
 
 
@@ -13,8 +14,8 @@ def print_completions(samples: Sequence[Sample], step: int) -> None:
     """Print samples of the last rollout, as a table if rich is installed, else as plain lines."""
     rows = [
         (
-            as_text(s.prompt),
-            as_text(s.completion),
+            printable(as_text(s.prompt)),
+            printable(as_text(s.completion)),
             "-" if s.reward is None else f"{s.reward:.2f}",
             "-" if s.advantage is None else f"{s.advantage.mean():+.2f}",
         )

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from transformers.utils import logging
 
+from sppo._utils import printable
 from sppo.config import SPPOConfig
 from sppo.rewards import Reward, Scores, resolve, score
 from sppo.rollout.engine import Sample
@@ -45,7 +46,7 @@ def grade(
     for sample, reward in zip(samples, scores.rewards, strict=True):
         sample.reward = reward
     for failure in scores.failures[:max_failures_shown]:
-        logger.warning(failure)
+        logger.warning("%s", printable(failure))
     if len(scores.failures) > max_failures_shown:
         logger.warning("%d more failures for %d samples", len(scores.failures) - max_failures_shown, len(samples))
     return scores
