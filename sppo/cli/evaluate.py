@@ -94,7 +94,7 @@ def _resolve_target(arguments: argparse.Namespace, overrides: dict[str, str]) ->
         settings = {"output_dir": arguments.target, **_completion_length(arguments.target)}
         recipe = {"model": arguments.target, "args": settings}
     elif arguments.target:
-        recipe = read_recipe(arguments.target)
+        recipe = read_recipe(arguments.target, trust_code=arguments.trust_recipe_code)
     for name, text in overrides.items():
         override(recipe, name, text)
     if not is_checkpoint or arguments.model:

@@ -156,6 +156,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
 
+    for command in (train, evaluate):
+        command.add_argument(
+            "--trust-recipe-code",
+            action="store_true",
+            help="import any function that the recipe names, with your rights; without it, only those of the package "
+            "and of .py files beside the recipe",
+        )
     for command in (train, evaluate, value, plot, doctor):
         command.add_argument(
             "--traceback", action="store_true", help="show the traceback of an error (also with SPPO_DEBUG=1)"

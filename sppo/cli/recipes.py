@@ -11,17 +11,23 @@ A recipe has these keys; a missing one has the default of :class:`sppo.SPPOTrain
     peft_config: {r: 16, target_modules: all-linear}   # arguments of peft.LoraConfig: train an adapter
     adapter: runs/before                    # a folder with an adapter to load into the model
     args: {learning_rate: 1e-6}             # fields of SPPOConfig; output_dir defaults to runs/<recipe>
+
+Names of code in a recipe are imported and called with the rights of the user. A recipe of someone else may therefore
+name only what the package has, and functions of a .py file beside it; for the rest the user says that it is trusted.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 import types
 import typing
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_plus
 
 import yaml
 
@@ -49,17 +55,25 @@ KEYS = tuple(_KEY_TYPES)
 
 Recipe = dict[str, Any]
 
+_CODE = re.compile(r"[^\s:]+:[A-Za-z_][\w.]*")  # module:function, path/to/file.py:function
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
 
 def shipped_recipes() -> list[str]:
     """Return the names of the recipes in the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def read_recipe(name: str) -> Recipe:
+def read_recipe(name: str, *, trust_code: bool = False) -> Recipe:
     """Read a recipe from a YAML file, or a shipped one by its name.
 
+    Args:
+        name: the file, or the name.
+        trust_code: let a file name any code, not only that of this package and of .py files beside it.
+
     Raises:
-        ValueError: there is no such recipe, it is not a mapping, or it has an unknown key or a value of the wrong type.
+        ValueError: there is no such recipe, it is not a mapping, it has an unknown key or a value of the wrong type, or
+            it names code that is not trusted.
     """
     path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
     if not path.is_file():
@@ -67,12 +81,7 @@ def read_recipe(name: str) -> Recipe:
             f"no recipe {name!r}{suggest(name, shipped_recipes())}; give a YAML file or one of {shipped_recipes()} "
             "(sppo eval also takes a run's folder)"
         )
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"recipe {str(path)!r} is not UTF-8 text ({error}); give a YAML file") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {str(path)!r} is not YAML: {error}") from error
+    recipe = _read_yaml(path)
     if not isinstance(recipe, dict):
         raise ValueError(f"recipe {str(path)!r} holds {recipe!r}; give a mapping with the keys {', '.join(KEYS)}")
     if "reward_funcs" in recipe:
@@ -82,8 +91,51 @@ def read_recipe(name: str) -> Recipe:
             hint = suggest(str(key), KEYS)
             raise ValueError(f"recipe {str(path)!r} has no key {key!r}{hint}; known: {', '.join(KEYS)}")
         _check_type(key, value)
+    if not trust_code and path.parent != RECIPES:
+        _reject_code(recipe, path)
     recipe["args"] = {"output_dir": f"runs/{path.stem}", **(recipe.get("args") or {})}
     return recipe
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe {str(path)!r} is not UTF-8 text ({error}); give a YAML file") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {str(path)!r} is not YAML: {error}") from error
+
+
+def _reject_code(recipe: Recipe, path: Path) -> None:
+    """Raise ValueError if a recipe names code other than that of a shipped recipe or of a .py file beside it."""
+    shipped = {text for name in shipped_recipes() for _, text in _code_in(_read_yaml(RECIPES / f"{name}.yaml"))}
+    for key, code in _code_in(recipe):
+        source, _, name = code.rpartition(":")
+        is_beside = source.endswith(".py") and Path(source).resolve().parent == path.resolve().parent
+        if code not in shipped and not (is_beside and name.isidentifier()):
+            raise ValueError(
+                f"recipe {str(path)!r} has {code!r} for {key}, which runs code with your rights; if you trust the "
+                "recipe, give --trust-recipe-code. A function of a .py file beside the recipe needs no such option"
+            )
+
+
+def _code_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the key and the text of all in a recipe that may name code, wherever it stands."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            path = f"{key}.{name}".lstrip(".")
+            if name == "trust_remote_code" and item:
+                yield path, f"trust_remote_code={item}"
+            yield from _code_in(item, path)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _code_in(item, key)
+    elif isinstance(value, str):
+        # Options of a name may hold names too. Engines also take classes by their path: package.module.Class.
+        for text in re.split(r"[?&=]", unquote_plus(value)):
+            is_path = "rollout_engine_kwargs" in key and _DOTTED.fullmatch(text)
+            if (_CODE.fullmatch(text) and not text.startswith("reasoning_gym:")) or is_path:
+                yield key, text
 
 
 def _check_type(key: str, value: Any) -> None:

@@ -34,7 +34,10 @@ def train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
         ValueError: wrong input, or a checkpoint in ``output_dir`` without ``--resume``.
     """
     name = arguments.target or ""
-    recipe: Recipe = read_recipe(name) if name else {"args": {"output_dir": "runs/train"}}
+    recipe: Recipe = {"args": {"output_dir": "runs/train"}}
+    if name:
+        recipe = read_recipe(name, trust_code=arguments.trust_recipe_code)
+        name += " --trust-recipe-code" * arguments.trust_recipe_code  # in the commands that are printed
     for key, text in overrides.items():
         override(recipe, key, text)
     folder = Path(str(recipe["args"]["output_dir"]))

@@ -241,7 +241,8 @@ def _versions() -> str:
 def _recipe(recipe: Mapping[str, Any], *, is_complete: bool) -> str:
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
     instructions = (
-        "Save it as `recipe.yaml` and run `sppo train recipe.yaml`."
+        "Save it as `recipe.yaml` and run `sppo train recipe.yaml`. Functions that it names (`module:function`) run "
+        "with your rights, so those that do not belong to sppo are refused: read them before you trust them."
         if is_complete
         else "The run was started from Python. Anything not listed was passed there or had its default."
     )

@@ -1,6 +1,7 @@
 """Tests of the command line: recipes, overrides, error messages and complete runs."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,8 +38,14 @@ RECIPE = {
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(RECIPE))
+    return write_recipe(tmp_path, RECIPE)
+
+
+def write_recipe(folder, recipe):
+    """Write a recipe, and the file with its functions beside it."""
+    shutil.copy(HERE, folder)
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe).replace(str(HERE), HERE.name))
     return str(path)
 
 
@@ -92,9 +99,9 @@ def test_overrides_change_every_part_of_a_recipe(recipe):
         "args": "{seed: 3}",
     }.items():
         override(changed, name, text)
-    assert changed["train_dataset"] == {"name": f"{HERE}:sums", "count": 7, "drop_duplicates": True}
+    assert changed["train_dataset"] == {"name": "cli_run.py:sums", "count": 7, "drop_duplicates": True}
     assert changed["eval_dataset"] == {"name": "test.parquet", "limit": 2}
-    assert changed["critic"] == {"model": f"{HERE}:critic", "seed": 3}
+    assert changed["critic"] == {"model": "cli_run.py:critic", "seed": 3}
     assert changed["reward"] == ["exact", "math"]
     assert changed["model_kwargs"] == {"seed": 5}
     args = config_from(changed["args"])
@@ -106,6 +113,59 @@ def test_shipped_recipes_are_valid(name, tmp_path):
     recipe = read_recipe(name)
     config_from({**recipe["args"], "output_dir": str(tmp_path), "use_cpu": True})
     assert {"model", "train_dataset", "eval_dataset", "reward"} <= recipe.keys()
+
+
+# Code
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("train_dataset", "subprocess:getoutput?cmd=touch ran", "'subprocess:getoutput' for train_dataset"),
+        ("train_dataset", {"name": "subprocess:getoutput", "cmd": "touch ran"}, "for train_dataset.name"),
+        ("train_dataset", {"name": "a.parquet", "exclude": ["os:system"]}, "'os:system' for train_dataset.exclude"),
+        ("train_dataset", "a.parquet?exclude=os%3Asystem", "'os:system' for train_dataset"),
+        ("eval_dataset", "os:system", "for eval_dataset"),
+        ("model", "os:system", "for model"),
+        ("model_kwargs", {"trust_remote_code": True}, "'trust_remote_code=True' for model_kwargs.trust_remote_code"),
+        ("critic", {"model": "os:system"}, "for critic.model"),
+        ("reward", ["math", "os:system?x=1"], "for reward"),
+        ("reward", "elsewhere/mine.py:score", "'elsewhere/mine.py:score' for reward"),
+        ("reward", "cli_run.py:os.system", "'cli_run.py:os.system' for reward"),
+        ("reward", "sppo._utils:import_object", "for reward"),
+        ("args", {"algorithm": "os:system"}, "for args.algorithm"),
+        ("args", {"rollout_engine": "os:system"}, "for args.rollout_engine"),
+        ("args", {"rollout_engine_kwargs": {"worker_extension_cls": "a.b.Worker"}}, "'a.b.Worker' for args"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_recipe_file_names_no_code_that_is_not_trusted(tmp_path, monkeypatch, capsys, command, key, value, named):
+    monkeypatch.chdir(tmp_path)
+    path = write_recipe(tmp_path, RECIPE | {key: value})
+    assert main([command, path]) == 2
+    message = capsys.readouterr().err
+    assert named in message
+    assert "give --trust-recipe-code" in message
+    assert not (tmp_path / "ran").exists()
+    assert read_recipe(path, trust_code=True)[key]
+
+
+def test_the_command_line_is_trusted_and_a_flag_trusts_the_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = write_recipe(tmp_path, RECIPE | {"train_dataset": "os:getcwd"})
+    for trusted in (["--trust-recipe-code"], ["--trust-recipe-code", "--train_dataset", "os:getcwd"]):
+        assert main(["train", path, *trusted]) == 2
+        assert "os:getcwd" in capsys.readouterr().err  # it was called, and returned no rows
+    path = write_recipe(tmp_path, RECIPE)
+    assert main(["train", path, "--train_dataset", "os:getcwd"]) == 2
+    assert "--trust-recipe-code" not in capsys.readouterr().err
+
+
+def test_recipes_may_name_data_and_text_with_colons(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = {"name": "reasoning_gym:chain_sum", "system_prompt": "Answer like this: Answer:\nx", "url": "https://a.b/c"}
+    path = write_recipe(tmp_path, RECIPE | {"train_dataset": data, "reward": "sppo.tasks.chain:reward"})
+    assert read_recipe(path)["train_dataset"] == data
 
 
 # Errors
