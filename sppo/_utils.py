@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import sys
@@ -19,6 +21,8 @@ try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 """The log of a run, in its ``output_dir``."""
@@ -118,16 +122,19 @@ def printable(text: str) -> str:
 def lock_file(file: IO[Any], message: str) -> None:
     """Lock an open file for this process; the system releases the lock when the process ends.
 
-    Does nothing on Windows.
+    Does nothing on Windows. Warns and does nothing on a file system without locks.
 
     Raises:
         ValueError: another process holds the lock; the error has the text ``message``.
     """
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
             raise ValueError(message) from None
+        logger.warning("%r cannot be locked (%s): make sure that no other process writes there", file.name, error)
 
 
 @contextmanager
@@ -135,8 +142,10 @@ def run_lock(output_dir: Path) -> Iterator[None]:
     """Reserve ``output_dir`` for one run at a time.
 
     Raises:
-        ValueError: another process is training into the folder.
+        ValueError: another process is training into the folder, or it is a file.
     """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir={str(output_dir)!r} is a file; name a folder")
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / ".lock").open("w") as lock:
         lock_file(lock, f"output_dir={str(output_dir)!r} is being trained into by another process; choose another one")

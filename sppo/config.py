@@ -132,6 +132,8 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "auto_find_batch_size": "set per_device_train_batch_size: a rollout cannot be divided again halfway",
             "neftune_noise_alpha": "leave it None: noise on the embeddings belongs to supervised training",
             "label_smoothing_factor": "leave it 0: there are no labels to smooth",
+            "use_liger_kernel": "leave it False: policy and critic are inside another module, where it does nothing; "
+            "call Liger's apply_liger_kernel_to_... before the model is loaded",
         }
         ignores_support = self.is_truncated and not self.replay_sampling_support
         if ignores_support and self.rollout_engine != "hf" and self.rollout_correction.startswith("sequence_"):

@@ -112,6 +112,9 @@ def _read(source: str | Dataset, options: dict[str, Any]) -> tuple[Dataset, int 
 
 
 def _read_file(path: Path) -> Dataset:
+    with path.open("rb") as file:
+        if not any(line.strip() for line in file):
+            raise ValueError(f"dataset {str(path)!r} is an empty file; give at least one prompt")
     try:
         return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
     except DatasetGenerationError as error:
@@ -170,6 +173,11 @@ def _prepare(
             f"dataset {name!r} has no column 'prompt', it has {data.column_names}; rename one, or build prompts "
             "from its columns with prompt_template, for example '{question}'"
         )
+    for i, prompt in enumerate(data["prompt"] if "prompt" in data.column_names else ()):
+        if not _is_prompt(prompt):
+            raise ValueError(
+                f"dataset {name!r}: the prompt of row {i} is {prompt!r}; give text, or chat messages with 'content'"
+            )
     if "answer" not in data.column_names and "reward_model" in data.column_names:
         data = _with_column(data, "answer", [row["ground_truth"] for row in data["reward_model"]])
     if "abality" in data.column_names and "ability" not in data.column_names:  # misspelt in public files
@@ -235,6 +243,12 @@ def _filter_rows(rows: list[int], predicate: Callable[[int], bool]) -> tuple[lis
 def text_of(prompt: Any) -> str:
     """Return the text of a prompt or completion; of chat messages, the content of the last one."""
     return prompt if isinstance(prompt, str) else (prompt[-1]["content"] or "") if prompt else ""
+
+
+def _is_prompt(prompt: Any) -> bool:
+    if prompt is None or isinstance(prompt, str):
+        return True  # whether it is empty is another question
+    return isinstance(prompt, list) and all(isinstance(each, Mapping) and "content" in each for each in prompt)
 
 
 def _normalized(prompt: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, cast
 
 import datasets
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
@@ -39,6 +40,15 @@ from sppo.rollout.prompts import Prompts
 from sppo.rollout.stream import ProcessContext, Progress, RolloutStream
 
 logger = logging.get_logger(__name__)
+
+_MOST_SKIPPED_UPDATES = 10  # in a row, because of gradients that are not finite
+
+# Policy and critic are clipped apart, and held, in a method that is private to transformers and may be renamed.
+if not callable(getattr(Trainer, "_clip_grad_norm", None)):
+    raise ImportError(
+        f"transformers {transformers.__version__} has no Trainer._clip_grad_norm, with which SPPOTrainer clips "
+        "gradients; install transformers 5.24, or a version of sppo-kernels that knows this one"
+    )
 
 
 class SPPOTrainer(Trainer):
@@ -110,6 +120,7 @@ class SPPOTrainer(Trainer):
             args=args,
         )
         name_run(args)
+        self._skipped_in_a_row = 0
         super().__init__(
             model=actor_critic,
             args=args,
@@ -254,6 +265,13 @@ class SPPOTrainer(Trainer):
         max_norms = {"policy": self.args.max_grad_norm, "critic": self.args.critic_max_grad_norm}
         norms, finite = clip_gradients(self.actor_critic, max_norms=max_norms, learns=self.rollouts.learns)
         self.meter.sum("skipped_updates", not finite)
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row == _MOST_SKIPPED_UPDATES:
+            raise FloatingPointError(
+                f"the gradients of {_MOST_SKIPPED_UPDATES} updates in a row were not finite, so nothing is learned; "
+                f"resume from a checkpoint before update {self.state.global_step - _MOST_SKIPPED_UPDATES + 2} with a "
+                "lower learning_rate, and look at the rewards, advantages and log-probabilities in metrics.jsonl"
+            )
         if finite:
             self.meter.mean({f"{name}_grad_norm": norm for name, norm in norms.items()})
         return norms.get("policy", torch.zeros((), device=self.args.device))

@@ -42,7 +42,6 @@ OPTIONAL = (
     Package("peft", "0.18", "adapters"),
     Package("vllm", "0.20", "rollouts with vLLM"),
     Package("flash-attn", "2.8", "faster attention on a GPU"),
-    Package("liger-kernel", "0", "use_liger_kernel=True"),
     Package("deepspeed", "0", "sharded training with DeepSpeed"),
     Package("tensorboard", "0", "report_to=tensorboard"),
     Package("trackio", "0", "report_to=trackio"),

@@ -15,6 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 _WEIGHTS = "adapter_model.safetensors"
 _NOT_ABOUT_LEARNING = ("inference_mode", "base_model_name_or_path", "task_type", "peft_version", "revision")
@@ -52,6 +55,11 @@ def add_adapter(model: PreTrainedModel, config: Any, *, also: Iterable[nn.Module
             f"{type(model).__name__} has an adapter; leave peft_config None to train it, or merge it into the model"
         )
     _check_config(config)
+    if config.lora_dropout:
+        raise ValueError(
+            f"peft_config.lora_dropout must be 0, got {config.lora_dropout}: policy and critic are trained without "
+            "dropout, so that a ratio differs from 1 only because the weights changed"
+        )
     config, also = copy.deepcopy(config), list(also)
     config.base_model_name_or_path = model.config._name_or_path or None
     model.requires_grad_(False)
@@ -114,6 +122,9 @@ def continue_adapter(model: PreTrainedModel) -> None:
     Raises:
         ValueError: an embedding has an adapter.
     """
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is not None and config.lora_dropout:
+        logger.warning(f"the adapter's lora_dropout={config.lora_dropout} is not applied: training has no dropout")
     output = model.get_output_embeddings()
     if output is not None and has_adapter(output):
         raise ValueError(

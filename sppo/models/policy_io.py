@@ -24,13 +24,19 @@ def load_policy(model: PreTrainedModel | str) -> PreTrainedModel:
 
     Raises:
         TypeError: the model is not a causal language model.
+        ValueError: the model is configured for a loss of its router.
     """
     if isinstance(model, (str, Path)):
-        return from_folder(model)
+        model = from_folder(model)
     if hasattr(model, "get_base_model"):
         model = unwrap_peft(model)
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise TypeError(f"model must be a causal language model of transformers or the name of one, got {type(model)}")
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            "model.config.output_router_logits is True, which asks for the router's load-balancing loss; the loss of "
+            "SPPO has no such term. Set it to False to train without"
+        )
     return model
 
 

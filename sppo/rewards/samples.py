@@ -14,6 +14,8 @@ from sppo.rollout.engine import Sample
 
 logger = logging.get_logger(__name__)
 
+_ROUNDING = 1e-6  # of a sum or mean of float32
+
 RewardFunction = Reward | Callable[..., Any] | str
 
 
@@ -73,12 +75,16 @@ def score_samples(
         Mean and standard deviation of each reward function, by name in the log.
 
     Raises:
-        ValueError: with ``as_probability``, a reward outside [0, 1].
+        ValueError: with ``as_probability``, a reward outside [0, 1] by more than rounding.
     """
     scores = grade(samples, rows, reward_funcs, weights=args.reward_weights, timeout=args.reward_timeout)
     for sample in samples:
         reward = sample.reward
-        if as_probability and reward is not None and not 0 <= reward <= 1:
+        if not as_probability or reward is None:
+            continue
+        if -_ROUNDING <= reward <= 1 + _ROUNDING:
+            sample.reward = min(1.0, max(0.0, reward))
+        else:
             raise ValueError(
                 f"reward must be in [0, 1], because the critic predicts it as a probability; got {reward} for the "
                 f"prompt {sample.prompt!r}. Rescale the reward functions, or set reward_weights to bring their sum "

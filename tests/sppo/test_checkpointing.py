@@ -1,6 +1,7 @@
 """A run that is killed by SIGKILL and resumed ends with the same bits as an uninterrupted one, in real processes."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import pytest
 from resume_run import make_trainer, run
 from safetensors.torch import load_file
 
+from sppo import _utils
 from sppo._utils import run_lock
 from sppo.checkpointing import load_stream, save_stream
 from sppo.rollout.batching import pack_policy_batch
@@ -290,3 +292,22 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
         trainer.train()
     trainer.args.max_steps = 1
     assert trainer.train().global_step == 1
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    """As Lustre and some network file systems are."""
+
+    def flock(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(_utils.fcntl, "flock", flock)
+    with run_lock(tmp_path):
+        assert "cannot be locked ([Errno 38] Function not implemented)" in caplog.text
+
+
+def test_a_file_is_no_output_dir(tmp_path):
+    (tmp_path / "file").touch()
+    trainer = make_trainer(tmp_path / "run", **WHOLE)
+    trainer.args.output_dir = str(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"output_dir='.*file' is a file; name a folder"):
+        trainer.train()

@@ -102,6 +102,7 @@ def test_paper_takes_overrides():
         ),
         ({"rollout_correction": "all"}, "rollout_correction must be one of none, token_truncate"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 is not available"),
+        ({"use_liger_kernel": True}, "use_liger_kernel=True is not available"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"temperature": 0.0}, "temperature must be greater than 0"),
         ({"temperature": float("nan")}, "temperature must be greater than 0"),

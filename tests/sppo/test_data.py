@@ -167,8 +167,18 @@ def test_a_missing_file_raises():
         ({"question": "?"}, r"no column 'prompt', it has \['question'\]; rename one, or .*prompt_template"),
         ({"prompt": "  "}, "the prompt of row 0 is empty"),
         ({"prompt": None}, "the prompt of row 0 is empty"),
+        ({"prompt": 5}, "the prompt of row 0 is 5; give text, or chat messages with 'content'"),
+        ({"prompt": [{"text": "hi"}]}, "the prompt of row 0 is .*; give text, or chat messages with 'content'"),
     ],
 )
 def test_invalid_rows_raise(row, message):
     with pytest.raises(ValueError, match=message):
         load_prompts(datasets.Dataset.from_list([row]))
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_an_empty_file_raises(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}' is an empty file; give at least one prompt"):
+        load_prompts(str(tmp_path / name))

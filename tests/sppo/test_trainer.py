@@ -97,6 +97,22 @@ def test_an_update_with_a_nonfinite_gradient_is_skipped(tmp_path):
     assert logged(trainer, "skipped_updates") == [1, 1, 1]
 
 
+def test_a_run_ends_after_ten_updates_in_a_row_without_finite_gradients(tmp_path):
+    trainer = make(tmp_path, max_steps=30)
+    original, calls = trainer._clip_grad_norm, []
+
+    def poison(model):
+        calls.append(1)
+        if len(calls) != 4:
+            trainer.model.critic.model.score.weight.grad[:] = torch.nan
+        return original(model)
+
+    trainer._clip_grad_norm = poison
+    with pytest.raises(FloatingPointError, match=r"10 updates in a row were not finite.*before update 5"):
+        trainer.train()
+    assert len(calls) == 14
+
+
 def test_only_the_critic_learns_during_its_warmup(tmp_path):
     trainer = make(tmp_path, max_steps=3, critic_warmup_steps=3)
     before = snapshot(trainer.model.policy)
@@ -157,6 +173,13 @@ def test_columns_reach_the_reward(tmp_path):
     assert logged(trainer, "rejected_rewards") == [0]
     asked = [s.prompt for s in trainer.rollouts.samples]
     assert asked[0::2] == asked[1::2]
+
+
+def test_rounding_does_not_end_a_run(tmp_path):
+    """A mean of float32 may be just above 1 or below 0."""
+    trainer = make(tmp_path, lambda completions, **_: [1.0000004, -2e-7] * (len(completions) // 2), max_steps=1)
+    trainer.train()
+    assert {sample.reward for sample in trainer.rollouts.samples} == {0.0, 1.0}
 
 
 def test_rewards_outside_zero_and_one_are_rejected(tmp_path):

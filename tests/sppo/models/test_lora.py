@@ -152,6 +152,7 @@ def test_merged_weights_make_the_model_that_the_adapter_makes():
         (object(), TypeError, "must be a peft.LoraConfig, got object"),
         (lora(target_modules=["q_proj", "lm_head"]), ValueError, "output embedding"),
         (lora(target_modules=["q_proj", "embed_tokens"]), ValueError, "input embedding"),
+        (lora(lora_dropout=0.3), ValueError, "peft_config.lora_dropout must be 0, got 0.3"),
         (lora(use_dora=True), ValueError, "peft_config.use_dora must be False, got True"),
         (lora(modules_to_save=["norm"]), ValueError, "peft_config.modules_to_save must be None"),
         (lora(target_modules=["no_such"]), ValueError, "does not fit Llama.*no_such"),

@@ -4,7 +4,7 @@ from tiny_models import tiny_model
 from tiny_run import logged, make
 
 from sppo import SPPOConfig
-from sppo.models.policy_io import ensure_fp32_weights
+from sppo.models.policy_io import ensure_fp32_weights, load_policy
 
 
 def test_bf16_converts_sixteen_bit_weights_to_float32(caplog):
@@ -38,3 +38,12 @@ def test_a_run_in_bfloat16_takes_small_steps(tmp_path, algorithm):
     assert moved > 1000
     assert count(lambda a, b: a.bfloat16() == b.bfloat16()) < 0.2 * moved
     assert logged(trainer, "skipped_updates") == [0, 0]
+
+
+def test_a_loss_of_the_router_is_refused():
+    model = tiny_model()
+    model.config.output_router_logits = True
+    with pytest.raises(
+        ValueError, match="output_router_logits is True, which asks for the router's load-balancing loss"
+    ):
+        load_policy(model)
