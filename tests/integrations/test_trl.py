@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer import utils
 
 from sppo_kernels.integrations import trl as fused
+from sppo_kernels.ops.linear_logprobs import lm_head
 
 NAMES = ("_ChunkedLogProbFunction", "_use_triton", "_fused_logprob_entropy", "_supports_trl_loss_kernel")
 ORIGINALS = {name: getattr(utils, name) for name in NAMES}
@@ -197,6 +198,20 @@ def test_settings_reach_the_operation():
     assert flops["recompute"] / flops["cache"] == pytest.approx(4 / 3)
 
 
+@pytest.mark.parametrize(("settings", "is_fused"), [({}, False), ({"projection": "fused"}, True)])
+def test_the_projection_reaches_the_operation(monkeypatch, settings, is_fused):
+    tensors, targets = arguments()
+    expected, expected_gradients = chunked_logprobs(tensors, targets, softcap=2.0)
+    made = []
+    original = lm_head.FusedProjection
+    monkeypatch.setattr(lm_head, "FusedProjection", lambda *args, **given: made.append(1) or original(*args, **given))
+    with fused.patch(backward="recompute", **settings):
+        results, gradients = chunked_logprobs(tensors, targets, softcap=2.0)
+    assert bool(made) is is_fused
+    torch.testing.assert_close(results[:2], expected[:2])
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 4), (5,), ()])
 @pytest.mark.parametrize("masked", [False, True])
@@ -287,6 +302,7 @@ def test_unsupported_versions_are_rejected(monkeypatch, version):
         ({"backward": "recompuet"}, "backward"),
         ({"logits_budget_bytes": "4GB"}, "logits_budget_bytes"),
         ({"mass_tolerance": 2.0}, "mass_tolerance"),
+        ({"projection": "fast"}, "projection"),
         ({"backend": "cuda"}, "backend"),
     ],
 )
