@@ -4,8 +4,9 @@ No launch of a kernel is described here. The public functions run, forward and b
 Triton believes that a given GPU is present, and each launch is recorded instead of made: constants, argument types,
 alignment, warps and stages are those of the real call. Each distinct launch is then compiled for that GPU.
 
-Registers are per thread (vector registers on AMD); spills are 32-bit registers kept in memory. Shared memory is in
-bytes per block, stack in bytes per thread. In a configuration, w8s3 means 8 warps and 3 stages.
+Registers are per thread (vector registers on AMD); spills are 32-bit registers kept in memory. Scalar registers of AMD
+GPUs that lanes of vector registers hold are counted apart, as scalars_in_lanes. Shared memory is in bytes per block,
+stack in bytes per thread. In a configuration, w8s3 means 8 warps and 3 stages.
 
 Code for NVIDIA's GPUs is disassembled. The hot path is what a warp executes for one whole block of elements: one pass
 of a loop, or the kernel from start to end (see machine_code.py). Its instructions are counted by class, per element.
@@ -17,8 +18,7 @@ operations are predicted, from the launches that they make at real sizes (see ti
 bounds that say what bounds each kernel, not measurements. "sparse" is assumed to keep 62 entries of every token. The
 fused projection is compared with the vendor's product under assumptions that projection_predictions.py states.
 
-The exit code is 1 when a kernel spills (other than the fused projection with options or unaligned rows, see
-projection_cases.py), does not compile, needs more shared memory than a block may have, exceeds its
+The exit code is 1 when a kernel spills, does not compile, needs more shared memory than a block may have, exceeds its
 budget (see budgets.py and products.py), lacks the instructions of fast products, or is launched by no case.
 """
 

@@ -17,7 +17,6 @@ from benchmarks.compile.launches import TARGETS, AbsentGPU, Launch, kernel_of
 from benchmarks.compile.machine_code import HotPath, disassemble, hot_path
 from benchmarks.compile.occupancy import occupancy
 from benchmarks.compile.products import Product, is_product, product_of
-from benchmarks.compile.projection_cases import may_spill
 from benchmarks.compile.tiles import Tile, tile_of
 
 
@@ -80,6 +79,7 @@ class Binary:
     spills: int = 0
     shared: int = 0
     stack: int = 0
+    scalars_in_lanes: int = 0
     error: str = ""
     programs_per_sm: int | None = None
     occupancy: float | None = None
@@ -95,7 +95,7 @@ class Binary:
         limit = TARGETS[self.launch.target].shared_limit
         if self.error:
             return self.error
-        if self.spills and not may_spill(self.launch.kernel, self.launch.case):
+        if self.spills:
             return f"spills {self.spills} registers"
         if self.shared > limit:
             return f"needs {self.shared} bytes of shared memory, a block has {limit}"
@@ -138,7 +138,7 @@ def _nvidia_binary(launch: Launch, binary: Any) -> Binary:
     listing, representation = disassemble(cubin), binary.asm["ttgir"]
     code: dict[str, Any]
     if is_product(representation):
-        code = {"product": product_of(listing, launch.constants, warps)}
+        code = {"product": product_of(listing, representation, launch.constants, warps)}
     else:
         tile = tile_of(representation)
         code = {"hot": Hot.of(hot_path(listing, tile.in_loop), tile, warps)}
@@ -160,13 +160,17 @@ def parse_cuobjdump(text: str) -> dict[str, int]:
 
 
 def parse_amdgcn(text: str) -> dict[str, int]:
-    """Parse the metadata at the end of AMD assembly; vgpr_count includes the accumulation registers."""
-    keys = "vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
+    """Parse the metadata at the end of AMD assembly; vgpr_count includes the accumulation registers.
+
+    The compiler counts a register as spilled also when another one holds it. Memory is used where there is a stack.
+    """
+    keys = "vgpr_count|sgpr_spill_count|private_segment_fixed_size"
     use = {name: int(value) for name, value in re.findall(rf"^\s*\.({keys}):\s+(\d+)", text, re.M)}
     return {
         "registers": use["vgpr_count"],
-        "spills": use["vgpr_spill_count"] + use["sgpr_spill_count"],
+        "spills": -(-use["private_segment_fixed_size"] // 4),
         "stack": use["private_segment_fixed_size"],
+        "scalars_in_lanes": use["sgpr_spill_count"],
     }
 
 

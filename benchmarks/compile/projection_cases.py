@@ -57,14 +57,6 @@ def label_of(dtype: str, head: Head, mode: str) -> str:
     return f"{dtype} {head.title} fused {mode}"
 
 
-def may_spill(kernel: str, case: str) -> bool:
-    """Tell whether a launch may spill registers: the projection with options, or with rows that are not aligned.
-
-    It spills up to a hundred, most of them where both meet. This is not what is wanted: a smaller tile would do.
-    """
-    return kernel == library_seams.PROJECTION_KERNEL and (FULL.title.partition(" softcap")[2] in case or "H=97" in case)
-
-
 def cases() -> Iterator[Case]:
     """Yield every mode for every head in bfloat16, and for the first head in float32.
 
@@ -77,9 +69,9 @@ def cases() -> Iterator[Case]:
 
 
 def candidate_cases() -> Iterator[Case]:
-    """Yield every mode of a head with all features, with every tile that the target has."""
+    """Yield every mode of a head without options, whose tile is the chosen one, with every tile of the target."""
     for tile, mode in product(library_seams.PROJECTION.candidates, MODES):
-        label = f"{label_of('bf16', FULL, mode)} tuned {'/'.join(map(str, tile))}"
+        label = f"{label_of('bf16', PLAIN, mode)} tuned {'/'.join(map(str, tile))}"
         yield Case("linear_logprobs", label, functools.partial(_call_with, tile, mode))
 
 
@@ -87,7 +79,7 @@ def _call_with(tile: Any, mode: str) -> None:
     """Launch nothing on a target that does not have the tile."""
     if tile in library_seams.projection_candidates():
         with library_seams.PROJECTION.using(tile):
-            _call(DTYPES["bf16"], FULL, mode)
+            _call(DTYPES["bf16"], PLAIN, mode)
 
 
 def _call(dtype: torch.dtype, head: Head, mode: str) -> None:

@@ -17,11 +17,10 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.__main__ import main
-from benchmarks.compile import budgets, hot_tables, products, table
+from benchmarks.compile import budgets, hot_tables, products, projection_cases, table
 from benchmarks.compile.binaries import Binary, Hot, parse_amdgcn, parse_cuobjdump
 from benchmarks.compile.launches import TARGETS, Launch
 from benchmarks.compile.occupancy import occupancy
-from benchmarks.compile.projection_cases import may_spill
 from benchmarks.compile.projection_predictions import tile_name
 from sppo_kernels.tuning import TUNABLES
 
@@ -116,9 +115,7 @@ def faulty(tmp_path_factory):
 def test_no_kernel_spills(library):
     done, report = library
     assert report["failures"] == []
-    assert all(
-        (row["spills"] == 0 or may_spill(row["kernel"], row["case"])) and not row["error"] for row in report["rows"]
-    )
+    assert all(row["spills"] == 0 and not row["error"] for row in report["rows"])
     assert done.returncode == 0, done.stderr
 
 
@@ -137,9 +134,7 @@ def test_the_committed_report_of_each_version_of_triton_is_whole_and_has_no_spil
     (file,) = (ROOT / "benchmarks/results/cpu").glob(f"compile-triton-{version}.*.json")
     report = json.loads(file.read_text())
     assert (report["failures"], report["quick"], report["targets"]) == ([], False, list(TARGETS))
-    assert all(
-        (row["spills"] == 0 or may_spill(row["kernel"], row["case"])) and not row["error"] for row in report["rows"]
-    )
+    assert all(row["spills"] == 0 and not row["error"] for row in report["rows"])
     for name, tunable in TUNABLES.items():
         tuned = {
             row["case"].rpartition(" tuned ")[2] for row in report["rows"] if row["operation"] == name.split(".")[0]
@@ -147,6 +142,15 @@ def test_the_committed_report_of_each_version_of_triton_is_whole_and_has_no_spil
         # On a target where a candidate is the default, it is not compiled a second time as "tuned".
         tuned |= {tile_name(row) for row in report["rows"] if "projection" in row["kernel"]}
         assert tuned >= {"/".join(map(str, config)) for config in tunable.candidates[1:]}
+    # Tiles of fewer tokens, which "sparse" takes on Hopper, add each token's logits in the same order.
+    code = {row["case"]: (row["constants"], row["product"]) for row in report["rows"]
+            if row["target"] == "sm_90" and row["constants"].get("MODE") == "statistics"}  # fmt: skip
+    (few, its), (many, others) = (
+        code[projection_cases.label_of("bf16", projection_cases.PLAIN, mode)] for mode in ("sparse", "scoring")
+    )
+    assert few["BLOCK_N"] < many["BLOCK_N"]
+    assert few["BLOCK_V"] == many["BLOCK_V"]
+    assert its["layout"] == others["layout"] != ""
 
 
 @pytest.mark.slow
@@ -277,7 +281,7 @@ def test_amd_metadata_is_read():
     .vgpr_count:     512
     .vgpr_spill_count: 3445
     """
-    assert parse_amdgcn(text) == {"registers": 512, "spills": 3450, "stack": 6224}
+    assert parse_amdgcn(text) == {"registers": 512, "spills": 1556, "stack": 6224, "scalars_in_lanes": 5}
 
 
 def row(target: str, **fields) -> Binary:

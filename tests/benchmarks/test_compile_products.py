@@ -45,13 +45,15 @@ def binary(case: str = "bf16", target: str = "sm_90", product: Product | None = 
 
 
 def test_what_lies_outside_of_the_blocks_with_matrix_instructions_is_counted_per_element():
-    found = product_of(listing(CODE), CONSTANTS, warps=8)
-    assert found == Product(main=4, outside=5, elements=8.0, special=1, found={"HGMMA": 2, "UTMALDG": 1})
+    representation = "#mma = #ttg.nvidia_mma<{versionMajor = 3, warpsPerCTA = [8, 1]}>\n#shared = #ttg.x<{}>"
+    found = product_of(listing(CODE), representation, CONSTANTS, warps=8)
+    names, layout = {"HGMMA": 2, "UTMALDG": 1}, "versionMajor = 3, warpsPerCTA = [8, 1]"
+    assert found == Product(main=4, outside=5, elements=8.0, special=1, found=names, layout=layout)
     assert found.per_element == 5 / 8
 
 
 def test_code_without_matrix_instructions_is_no_product():
-    assert product_of(listing("FFMA R0, R1, R2, R0\nEXIT"), CONSTANTS, warps=8) is None
+    assert product_of(listing("FFMA R0, R1, R2, R0\nEXIT"), "", CONSTANTS, warps=8) is None
     assert is_product("%a = ttng.warp_group_dot %x, %y, %z : tensor<64x128xf32>")
     assert is_product("%a = tt.dot %x, %y, %z")
     assert not is_product("%a = tt.load %dot_ptr")

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import sppo_kernels
 from sppo_kernels import reference, tuning
 from sppo_kernels.ops.linear_logprobs.projection import triton as triton_backend
-from sppo_kernels.ops.linear_logprobs.projection.factors import head_class
+from sppo_kernels.ops.linear_logprobs.projection.factors import Factors, head_class
 from sppo_kernels.ops.row_passes.triton.shared import launch_shape
 from sppo_kernels.tuning import TUNABLES, Config, shape_class
 
@@ -106,18 +106,35 @@ def test_the_chosen_configuration_is_launched(name):
     assert launch_shape(tunable, rows)["BLOCK"] == 2048
 
 
+def tile(weight, **options):
+    """The tile for an output embedding, and a hidden state beside it."""
+    given = {"hiddens": [weight[:1]], "weights": [weight], "bias": None, "softcap": 0.0, **options}
+    return triton_backend.tile_of(Factors(**given))
+
+
 def test_the_chosen_tile_of_the_projection_is_launched():
     """Only for output embeddings of the same shape in half precision."""
     tunable, weight = TUNABLES[PROJECTION], torch.empty(137, 72, dtype=torch.bfloat16, device=DEVICE)
-    default, other = triton_backend.tile_of(weight), tunable.candidates[1]
+    default, other = tile(weight), tunable.candidates[1]
     tunable.choose(head_class(weight), other)
-    assert triton_backend.tile_of(weight) == other != default
-    assert triton_backend.tile_of(weight[:136]) == default
-    assert triton_backend.tile_of(weight.float()).block_n == 64
+    assert tile(weight) == other != default
+    assert tile(weight[:136]) == default
+    assert tile(weight.float()).block_n == 64
     with tunable.using(tunable.candidates[2]):
-        assert triton_backend.tile_of(weight) == triton_backend.tile_of(weight[:136]) == tunable.candidates[2]
+        assert tile(weight) == tile(weight[:136]) == tunable.candidates[2]
     tuning.reset()
-    assert triton_backend.tile_of(weight) == default
+    assert tile(weight) == default
+
+
+def test_a_tile_of_the_projection_leaves_registers_for_options_and_for_rows_that_are_not_aligned():
+    """The chosen tile has 128 columns. Alignment is that of the factors, not that of the tokens of one call."""
+    weight = torch.empty(137, 72, dtype=torch.bfloat16, device=DEVICE)
+    assert tile(weight).block_v == tile(weight, bias=weight[:, 0]).block_v == 128
+    for options in ({"softcap": 30.0}, {"hiddens": [weight[:1]] * 2, "weights": [weight, weight]}):
+        assert tile(weight, **options).block_v == 64
+        assert tile(weight, **options).block_n >= 128
+    for unaligned in (weight[:, 1:65], weight.view(-1)[: 137 * 71].view(137, 71), weight.t()):
+        assert (tile(unaligned).block_n, tile(unaligned).block_v) == (64, 64)
 
 
 def test_a_saved_tile_is_loaded(tmp_path):
@@ -129,8 +146,8 @@ def test_a_saved_tile_is_loaded(tmp_path):
     assert not triton_backend.is_chosen(weight)
     tuning.load(path)
     assert triton_backend.is_chosen(weight)
-    assert triton_backend.tile_of(weight) == TUNABLES[PROJECTION].candidates[1]
-    assert isinstance(triton_backend.tile_of(weight), triton_backend.Tile)
+    assert tile(weight) == TUNABLES[PROJECTION].candidates[1]
+    assert isinstance(tile(weight), triton_backend.Tile)
 
 
 def test_short_rows_get_a_block_that_holds_them():

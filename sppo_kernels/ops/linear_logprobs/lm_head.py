@@ -158,7 +158,7 @@ class LMHead:
         num_seen = 0
         num_need_dense = results.num_entries.new_zeros((), dtype=torch.int64)  # among those seen
         if self.is_fused:
-            size = fused_block_size(self.hiddens, self.weights[0], max(shards), self.backend)
+            size = fused_block_size(self.hiddens, max(shards), self.backend)
         else:
             # The PyTorch backend is for CPUs, where a matrix product copies the weight in every call, so small chunks
             # cost more per token. Without the logit gradients that backward also holds, twice as many logits fit.

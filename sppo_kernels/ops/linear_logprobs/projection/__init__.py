@@ -295,9 +295,9 @@ class FusedProjection:
         return self._compute(index, label, base, **keep)
 
 
-def block_size(hiddens: list[Tensor], weight: Tensor, vocab: int, backend: str) -> int:
+def block_size(hiddens: list[Tensor], vocab: int, backend: str) -> int:
     """Return how many tokens to compute at a time, a multiple of 256; ``vocab`` is that of the largest shard."""
-    parts = triton_backend.bytes_per_token(weight, vocab) if backend == "triton" else 0
+    parts = triton_backend.bytes_per_token(vocab) if backend == "triton" else 0
     row = parts + sum(hidden.shape[1] * hidden.itemsize for hidden in hiddens)
     return max(_TOKENS_MULTIPLE, _WORKSPACE_BYTES // row // _TOKENS_MULTIPLE * _TOKENS_MULTIPLE)
 

@@ -24,7 +24,8 @@ from .factors import Factors, ProjectionPass, Statistics, head_class
 
 # Tiles of tokens that are multiplied with one tile of the weight while it is in the cache.
 _GROUP = 8
-_DESCRIPTOR_ALIGNMENT = 16  # bytes
+_ALIGNMENT = 16  # bytes, of tensor descriptors and of the widest loads
+_MOST_STRIDE = 1 << 23  # elements; places in a tile, of at most 256 rows, have 32 bits
 _HOPPER = 90  # compute capability 9.0, the first with tensor descriptors
 _WORD = 32  # bits
 _MULTIPLIES_HALF_WRONGLY = bool(triton.knobs.runtime.interpret)  # as numpy does with the bits of bfloat16
@@ -49,8 +50,12 @@ TILES = Tunable(
     Tile(256, 128, 64, 8, 3),
 )
 _DEFAULT_OF_HOPPER = Tile(256, 128, 64, 8, 3)
-_FLOAT32 = Tile(64, 64, 32, 4, 2)  # products without tensor cores
-_MOST_ROWS = 128  # with more, what finishes a tile with bits or a softcap, or the pointers, do not fit in the registers
+# What fits in the registers beside a softcap and its slope, beside places of rows that are not aligned, and in products
+# without tensor cores.
+_OPTIONS = Tile(128, 64, 64, 8, 3)
+_NOT_ALIGNED = Tile(64, 64, 32, 8, 3)
+_FLOAT32 = Tile(64, 32, 32, 4, 2)
+_MOST_ROWS_WITH_BITS = 128
 
 
 @triton.jit
@@ -93,21 +98,24 @@ def _add_product(
                 y = y.to(tl.float32)
             acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
     else:
-        rows = row + tl.arange(0, BLOCK_N)
-        columns = column + tl.arange(0, BLOCK_V)
+        # One pointer of 64 bits for the tile, and places in it of 32: a pointer per element does not fit in registers.
+        rows = tl.arange(0, BLOCK_N)
+        columns = tl.arange(0, BLOCK_V)
         k = tl.arange(0, BLOCK_K)
-        a_ptr = a + tl.where(rows < N, rows, 0).to(tl.int64)[:, None] * stride_a + k[None, :] * stride_a_column
-        b_ptr = b + tl.where(columns < V, columns, 0).to(tl.int64)[None, :] * stride_b + k[:, None] * stride_b_column
+        a += row.to(tl.int64) * stride_a
+        b += column.to(tl.int64) * stride_b
+        a_at = tl.where(rows < N - row, rows, 0)[:, None] * stride_a + k[None, :] * stride_a_column
+        b_at = tl.where(columns < V - column, columns, 0)[None, :] * stride_b + k[:, None] * stride_b_column
         for start in range(0, K, BLOCK_K):
             inside = k < K - start
-            x = tl.load(a_ptr, mask=inside[None, :], other=0.0)
-            y = tl.load(b_ptr, mask=inside[:, None], other=0.0)
+            x = tl.load(a + a_at, mask=inside[None, :], other=0.0)
+            y = tl.load(b + b_at, mask=inside[:, None], other=0.0)
             if TO_FLOAT32:
                 x = x.to(tl.float32)
                 y = y.to(tl.float32)
             acc = tl.dot(x, y, acc, input_precision=PRECISION)
-            a_ptr += BLOCK_K * stride_a_column
-            b_ptr += BLOCK_K * stride_b_column
+            a += BLOCK_K * stride_a_column
+            b += BLOCK_K * stride_b_column
     return acc
 
 
@@ -190,7 +198,9 @@ def linear_logprobs_projection_kernel(
             rate = LOG2_E / tl.load(tau_ptr + rows, mask=live, other=1.0)
             base = tl.load(base_ptr + rows, mask=live, other=0.0)
             label = tl.load(label_ptr + rows, mask=live, other=-1)
-            has_label = tl.max(((label >= column) & (label < column + BLOCK_V)).to(tl.int32), 0)
+            # Places in the tile, of 32 bits; comparing each element with numbers of 64 takes twice as long.
+            place = tl.where((label >= column) & (label < column + BLOCK_V), label - column, -1).to(tl.int32)
+            has_label = tl.max(place, 0) >= 0
         x = _add_product(
             tl.zeros([BLOCK_N, BLOCK_V], tl.float32),
             hidden,
@@ -240,8 +250,8 @@ def linear_logprobs_projection_kernel(
         if MODE == "maximum":
             tl.store(part_ptr + v_tile.to(tl.int64) * N + rows, tl.max(y, 1), mask=live)
         else:
-            is_label = columns[None, :] == label[:, None]
-            if MODE != "gradient" and has_label != 0:
+            if MODE != "gradient" and has_label:
+                is_label = tl.arange(0, BLOCK_V)[None, :] == place[:, None]
                 y = tl.where(is_label, float("-inf"), y)  # the label's share is added afterwards
             d = (y - base[:, None]) * rate[:, None]
             if bit_ptr is not None:
@@ -268,9 +278,9 @@ def linear_logprobs_projection_kernel(
                     e *= slope
                 if SCALED:
                     e *= scale
-                if MODE == "gradient" and has_label != 0:
+                if MODE == "gradient" and has_label:
                     at_label = tl.load(at_label_ptr + rows, mask=live, other=0.0)
-                    e = tl.where(is_label, at_label[:, None], e)
+                    e = tl.where(tl.arange(0, BLOCK_V)[None, :] == place[:, None], at_label[:, None], e)
                 if OUT_DESCRIPTOR:
                     out.store([row, column], e.to(out.dtype))
                 else:
@@ -300,6 +310,23 @@ def linear_logprobs_add_tiles_kernel(
 _ADDED_ROWS, _ADDED_TILES = 32, 32  # per program, and per step
 
 
+def _accessible(factors: Factors) -> Factors:
+    """Copy hidden states that could be aligned and are not, since the tile, and with it last bits, depend on that.
+
+    Factors with strides that are too large for the kernel are copied too. Such a weight has few rows, or few columns.
+    """
+
+    def rows(x: Tensor, *, copy: bool = False) -> Tensor:
+        return x.clone(memory_format=torch.contiguous_format) if copy or max(x.stride()) > _MOST_STRIDE else x
+
+    return factors._replace(
+        hiddens=[
+            rows(x, copy=not _is_aligned(x) and x.shape[1] * x.itemsize % _ALIGNMENT == 0) for x in factors.hiddens
+        ],
+        weights=[rows(x) for x in factors.weights],
+    )
+
+
 def statistics(
     factors: Factors,
     *,
@@ -310,6 +337,7 @@ def statistics(
     scale: float = 1.0,
     log_floor: float | None = None,
 ) -> Statistics:
+    factors = _accessible(factors)
     n, vocab = len(labels), len(factors.weights[0])
     bits = None if log_floor is None else labels.new_empty(n, cdiv(vocab, _WORD), dtype=torch.int32)
     parts = _parts(2 if log_floor is None else 3, factors, n)
@@ -331,6 +359,7 @@ def statistics(
 
 
 def maximum(factors: Factors) -> Tensor:
+    factors = _accessible(factors)
     parts = _parts(1, factors, len(factors.hiddens[0]))
     _launch("maximum", factors, part_ptr=parts)
     return _add_tiles(parts, is_maximum=True)[0]
@@ -349,7 +378,7 @@ def gradient(
 ) -> None:
     _launch(
         "gradient",
-        factors,
+        _accessible(factors),
         label_ptr=labels,
         tau_ptr=temperature,
         base_ptr=base,
@@ -363,11 +392,21 @@ def gradient(
 TRITON_PROJECTION = ProjectionPass(statistics, maximum, gradient)
 
 
-def tile_of(weight: Tensor) -> Tile:
-    """Return the tile for an output embedding: the chosen one, or else the default of the device."""
+def tile_of(factors: Factors) -> Tile:
+    """Return the tile for factors: the chosen one, or else the default of the device, or less where registers lack."""
+    weight = factors.weights[0]
     if weight.dtype == torch.float32:
         return _FLOAT32
-    return TILES.choice(head_class(weight)) or (_DEFAULT_OF_HOPPER if _capability() == _HOPPER else TILES.default)
+    tile = TILES.choice(head_class(weight)) or (_DEFAULT_OF_HOPPER if _capability() == _HOPPER else TILES.default)
+    if not all(map(_is_aligned, (*factors.hiddens, *factors.weights))):
+        return _least(tile, _NOT_ALIGNED)
+    if factors.softcap or len(factors.weights) > 1:
+        return _least(tile, _OPTIONS)
+    return tile
+
+
+def _least(a: Tile, b: Tile) -> Tile:
+    return Tile(*map(min, a, b))
 
 
 def candidates() -> tuple[Tile, ...]:
@@ -381,14 +420,14 @@ def is_chosen(weight: Tensor) -> bool:
     return weight.itemsize == 2 and TILES.choice(head_class(weight)) is not None
 
 
-def bytes_per_token(weight: Tensor, vocab: int) -> int:
-    """Return the bytes of the parts of a token."""
-    return 8 * cdiv(vocab, tile_of(weight).block_v)
+def bytes_per_token(vocab: int) -> int:
+    """Return the bytes of the parts of a token, with the default tile, so that ranks with other shards agree."""
+    return 8 * cdiv(vocab, TILES.default.block_v)
 
 
 def _parts(fields: int, factors: Factors, n: int) -> Tensor:
     weight = factors.weights[0]
-    tiles = cdiv(len(weight), tile_of(weight).block_v)
+    tiles = cdiv(len(weight), tile_of(factors).block_v)
     return torch.empty(fields, tiles, n, dtype=torch.float32, device=weight.device)
 
 
@@ -414,13 +453,13 @@ def _add_tiles(parts: Tensor, *, is_maximum: bool = False) -> Tensor:
 def _launch(mode: str, factors: Factors, *, part_ptr=None, out=None, scale=1.0, bit_ptr=None, **tokens: Any) -> None:
     hiddens, weights = factors.hiddens, factors.weights
     n, vocab = len(hiddens[0]), len(weights[0])
-    tile = tile_of(weights[0])
+    tile = tile_of(factors)
     is_float32 = weights[0].dtype == torch.float32
     depths = [max(16, min(tile.block_k, next_power_of_2(x.shape[1]))) for x in hiddens]
     use_descriptors = _capability() >= _HOPPER and not is_float32
     described = [use_descriptors and _is_aligned(a) and _is_aligned(b) for a, b in zip(hiddens, weights, strict=True)]
-    if bit_ptr is not None or factors.softcap or not all(described):
-        tile = tile._replace(block_n=min(tile.block_n, _MOST_ROWS))
+    if bit_ptr is not None:
+        tile = tile._replace(block_n=min(tile.block_n, _MOST_ROWS_WITH_BITS))
     operands: dict[str, Any] = {"adapter_hidden": None, "adapter_weight": None}
     for prefix, hidden, weight, depth, by_descriptor in zip(
         ("", "adapter_"), hiddens, weights, depths, described, strict=False
@@ -481,11 +520,7 @@ def _capability() -> int:
 
 def _is_aligned(x: Tensor) -> bool:
     """Return whether tensor descriptors can address the rows of ``x``."""
-    return (
-        x.stride(1) == 1
-        and x.data_ptr() % _DESCRIPTOR_ALIGNMENT == 0
-        and x.stride(0) * x.itemsize % _DESCRIPTOR_ALIGNMENT == 0
-    )
+    return x.stride(1) == 1 and x.data_ptr() % _ALIGNMENT == 0 and x.stride(0) * x.itemsize % _ALIGNMENT == 0
 
 
 def _num_programs(device: torch.device, tiles: int) -> int:

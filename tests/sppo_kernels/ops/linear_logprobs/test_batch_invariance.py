@@ -69,6 +69,19 @@ def test_beside_ignored_tokens(given, settings):
     assert torch.equal(some[:, 1::2], full[:, 1::2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hidden_states_that_begin_anywhere(settings, dtype):
+    """A view of others has rows that are not aligned; the same tokens beside ignored ones are copied."""
+    given = inputs(N[settings["backend"]], 40, 150, dtype)
+    wide = torch.zeros(len(given["hidden"]), 43, dtype=dtype, device=DEVICE)
+    with torch.no_grad():
+        views = wide[:, 1:41], wide.as_strided(wide.shape, (1, len(wide)))[:, :40]
+        want = score(given, **settings)
+        for view in views:
+            view.copy_(given["hidden"])
+            assert torch.equal(score({**given, "hidden": view}, **settings), want)
+
+
 @pytest.mark.parametrize("backward", ["recompute", "cache", "sparse"])
 def test_scoring_and_training(given, settings, backward):
     with torch.no_grad():
