@@ -16,6 +16,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from sppo.rewards.processes import EXCEEDED, call_each, num_cores
+
 _MARKER = re.compile(r"(?:####|\b(?:final\s+)?answer\s*(?:is\b|:|=)[:*\s]*)\s*([^\n]*)", re.IGNORECASE)
 # Policies repeat themselves for thousands of characters, so no pattern may take time quadratic in the text. The
 # patterns below start only where no match can have started earlier (lookbehind) and do not backtrack (++ and *+).
@@ -75,25 +77,38 @@ def math(
     completions: Sequence[Any],
     *,
     tolerance: float | None = None,
-    seconds: int = 5,
+    seconds: float = 2.0,
+    memory_mb: int = 1024,
     **columns: Any,
-) -> list[float]:
+) -> list[float | Exception]:
     """Compare the final answer with the ground truth by math-verify: numbers, expressions, intervals, sets, text.
+
+    An answer that exceeds a limit is wrong, as ``9^{9^{9}}`` is. It costs no other answer its score.
 
     Args:
         prompts: text or chat messages.
         completions: text or chat messages.
         tolerance: also accept a number with at most this relative error (Minerva's answers need about 0.01).
-        seconds: time limit for parsing one answer, and for comparing two.
+        seconds: time limit per answer. As many answers are compared at once as this process has cores.
+        memory_mb: what the comparison of an answer may allocate, in MiB.
         **columns: the columns of the ground truth.
 
+    Returns:
+        1.0 or 0.0 per completion, or the ValueError of a ground truth that math-verify cannot parse.
+
     Raises:
-        ValueError: there is no ground truth, or math-verify cannot parse it.
+        ValueError: there is no ground truth.
     """
-    return [
-        _math(prompt, completion, str(truth), tolerance, seconds)
-        for prompt, completion, truth in zip(prompts, completions, _ground_truths(columns), strict=True)
-    ]
+    import math_verify  # noqa: F401 - before the processes that use it are forked
+
+    samples = list(zip(prompts, completions, _ground_truths(columns), strict=True))
+
+    def grade(i: int) -> float:
+        prompt, completion, truth = samples[i]
+        return _math(prompt, completion, str(truth), tolerance, maths.ceil(seconds))
+
+    found = call_each(grade, len(samples), seconds=seconds, memory_mb=memory_mb, at_once=num_cores())
+    return [0.0 if value == EXCEEDED else value if isinstance(value, float) else ValueError(value) for value in found]
 
 
 def _math(prompt: Any, completion: Any, truth: str, tolerance: float | None, seconds: int) -> float:

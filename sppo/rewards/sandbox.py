@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.rewards.builtin import final_answer, text_after_thinking
+from sppo.rewards.processes import num_cores
 
 _JAIL = Path(__file__).with_name("jail.py")
 _REASONING_VERIFIER = Path(__file__).with_name("reasoning_verifier.py")
@@ -72,7 +73,7 @@ def unit_tests(
         passed = count_passed(code, row_tests, seconds=seconds, memory_mb=memory_mb, isolation=isolation)
         return passed / len(row_tests) if partial else float(passed == len(row_tests))
 
-    with ThreadPoolExecutor(_num_cores()) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         return list(pool.map(grade, prompts, completions, tests))
 
 
@@ -179,7 +180,7 @@ def _judge(
     """
     if not samples:
         return []
-    job = {"program": program.read_text(), "samples": samples, "seconds_per_sample": seconds, "at_once": _num_cores()}
+    job = {"program": program.read_text(), "samples": samples, "seconds_per_sample": seconds, "at_once": num_cores()}
     total = _STARTUP_SECONDS + 2 * seconds * len(samples)  # some may be repeated
     verdict = _run_jail(job, seconds=total, memory_mb=memory_mb, isolation=isolation)
     found = dict(json.loads(line) for line in verdict.splitlines() if line)
@@ -217,10 +218,6 @@ def _run_jail(job: dict[str, Any], *, seconds: float, memory_mb: int, isolation:
 def _check_isolation(isolation: str) -> None:
     if isolation not in ("namespaces", "limits"):
         raise ValueError(f"isolation must be 'namespaces' or 'limits', got {isolation!r}")
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
 
 
 def _communicate(job: bytes, verdict_fd: int, seconds: float) -> bytes:
