@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
+from sppo._utils import suggest
 from sppo.config import SPPOConfig
 from sppo.models.actor_critic import ActorCritic
 from sppo.models.critic_io import load_critic, save_critic
@@ -29,10 +31,13 @@ from sppo.models.fsdp import full_state, load_weights
 from sppo.models.lora import has_adapter, merged_weights, save_adapter, settings_of_adapter, trainable
 from sppo.rollout.stream import Progress, RolloutStream, Update
 
+logger = logging.get_logger(__name__)
+
 STAGING = ".staging"
 """Folder next to the checkpoints in which the next one is written; a crash leaves its files there."""
 
 _IDENTITY = "sppo_run.json"
+_ROWS = 20_000  # of a dataset, in a run's identity
 _LEARNED = "learned.safetensors"
 _CRITIC = "critic"
 _SCHEDULE_SETTINGS = (
@@ -62,6 +67,7 @@ _OUTPUT_SETTINGS = (
     "trackio_",
     "overwrite_",
     "enable_jit_checkpoint",
+    "full_disk",
     "include_",
 )
 _MACHINE_SETTINGS = (
@@ -77,6 +83,20 @@ _MACHINE_SETTINGS = (
     "resume_from_checkpoint",
     "_n_gpu",
 )
+_MEMORY_SETTINGS = (
+    "rollout_batch_size",
+    "rollout_engine_kwargs",
+    "max_tokens_per_micro_batch",
+    "logits_budget_bytes",
+    "logprobs_backward",
+    "logprobs_projection",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+)
+"""Settings that change memory and rounding only, so that a run may resume with others if the user says so."""
+
 _MAY_DIFFER = _SCHEDULE_SETTINGS + _OUTPUT_SETTINGS + _MACHINE_SETTINGS
 """Prefixes of the names of settings that may change when a run is resumed."""
 
@@ -200,7 +220,7 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
 
-def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset, rewards: Sequence[str]) -> dict[str, Any]:
+def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset, rewards: Sequence[Any]) -> dict[str, Any]:
     """Return what a run and a checkpoint must agree on for the run to resume from it."""
     return {
         **{name: value for name, value in args.to_dict().items() if not name.startswith(_MAY_DIFFER)},
@@ -209,9 +229,14 @@ def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset, re
         "critic": _digest(_architecture(model.critic.model.config)) if model.critic is not None else None,
         "learns": _digest(sorted(trainable(model))),
         "adapter": _digest(settings_of_adapter(model.policy)),
-        "dataset": _digest([len(dataset), *(dataset[i] for i in range(0, len(dataset), len(dataset) // 64 + 1))]),
+        "dataset": _digest([len(dataset), *_rows(dataset)]),
         "rewards": list(rewards),
     }
+
+
+def _rows(dataset: datasets.Dataset) -> Iterator[Any]:
+    """Yield all rows; of a dataset with more than _ROWS, evenly spaced ones."""
+    yield from dataset.select(range(0, len(dataset), -(-len(dataset) // _ROWS)))
 
 
 def save_identity(run: dict[str, Any], folder: Path) -> None:
@@ -256,12 +281,23 @@ def _last_complete(output_dir: Path) -> str | None:
     return max(numbered)[1] if numbered else None
 
 
-def check_identity(run: dict[str, Any], folder: str) -> None:
+def check_identity(run: dict[str, Any], folder: str, *, allow_changes: Sequence[str] = ()) -> None:
     """Check that a checkpoint is complete and belongs to this run.
+
+    Args:
+        run: the run's identity.
+        folder: the checkpoint.
+        allow_changes: settings that may differ, of those that affect memory only.
 
     Raises:
         ValueError: a file is missing, or a setting differs; the message names it.
     """
+    for name in allow_changes:
+        if name not in _MEMORY_SETTINGS:
+            raise ValueError(
+                f"allow_changes names {name!r}{suggest(name, _MEMORY_SETTINGS)}; a run can resume with other "
+                f"{', '.join(_MEMORY_SETTINGS)}"
+            )
     experience = ("experience_0.json", "experience_0.safetensors")
     by_deepspeed = any(Path(folder).glob("global_step*"))
     steps = ("global_step*",) if by_deepspeed else ("optimizer*", "scheduler.pt")
@@ -274,15 +310,25 @@ def check_identity(run: dict[str, Any], folder: str) -> None:
             )
     saved = json.loads(Path(folder, _IDENTITY).read_text())
     here = json.loads(json.dumps(run))  # tuples as lists, as in the file
-    differing = [
-        f"{name}: {saved[name]!r} there, {here[name]!r} here"
-        for name in saved.keys() & here.keys()  # another version of transformers has additional settings
+    changed = {
+        name: f"{name}: {saved[name]!r} there, {here[name]!r} here"
+        for name in sorted(saved.keys() & here.keys())  # another version of transformers has additional settings
         if saved[name] != here[name]
-    ]
+    }
+    # transformers renamed one setting, and knows both names.
+    allowed = {*allow_changes, *(name.replace("gradient_", "activation_") for name in allow_changes)}
+    differing = [text for name, text in changed.items() if name not in allowed]
     if differing:
+        memory = [name for name in changed if name in _MEMORY_SETTINGS and name not in allowed]
+        insist = f"; to change what uses memory, resume with --allow-changes {','.join(memory)}" if memory else ""
         raise ValueError(
             f"{folder!r} is a checkpoint of another run ({'; '.join(differing)}); "
-            "start it with the settings it had, or choose another output_dir"
+            f"start it with the settings it had, or choose another output_dir{insist}"
+        )
+    if changed:
+        logger.warning(
+            f"resuming with other settings ({'; '.join(changed.values())}): results differ by rounding from those of "
+            "an uninterrupted run"
         )
 
 

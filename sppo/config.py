@@ -120,6 +120,7 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "logprobs_backward": ("cache", "recompute", "sparse"),
             "logprobs_projection": ("vendor", "fused"),
             "rollout_correction": ("none", *ROLLOUT_CORRECTIONS),
+            "full_disk": ("stop", "continue"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -175,5 +175,9 @@ class SPPOSettings:
 
     # Evaluation and log
     eval_temperature: float = field(default=0.0, metadata={"help": "Temperature of evaluate(); 0 is greedy."})
+    full_disk: str = field(
+        default="stop",
+        metadata={"help": "If the disk is full: stop with an error, or continue without the checkpoint (one process)."},
+    )
     log_completions: bool = field(default=False, metadata={"help": "Print sample completions with each log entry."})
     num_completions_to_print: int = field(default=3, metadata={"help": "Number of sample completions to print."})

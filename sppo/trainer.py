@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from sppo import checkpointing
@@ -25,6 +25,7 @@ from sppo.algorithms import algorithm_class
 from sppo.config import SPPOConfig
 from sppo.data import check_dataset, drop_long_prompts, named
 from sppo.evaluation import answer_held_out, held_out_metrics
+from sppo.interruption import EXIT_CODE, Termination, full_disk, is_full_disk
 from sppo.models.actor_critic import ActorCritic, build_actor_critic
 from sppo.models.fsdp import gathered
 from sppo.models.lora import has_adapter
@@ -121,15 +122,19 @@ class SPPOTrainer(Trainer):
         )
         name_run(args)
         self._skipped_in_a_row = 0
+        self.termination = Termination()
+        # Not transformers' own, which saves between the batches of an update and the update itself.
+        at_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(
             model=actor_critic,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[EpochCallback(), MetricsFile(), *(callbacks or [])],
+            callbacks=[EpochCallback(), MetricsFile(), self.termination, *(callbacks or [])],
             compute_loss_func=_loss_already_normalized,
         )
+        args.enable_jit_checkpoint = at_sigterm
         prepare_trackers(self.callback_handler.callbacks, args)
         if args.log_completions:
             self.add_callback(SampleCompletions(lambda: self.rollouts.samples, self.callback_handler.callbacks))
@@ -176,29 +181,52 @@ class SPPOTrainer(Trainer):
                 ),
             )
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        allow_changes: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> TrainOutput:
         """Train to the end; see ``transformers.Trainer.train``.
+
+        At SIGTERM a run that saves checkpoints saves one after the update at hand, and ends with exit code 143.
 
         Args:
             resume_from_checkpoint: True for the last complete checkpoint in ``output_dir``, or a folder. A resumed run
                 has the same weights, bit for bit, as one that was never interrupted.
             args, kwargs: arguments of ``transformers.Trainer.train``.
+            allow_changes: names of settings that may differ from those of the checkpoint, of those that only change how
+                much memory is used. The results may then differ by rounding.
 
         Raises:
+            SystemExit: the run was ended by SIGTERM.
+            OSError: the disk is full, and ``full_disk`` is "stop".
             ValueError: ``output_dir`` contains checkpoints and none is resumed, or the one to resume from is missing or
                 belongs to another run, another process trains into ``output_dir``, or there is no ``train_dataset``.
         """
         if self.train_dataset is None:
             raise ValueError("train_dataset is None; pass one to train on")
-        with run_lock(self.output_dir) if self.args.should_save else nullcontext():
-            return self._train(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        saves = self.args.save_strategy != SaveStrategy.NO or self.args.enable_jit_checkpoint
+        with (
+            run_lock(self.output_dir) if self.args.should_save else nullcontext(),
+            self.termination.handled() if saves else nullcontext(),
+        ):
+            output = self._train(
+                *args, resume_from_checkpoint=resume_from_checkpoint, allow_changes=allow_changes, **kwargs
+            )
+        if self.termination.stopped:
+            raise SystemExit(EXIT_CODE)
+        return output
 
-    def _train(self, *args: Any, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> TrainOutput:
+    def _train(
+        self, *args: Any, resume_from_checkpoint: str | bool | None, allow_changes: Sequence[str], **kwargs: Any
+    ) -> TrainOutput:
         folder = checkpointing.find_checkpoint(self.output_dir, resume=resume_from_checkpoint)
-        names = [reward.name for reward in self.reward_funcs]
-        self.identity = checkpointing.identity(self.args, self.actor_critic, self.train_dataset, names)
+        rewards = [reward.identity() for reward in self.reward_funcs]
+        self.identity = checkpointing.identity(self.args, self.actor_critic, self.train_dataset, rewards)
         if folder is not None:
-            checkpointing.check_identity(self.identity, folder)
+            checkpointing.check_identity(self.identity, folder, allow_changes=allow_changes)
         if self.args.should_save:
             checkpointing.clear_staging(self.output_dir)
         self.accelerator.wait_for_everyone()
@@ -350,6 +378,20 @@ class SPPOTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write the checkpoint, or if the disk is full remove what was written of it."""
+        try:
+            self._write_checkpoint(model, trial)
+        except Exception as error:
+            if not is_full_disk(error):
+                raise
+            self._staging = False
+            checkpointing.clear_staging(self.output_dir)
+            failure = full_disk(f"checkpoint-{self.state.global_step}", self.output_dir, error)
+            if self.args.full_disk == "stop" or self.args.world_size > 1:
+                raise failure from error
+            logger.error(str(failure))
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint to a staging folder, then rename it."""
         output_dir, name = self.output_dir, f"checkpoint-{self.state.global_step}"
         with self.meter.phase("checkpoint"):

@@ -79,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         f"Settings (in addition to those of transformers.TrainingArguments):\n{_settings_help()}",
     )
     train.add_argument("--resume", action="store_true", help="resume from the last checkpoint in output_dir, if any")
+    train.add_argument(
+        "--allow-changes",
+        metavar="NAMES",
+        help="settings, separated by commas, that may differ when resuming: those that affect memory only, such as "
+        "rollout_batch_size, max_tokens_per_micro_batch or logits_budget_bytes",
+    )
     train.set_defaults(run=run_train, target=None)
 
     evaluate = commands.add_parser(

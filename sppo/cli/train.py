@@ -64,7 +64,8 @@ def train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     from sppo.reporting.summary import write_report
 
     before = _evaluate_before(trainer, folder, resumes=bool(checkpoints))
-    trainer.train(resume_from_checkpoint=True if checkpoints else None)
+    changes = [name for name in (arguments.allow_changes or "").split(",") if name]
+    trainer.train(resume_from_checkpoint=True if checkpoints else None, allow_changes=changes)
     trainer.save_model()
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if trainer.is_world_process_zero():

@@ -9,17 +9,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.integrations.integration_utils import default_logdir
+from transformers.utils import logging
 
 from sppo._utils import METRICS_FILE, append_line, read_lines, write_lines
 from sppo.config import SPPOConfig
+from sppo.interruption import is_full_disk
 from sppo.reporting.console import as_text, print_completions
 from sppo.rollout.engine import Sample
+
+logger = logging.get_logger(__name__)
 
 COMPLETIONS = "completions.jsonl"
 
@@ -51,7 +56,19 @@ class MetricsFile(TrainerCallback):
         if self._path is None:
             self._before_training.append(state.log_history[-1])
         else:
-            append_line(self._path, state.log_history[-1])
+            self._append(self._path, state.log_history[-1])
+
+    def _append(self, path: Path, entry: dict[str, Any]) -> None:
+        """Append an entry; if the disk is full, leave it out and warn once."""
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            append_line(path, entry)
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
+            with suppress(OSError):
+                os.truncate(path, size)  # the next entry must not follow half of this one
+            logger.warning_once(f"{path}: an entry is missing, because the disk is full ({error})")
 
 
 class SampleCompletions(TrainerCallback):

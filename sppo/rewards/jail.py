@@ -51,6 +51,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def main() -> None:
     """Read the job, enter the sandbox, run the solution in a child process and wait for it."""
     job = json.load(sys.stdin)
+    # A scheduler sends SIGTERM to all processes of a run, which goes on for a while. The child is the first process of
+    # its namespace, which SIGTERM does not reach.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # adopt orphans of the child
     if job["isolation"] == "namespaces":
@@ -60,6 +63,7 @@ def main() -> None:
         os.chdir(job["folder"])
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         drop_privileges()
         set_limits(job["seconds"], job["memory_mb"])
         if "samples" in job:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -61,6 +63,15 @@ class Reward:
         """
         if isinstance(self.target, str):
             Worker.current().load(self.target)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a resumed run compares: function, options, and the content of a file that it is in."""
+        target = self.target
+        if not isinstance(target, str):
+            return {"name": self.name, "options": self.options}
+        file = Path(target.rpartition(":")[0])
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.suffix == ".py" else None
+        return {"name": target if digest is None else self.name, "options": self.options, "file": digest}
 
     def run(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any], timeout: float

@@ -180,7 +180,8 @@ def serve(*, die_with_parent: bool) -> None:
     replies, lines = os.fdopen(os.dup(1), "wb"), os.fdopen(os.dup(0), "rb")
     os.dup2(2, 1)  # the output of rewards must not mix with the replies
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the trainer handles it
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # they reach all processes of a job; the trainer handles them
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(lines, requests), daemon=True).start()
     functions: dict[str, Callable[..., Any]] = {}

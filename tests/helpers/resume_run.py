@@ -50,18 +50,24 @@ def make_trainer(out: Path, **settings: Any) -> sppo.trainer.SPPOTrainer:
     )
 
 
-def run(out: Path, settings: dict[str, Any], kill: tuple[str, int] | None = None, resume: bool = False) -> None:
-    """Train and save into ``out/final``; ``kill`` names a function and the number of its call to die in."""
+def run(
+    out: Path,
+    settings: dict[str, Any],
+    kill: tuple[str, int] | None = None,
+    resume: bool = False,
+    number: int = signal.SIGKILL,
+) -> None:
+    """Train and save into ``out/final``; ``kill`` names a function and the number of its call to send a signal in."""
     torch.set_num_threads(1)
     trainer = make_trainer(out, **settings)
     if kill is not None:
-        die_in(trainer, *kill)
+        die_in(trainer, *kill, number=number)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(out / "final"))
 
 
-def die_in(trainer: sppo.trainer.SPPOTrainer, name: str, call: int) -> None:
-    """Send SIGKILL at the end of the given call of a function; of ``publish``, at its beginning."""
+def die_in(trainer: sppo.trainer.SPPOTrainer, name: str, call: int, *, number: int) -> None:
+    """Send a signal at the end of the given call of a function; SIGKILL in ``publish`` at its beginning."""
     homes: dict[str, Any] = {"publish": sppo.checkpointing, "rotate_checkpoints": sppo.trainer}
     homes["_generate_batch"] = trainer.rollout_engine
     home = homes.get(name, trainer)
@@ -70,9 +76,10 @@ def die_in(trainer: sppo.trainer.SPPOTrainer, name: str, call: int) -> None:
     def deadly(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        result = None if calls == call and name == "publish" else original(*args, **kwargs)
+        before = calls == call and name == "publish" and number == signal.SIGKILL
+        result = None if before else original(*args, **kwargs)
         if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return result
 
     setattr(home, name, deadly)
