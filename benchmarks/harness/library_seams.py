@@ -30,6 +30,7 @@ from sppo_kernels.ops.linear_logprobs import output as linear_logprobs_output
 from sppo_kernels.ops.linear_logprobs.cache import CachePlan
 from sppo_kernels.ops.linear_logprobs.gradients import GradientAccumulator
 from sppo_kernels.ops.linear_logprobs.lm_head import LMHead
+from sppo_kernels.ops.linear_logprobs.projection import tiling
 from sppo_kernels.ops.linear_logprobs.projection import triton as projection_triton
 from sppo_kernels.ops.linear_logprobs.projection.factors import head_class
 from sppo_kernels.ops.linear_logprobs.support import SupportHead, Tokens
@@ -45,7 +46,7 @@ RECOMPUTED, CACHED = (
     linear_logprobs_output.CACHED,
 )  # values of a certificate's num_entries
 ACCELERATOR_CHUNK_BYTES = arguments._CHUNK_BYTES_ACCELERATOR
-PROJECTION = projection_triton.TILES  # of the fused projection: its tiles, and those that are chosen
+PROJECTION = tiling.TILES  # of the fused projection: its tiles, and those that are chosen
 PROJECTION_KERNEL = projection_triton.linear_logprobs_projection_kernel.__name__
 
 # Registered operations are opaque to a dispatch mode: on fake tensors it sees only what they return.
@@ -90,9 +91,9 @@ def values_are_not_checked() -> Iterator[None]:
         yield
 
 
-def projection_candidates() -> tuple[projection_triton.Tile, ...]:
+def projection_candidates() -> tuple[tiling.Tile, ...]:
     """Return the tiles of the fused projection that the current device, or the one that Triton believes in, has."""
-    return projection_triton.candidates()
+    return tiling.candidates()
 
 
 def projection_class(vocab: int, hidden: int, dtype: torch.dtype) -> str:
@@ -199,7 +200,7 @@ def on_cuda_without_kernels(
         mock.patch.object(matmul.Projection, "__init__", _init_projection_on_cuda),
         mock.patch.object(arguments, "_CHUNK_BYTES_CPU", ACCELERATOR_CHUNK_BYTES),
         *_patch_everywhere("launch", _triton_utils.launch, launch),
-        mock.patch.object(projection_triton, "_capability", return_value=projection_triton._HOPPER),
+        mock.patch.object(tiling, "capability", return_value=tiling.HOPPER),
         *_patch_everywhere("pick_backend", _backend.pick_backend, lambda backend, tensor: backend or "triton"),
     ]
     with ExitStack() as stack:

@@ -26,8 +26,8 @@ def use_tiles(monkeypatch, *, tokens=16, columns=64, depth=16):
     monkeypatch.setattr(torch_backend, "TOKENS", tokens)
     monkeypatch.setattr(torch_backend, "COLUMNS", columns)
     if HAS_TRITON and DEVICE == "cpu":
-        tile = projection.triton_backend.Tile(tokens, columns, depth, num_warps=4, num_stages=1)
-        monkeypatch.setattr(projection.triton_backend, "tile_of", lambda factors: tile)
+        tile = projection.tiling.Tile(tokens, columns, depth, num_warps=4, num_stages=1)
+        monkeypatch.setattr(projection.tiling, "tile_of", lambda factors: tile)
 
 
 def peaked(n, width, vocab, dtype):

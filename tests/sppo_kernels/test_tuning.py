@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import sppo_kernels
 from sppo_kernels import reference, tuning
-from sppo_kernels.ops.linear_logprobs.projection import triton as triton_backend
+from sppo_kernels.ops.linear_logprobs.projection import tiling
 from sppo_kernels.ops.linear_logprobs.projection.factors import Factors, head_class
 from sppo_kernels.ops.row_passes.triton.shared import launch_shape
 from sppo_kernels.tuning import TUNABLES, Config, shape_class
@@ -109,7 +109,7 @@ def test_the_chosen_configuration_is_launched(name):
 def tile(weight, **options):
     """The tile for an output embedding, and a hidden state beside it."""
     given = {"hiddens": [weight[:1]], "weights": [weight], "bias": None, "softcap": 0.0, **options}
-    return triton_backend.tile_of(Factors(**given))
+    return tiling.tile_of(Factors(**given))
 
 
 def test_the_chosen_tile_of_the_projection_is_launched():
@@ -143,11 +143,11 @@ def test_a_saved_tile_is_loaded(tmp_path):
     TUNABLES[PROJECTION].choose(head_class(weight), TUNABLES[PROJECTION].candidates[1])
     tuning.save(path)
     tuning.reset()
-    assert not triton_backend.is_chosen(weight)
+    assert not tiling.is_chosen(weight)
     tuning.load(path)
-    assert triton_backend.is_chosen(weight)
+    assert tiling.is_chosen(weight)
     assert tile(weight) == TUNABLES[PROJECTION].candidates[1]
-    assert isinstance(tile(weight), triton_backend.Tile)
+    assert isinstance(tile(weight), tiling.Tile)
 
 
 def test_short_rows_get_a_block_that_holds_them():

@@ -45,6 +45,7 @@ PROJECTIONS = ("auto", "vendor", "fused")
 _PASSES: dict[str, ProjectionPass] = {"torch": TORCH_PROJECTION}
 
 if HAS_TRITON:
+    from . import tiling
     from . import triton as triton_backend
 
     _PASSES["triton"] = triton_backend.TRITON_PROJECTION
@@ -70,7 +71,7 @@ def choose_projection(projection: str, weight: Tensor, *, backend: str, group: s
     """
     if projection != "auto":
         return projection
-    return "fused" if backend == "triton" and not group and triton_backend.is_chosen(weight) else "vendor"
+    return "fused" if backend == "triton" and not group and tiling.is_chosen(weight) else "vendor"
 
 
 class _Logits(NamedTuple):
@@ -297,7 +298,7 @@ class FusedProjection:
 
 def block_size(hiddens: list[Tensor], vocab: int, backend: str) -> int:
     """Return how many tokens to compute at a time, a multiple of 256; ``vocab`` is that of the largest shard."""
-    parts = triton_backend.bytes_per_token(vocab) if backend == "triton" else 0
+    parts = tiling.bytes_per_token(vocab) if backend == "triton" else 0
     row = parts + sum(hidden.shape[1] * hidden.itemsize for hidden in hiddens)
     return max(_TOKENS_MULTIPLE, _WORKSPACE_BYTES // row // _TOKENS_MULTIPLE * _TOKENS_MULTIPLE)
 

@@ -8,7 +8,7 @@ unit of NVIDIA GPUs from Hopper on. Elsewhere, and where rows do not begin at mu
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,46 +16,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...._backend import INTERPRETED
 from ...._triton_utils import cdiv, launch, next_power_of_2
-from ....tuning import Tunable
 from ...row_passes.triton.shared import LOG2_E, LOG2_ZERO, capped
-from .factors import Factors, ProjectionPass, Statistics, head_class
+from . import tiling
+from .factors import Factors, ProjectionPass, Statistics
+from .tiling import ALIGNMENT, is_aligned
 
 # Tiles of tokens that are multiplied with one tile of the weight while it is in the cache.
 _GROUP = 8
-_ALIGNMENT = 16  # bytes, of tensor descriptors and of the widest loads
 _MOST_STRIDE = 1 << 23  # elements; places in a tile, of at most 256 rows, have 32 bits
-_HOPPER = 90  # compute capability 9.0, the first with tensor descriptors
 _WORD = 32  # bits
 _MULTIPLIES_HALF_WRONGLY = bool(triton.knobs.runtime.interpret)  # as numpy does with the bits of bfloat16
-
-
-class Tile(NamedTuple):
-    """Launch configuration of the kernel: sizes of a tile, warps, and stages of the pipeline of loads."""
-
-    block_n: int
-    block_v: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-# The first fits every device, the second those of NVIDIA, which have more shared memory. The third needs the registers
-# that the products of Hopper leave.
-TILES = Tunable(
-    "linear_logprobs.projection",
-    Tile(128, 128, 64, 8, 3),
-    Tile(128, 128, 64, 8, 4),
-    Tile(256, 128, 64, 8, 3),
-)
-_DEFAULT_OF_HOPPER = Tile(256, 128, 64, 8, 3)
-# What fits in the registers beside a softcap and its slope, beside places of rows that are not aligned, and in products
-# without tensor cores.
-_OPTIONS = Tile(128, 64, 64, 8, 3)
-_NOT_ALIGNED = Tile(64, 64, 32, 8, 3)
-_FLOAT32 = Tile(64, 32, 32, 4, 2)
-_MOST_ROWS_WITH_BITS = 128
 
 
 @triton.jit
@@ -320,9 +291,7 @@ def _accessible(factors: Factors) -> Factors:
         return x.clone(memory_format=torch.contiguous_format) if copy or max(x.stride()) > _MOST_STRIDE else x
 
     return factors._replace(
-        hiddens=[
-            rows(x, copy=not _is_aligned(x) and x.shape[1] * x.itemsize % _ALIGNMENT == 0) for x in factors.hiddens
-        ],
+        hiddens=[rows(x, copy=not is_aligned(x) and x.shape[1] * x.itemsize % ALIGNMENT == 0) for x in factors.hiddens],
         weights=[rows(x) for x in factors.weights],
     )
 
@@ -392,42 +361,9 @@ def gradient(
 TRITON_PROJECTION = ProjectionPass(statistics, maximum, gradient)
 
 
-def tile_of(factors: Factors) -> Tile:
-    """Return the tile for factors: the chosen one, or else the default of the device, or less where registers lack."""
-    weight = factors.weights[0]
-    if weight.dtype == torch.float32:
-        return _FLOAT32
-    tile = TILES.choice(head_class(weight)) or (_DEFAULT_OF_HOPPER if _capability() == _HOPPER else TILES.default)
-    if not all(map(_is_aligned, (*factors.hiddens, *factors.weights))):
-        return _least(tile, _NOT_ALIGNED)
-    if factors.softcap or len(factors.weights) > 1:
-        return _least(tile, _OPTIONS)
-    return tile
-
-
-def _least(a: Tile, b: Tile) -> Tile:
-    return Tile(*map(min, a, b))
-
-
-def candidates() -> tuple[Tile, ...]:
-    """Return the tiles that the current device has registers and shared memory for."""
-    capability = _capability()
-    return TILES.candidates if capability == _HOPPER else TILES.candidates[: 2 if capability else 1]
-
-
-def is_chosen(weight: Tensor) -> bool:
-    """Return whether the fused projection was measured to be faster with an output embedding of this shape."""
-    return weight.itemsize == 2 and TILES.choice(head_class(weight)) is not None
-
-
-def bytes_per_token(vocab: int) -> int:
-    """Return the bytes of the parts of a token, with the default tile, so that ranks with other shards agree."""
-    return 8 * cdiv(vocab, TILES.default.block_v)
-
-
 def _parts(fields: int, factors: Factors, n: int) -> Tensor:
     weight = factors.weights[0]
-    tiles = cdiv(len(weight), tile_of(factors).block_v)
+    tiles = cdiv(len(weight), tiling.tile_of(factors).block_v)
     return torch.empty(fields, tiles, n, dtype=torch.float32, device=weight.device)
 
 
@@ -453,13 +389,13 @@ def _add_tiles(parts: Tensor, *, is_maximum: bool = False) -> Tensor:
 def _launch(mode: str, factors: Factors, *, part_ptr=None, out=None, scale=1.0, bit_ptr=None, **tokens: Any) -> None:
     hiddens, weights = factors.hiddens, factors.weights
     n, vocab = len(hiddens[0]), len(weights[0])
-    tile = tile_of(factors)
+    tile = tiling.tile_of(factors)
     is_float32 = weights[0].dtype == torch.float32
     depths = [max(16, min(tile.block_k, next_power_of_2(x.shape[1]))) for x in hiddens]
-    use_descriptors = _capability() >= _HOPPER and not is_float32
-    described = [use_descriptors and _is_aligned(a) and _is_aligned(b) for a, b in zip(hiddens, weights, strict=True)]
+    use_descriptors = tiling.capability() >= tiling.HOPPER and not is_float32
+    described = [use_descriptors and is_aligned(a) and is_aligned(b) for a, b in zip(hiddens, weights, strict=True)]
     if bit_ptr is not None:
-        tile = tile._replace(block_n=min(tile.block_n, _MOST_ROWS_WITH_BITS))
+        tile = tile._replace(block_n=min(tile.block_n, tiling.MOST_ROWS_WITH_BITS))
     operands: dict[str, Any] = {"adapter_hidden": None, "adapter_weight": None}
     for prefix, hidden, weight, depth, by_descriptor in zip(
         ("", "adapter_"), hiddens, weights, depths, described, strict=False
@@ -470,7 +406,7 @@ def _launch(mode: str, factors: Factors, *, part_ptr=None, out=None, scale=1.0, 
     if len(hiddens) == 1:
         strides = ("adapter_hidden", "adapter_hidden_column", "adapter_weight", "adapter_weight_column")
         operands |= {f"stride_{name}": 1 for name in strides}
-    out_by_descriptor = out is not None and use_descriptors and _is_aligned(out)
+    out_by_descriptor = out is not None and use_descriptors and is_aligned(out)
     absent = dict.fromkeys(
         ("label_ptr", "tau_ptr", "base_ptr", "factor_ptr", "entropy_factor_ptr", "at_label_ptr"), None
     )
@@ -508,19 +444,6 @@ def _launch(mode: str, factors: Factors, *, part_ptr=None, out=None, scale=1.0, 
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-
-
-def _capability() -> int:
-    """Return ten times the compute capability of the current NVIDIA GPU; 0 elsewhere."""
-    if INTERPRETED:
-        return 0
-    target = triton.runtime.driver.active.get_current_target()
-    return target.arch if target.backend == "cuda" else 0
-
-
-def _is_aligned(x: Tensor) -> bool:
-    """Return whether tensor descriptors can address the rows of ``x``."""
-    return x.stride(1) == 1 and x.data_ptr() % _ALIGNMENT == 0 and x.stride(0) * x.itemsize % _ALIGNMENT == 0
 
 
 def _num_programs(device: torch.device, tiles: int) -> int:
