@@ -139,11 +139,14 @@ class SPPOTrainer(Trainer):
         if args.log_completions:
             self.add_callback(SampleCompletions(lambda: self.rollouts.samples, self.callback_handler.callbacks))
         actor_critic.check_packing()
+        engine_settings = dict(args.rollout_engine_kwargs or {})
+        if args.bf16 and args.rollout_engine == "vllm":
+            engine_settings.setdefault("dtype", "bfloat16")  # as the policy computes; its weights are float32
         self.rollout_engine: RolloutEngine = rollout_engine or make_engine(
             args.rollout_engine,
             policy,
             tokenizer,
-            args.rollout_engine_kwargs or {},
+            engine_settings,
             max_completion_length=args.max_completion_length,
             top_p=args.top_p,
             top_k=args.top_k,

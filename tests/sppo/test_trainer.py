@@ -175,6 +175,22 @@ def test_columns_reach_the_reward(tmp_path):
     assert asked[0::2] == asked[1::2]
 
 
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"bf16": True}, "bfloat16"),
+        ({"bf16": True, "rollout_engine_kwargs": {"dtype": "float32"}}, "float32"),
+        ({}, None),
+    ],
+)
+def test_vllm_samples_in_the_precision_of_training(tmp_path, monkeypatch, settings, dtype):
+    """With bf16 the policy's weights are float32, which would be vLLM's default."""
+    given = []
+    monkeypatch.setattr("sppo.trainer.make_engine", lambda name, policy, tokenizer, own, **_: given.append((name, own)))
+    make(tmp_path, rollout_engine="vllm", **settings)
+    assert [(name, own.get("dtype")) for name, own in given] == [("vllm", dtype)]
+
+
 def test_rounding_does_not_end_a_run(tmp_path):
     """A mean of float32 may be just above 1 or below 0."""
     trainer = make(tmp_path, lambda completions, **_: [1.0000004, -2e-7] * (len(completions) // 2), max_steps=1)
