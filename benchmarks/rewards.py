@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
     if args.quick:
-        args.answers, args.timeout = 40, 8.0
+        args.answers, args.timeout = 40, 4.0
     rows = [measure(method, args) for method in METHODS]
     failures = failures_of(rows)
     path = args.out / "rewards.json"
