@@ -95,7 +95,7 @@ _MEMORY_SETTINGS = (
     "activation_checkpointing",
     "activation_checkpointing_kwargs",
 )
-"""Settings that change memory and rounding only, so that a run may resume with others if the user says so."""
+"""Settings of how memory is used, with others of which a run may resume if the user says so."""
 
 _MAY_DIFFER = _SCHEDULE_SETTINGS + _OUTPUT_SETTINGS + _MACHINE_SETTINGS
 """Prefixes of the names of settings that may change when a run is resumed."""
@@ -236,7 +236,7 @@ def identity(args: SPPOConfig, model: ActorCritic, dataset: datasets.Dataset, re
 
 def _rows(dataset: datasets.Dataset) -> Iterator[Any]:
     """Yield all rows; of a dataset with more than _ROWS, evenly spaced ones."""
-    yield from dataset.select(range(0, len(dataset), -(-len(dataset) // _ROWS)))
+    yield from dataset.select(range(0, len(dataset), max(1, -(-len(dataset) // _ROWS))))
 
 
 def save_identity(run: dict[str, Any], folder: Path) -> None:
@@ -327,8 +327,8 @@ def check_identity(run: dict[str, Any], folder: str, *, allow_changes: Sequence[
         )
     if changed:
         logger.warning(
-            f"resuming with other settings ({'; '.join(changed.values())}): results differ by rounding from those of "
-            "an uninterrupted run"
+            f"resuming with other settings ({'; '.join(changed.values())}): results may differ from those of an "
+            "uninterrupted run"
         )
 
 

@@ -101,8 +101,14 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
         """Check that several processes, if launched, train together.
 
         Raises:
-            ValueError: this process has several GPUs, or it trains alone although a launcher started several.
+            ValueError: this process has several GPUs, it trains alone although a launcher started several, or a setting
+                is for one process only.
         """
+        if self.full_disk == "continue" and self.world_size > 1:
+            raise ValueError(
+                f"full_disk='continue' is for one process, this run has {self.world_size}: the others would wait for "
+                "the checkpoint; use full_disk='stop'"
+            )
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs in one process; start with accelerate launch, or make only one GPU visible"

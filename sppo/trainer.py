@@ -199,8 +199,8 @@ class SPPOTrainer(Trainer):
             resume_from_checkpoint: True for the last complete checkpoint in ``output_dir``, or a folder. A resumed run
                 has the same weights, bit for bit, as one that was never interrupted.
             args, kwargs: arguments of ``transformers.Trainer.train``.
-            allow_changes: names of settings that may differ from those of the checkpoint, of those that only change how
-                much memory is used. The results may then differ by rounding.
+            allow_changes: names of settings that may differ from those of the checkpoint, of those of how memory is
+                used. The results may then differ, by rounding or as the settings say.
 
         Raises:
             SystemExit: the run was ended by SIGTERM.
@@ -390,7 +390,7 @@ class SPPOTrainer(Trainer):
             self._staging = False
             checkpointing.clear_staging(self.output_dir)
             failure = full_disk(f"checkpoint-{self.state.global_step}", self.output_dir, error)
-            if self.args.full_disk == "stop" or self.args.world_size > 1:
+            if self.args.full_disk == "stop":
                 raise failure from error
             logger.error(str(failure))
 

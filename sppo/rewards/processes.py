@@ -139,14 +139,15 @@ def call_each(
                     results[child.sample] = child.read()
                 elif now < child.end:
                     continue
-                sample = next(waiting, -1)
-                if not is_done or results[child.sample] == EXCEEDED or sample < 0:
+                sample, worker = next(waiting, -1), child
+                if sample < 0 or not is_done or results[child.sample] == EXCEEDED:
                     children.remove(child)
                     child.kill()
-                    if sample >= 0:
-                        children.append(_Child(work, memory_mb << 20))
-                if sample >= 0:
-                    (children[-1] if child not in children else child).start(sample, seconds)
+                    if sample < 0:
+                        continue
+                    worker = _Child(work, memory_mb << 20)
+                    children.append(worker)
+                worker.start(sample, seconds)
     finally:
         for child in children:
             child.kill()

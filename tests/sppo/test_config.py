@@ -149,3 +149,12 @@ def test_paper_checkpointing_has_two_names_to_disable_it(name):
         args = SPPOConfig.paper("7b", output_dir="unused", use_cpu=True, **{name: False})
         assert not getattr(args, "activation_checkpointing", False)
         assert not args.gradient_checkpointing
+
+
+def test_continuing_on_a_full_disk_is_for_one_process(monkeypatch):
+    """The others would wait for the checkpoint."""
+    args = SPPOConfig("unused", use_cpu=True, full_disk="continue")
+    args.check_processes()
+    monkeypatch.setattr(SPPOConfig, "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match="full_disk='continue' is for one process, this run has 2"):
+        args.check_processes()
