@@ -20,7 +20,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from sppo._utils import import_object, suggest
-from sppo.rewards.reasoning_verifier import pack, reasoning_gym_task
+from sppo.rewards.sandbox.inside.reasoning_verifier import pack, reasoning_gym_task
 from sppo.rewards.scoring import split_options
 
 if TYPE_CHECKING:

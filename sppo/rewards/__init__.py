@@ -4,7 +4,7 @@ A function that takes ``completion`` instead of ``completions`` is called once p
 column: ``f(prompt, completion, **columns) -> float | None``. Either form may be async; async calls per sample run
 concurrently.
 
-    reward = resolve("math")                       # built in: exact, numeric, math, reasoning_gym, unit_tests
+    reward = resolve("math")                       # or exact, numeric, reasoning_gym, stdin_stdout, unit_tests
     reward = resolve("my_rewards:length?limit=200")  # or path/to/my_rewards.py:length; options become keyword arguments
     reward = resolve(lambda prompts, completions, **columns: [float(len(c) < 200) for c in completions])
     scores = score([reward], prompts, completions, {"answer": answers}, timeout=60)

@@ -15,12 +15,13 @@ from urllib.parse import parse_qsl
 
 from sppo._utils import suggest
 from sppo.rewards.limits import Worker, run_within
+from sppo.rewards.processes import hide_environment
 from sppo.rewards.worker import RewardError, SampleResult, call
 
 BUILTIN = {name: f"sppo.rewards.builtin:{name}" for name in ("exact", "numeric", "math")} | {
-    name: f"sppo.rewards.sandbox:{name}" for name in ("reasoning_gym", "unit_tests")
+    name: f"sppo.rewards.sandbox:{name}" for name in ("reasoning_gym", "stdin_stdout", "unit_tests")
 }
-BUILTIN_OPTIONS = {"tolerance", "seconds", "memory_mb", "partial", "isolation"}
+BUILTIN_OPTIONS = {"tolerance", "seconds", "memory_mb", "partial", "isolation", "same_user"}
 """Options of built-in rewards, set only in the reward's name; columns of the same names are not passed to them."""
 
 
@@ -62,6 +63,8 @@ class Reward:
             RewardError: the function cannot be imported.
         """
         if isinstance(self.target, str):
+            if self.target in BUILTIN.values() and self.options.get("same_user"):
+                hide_environment()
             Worker.current().load(self.target)
 
     def identity(self) -> dict[str, Any]:

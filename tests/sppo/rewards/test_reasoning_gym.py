@@ -9,8 +9,9 @@ import pytest
 from sandbox_cases import ISOLATIONS, in_namespaces
 
 from sppo.data import load_prompts
-from sppo.rewards import reasoning_verifier, sandbox, score
-from sppo.rewards.sandbox import reasoning_gym
+from sppo.rewards import score
+from sppo.rewards.sandbox import reasoning_gym, run
+from sppo.rewards.sandbox.inside import reasoning_verifier
 
 pytest.importorskip("reasoning_gym")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox requires Linux")
@@ -127,7 +128,7 @@ def test_errors_name_the_remedy(monkeypatch):
     entry = entry_of("chain_sum")
     with pytest.raises(ValueError, match="isolation must be 'namespaces' or 'limits', got 'none'"):
         grade([entry], ["1"], isolation="none")
-    monkeypatch.setattr(sandbox, "_communicate", lambda *args: b"mount: Operation not permitted\n")
+    monkeypatch.setattr(run, "_communicate", lambda *args: b"mount: Operation not permitted\n")
     with pytest.raises(RuntimeError, match=r"mount: Operation not permitted.*nothing was run.*isolation=limits"):
         grade([entry], ["1"])
     assert grade([entry] * 2, ["", ""]) == [0.0, 0.0]  # nothing to run

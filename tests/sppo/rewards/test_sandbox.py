@@ -9,10 +9,11 @@ import uuid
 from pathlib import Path
 
 import pytest
-from sandbox_cases import HAS_NAMESPACES, ISOLATIONS, in_namespaces
+from sandbox_cases import ISOLATIONS, in_namespaces
 
-from sppo.rewards import sandbox, score
-from sppo.rewards.sandbox import last_code, unit_tests
+from sppo.rewards import score
+from sppo.rewards.sandbox import run, unit_tests
+from sppo.rewards.sandbox.asserts import last_code
 
 TWICE = "\ndef twice(x):\n    return 2 * x\n"
 TEST = "assert twice(2) == 4\nassert twice('a') == 'aa'"
@@ -193,9 +194,9 @@ def test_a_sandbox_that_cannot_be_killed_is_given_up(monkeypatch, tmp_path):
     def ignore(process):
         started.append(process)
 
-    monkeypatch.setattr(sandbox, "_JAIL", jail)
-    monkeypatch.setattr(sandbox, "_STARTUP_SECONDS", 0.2)
-    monkeypatch.setattr(sandbox, "_KILL_SECONDS", 0.2)
+    monkeypatch.setattr(run, "_JAIL", jail)
+    monkeypatch.setattr(run, "_STARTUP_SECONDS", 0.2)
+    monkeypatch.setattr(run, "_KILL_SECONDS", 0.2)
     with monkeypatch.context() as patch:
         patch.setattr(subprocess.Popen, "kill", ignore)
         with pytest.raises(subprocess.TimeoutExpired):
@@ -281,16 +282,111 @@ def test_errors_in_rows_and_options_are_reported():
     assert "isolation must be 'namespaces' or 'limits', got 'none'" in failure
 
 
-@pytest.mark.skipif(HAS_NAMESPACES and os.getuid() != 0, reason="only root can give up namespaces that it has")
+# Executes its second argument where the kernel grants no namespaces.
+WITHOUT_NAMESPACES = f"""
+import importlib.util, os, sys
+spec = importlib.util.spec_from_file_location("jail", {str(run._JAIL)!r})
+jail = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(jail)
+jail._libc.prctl(jail._PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+jail.deny_system_calls()
+os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
+"""
+# Executes its second argument in a user namespace with one user, USER, as in a container without root.
+WITH_ONE_USER = """
+import ctypes, os, sys
+user, group = os.getuid(), os.getgid()
+assert ctypes.CDLL(None).unshare(0x10000000) == 0
+for name, text in (("setgroups", "deny"), ("uid_map", f"USER {user} 1"), ("gid_map", f"USER {group} 1")):
+    with open(f"/proc/self/{name}", "w") as file:
+        file.write(text)
+os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
+"""
+
+
+def run_as(script, code, **environment):
+    command = [sys.executable, "-c", script, code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+
+
+def graded(code=TWICE, tests=TEST, options=""):
+    return f"""
+from sppo.rewards import score
+columns = {{"tests": [{tests!r}]}}
+scores = score(["unit_tests?partial=true{options}"], ["p"], ["```python\\n" + {code!r} + "\\n```"], columns)
+print(scores.rewards, *scores.failures)
+"""
+
+
+@in_namespaces
 def test_nothing_runs_without_isolation():
-    script = (
-        "import ctypes; ctypes.CDLL(None).prctl(24, 21, 0, 0, 0)\n"  # CAP_SYS_ADMIN, as in a container
-        "import os; os.execv(os.sys.executable, [os.sys.executable, '-c', os.sys.argv[1]])"
-    )
-    code = "from sppo.rewards.sandbox import unit_tests; unit_tests(['p'], ['```python\\n1\\n```'], tests=['pass'])"
-    found = subprocess.run([sys.executable, "-c", script, code], capture_output=True, text=True, timeout=120)
-    assert found.returncode == 1
+    found = run_as(WITHOUT_NAMESPACES, graded())
     assert (
-        "cannot set up its sandbox on this machine (unshare: Operation not permitted); nothing was run" in found.stderr
+        "cannot set up its sandbox on this machine (unshare: Operation not permitted); nothing was run" in found.stdout
     )
-    assert "unit_tests?isolation=limits" in found.stderr
+    assert "unit_tests?isolation=limits" in found.stdout
+
+
+@in_namespaces
+@pytest.mark.parametrize("user", ["0", "1000"])
+def test_containers_with_one_user_have_the_sandbox(user):
+    found = run_as(WITH_ONE_USER.replace("USER", user), graded())
+    assert found.stdout == "[1.0]\n", found.stdout + found.stderr
+
+
+@in_namespaces
+@pytest.mark.parametrize("user", ["0", "1000"])
+def test_limits_alone_do_not_run_code_as_the_own_user_unless_told(user):
+    script = WITH_ONE_USER.replace("USER", user)
+    found = run_as(script, graded(options="&isolation=limits"))
+    assert found.stdout.startswith("[None]")
+    assert f"isolation=limits would run code as user {user}, as you; permit it by same_user=true" in found.stdout
+    found = run_as(script, graded(options="&isolation=limits&same_user=true"))
+    assert found.stdout == "[1.0]\n", found.stdout + found.stderr
+
+
+@in_namespaces
+@pytest.mark.parametrize(
+    "process", ["from sppo.rewards import score", "serve(die_with_parent"], ids=["trainer", "worker"]
+)
+def test_limits_hide_the_environment_from_the_own_user(process):
+    code = f"""
+import os
+pid = os.getpid()
+command = ""
+while {process!r} not in command:
+    with open(f"/proc/{{pid}}/stat") as file:
+        pid = int(file.read().rpartition(")")[2].split()[1])
+    with open(f"/proc/{{pid}}/cmdline") as file:
+        command = file.read()
+seen = "nothing"
+try:
+    with open(f"/proc/{{pid}}/environ") as file:
+        seen = file.read()
+except PermissionError:
+    seen = "denied"
+"""
+    script = graded(code, ["assert command", "assert seen == 'denied'"], "&isolation=limits&same_user=true")
+    found = run_as(WITH_ONE_USER.replace("USER", "1000"), script)
+    assert found.stdout == "[1.0]\n", found.stdout + found.stderr
+
+
+@in_namespaces
+def test_memory_that_no_limit_counts_and_other_rights_are_denied():
+    """Files of memfd_create and segments of shmget belong to no process."""
+    code = """
+import ctypes, os, platform
+libc = ctypes.CDLL(None, use_errno=True)
+tried = {}
+try:
+    tried["memfd_create"] = os.memfd_create("hog")
+except PermissionError:
+    tried["memfd_create"] = "denied"
+tried["shmget"] = libc.shmget(0, 1 << 20, 0o1600), ctypes.get_errno()
+tried["ptrace"] = libc.ptrace(16, os.getppid(), 0, 0), ctypes.get_errno()
+tried["keyctl"] = libc.syscall(250 if platform.machine() == "x86_64" else 219, 0, -3, 0), ctypes.get_errno()
+tried["io_uring"] = libc.syscall(425, 4, 0), ctypes.get_errno()
+"""
+    names = ["shmget", "ptrace", "keyctl", "io_uring"]
+    tests = ["assert tried['memfd_create'] == 'denied'", *(f"assert tried[{name!r}] == (-1, 1)" for name in names)]
+    assert grade(code, tests, partial=True) == 1.0

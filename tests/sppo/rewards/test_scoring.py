@@ -108,7 +108,7 @@ def test_every_option_of_a_builtin_hides_its_column():
     [
         (
             lambda: resolve("mth"),
-            "no reward named 'mth'; did you mean 'math'.*exact, numeric, math, reasoning_gym, unit_tests",
+            "no reward named 'mth'; did you mean 'math'.*exact, numeric, math, reasoning_gym, stdin_stdout, unit_tests",
         ),
         (lambda: resolve("no_such_module:f"), "cannot import 'no_such_module:f'.*module:function"),
         (lambda: resolve("os:no_such_function"), "cannot import 'os:no_such_function'"),

@@ -1,82 +1,104 @@
-"""A script, started by ``sandbox.py``, that runs what a model wrote in a process that can only compute.
+"""A script, started by ``run.py``, that runs a program in a process that can only compute.
 
     this process   (root or the user)         creates the namespaces, waits, kills at the limit
-    └─ its child   (no capabilities, limits)  runs the solution, then the tests; process 1 of its own process namespace
+    └─ its child   (no capabilities, limits)  runs the program; process 1 of its own process namespace
 
-In place of a solution and tests a job may have a trusted program that judges samples. The child prepares it, and a
-process of its own judges each sample.
+The program is one of the files beside this one. It is trusted; what it executes is not. It may have a function ``run``,
+or functions ``prepare`` and ``judge``: then the child prepares it, and a process of its own judges each sample.
 
-The script reads one line of JSON from standard input. Its standard output is a file that the child hides from
-``print``. For a solution the nonce is written to it once when the child is ready to start, and once more for each test
-that passes; for samples, an empty line and then one of JSON for each.
+The script reads one line of JSON from standard input. Its standard output is a file that the child hides from all
+processes that it starts. An empty line is written to it once when the child is ready, and then a line for each report.
+Lines begin with a word that the trainer chose.
 
 With ``namespaces`` the child has no network and sees only its own processes. Its file system contains the interpreter
 and the system's libraries, read-only, and an empty ``/tmp`` in memory. With ``limits`` it has only the limits. In both
-cases all processes that it started end with it. This file imports nothing from the package: the interpreter runs it
-isolated (``-I``) and without an environment.
+cases it cannot make the system calls in ``_DENIED``, and all processes that it started end with it. This file imports
+nothing from the package: the interpreter runs it isolated (``-I``) and without an environment.
 """
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import ctypes
+import errno
 import json
 import math
 import os
+import platform
 import resource
 import select
 import signal
+import struct
 import sys
 import time
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 _PROCESSES, _FILES, _FILE_BYTES = 256, 64, 64 << 20
 _RESULT_BYTES, _ERROR_CHARS = 4096, 300
-_NOBODY = 0x70000000 + os.getpid()  # a user id per process, because limits on processes count those of a user
+# A user id per process, because limits on processes count those of a user; then the usual id of "nobody".
+_UNPRIVILEGED = (0x70000000 + os.getpid(), 65534)
 _VISIBLE = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
 # From <linux/sched.h>, <linux/mount.h>, <linux/prctl.h> and <linux/capability.h>; Python has unshare() since 3.12.
 _NEW_USER = 0x10000000
 _NEW_MOUNT_IPC_PID_NET = 0x00020000 | 0x08000000 | 0x20000000 | 0x40000000
 _MS_NOSUID, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4096, 16384, 1 << 18
 _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY, _ATTR_NOSUID = 442, -100, 0x8000, 1, 2
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 _CAPABILITY_VERSION_3 = 0x20080522
+_SECCOMP_FILTER, _SECCOMP_ALLOW, _SECCOMP_DENY = 2, 0x7FFF0000, 0x00050001  # the last: an error, EPERM
+# System calls that take memory which no limit counts (memfd_create, memfd_secret, shmget, msgget), that reach other
+# processes, or large parts of the kernel that programs do not need. Numbers from <asm/unistd.h>, as in
+# memfd_create, memfd_secret, shmget, msgget, ptrace, process_vm_readv, process_vm_writev, bpf, perf_event_open,
+# userfaultfd, keyctl, add_key, request_key, unshare, setns, mount, mount_setattr, io_uring_setup, _enter, _register.
+_ANYWHERE = (447, 442, 425, 426, 427)
+_DENIED = {  # by machine: AUDIT_ARCH, numbers
+    "x86_64": (0xC000003E, (319, 29, 68, 101, 310, 311, 321, 298, 323, 250, 248, 249, 272, 308, 165, *_ANYWHERE)),
+    "aarch64": (0xC00000B7, (279, 194, 186, 117, 270, 271, 280, 241, 282, 219, 217, 218, 97, 268, 40, *_ANYWHERE)),
+}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
-    """Read the job, enter the sandbox, run the solution in a child process and wait for it."""
+    """Read the job, enter the sandbox, run the program in a child process and wait for it."""
     job = json.load(sys.stdin)
     # A scheduler sends SIGTERM to all processes of a run, which goes on for a while. The child is the first process of
     # its namespace, which SIGTERM does not reach.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # adopt orphans of the child
+    user, group = unprivileged_ids()
     if job["isolation"] == "namespaces":
-        enter_namespaces(job["folder"])
+        user, group = enter_namespaces(job["folder"], user, group)
     else:
-        os.chown(job["folder"], *_unprivileged_ids())
+        if user == os.getuid() and not job["same_user"]:
+            raise OSError(
+                errno.EPERM, f"isolation=limits would run code as user {user}, as you; permit it by same_user=true"
+            )
+        os.chown(job["folder"], user, group)
         os.chdir(job["folder"])
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        drop_privileges()
+        drop_privileges(user, group)
         set_limits(job["seconds"], job["memory_mb"])
-        if "samples" in job:
-            judge(job["program"], job["samples"], seconds=job["seconds_per_sample"], at_once=job["at_once"])
-        run(job["solution"], job["tests"], job["nonce"].encode())
+        deny_system_calls()
+        run(job)
     supervise(child, job["seconds"])
 
 
-def enter_namespaces(root: str) -> None:
-    """Enter new namespaces without network, other processes or files; ``root`` becomes the root of the file system."""
-    user, group = os.getuid(), os.getgid()
-    _check(_libc.unshare(_NEW_MOUNT_IPC_PID_NET | (_NEW_USER if user else 0)), "unshare")
-    if user:  # keep the user's id; root does not need a user namespace
+def enter_namespaces(root: str, user: int, group: int) -> tuple[int, int]:
+    """Enter new namespaces without network, other processes or files; ``root`` becomes the root of the file system.
+
+    Returns:
+        The user and group that the child is to become: those that were given, or its own in a new user namespace.
+    """
+    own_user, own_group = os.getuid(), os.getgid()
+    # Root needs no user namespace, unless it is a container's and may not mount.
+    if own_user or _libc.unshare(_NEW_MOUNT_IPC_PID_NET):
+        user, group = own_user, own_group
+        _check(_libc.unshare(_NEW_MOUNT_IPC_PID_NET | _NEW_USER), "unshare")
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
@@ -94,6 +116,7 @@ def enter_namespaces(root: str) -> None:
         _set_attributes(folder, 0, 0, _ATTR_RDONLY)
     os.chroot(root)
     os.chdir("/tmp")
+    return user, group
 
 
 def _bind(source: str, target: str) -> None:
@@ -125,10 +148,9 @@ def _set_attributes(path: str, flags: int, add: int, remove: int) -> None:
     _check(_libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, path.encode(), flags, attributes, size), "mount_setattr")
 
 
-def drop_privileges() -> None:
-    """Become an unprivileged user that cannot regain capabilities, and that is killed with its parent."""
-    user, group = _unprivileged_ids()
-    if os.getuid() == 0:
+def drop_privileges(user: int, group: int) -> None:
+    """Become a user who cannot regain capabilities, and who is killed with its parent."""
+    if user != os.getuid():
         os.setgroups([])
         os.setresgid(group, group, group)
         os.setresuid(user, user, user)
@@ -138,11 +160,43 @@ def drop_privileges() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # again, as a change of user resets it
     os.setsid()
     if not os.access(os.__file__, os.R_OK):
-        raise PermissionError(f"the unprivileged user that replaces root cannot read {os.__file__}")
+        raise PermissionError(f"user {user}, who replaces root, cannot read {os.__file__}")
 
 
-def _unprivileged_ids() -> tuple[int, int]:
-    return (_NOBODY, _NOBODY) if os.getuid() == 0 else (os.getuid(), os.getgid())
+def unprivileged_ids() -> tuple[int, int]:
+    """Return the user and group that the child becomes: its own, if it is not root or a container has no others."""
+    user, group = os.getuid(), os.getgid()
+    if user == 0:
+        for other in _UNPRIVILEGED:
+            if _exists(other, "uid_map") and _exists(other, "gid_map"):
+                return other, other
+    return user, group
+
+
+def _exists(number: int, table: str) -> bool:
+    """Whether a user or group exists in this user namespace; a rootless container has few."""
+    with open(f"/proc/self/{table}") as file:
+        ranges = [[int(field) for field in line.split()] for line in file]
+    return any(first <= number < first + count for first, _, count in ranges)
+
+
+def deny_system_calls() -> None:
+    """Let the system calls in ``_DENIED`` fail with EPERM, in this process and all that it starts."""
+    machine = platform.machine()
+    if machine not in _DENIED:
+        raise OSError(errno.ENOSYS, f"no list of system calls of {machine}, only of {' and '.join(_DENIED)}")
+    architecture, numbers = _DENIED[machine]
+    load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06  # instructions of <linux/bpf_common.h>
+    tests = [(equal, number) for number in numbers]
+    if machine == "x86_64":
+        tests.append((at_least, 0x40000000))  # x32
+    count = len(tests)
+    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (leave, 0, 0, _SECCOMP_DENY), (load, 0, 0, 0)]
+    program += [(code, count - i, 0, value) for i, (code, value) in enumerate(tests)]
+    program += [(leave, 0, 0, _SECCOMP_ALLOW), (leave, 0, 0, _SECCOMP_DENY)]
+    text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+    filters = struct.pack("HxxxxxxP", len(program), ctypes.addressof(text))
+    _check(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_FILTER, filters, 0, 0), "seccomp")
 
 
 def set_limits(seconds: float, memory_mb: int) -> None:
@@ -158,74 +212,70 @@ def set_limits(seconds: float, memory_mb: int) -> None:
         resource.setrlimit(kind, (limit, limit))
 
 
-def run(solution: str, tests: list[str], nonce: bytes) -> None:
-    """Run the solution, then the tests in a copy of its namespace, and report those that pass; does not return."""
-    # Saved before the solution runs, which can replace anything in the modules.
-    execute, write, leave, getpid, test_builtins = exec, os.write, os._exit, os.getpid, dict(vars(builtins))
-    own_pid = getpid()  # a process that the solution forks must not report
-    compiled = [compile(test, "<test>", "exec") for test in tests]
-    module = ModuleType("solution")  # not __main__: code under `if __name__ == "__main__"` would wait for input
-    sys.modules["solution"] = module
-    verdict, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
+def run(job: dict[str, Any]) -> None:
+    """Run the job's program, whose reports go to standard output; does not return."""
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # nothing that it starts can trace this process or open its files
+    names: dict[str, Any] = {"__name__": "program"}
+    for text in job["program"]:
+        exec(compile(text, "<program>", "exec"), names)
+    if "samples" in job:
+        names["prepare"]()
+    output, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(null, stream)
-    write(verdict, nonce)
+
+    def report(text: str = "") -> None:
+        os.write(output, f"{job['word']}{text}\n".encode())
+
+    report()
     try:
-        execute(compile(solution, "<solution>", "exec"), vars(module))
-        names: dict[str, Any] = {**vars(module), "__builtins__": test_builtins}
-        for test in compiled:
-            try:
-                execute(test, names)
-            except BaseException:
-                continue
-            if getpid() != own_pid:
-                leave(0)
-            write(verdict, nonce)
-    finally:
-        leave(0)
-
-
-def judge(program: str, samples: list[list[Any]], *, seconds: float, at_once: int) -> None:
-    """Call ``judge(*sample)`` of a program for each sample, several at once, and report the values; does not return.
-
-    Each line has the index of a sample, and its value or the text of the error that it raised. A sample that ends its
-    process or exceeds a limit has the value 0. It may have ended others, so those that ended beside it are repeated.
-    """
-    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # no sample can trace this process, or another one
-    names: dict[str, Any] = {}
-    exec(compile(program, "<program>", "exec"), names)
-    names["prepare"]()
-    report, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):
-        os.dup2(null, stream)
-    os.write(report, b"\n")
-    waiting, alone = list(range(len(samples))), list[int]()
-    running: dict[int, tuple[int, int, float]] = {}  # by the pipe of the result: process, sample, end of its time
-    try:
-        while waiting or alone or running:
-            while (waiting and len(running) < at_once) or (alone and not running):
-                index = waiting.pop(0) if waiting else alone.pop()
-                result, pid = _start_sample(names["judge"], samples[index], seconds, report)
-                running[result] = pid, index, time.monotonic() + seconds
-            first_end = min(end for _, _, end in running.values())
-            ready = select.select(list(running), [], [], max(0.0, first_end - time.monotonic()))[0]
-            for result in ready or [pipe for pipe, (_, _, end) in running.items() if end == first_end]:
-                pid, index, _ = running[result]
-                text = os.read(result, _RESULT_BYTES) if ready else b"0.0"
-                if text or len(running) == 1:
-                    os.write(report, json.dumps([index, _value_or_error(text or b"0.0")]).encode() + b"\n")
-                else:
-                    alone.append(index)
-                del running[result]
-                os.close(result)
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(pid, signal.SIGKILL)
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
-                    while os.waitpid(-1, os.WNOHANG)[0]:  # what others left counts as a process until then
-                        pass
+        if "samples" in job:
+            limits = {"seconds": job["seconds_per_sample"], "at_once": job["at_once"]}
+            judge(names["judge"], job["samples"], report=report, output=output, **limits)
+        else:
+            names["run"](report, **job["arguments"])
     finally:
         os._exit(0)
+
+
+def judge(
+    judge_one: Callable[..., Any],
+    samples: list[list[Any]],
+    *,
+    report: Callable[[str], None],
+    output: int,
+    seconds: float,
+    at_once: int,
+) -> None:
+    """Call ``judge_one(*sample)`` for each sample, several at once, and report the values.
+
+    Each report has the index of a sample, and its value or the text of the error that it raised. A sample that ends its
+    process or exceeds a limit has the value 0. It may have ended others, so those that ended beside it are repeated.
+    """
+    waiting, alone = list(range(len(samples))), list[int]()
+    running: dict[int, tuple[int, int, float]] = {}  # by the pipe of the result: process, sample, end of its time
+    while waiting or alone or running:
+        while (waiting and len(running) < at_once) or (alone and not running):
+            index = waiting.pop(0) if waiting else alone.pop()
+            result, pid = _start_sample(judge_one, samples[index], seconds, output)
+            running[result] = pid, index, time.monotonic() + seconds
+        first_end = min(end for _, _, end in running.values())
+        ready = select.select(list(running), [], [], max(0.0, first_end - time.monotonic()))[0]
+        for result in ready or [pipe for pipe, (_, _, end) in running.items() if end == first_end]:
+            pid, index, _ = running[result]
+            text = os.read(result, _RESULT_BYTES) if ready else b"0.0"
+            if text or len(running) == 1:
+                report(json.dumps([index, _value_or_error(text or b"0.0")]))
+            else:
+                alone.append(index)
+            del running[result]
+            os.close(result)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+                while os.waitpid(-1, os.WNOHANG)[0]:  # what others left counts as a process until then
+                    pass
 
 
 def _value_or_error(text: bytes) -> float | str:
@@ -237,13 +287,13 @@ def _value_or_error(text: bytes) -> float | str:
     return value if type(value) in (float, str) else "wrote no number"
 
 
-def _start_sample(judge_one: Callable[..., Any], sample: list[Any], seconds: float, report: int) -> tuple[int, int]:
+def _start_sample(judge_one: Callable[..., Any], sample: list[Any], seconds: float, output: int) -> tuple[int, int]:
     """Start the process of a sample, and return the pipe of its result and its id."""
     result, end = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            os.close(report)
+            os.close(output)
             os.setpgid(0, 0)
             resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds),) * 2)
             try:
