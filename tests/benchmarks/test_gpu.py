@@ -341,7 +341,7 @@ def test_dry_run(tmp_path):
     blocked = "datasets", "trl", "accelerate", "matplotlib"
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys\nsys.modules |= dict.fromkeys({blocked})\n"
-        "import interpreter\ninterpreter.patch_language_once_per_launch()"
+        "import interpreter\ninterpreter.patch()"
     )
     out = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--out", str(out)]

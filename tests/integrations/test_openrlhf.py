@@ -413,7 +413,7 @@ def test_unsupported_versions_are_rejected(monkeypatch):
 
 def run_python(code):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -451,7 +451,7 @@ assert ppo_actor.PolicyLoss is fused.policy_loss_class()
 
 @pytest.mark.slow
 def test_ray_workers_run_the_hook():
-    """The hook, given by name or as a function, patches a worker process of a local Ray.
+    """The hook patches a worker process of a local Ray.
 
     It runs before Ray sets the worker's GPU and does not import DeepSpeed.
     """
@@ -473,12 +473,8 @@ class Worker:
         loss = PolicyLoss(policy_loss_type="gspo")
         return type(loss).__name__, loss.policy_loss_type, os.environ.get("IN_HOOK"), os.environ["CUDA_VISIBLE_DEVICES"]
 
-for hook, expected in (
-    ("sppo_kernels.integrations.openrlhf.patch_when_imported", ("SPPOPolicyLoss", "gspo", None, "0")),
-    (hook, ("SPPOPolicyLoss", "sppo_seq", "(None, False)", "0")),
-):
-    ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, runtime_env={"worker_process_setup_hook": hook})
-    observed = ray.get(Worker.remote().observe.remote())
-    assert observed == expected, (hook, observed)
-    ray.shutdown()
+ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, runtime_env={"worker_process_setup_hook": hook})
+observed = ray.get(Worker.remote().observe.remote())
+assert observed == ("SPPOPolicyLoss", "sppo_seq", "(None, False)", "0"), observed
+ray.shutdown()
 """)
