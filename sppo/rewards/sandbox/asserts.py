@@ -97,5 +97,6 @@ def count_passed(code: str, tests: list[str], limits: Limits) -> int:
         RuntimeError: the sandbox cannot be set up on this machine.
         subprocess.TimeoutExpired: the sandbox did not end by itself.
     """
-    arguments = {"solution": code, "tests": tests, "source": read_inside("calls.py")}
-    return len(run_program("calls.py", "asserts.py", arguments=arguments, limits=limits))
+    sources = [read_inside(name) for name in ("remote.py", "calls.py")]
+    arguments = {"solution": code, "tests": tests, "sources": sources}
+    return len(run_program("remote.py", "calls.py", "asserts.py", arguments=arguments, limits=limits))

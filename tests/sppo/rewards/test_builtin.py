@@ -341,7 +341,7 @@ def test_math_tells_an_answer_from_changed_ones():
         for wrong in changed_answers(answer):
             assert rewards._parse_math(wrong, 5), f"{wrong} cannot be parsed, so its score is meaningless"
             cases.append((rf"\boxed{{{wrong}}}", answer, 0.0))
-    completions, answers, expected = zip(*cases, strict=True)
+    completions, answers, _ = zip(*cases, strict=True)
     scores = rewards.math(["?"] * len(cases), completions, answer=answers)
     assert [case for case, score in zip(cases, scores, strict=True) if score != case[2]] == []
 

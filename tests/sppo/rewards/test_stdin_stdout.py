@@ -127,6 +127,24 @@ def test_functions_are_called_in_place_of_programs():
     assert grade("class Any:\n    __eq__ = lambda *a: True\ndef f(i): return Any()", values) == 0.0
 
 
+@in_namespaces
+def test_strange_outputs_are_wrong_and_no_errors():
+    one = json.dumps({"fn_name": "f", "inputs": [[]], "outputs": [1.5]})
+    assert grade("def f(): return 10**400", one) == 0.0
+    assert grade("import os\nos.write(1, b'[' * 60000)\nos._exit(0)", one) == 0.0
+    digits = "1" * 5000
+    assert grade(f"print('{digits}.0')", case("", "2" * 5000)) == 0.0
+    assert grade(f"import sys\nsys.set_int_max_str_digits(0)\nprint(int('{digits}'))", case("", digits)) == 1.0
+
+
+@in_namespaces
+@pytest.mark.slow
+def test_long_outputs_of_many_inputs():
+    """Together they are longer than a file may be in the sandbox."""
+    tests = json.dumps({"inputs": [""] * 36, "outputs": ["é" * 2_000_000] * 36})
+    assert grade("print('é' * 2_000_000)", tests) == 1.0
+
+
 def test_layouts():
     cases = [{"input": "1", "output": "2", "testtype": "stdin"}, {"input": "3", "output": "4", "testtype": "stdin"}]
     expected = read_tests({"test_cases": cases})

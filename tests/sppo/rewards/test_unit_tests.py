@@ -145,6 +145,121 @@ def test_no_cheat_passes(cheat):
     assert grade(cheat, *tests) <= 1 / len(tests), "only the first may pass, which tests nothing"
 
 
+WALK = """import os, sys
+frame = sys._getframe()
+while not ('report' in frame.f_locals and 'tests' in frame.f_locals): frame = frame.f_back
+for _ in frame.f_locals['tests']: frame.f_locals['report']()
+os._exit(0)
+"""
+PARTICULAR = {
+    "an error whose class is made up": (
+        f"""
+import os, sys, json
+r, w = os.fdopen(int(sys.argv[1]), "rb"), os.fdopen(int(sys.argv[2]), "wb")
+def send(*message):
+    w.write(json.dumps(message).encode() + b"\\n")
+    w.flush()
+send("ready")
+r.readline()
+attributes = {{"dict": [["__new__", {{"mine": 1}}], ["__class_getitem__", {{"builtin": "exec"}}]]}}
+send("raised", {{"builtin": "type"}}, ["X", {{"tuple": [{{"builtin": "Exception"}}]}}, attributes], {{"dict": []}}, "")
+r.readline()
+send("request", "getitem", [{{"yours": 0}}, {WALK!r}], {{}})
+r.readline()
+""",
+        ["assert twice(2) == 4"],
+    ),
+    "eval": (
+        f"decode = eval\ndef encode(x): return 'exec(' + repr({WALK!r}) + ')'",
+        ["assert decode(encode('abc')) == 'abc'"],
+    ),
+    "getters of attributes": (
+        f"""
+import operator
+def apply(call, run):
+    get = call(operator.attrgetter, "__globals__")
+    eval_there = get(run)["__builtins__"]
+    return eval_there.exec({WALK!r})
+""",
+        ["def run(): pass\nassert apply(lambda f, x: f(x), run) == 4"],
+    ),
+    "other names than the tests ask for": (
+        """
+import __main__
+serve = __main__.Peer._serve
+def more(self, operation, positional, named):
+    if operation == "names":
+        positional = [positional[0] + ["abs", "len", "all", "sorted", "ValueError"]]
+    return serve(self, operation, positional, named)
+__main__.Peer._serve = more
+abs = len = lambda x, *args: 0
+all = lambda *args: True
+sorted = lambda x: None
+ValueError = Exception
+def twice(x): return 7
+def order(x): return None
+def fails(x): raise TypeError
+""",
+        [
+            "assert abs(twice(2) - 4) < 1e-6",
+            "assert all([twice(2) == 4, twice(3) == 6])",
+            "assert order([2, 1]) == sorted([2, 1])",
+            "try:\n    fails(1)\n    assert False\nexcept ValueError:\n    pass",
+        ],
+    ),
+    "what the tests imported": (
+        """
+import math, numpy as np
+class Yes:
+    def __getattr__(self, name): return lambda *args, **kwargs: True
+def twice(x):
+    globals()["math"] = globals()["np"] = Yes()
+    return x
+""",
+        [
+            "import math\nimport numpy as np\nassert twice(2) == 4",
+            "assert math.isclose(twice(2), 4)",
+            "assert np.allclose(twice(2), 4)",
+        ],
+    ),
+    "an array that is zero after a subtraction": (
+        """
+import numpy as np
+class Zero:
+    __sub__ = __rsub__ = __pow__ = __xor__ = lambda self, other: self
+    __array__ = lambda self, *args, **kwargs: np.zeros(())
+    __format__ = lambda self, spec: "0.00"
+    __iter__ = lambda self: iter([])
+    def sum(self): return 0.0
+    def any(self): return False
+def twice(x): return Zero()
+""",
+        [
+            "import numpy as np\nassert np.abs(twice(2) - 4) < 1e-6",
+            "import numpy as np\nassert np.linalg.norm(twice(2) - np.array([3.0, 4.0])) < 1e-9",
+            "import numpy as np\nnp.testing.assert_allclose(twice(2) - 4, 0)",
+            "assert ((twice(2) - 4) ** 2).sum() < 1e-9",
+            "assert not (twice(2) - 4).any()",
+            "assert list(twice(2) ^ {1, 2}) == []",
+            "assert f'{twice(2) - 4:.2f}' == '0.00'",
+        ],
+    ),
+    "the end of the tests' loops": (
+        "def twice(x): raise StopIteration",
+        [
+            "assert all(map(lambda x: twice(x) == 2 * x, range(5)))",
+            "for given, right in zip(map(twice, [1, 2]), [2, 4]):\n    assert given == right",
+        ],
+    ),
+    "what Python would not accept": ("def twice(x: Undefined): return 4", ["assert twice(2) == 4"]),
+}
+
+
+@pytest.mark.parametrize(("code", "tests"), PARTICULAR.values(), ids=PARTICULAR)
+def test_no_cheat_of_particular_tests_passes(code, tests):
+    assert grade(code, *tests) == 0.0
+
+
 # What tests can do
 
 OBJECTS = """
@@ -155,6 +270,19 @@ class Full(Exception):
     def __init__(self, size):
         super().__init__(f"holds {size}")
         self.size = size
+
+class Deeper(Full):
+    def __init__(self, size, code=0):
+        super().__init__(size)
+        self.code = code
+
+class Many(list):
+    def add(self, x): self.append(x)
+    def sorted(self): return sorted(self)
+
+class Length:
+    def __init__(self, n): self.n = n
+    def __divmod__(self, other): return divmod(self.n, other.n)
 
 class Stack:
     limit = 2
@@ -207,6 +335,19 @@ def fails(kind): raise kind("no")
 def visit(node): return node.value + (visit(node.next) if node.next else 0)
 def mark(node): node.seen = True
 def total(values): return sum(values)
+def keys(d): return d.keys()
+def group(words):
+    found = collections.defaultdict(list)
+    for word in words: found[len(word)].append(word)
+    return found
+def nested(rows): [row.sort() for row in rows]
+def calculate(a, b, operation="add", remote=0, self=0): return a - b if operation == "sub" else a + b
+def prepend(x, head):
+    start = ListNode(x)
+    start.next = head
+    return start
+async def later(x): return 2 * x
+def each(xs, f): [f(x) for x in xs]
 calls = 0
 def called():
     global calls
@@ -225,7 +366,7 @@ assert isinstance(s, Stack) and not isinstance(s, Point) and not isinstance(3, S
 
 assert Stack([1]) == Stack([1]) and Stack([1]) != Stack([2]) and s != 3 and Stack([1]) < Stack([2])
 
-assert (Stack([1]) + [2]).items == [1, 2] and list(2 * Stack([1])) == [1, 1] == list(Stack([1]) * 2)
+assert (Stack([1]) + [2]).items == [1, 2] and 2 * Stack([1]) == Stack([1, 1]) == Stack([1]) * 2
 
 assert Stack.empty().items == [] and Stack.limit == 2 and isinstance(Deep(), Stack)
 
@@ -247,6 +388,30 @@ t.items = [5]
 assert s.items == [1, "a"] and t.items == [5]
 
 assert {Stack([1]): 2}[Stack([1])] == 2 and sorted([Stack([2]), Stack([1])])[0].items == [1]
+
+x = Stack([1])
+x += [2]
+assert x == Stack([1, 2]) and divmod(Length(7), Length(2)) == (3, 1)
+
+x.items.append(5)
+assert list(x) == [1, 2, 5] and x.__class__ is Stack and x.items[0] == 1
+x.items.clear()
+assert len(x) == 0
+
+try:
+    raise Deeper("x", code=7)
+except Full as e:
+    assert e.code == 7 and str(e) == "holds x" and isinstance(e, Deeper)
+
+m = Many([3, 1])
+m.add(2)
+assert m.sorted() == [1, 2, 3] and len(m) == 3
+
+import threading
+threads = [threading.Thread(target=m.add, args=(i,)) for i in range(8)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+assert len(m) == 11
 
 s.limit = 9
 assert s.push(3).limit == 9 and hasattr(s, "limit") and not hasattr(s, "missing")
@@ -272,6 +437,10 @@ import collections as c
 assert same(c.Counter("aab")) == c.Counter("aab") and same(c.deque([1])) == c.deque([1])
 
 assert same(c.OrderedDict(a=1)) == c.OrderedDict(a=1) and same(c.defaultdict(list, a=[1])) == {"a": [1]}
+
+assert keys({"a": 1}) == {"a"} and list(keys({"b": 1, "a": 2})) == ["b", "a"] and same({"a": 1}.items()) == {("a", 1)}
+
+assert group(["a", "bc", "d"]) == {1: ["a", "d"], 2: ["bc"]} and group([])[5] == []
 
 assert pair() == (1, "b") and pair().right == "b"
 
@@ -300,6 +469,13 @@ assert x == [0, 1]
 grow(x, by=[5, 6])
 assert x == [0, 1, 5, 6]
 
+x = [[3, 1], [2]]
+first = x[0]
+nested(x)
+assert x == [[1, 3], [2]] and first == [1, 3]
+
+assert calculate(1, 2, operation="sub", remote=1, self=2) == -1
+
 d = {}
 assert fill(d) is None and d == {"a": [1]}
 
@@ -327,6 +503,22 @@ for kind in (ValueError, KeyError, ZeroDivisionError):
         assert e.args == ("no",)
     else:
         raise AssertionError
+
+class ListNode:
+    def __init__(self, val=0, next=None):
+        self.val = val
+        self.next = next
+found = prepend(1, ListNode(3, None))
+assert (found.val, found.next.val, found.next.next) == (1, 3, None)
+
+import asyncio
+async def both():
+    return await later(1) + await later(2)
+assert asyncio.run(later(2)) == 4 and asyncio.run(both()) == 6
+
+out = []
+each([1, 2], out.append)
+assert out == [1, 2]
 
 class Node:
     def __init__(self, value, next=None):

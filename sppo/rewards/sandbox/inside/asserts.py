@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import os
+import symtable
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -14,34 +15,34 @@ if TYPE_CHECKING:
     from sppo.rewards.sandbox.inside.calls import TESTS_NAME, Peer, SolutionEnded
 
 
-def run(report: Callable[[], None], *, solution: str, tests: list[str], source: str) -> None:
+def run(report: Callable[[], None], *, solution: str, tests: list[str], sources: list[str]) -> None:
     """Run the tests, and call ``report`` after each that passes.
 
     Args:
         report: function without arguments.
         solution: Python source.
         tests: texts of statements, which share their variables; each passes if it raises nothing.
-        source: the text of ``calls.py``, for the process of the solution.
+        sources: the texts of ``remote.py`` and ``calls.py``, for the process of the solution.
     """
     sys.set_int_max_str_digits(0)
     pid = os.getpid()
+    names: dict[str, Any] = {"__name__": TESTS_NAME, "__builtins__": builtins}
+    trees = [ast.parse(test) for test in tests]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    if any(_is_of_the_solution(name, nodes) for name in used):
+        used = {name for name in used if not hasattr(builtins, name)}
     try:
-        peer = start(solution, source)
+        peer = start(solution, sources, names, defines_classes=any(isinstance(node, ast.ClassDef) for node in nodes))
     except SolutionEnded:
         return
-    trees = [ast.parse(test) for test in tests]
-    used = sorted({node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)})
-    if any(_is_of_the_solution(name, trees) for name in used):
-        used = [name for name in used if not hasattr(builtins, name)]
     sys.modules["solution"] = _Solution(peer)
-    names: dict[str, Any] = {"__name__": TESTS_NAME, "__builtins__": builtins}
-    ours: dict[str, Any] = {}
-    for tree in trees:
+    for test, tree in zip(tests, trees, strict=True):
         try:
-            for name, value in peer.request("names", used).items():
-                if name not in names or (name in ours and names[name] is ours[name]):  # the tests did not redefine it
-                    names[name] = ours[name] = value
-            exec(compile(tree, "<test>", "exec"), names)
+            found = peer.request("names", sorted(used))
+            names.update({name: found[name] for name in used & found.keys()})
+            used -= _defined(test)
+            exec(compile(tree, "<test>", "exec", dont_inherit=True), names)
             passed = True
         except BaseException:
             passed = False
@@ -51,7 +52,13 @@ def run(report: Callable[[], None], *, solution: str, tests: list[str], source: 
             report()
 
 
-def _is_of_the_solution(name: str, trees: list[ast.Module]) -> bool:
+def _defined(test: str) -> set[str]:
+    """Return the names that a test gives a meaning of its own."""
+    symbols = symtable.symtable(test, "<test>", "exec").get_symbols()
+    return {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
+
+
+def _is_of_the_solution(name: str, nodes: list[ast.AST]) -> bool:
     """Whether the tests use a name that neither they nor Python define.
 
     If there is one, a solution's own ``sum`` does not replace the built-in function. If there is none, it is ``sum``
@@ -59,7 +66,7 @@ def _is_of_the_solution(name: str, trees: list[ast.Module]) -> bool:
     """
     if hasattr(builtins, name):
         return False
-    for node in (node for tree in trees for node in ast.walk(tree)):
+    for node in nodes:
         if isinstance(node, ast.Name) and node.id == name and not isinstance(node.ctx, ast.Load):
             return False
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name == name:
@@ -87,8 +94,14 @@ class _Solution(ModuleType):
             raise AttributeError(f"the solution defines no {name!r}") from None
 
 
-def start(solution: str, source: str) -> Peer:
+def start(solution: str, sources: list[str], names: dict[str, Any], *, defines_classes: bool) -> Peer:
     """Start the process of the solution, and wait until it has defined its names.
+
+    Args:
+        solution: Python source.
+        sources: what the process executes before.
+        names: variables of the tests; their classes are also the solution's.
+        defines_classes: whether there may be any.
 
     Raises:
         SolutionEnded: it raised an error or ended.
@@ -96,11 +109,11 @@ def start(solution: str, source: str) -> Peer:
     (requests, to_solution), (from_solution, replies) = os.pipe(), os.pipe()
     for end in (requests, replies):
         os.set_inheritable(end, True)
-    command = [sys.executable, "-IB", "-c", source, str(requests), str(replies)]
-    os.posix_spawn(sys.executable, command, os.environ)
+    program = f"for text in {sources!r}: exec(compile(text, '<program>', 'exec', dont_inherit=True))"
+    os.posix_spawn(sys.executable, [sys.executable, "-IB", "-c", program, str(requests), str(replies)], os.environ)
     for end in (requests, replies):
         os.close(end)
-    peer = Peer(from_solution, to_solution, is_of_tests=True)
-    peer.send(solution)
+    peer = Peer(from_solution, to_solution, is_of_tests=True, names=names)
+    peer.send(solution, defines_classes)
     peer.receive()
     return peer

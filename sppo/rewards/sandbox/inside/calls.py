@@ -7,10 +7,10 @@ Arguments and results are copied between the processes. The solution can therefo
 that the tests use, read what they expect, or report that they passed. What cannot be copied, such as an instance of a
 class of the solution, stays where it is; the other process has a :class:`Remote` of it.
 
-A ``Remote`` does for its object whatever a test asks for, with two exceptions, so that an object cannot pose as a
-correct result. It never equals or precedes a value of the tests, and a calculation with such a value gives no number.
+The process of the tests trusts nothing that it reads. It makes values of listed types only, and does for the solution
+only what a test's own functions and objects are for.
 
-As a program, this file is the process of the solution.
+As a program, after ``remote.py``, this file is the process of the solution.
 """
 
 from __future__ import annotations
@@ -19,24 +19,40 @@ import base64
 import builtins
 import collections
 import contextlib
-import copy
 import datetime
 import decimal
 import fractions
+import functools
 import importlib
+import inspect
 import json
 import operator
 import os
 import sys
+import threading
 from collections.abc import Callable
-from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import Any, NoReturn
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
 
+if TYPE_CHECKING:
+    from sppo.rewards.sandbox.inside.remote import OPERATIONS, Remote
+
+TESTS_NAME = "tests"  # __name__ of the tests, and __module__ of the classes and functions that they define
 _LINE_BYTES = 64 << 20
-TESTS_NAME = "tests"  # __name__ of the tests, and __module__ of the classes that they define
-# Modules of which each process takes its own copy. None has an object that equals everything, as unittest.mock has.
-_STANDARD = {"bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq"}
-_STANDARD |= {"itertools", "json", "math", "numpy", "operator", "random", "re", "statistics", "string", "typing"}
+_MOST_BORROWED = 32
+_ARRAY_KINDS = "biufcSUmM"
+# What each process takes from its own copy of a module. None can execute text, read attributes by their names or files,
+# or equals everything.
+_MODULES = {"bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq"}
+_MODULES |= {"itertools", "json", "math", "numpy", "operator", "random", "re", "statistics", "string", "typing"}
+_WITH_FUNCTIONS = {"bisect", "cmath", "collections", "datetime", "decimal", "fractions", "heapq", "itertools", "math"}
+_WITH_FUNCTIONS |= {"operator", "random", "statistics"}
+_REFUSED = {"attrgetter", "methodcaller"}
+_FUNCTIONS = {"abs", "all", "any", "ascii", "bin", "callable", "chr", "divmod", "hash", "hex", "isinstance", "iter"}
+_FUNCTIONS |= {"issubclass", "len", "max", "min", "next", "oct", "ord", "pow", "repr", "round", "sorted", "sum"}
+_CLASSES = {"bool", "bytearray", "bytes", "complex", "dict", "enumerate", "filter", "float", "frozenset", "int", "list"}
+_CLASSES |= {"map", "object", "range", "reversed", "set", "slice", "str", "tuple", "zip"}
+
 _SCALARS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     complex: (lambda x: [x.real, x.imag], lambda v: complex(*v)),
     bytes: (lambda x: x.decode("latin-1"), lambda v: v.encode("latin-1")),
@@ -52,142 +68,18 @@ _SCALARS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 _COLLECTIONS = (tuple, set, frozenset, collections.deque)
 _MAPPINGS = (dict, collections.Counter, collections.OrderedDict)
+_VIEWS: dict[str, Callable[[list[Any]], Any]] = {
+    "dict_keys": lambda items: dict.fromkeys(items).keys(),
+    "dict_values": lambda items: dict(enumerate(items)).values(),
+    "dict_items": lambda items: dict(items).items(),
+}
 _BY_NAME = {kind.__name__: kind for kind in (*_SCALARS, *_COLLECTIONS, *_MAPPINGS)}
-_MUTABLE = (list, dict, set, bytearray, collections.deque)
-_ARRAY_KINDS = "biufcSUmM"
+_MUTABLE = (list, dict, set, bytearray, collections.deque, collections.defaultdict, collections.OrderedDict)
 _PLAIN: dict[type, Callable[[Any], Any]] = {int: int.__pos__, float: float.__pos__, str: str.__str__}
-
-_UNARY = ("neg", "pos", "invert", "abs", "int", "float", "round", "index", "trunc")
-_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift")
-_ORDER = ("lt", "le", "gt", "ge")
-_OTHER = (
-    "bool",
-    "len",
-    "iter",
-    "next",
-    "reversed",
-    "str",
-    "repr",
-    "format",
-    "getitem",
-    "setitem",
-    "delitem",
-    "contains",
-)
-
-
-def _call(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
-
-
-_OPERATIONS: dict[str, Any] = {
-    "call": _call,
-    "getattr": getattr,
-    "setattr": setattr,
-    "delattr": delattr,
-    "dir": dir,
-    "hash": hash,
-    "isinstance": lambda kind, x: isinstance(x, kind),
-    "copy": copy.copy,
-    "deepcopy": copy.deepcopy,
-    "enter": lambda x: type(x).__enter__(x),
-    "exit": lambda x, *error: type(x).__exit__(x, *error),
-    "trunc": lambda x: x.__trunc__(),
-} | {name: getattr(operator, name, None) or getattr(builtins, name) for name in (
-    "eq", *_UNARY[:-1], *_BINARY, *_ORDER, *_OTHER)}  # fmt: skip
 
 
 class SolutionEnded(BaseException):
     """The other process has ended, or wrote something that is no message. No test that follows passes."""
-
-
-class Remote:
-    """An object of the other process."""
-
-    __slots__ = ("remote_handle__", "remote_is_mixed__", "remote_peer__")
-
-    def __init__(self, peer: Peer, handle: int) -> None:
-        object.__setattr__(self, "remote_peer__", peer)
-        object.__setattr__(self, "remote_handle__", handle)
-        object.__setattr__(self, "remote_is_mixed__", False)  # a result of this object and a value of this process
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _ask(self, "call", *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return _ask(self, "getattr", name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        _ask(self, "setattr", name, value)
-
-    def __delattr__(self, name: str) -> None:
-        _ask(self, "delattr", name)
-
-    def __eq__(self, other: object) -> Any:
-        return _compare(self, "eq", other)
-
-    def __hash__(self) -> int:
-        return _ask(self, "hash")
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return _ask(self, "deepcopy")
-
-    def __instancecheck__(self, instance: object) -> bool:
-        return _ask(self, "isinstance", instance) is True
-
-
-def _ask(remote: Remote, operation: str, *args: Any, **kwargs: Any) -> Any:
-    return remote.remote_peer__.request(operation, remote, *args, **kwargs)
-
-
-def _compare(remote: Remote, operation: str, other: object) -> Any:
-    if type(other) is Remote or not remote.remote_peer__.is_of_tests:
-        return _ask(remote, operation, other)
-    return NotImplemented
-
-
-def _calculate(operation: str, left: Any, right: Any) -> Any:
-    remote, other = (left, right) if type(left) is Remote else (right, left)
-    peer = remote.remote_peer__
-    result = peer.request(operation, left, right)
-    if type(other) is not Remote and peer.is_of_tests:
-        if type(result) is not Remote:
-            raise TypeError(f"{operation} of an object of the solution and a {type(other).__name__} gave no object")
-        object.__setattr__(result, "remote_is_mixed__", True)
-    return result
-
-
-def _define_operators() -> None:
-    def plain(operation: str) -> Callable[..., Any]:
-        return lambda self, *args: _ask(self, operation, *args)
-
-    def unary(operation: str) -> Callable[..., Any]:
-        def method(self: Remote, *args: Any) -> Any:
-            if self.remote_is_mixed__:
-                raise TypeError(f"{operation} of what was calculated from an object of the solution and another value")
-            return _ask(self, operation, *args)
-
-        return method
-
-    def binary(operation: str) -> Callable[..., Any]:
-        return lambda self, other: _calculate(operation, self, other)
-
-    def reflected(operation: str) -> Callable[..., Any]:
-        return lambda self, other: _calculate(operation, other, self)
-
-    def ordered(operation: str) -> Callable[..., Any]:
-        return lambda self, other: _compare(self, operation, other)
-
-    for names, made in ((_OTHER, plain), ((*_UNARY, "bool", "len"), unary), (_BINARY, binary), (_ORDER, ordered)):
-        for name in names:
-            setattr(Remote, f"__{name.rstrip('_')}__", made(name))
-    for name in _BINARY:
-        setattr(Remote, f"__r{name.rstrip('_')}__", reflected(name))
-    for name in ("copy", "enter", "exit", "dir"):
-        setattr(Remote, f"__{name}__", plain(name))
-
-
-_define_operators()
 
 
 class Peer:
@@ -196,26 +88,43 @@ class Peer:
     Args:
         incoming: file descriptor to read from.
         outgoing: file descriptor to write to.
-        is_of_tests: whether this is the process of the tests, which does for the solution only what a test's callbacks
-            and objects need.
+        is_of_tests: whether this is the process of the tests.
+        names: variables that the other process may ask for.
     """
 
-    def __init__(self, incoming: int, outgoing: int, *, is_of_tests: bool) -> None:
+    def __init__(self, incoming: int, outgoing: int, *, is_of_tests: bool, names: dict[str, Any]) -> None:
         self.is_of_tests = is_of_tests
         self.has_ended = False
         self._reader, self._writer = os.fdopen(incoming, "rb"), os.fdopen(outgoing, "wb")
+        self._lock = threading.RLock()
+        self._names = names
         self._own: list[Any] = []
         self._handles: dict[int, int] = {}
         self._theirs: dict[int, Any] = {}  # what stands for objects of the other process, by handle
         self._their_handles: dict[int, int] = {}
-        self._names: ModuleType | None = None
+        self._borrowed: list[tuple[Any, Any, str, Any]] = []  # containers that are attributes there, as they were
 
-    def request(self, operation: str, *args: Any, **kwargs: Any) -> Any:
+    def request(self, operation: str, /, *args: Any, **kwargs: Any) -> Any:
         """Let the other process perform an operation, and return the result or raise the error.
 
         Raises:
             SolutionEnded: there is no reply.
         """
+        with self._lock:
+            self._give_back()
+            result = self._request(operation, args, kwargs)
+            if operation == "getattr" and (type(result) in _MUTABLE or _is_array(result)):
+                self._borrowed = [*self._borrowed, (result, args[0], args[1], self._encode(result))][-_MOST_BORROWED:]
+            return result
+
+    def _give_back(self) -> None:
+        """Send the containers that were attributes of objects of the other process and have changed since."""
+        for i, (container, owner, name, before) in enumerate(self._borrowed):
+            if (now := self._encode(container)) != before:
+                self._borrowed[i] = container, owner, name, now
+                self._request("overwrite", (owner, name, container), {})
+
+    def _request(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         self.send(
             "request", operation, [self._encode(x) for x in args], {k: self._encode(x) for k, x in kwargs.items()}
@@ -223,15 +132,17 @@ class Peer:
         while (message := self.receive())[0] == "request":
             self._serve(*message[1:])
         if message[0] == "raised":
-            raise self._decode_error(*message[1:])
+            error = self._decode_error(*message[1:])
+            if operation == "call" and isinstance(error, (StopIteration, StopAsyncIteration)):
+                error = RuntimeError(f"the function raised {type(error).__name__}")  # it would end a loop of the tests
+            raise error
         _, result, changed = message
         for key, value in changed:
-            _overwrite(given[key], self._decode(value))
+            overwrite(given[key], self._decode(value))
         return given[result["argument"]] if type(result) is dict and "argument" in result else self._decode(result)
 
-    def serve_until_the_end(self, module: ModuleType) -> None:
-        """Serve requests, of which ``names`` asks for variables of a module."""
-        self._names = module
+    def serve_until_the_end(self) -> None:
+        """Serve requests."""
         pid = os.getpid()
         while os.getpid() == pid:  # a process that the solution forked must not reply
             _, *request = self.receive()
@@ -263,45 +174,53 @@ class Peer:
     def _serve(self, operation: str, positional: list[Any], named: dict[str, Any]) -> None:
         reply: tuple[Any, ...]
         try:
-            if operation == "names" and self._names is not None:
-                known = vars(self._names)
-                reply = "returned", {"dict": [[n, self._encode(known[n])] for n in positional[0] if n in known]}, []
+            if operation == "names":
+                found = {name: self._names[name] for name in positional[0] if name in self._names}
+                if self.is_of_tests:
+                    found = {name: x for name, x in found.items() if isinstance(x, type) and _is_of_tests(x)}
+                reply = "returned", {"dict": [[name, self._encode(x)] for name, x in found.items()]}, []
             else:
                 if self.is_of_tests:
                     self._check_is_allowed(operation, positional)
-                args: dict[Any, Any] = {
-                    **dict(enumerate(map(self._decode, positional))),
-                    **{k: self._decode(x) for k, x in named.items()},
-                }
-                result = _OPERATIONS[operation](*list(args.values())[: len(positional)], **{k: args[k] for k in named})
-                mutable = {key: x for key, x in args.items() if isinstance(x, _MUTABLE) or _is_array(x)}
-                before: dict[Any, Any] = {**dict(enumerate(positional)), **named}
-                after = [[key, self._encode(x)] for key, x in mutable.items()]
-                same = [key for key, x in mutable.items() if x is result]
-                encoded = {"argument": same[0]} if same else self._encode(result)
-                reply = "returned", encoded, [[key, new] for key, new in after if new != before[key]]
+                reply = self._perform(operation, positional, named)
         except SolutionEnded:
             raise
         except BaseException as error:
-            reply = (
-                "raised",
-                self._encode(type(error)),
-                [self._encode(x) for x in error.args],
-                self._encode(vars(error)),
-            )
+            attributes = self._encode(dict(vars(error)))
+            reply = "raised", self._encode(type(error)), [self._encode(x) for x in error.args], attributes, str(error)
         self.send(*reply)
 
+    def _perform(self, operation: str, positional: list[Any], named: dict[str, Any]) -> tuple[Any, ...]:
+        args: list[Any] = [self._decode(x) for x in positional]
+        kwargs = {name: self._decode(x) for name, x in named.items()}
+        function = overwrite_attribute if operation == "overwrite" else OPERATIONS[operation]
+        result = function(*args, **kwargs)
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        before: dict[Any, Any] = {**dict(enumerate(positional)), **named}
+        mutable = {key: x for key, x in given.items() if type(x) in _MUTABLE or _is_array(x)}
+        after = [[key, self._encode(x)] for key, x in mutable.items()]
+        same = [key for key, x in mutable.items() if x is result]
+        encoded = {"argument": same[0]} if same else self._encode(result)
+        return "returned", encoded, [[key, new] for key, new in after if new != before[key]]
+
     def _check_is_allowed(self, operation: str, positional: list[Any]) -> None:
-        """Refuse what callbacks and objects of the tests do not need, such as a function's ``__globals__``."""
+        """Refuse what the functions and objects of the tests are not for, such as reading a function's globals."""
         first = positional[0] if positional else None
         if type(first) is not dict or set(first) != {"yours"}:
             raise PermissionError(f"{operation} of something that the tests did not pass")
         target = self._own[first["yours"]]
-        if operation in ("getattr", "setattr", "delattr"):
-            if type(target).__module__ != TESTS_NAME or str(positional[1]).startswith("_"):
-                raise PermissionError(f"attribute {positional[1]!r} of a {type(target).__name__} of the tests")
-        elif operation == "dir":
-            raise PermissionError("dir of an object of the tests")
+        if operation == "call":
+            allowed = _may_be_called(target)
+        elif operation in ("iter", "next"):
+            allowed = hasattr(type(target), "__next__") or _is_of_tests(type(target))
+        elif operation == "isinstance":
+            allowed = isinstance(target, type) and _is_of_tests(target)
+        elif operation in ("getattr", "setattr", "delattr", "overwrite"):
+            allowed = _is_of_tests(type(target)) and not str(positional[1]).startswith("_")
+        else:
+            allowed = _is_of_tests(type(target)) and operation in OPERATIONS and operation not in ("dir", "run")
+        if not allowed:
+            raise PermissionError(f"{operation} of a {type(target).__name__} of the tests")
 
     def _encode(self, x: Any) -> Any:
         """Return JSON of a value, or of the handle of an object."""
@@ -314,11 +233,12 @@ class Peer:
             return {"yours": x.remote_handle__}
         if kind in _SCALARS:
             return {kind.__name__: _SCALARS[kind][0](x)}
-        if kind in _COLLECTIONS:
+        if kind in _COLLECTIONS or kind.__name__ in _VIEWS:
             return {kind.__name__: [self._encode(item) for item in x]}
-        if kind in _MAPPINGS or kind is collections.defaultdict:
-            name = kind.__name__ if kind in _MAPPINGS else "dict"
-            return {name: [[self._encode(key), self._encode(value)] for key, value in x.items()]}
+        if kind in _MAPPINGS:
+            return {kind.__name__: [[self._encode(key), self._encode(value)] for key, value in x.items()]}
+        if kind is collections.defaultdict:
+            return {"defaultdict": [self._encode(x.default_factory), self._encode(dict(x))]}
         if _is_array(x):
             shape = list(x.shape) if kind.__name__ == "ndarray" else None
             return {"array": [x.dtype.str, shape, base64.b64encode(x.tobytes()).decode()]}
@@ -327,29 +247,28 @@ class Peer:
                 return plain(x)
         if isinstance(x, tuple) and hasattr(kind, "_fields"):
             return {"namedtuple": [kind.__name__, list(kind._fields), [self._encode(item) for item in x]]}
-        if isinstance(x, ModuleType):
-            return {"module": x.__name__} if x.__name__.split(".")[0] in _STANDARD else self._encode_own(x)
-        if isinstance(x, (type, FunctionType, BuiltinFunctionType)) or hasattr(x, "__qualname__"):
-            return self._encode_named(x)
-        return self._encode_own(x)
+        if isinstance(x, ModuleType) and x.__name__ in _MODULES:
+            return {"module": x.__name__}
+        if inspect.iscoroutine(x):
+            return {"coroutine": self._encode_own(x)}
+        return self._encode_named(x) or self._encode_own(x)
 
     def _encode_named(self, x: Any) -> Any:
-        """Encode a class or function: by its name where both processes have it."""
-        module, name = getattr(x, "__module__", None) or "", getattr(x, "__qualname__", "")
-        if module == "builtins" and getattr(builtins, name, None) is x:
+        """Encode a class or function by its name, if both processes have it, or a class of errors."""
+        name, module = getattr(x, "__name__", None), getattr(x, "__module__", None)
+        if _is_ufunc(x):
+            return {"standard": ["numpy", name]}
+        if type(name) is not str or type(module) is not str:
+            return None
+        if module == "builtins" and _is_known_builtin(name) and getattr(builtins, name) is x:
             return {"builtin": name}
-        root = module.split(".")[0].lstrip("_")
-        if (
-            root in _STANDARD
-            and "." not in name
-            and root in sys.modules
-            and getattr(sys.modules[root], name, None) is x
-        ):
+        root = module.lstrip("_")
+        if root in sys.modules and _standard(root, name) is x:
             return {"standard": [root, name]}
         if isinstance(x, type) and issubclass(x, BaseException):
-            base = next(base for base in x.__mro__ if base.__module__ == "builtins")
-            return {"error": [*self._encode_own(x).values(), x.__name__, base.__name__]}
-        return self._encode_own(x)
+            parent = next(base for base in x.__bases__ if issubclass(base, BaseException))
+            return {"error": [self._encode_own(x), name, self._encode(parent)]}
+        return None
 
     def _encode_own(self, x: Any) -> dict[str, int]:
         if id(x) in self._their_handles:
@@ -366,27 +285,35 @@ class Peer:
             return x
         ((tag, value),) = x.items()
         if tag == "mine":
-            return self._theirs.setdefault(value, Remote(self, value))
+            return self._theirs.setdefault(int(value), Remote(self, int(value)))
         if tag == "yours":
             return self._own[value]
         if tag == "error":
-            handle, name, base = value
-            kind = self._theirs.setdefault(handle, type(name, (_builtin(base),), {"__module__": "solution"}))
-            self._their_handles[id(kind)] = handle
-            return kind
+            return self._decode_error_class(*value)
         if tag == "builtin":
-            return _builtin(value)
-        if tag in ("module", "standard"):
-            module, *name = [value] if tag == "module" else value
-            if module.split(".")[0] not in _STANDARD:
-                raise PermissionError(f"the module {module}")
-            found = importlib.import_module(module)
-            return getattr(found, name[0]) if name else found
+            if not _is_known_builtin(value):
+                raise PermissionError(f"the built-in {value}")
+            return getattr(builtins, value)
+        if tag == "module":
+            if value not in _MODULES:
+                raise PermissionError(f"the module {value}")
+            return importlib.import_module(value)
+        if tag == "standard":
+            if (found := _standard(*value)) is None:
+                raise PermissionError(f"the function {value}")
+            return found
         if tag == "array":
             return _decode_array(*value)
+        if tag == "coroutine":
+            return _run_coroutine(self._decode(value))
         if tag == "namedtuple":
             name, fields, items = value
             return collections.namedtuple(name, fields)(*map(self._decode, items))
+        if tag == "defaultdict":
+            factory, items = map(self._decode, value)
+            return collections.defaultdict(factory, items)
+        if tag in _VIEWS:
+            return _VIEWS[tag]([self._decode(item) for item in value])
         kind = _BY_NAME[tag]
         if kind in _SCALARS:
             return _SCALARS[kind][1](value)
@@ -394,53 +321,143 @@ class Peer:
             return kind(self._decode(item) for item in value)
         return kind({self._decode(key): self._decode(item) for key, item in value})
 
-    def _decode_error(self, kind: Any, args: list[Any], attributes: Any) -> BaseException:
+    def _decode_error_class(self, own: dict[str, int], name: str, parent: Any) -> Any:
+        if "yours" in own:
+            return self._own[own["yours"]]
+        handle = int(own["mine"])
+        if handle not in self._theirs:
+            base = self._decode(parent)
+            if not (type(base) is type and issubclass(base, BaseException)):
+                raise PermissionError(f"errors of the kind {base}")
+            remote = Remote(self, handle)
+
+            def fill(error: Any, /, *args: Any, **kwargs: Any) -> None:
+                error.args, attributes, text = self.request("describe_error", remote, *args, **kwargs)
+                vars(error).update({**attributes, "solution_text__": text})
+
+            def text_of(error: Any) -> str:
+                return str(vars(error).get("solution_text__", ""))
+
+            kind = type(str(name), (base,), {"__module__": "solution", "__init__": fill, "__str__": text_of})
+            self._theirs[handle] = kind
+            self._their_handles[id(kind)] = handle
+        return self._theirs[handle]
+
+    def _decode_error(self, kind: Any, args: list[Any], attributes: Any, text: str) -> BaseException:
         cls = self._decode(kind)
-        error = cls.__new__(cls, *map(self._decode, args))
+        if not (type(cls) is type and issubclass(cls, BaseException)):
+            raise PermissionError(f"an error of the kind {cls}")
+        error: BaseException = cls.__new__(cls)
         error.args = tuple(map(self._decode, args))
         with contextlib.suppress(AttributeError, TypeError):
-            vars(error).update(self._decode(attributes))
+            vars(error).update({**self._decode(attributes), "solution_text__": text})
         return error
 
 
-def _builtin(name: str) -> Any:
-    found = getattr(builtins, name)
-    if not isinstance(found, (type, BuiltinFunctionType)) or name.startswith("_"):
-        raise PermissionError(f"the built-in {name}")
-    return found
+async def _run_coroutine(remote: Any) -> Any:
+    return remote.remote_peer__.request("run", remote)
+
+
+def _is_of_tests(kind: Any) -> bool:
+    return vars(kind).get("__module__") == TESTS_NAME
+
+
+def _may_be_called(target: Any) -> bool:
+    """Whether the solution may call something of the tests: what they defined, or a method of a container."""
+    if isinstance(target, functools.partial):
+        return _may_be_called(target.func)
+    if isinstance(target, FunctionType):
+        return target.__module__ == TESTS_NAME
+    if isinstance(target, MethodType):
+        return _is_of_tests(type(target.__self__))
+    if isinstance(target, BuiltinFunctionType):
+        return type(target.__self__) in _MUTABLE
+    if isinstance(target, type):
+        return _is_of_tests(target)
+    return _is_of_tests(type(target)) or isinstance(target, operator.itemgetter)
+
+
+def _is_known_builtin(name: str) -> bool:
+    found = getattr(builtins, name, None)
+    return name in _FUNCTIONS | _CLASSES or (type(found) is type and issubclass(found, BaseException))
+
+
+def _is_ufunc(x: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and type(x) is numpy.ufunc and getattr(numpy, x.__name__, None) is x
+
+
+def _standard(module: str, name: str) -> Any:
+    """Return a function or class of the standard library, or a ufunc or scalar type of numpy, or None."""
+    if module not in _WITH_FUNCTIONS | {"numpy"} or name.startswith("_") or name in _REFUSED:
+        return None
+    found = getattr(importlib.import_module(module), name, None)
+    if module == "numpy":
+        is_type = isinstance(found, type) and issubclass(found, sys.modules["numpy"].generic)
+        return found if is_type or _is_ufunc(found) else None
+    is_known = isinstance(found, (type, FunctionType, BuiltinFunctionType))
+    return found if is_known and str(found.__module__).lstrip("_") == module else None
 
 
 def _is_array(x: Any) -> bool:
     """Whether ``x`` is an array or scalar of numpy, of numbers, dates or text."""
     numpy = sys.modules.get("numpy")
-    is_numpy = numpy is not None and (type(x) is numpy.ndarray or isinstance(x, numpy.generic))
+    is_numpy = numpy is not None and (type(x) is numpy.ndarray or issubclass(type(x), numpy.generic))
     return is_numpy and x.dtype.kind in _ARRAY_KINDS
 
 
 def _decode_array(dtype: str, shape: list[int] | None, data: str) -> Any:
     import numpy
 
-    kind = numpy.dtype(dtype)
+    kind = numpy.dtype(str(dtype))
     if kind.kind not in _ARRAY_KINDS:
         raise PermissionError(f"an array of {dtype}")
     array = numpy.frombuffer(base64.b64decode(data), kind)
     return array[0] if shape is None else array.reshape(shape).copy()
 
 
-def _overwrite(target: Any, value: Any) -> None:
-    """Give a container that was passed to the other process the content that it has there."""
+def overwrite_attribute(owner: Any, name: str, value: Any) -> None:
+    """Give a container that is an attribute the content that it has in the other process."""
+    overwrite(getattr(owner, name), value)
+
+
+def overwrite(target: Any, value: Any) -> None:
+    """Give a container the content of another of its type; containers in it remain the same objects where they can."""
     if type(target) is not type(value):
         return
-    if isinstance(target, (list, bytearray)):
-        target[:] = value
-    elif isinstance(target, (dict, set)):
+    if isinstance(target, (list, collections.deque)):
+        kept = [_overwritten(x, y) for x, y in zip(target, value, strict=False)] + list(value)[len(target) :]
+        target.clear()
+        target.extend(kept)
+    elif isinstance(target, dict):
+        kept_items = {key: _overwritten(target.get(key), y) for key, y in value.items()}
+        target.clear()
+        target.update(kept_items)
+    elif isinstance(target, set):
         target.clear()
         target.update(value)
-    elif isinstance(target, collections.deque):
-        target.clear()
-        target.extend(value)
-    else:  # an array
+    else:
         target[...] = value
+
+
+def _overwritten(target: Any, value: Any) -> Any:
+    if type(target) is type(value) and type(value) in (list, dict, set, collections.deque):
+        overwrite(target, value)
+        return target
+    return value
+
+
+class _Names(dict[str, Any]):
+    """Built-in names, and classes that the tests define and the solution expects, as LeetCode's ListNode."""
+
+    def __init__(self, peer: Peer) -> None:
+        super().__init__(vars(builtins))
+        self.peer, self.is_ready = peer, False
+
+    def __missing__(self, name: str) -> Any:
+        if not self.is_ready:
+            raise KeyError(name)
+        return self.peer.request("names", [name])[name]
 
 
 def serve(incoming: int, outgoing: int) -> None:
@@ -449,15 +466,19 @@ def serve(incoming: int, outgoing: int) -> None:
     pid = os.getpid()
     for end in (incoming, outgoing):
         os.set_inheritable(end, False)
-    peer = Peer(incoming, outgoing, is_of_tests=False)
+    module = ModuleType("solution")  # not __main__: code under `if __name__ == "__main__"` would wait for input
+    sys.modules["solution"] = module
+    peer = Peer(incoming, outgoing, is_of_tests=False, names=vars(module))
     try:
-        (solution,) = peer.receive()
-        module = ModuleType("solution")  # not __main__: code under `if __name__ == "__main__"` would wait for input
-        sys.modules["solution"] = module
-        exec(compile(solution, "<solution>", "exec"), vars(module))
+        solution, tests_define_classes = peer.receive()
+        names = _Names(peer)
+        if tests_define_classes:
+            vars(module)["__builtins__"] = names
+        exec(compile(solution, "<solution>", "exec", dont_inherit=True), vars(module))
+        names.is_ready = True
         if os.getpid() == pid:
             peer.send("ready")
-            peer.serve_until_the_end(module)
+            peer.serve_until_the_end()
     finally:
         os._exit(0)
 

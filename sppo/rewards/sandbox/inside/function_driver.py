@@ -25,7 +25,7 @@ def main(name: str) -> None:
     names: dict[str, Any] = {"__name__": "solution"}
     exec(_NAMES, names)
     with open("solution.py", encoding="utf-8") as file:
-        exec(compile(file.read(), "solution.py", "exec"), names)
+        exec(compile(file.read(), "solution.py", "exec", dont_inherit=True), names)
     owner = names.get("Solution")
     function = names[name] if owner is None else getattr(owner(), name)
     print("\n" + json.dumps(function(*arguments)))

@@ -217,7 +217,7 @@ def run(job: dict[str, Any]) -> None:
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # nothing that it starts can trace this process or open its files
     names: dict[str, Any] = {"__name__": "program"}
     for text in job["program"]:
-        exec(compile(text, "<program>", "exec"), names)
+        exec(compile(text, "<program>", "exec", dont_inherit=True), names)
     if "samples" in job:
         names["prepare"]()
     output, null = os.dup(1), os.open(os.devnull, os.O_RDWR)

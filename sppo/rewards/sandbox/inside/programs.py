@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 
 _FILE = "solution.py"
@@ -26,7 +28,7 @@ def run(
     seconds: float,
     output_bytes: int,
 ) -> None:
-    """Run the program once per input, and report the index of the input and the output.
+    """Run the program once per input, and report the index of the input and the output, compressed, in base64.
 
     An output is None if the exit code was not 0. Inputs after one that exceeded the time limit are left out.
 
@@ -47,7 +49,8 @@ def run(
             stdin.write(text.encode(errors="surrogatepass"))
             stdin.seek(0)
             code, output = _run_once(command, stdin.fileno(), seconds, output_bytes)
-        report(json.dumps([index, output.decode(errors="replace") if code == 0 else None]))
+        packed = base64.b64encode(zlib.compress(output, 1)).decode()  # a file has a limit too
+        report(json.dumps([index, packed if code == 0 else None]))
         if code is None:
             return
 
