@@ -96,7 +96,11 @@ class SPPOSettings:
         },
     )
     mask_truncated_completions: bool = field(
-        default=False, metadata={"help": "Exclude completions without an end-of-sequence token from the update."}
+        default=False,
+        metadata={
+            "help": "The policy does not learn from completions without an end-of-sequence token. Their rewards count "
+            "in their group and for a prompt critic."
+        },
     )
 
     # Loss
@@ -123,7 +127,10 @@ class SPPOSettings:
     )
     beta: float = field(
         default=0.0,
-        metadata={"help": "Weight of the KL to the initial policy; above 0, a frozen copy of it stays in memory."},
+        metadata={
+            "help": "Weight of the KL to the initial policy; above 0, a frozen copy of it stays in memory, or of its "
+            "adapter."
+        },
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount per token, for ppo."})
     lam: float = field(default=1.0, metadata={"help": "Lambda of ppo's generalized advantage estimation."})

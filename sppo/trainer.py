@@ -28,7 +28,7 @@ from sppo.evaluation import answer_held_out, held_out_metrics
 from sppo.interruption import EXIT_CODE, Termination, full_disk, is_full_disk
 from sppo.models.actor_critic import ActorCritic, build_actor_critic
 from sppo.models.fsdp import gathered
-from sppo.models.lora import has_adapter
+from sppo.models.lora import has_adapter, initial_adapter
 from sppo.models.packed_attention import PACKED_ATTENTION, use_attention
 from sppo.models.policy_io import check_tokenizer, frozen_copy, load_policy
 from sppo.optimization import clip_gradients, freeze_by_rate, parameter_groups, update_loss
@@ -163,9 +163,11 @@ class SPPOTrainer(Trainer):
                     "are those of another distribution than the one that was sampled (arXiv 2512.02556, section 3.1); "
                     "set replay_sampling_support=True"
                 )
-            reference = None
-            if args.beta > 0:
-                reference = policy if has_adapter(policy) else frozen_copy(policy, args.device)
+            reference, reference_adapter = None, None
+            if args.beta > 0 and has_adapter(policy):
+                reference, reference_adapter = policy, initial_adapter(policy)
+            elif args.beta > 0:
+                reference = frozen_copy(policy, args.device)
             self.rollouts = RolloutStream(
                 prompts=Prompts(train_dataset, seed=args.seed, shuffle=args.shuffle_dataset),
                 engine=self.rollout_engine,
@@ -175,6 +177,7 @@ class SPPOTrainer(Trainer):
                 args=args,
                 meter=self.meter,
                 reference=reference,
+                reference_adapter=reference_adapter,
                 process=ProcessContext(
                     rank=args.process_index,
                     world_size=args.world_size,

@@ -198,6 +198,37 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def initial_adapter(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """Return a copy of a model's adapter weights by name, or None if it changes nothing, as a new one."""
+    adapter = {name: parameter for name, parameter in model.named_parameters() if _is_of_adapter(name)}
+    if not any(bool(parameter.any()) for name, parameter in adapter.items() if "lora_B" in name.split(".")):
+        return None
+    return {name: parameter.detach().clone() for name, parameter in adapter.items()}
+
+
+@contextmanager
+def adapter_as(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give a model's adapter other weights within a context.
+
+    Args:
+        model: a model that is not sharded, or whose weights are gathered.
+        weights: by name, as :func:`initial_adapter` returns them.
+    """
+    adapter = {name: parameter for name, parameter in model.named_parameters() if name in weights}
+    before = {name: parameter.detach().clone() for name, parameter in adapter.items()}
+    _copy_into(adapter, weights)
+    try:
+        yield
+    finally:
+        _copy_into(adapter, before)
+
+
+@torch.no_grad()
+def _copy_into(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that learn, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

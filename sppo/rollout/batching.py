@@ -57,13 +57,16 @@ def num_micro_batches(samples: Sequence[Sample], multiple_of: int, max_tokens: i
     return count
 
 
-def make_micro_batches(samples: Sequence[Sample], count: int, critic: str | None) -> list[MicroBatch]:
+def make_micro_batches(
+    samples: Sequence[Sample], count: int, critic: str | None, with_masked: Sequence[Sample] | None = None
+) -> list[MicroBatch]:
     """Pack the samples of an update into ``count`` micro-batches, with the inputs of its critic.
 
     Args:
-        samples: samples with advantages and what the critic needs.
+        samples: samples that the policy learns from, with advantages and what a token critic needs.
         count: number of micro-batches.
         critic: ``"prompt"``, ``"token"`` or None.
+        with_masked: the same and masked samples, if there are any; a prompt critic learns from the rewards of all.
     """
     parts = [[samples[i] for i in part] for part in balance_by_tokens([length(s) for s in samples], count)]
     batches = [pack_policy_batch(part) for part in parts]
@@ -72,7 +75,7 @@ def make_micro_batches(samples: Sequence[Sample], count: int, critic: str | None
             batch |= {"values": _flat([s.value for s in part]), "returns": _flat([s.returns for s in part])}
     if critic == "prompt":
         outcomes: dict[tuple[int, ...], list[float]] = defaultdict(list)
-        for s in samples:
+        for s in samples if with_masked is None else with_masked:
             assert s.reward is not None
             outcomes[tuple(s.prompt_ids)].append(s.reward)
         prompts = list(outcomes.items())

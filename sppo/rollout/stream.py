@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from sppo.algorithms import Algorithm, RolloutBatch
 from sppo.config import SPPOConfig
 from sppo.models.actor_critic import ActorCritic, policy_logprobs
 from sppo.models.critics import calibration
-from sppo.models.lora import adapter_off
+from sppo.models.lora import adapter_as, adapter_off
 from sppo.models.packed_attention import PACKED_ATTENTION, use_attention
 from sppo.reporting.meter import Gather, Meter
 from sppo.rewards import Reward
@@ -111,17 +111,21 @@ class CompletionStats:
 
 @dataclass(frozen=True)
 class SampleFacts:
-    """Facts about a usable sample that the advantages of all processes are computed from."""
+    """Facts about a usable sample that the advantages of all processes are computed from.
+
+    The policy does not learn from a masked one.
+    """
 
     reward: float
     group: int
     prompt_hash: str
     num_tokens: int
+    is_masked: bool
     value: Tensor | None
     greedy_reward: float | None
 
     @classmethod
-    def of(cls, sample: Sample) -> SampleFacts:
+    def of(cls, sample: Sample, *, is_masked: bool) -> SampleFacts:
         """Collect the facts of a scored sample."""
         assert sample.reward is not None
         return cls(
@@ -129,6 +133,7 @@ class SampleFacts:
             group=sample.group,
             prompt_hash=prompt_hash(sample.prompt_ids),
             num_tokens=len(sample.response_ids),
+            is_masked=is_masked,
             value=sample.value,
             greedy_reward=sample.greedy_reward,
         )
@@ -136,10 +141,17 @@ class SampleFacts:
 
 @dataclass(frozen=True)
 class UpdateSize:
-    """Size of an update, on one process or on all."""
+    """Size of an update, on one process or on all.
+
+    Attributes:
+        num_sequences, num_tokens: of the responses that the policy learns from.
+        num_outcomes: number of rewards, also of masked responses.
+        num_micro_batches: number of micro-batches.
+    """
 
     num_sequences: int
     num_tokens: int
+    num_outcomes: int
     num_micro_batches: int
 
     @classmethod
@@ -148,6 +160,7 @@ class UpdateSize:
         return cls(
             num_sequences=sum(size.num_sequences for size in sizes),
             num_tokens=sum(size.num_tokens for size in sizes),
+            num_outcomes=sum(size.num_outcomes for size in sizes),
             num_micro_batches=max(size.num_micro_batches for size in sizes),
         )
 
@@ -164,7 +177,8 @@ class RolloutStream(IterableDataset):
         args: settings of the run.
         meter: collects the metrics of each rollout.
         reference: frozen initial policy if ``beta`` is above 0. If it is the trained policy itself, that has an
-            adapter, and the reference is the policy with the adapter switched off.
+            adapter, and the reference is the policy with ``reference_adapter``.
+        reference_adapter: initial weights of the adapter, by name; None for the policy with its adapter off.
         process: this process among those of the run.
     """
 
@@ -179,6 +193,7 @@ class RolloutStream(IterableDataset):
         args: SPPOConfig,
         meter: Meter,
         reference: PreTrainedModel | None = None,
+        reference_adapter: Mapping[str, Tensor] | None = None,
         process: ProcessContext | None = None,
     ) -> None:
         self.prompts = prompts
@@ -189,6 +204,7 @@ class RolloutStream(IterableDataset):
         self.args = args
         self.meter = meter
         self.reference = reference
+        self.reference_adapter = reference_adapter
         self.process = process or ProcessContext()
         assert args.num_generations is not None
         self.prompts_per_rollout = args.rollout_size // args.num_generations
@@ -320,8 +336,12 @@ class RolloutStream(IterableDataset):
             )
 
     def _is_usable(self, sample: Sample) -> bool:
-        """Tell whether a sample counts: it is scored and not masked."""
-        return self._is_scored(sample) and not (sample.truncated and self.args.mask_truncated_completions)
+        """Tell whether a sample counts: it is scored, and not masked if a critic would learn from its tokens."""
+        return self._is_scored(sample) and not (self.algorithm.critic == "token" and self._is_masked(sample))
+
+    def _is_masked(self, sample: Sample) -> bool:
+        """Tell whether the policy must not learn from a sample."""
+        return sample.truncated and self.args.mask_truncated_completions
 
     def _is_scored(self, sample: Sample) -> bool:
         """Tell whether a sample has the rewards that the algorithm needs."""
@@ -355,7 +375,7 @@ class RolloutStream(IterableDataset):
         Returns:
             Whether the policy has anything to learn from them.
         """
-        facts = self.process.gather([SampleFacts.of(s) for s in samples])
+        facts = self.process.gather([SampleFacts.of(s, is_masked=self._is_masked(s)) for s in samples])
         if not facts:
             return False
         batch = _rollout_batch(facts, expected_reward)
@@ -367,7 +387,7 @@ class RolloutStream(IterableDataset):
             sample.advantage = advantages[i, :n] if advantages.ndim == 2 else advantages[i]
             sample.returns = returns[i, :n] if returns is not None else None
         self._record_advantages(batch, advantages)
-        return bool(advantages.any())
+        return bool(advantages[[not each.is_masked for each in facts]].any())
 
     def _checked_advantages(self, batch: RolloutBatch) -> Tensor:
         """Compute and validate advantages.
@@ -400,27 +420,29 @@ class RolloutStream(IterableDataset):
         assert args.steps_per_generation is not None
         count = args.steps_per_generation // args.gradient_accumulation_steps
         shares = [samples[i * len(samples) // count : (i + 1) * len(samples) // count] for i in range(count)]
+        learned = [[s for s in share if not self._is_masked(s)] for share in shares]
         sizes = [
             UpdateSize(
-                num_sequences=len(share),
-                num_tokens=sum(len(s.response_ids) for s in share),
+                num_sequences=len(part),
+                num_tokens=sum(len(s.response_ids) for s in part),
+                num_outcomes=len(share),
                 num_micro_batches=num_micro_batches(
-                    share, args.gradient_accumulation_steps, args.max_tokens_per_micro_batch
+                    part, args.gradient_accumulation_steps, args.max_tokens_per_micro_batch
                 ),
             )
-            for share in shares
+            for part, share in zip(learned, shares, strict=True)
         ]
         updates = []
-        for share, per_process in zip(shares, zip(*self.process.gather([sizes]), strict=True), strict=True):
+        for i, per_process in enumerate(zip(*self.process.gather([sizes]), strict=True)):
             total = UpdateSize.combine(per_process)
             update = Update(
-                micro_batches=make_micro_batches(share, total.num_micro_batches, critic),
-                max_length=max([1, *(length(s) for s in share)]),
+                micro_batches=make_micro_batches(learned[i], total.num_micro_batches, critic, shares[i]),
+                max_length=max([1, *(length(s) for s in learned[i])]),
                 # The gradient is averaged over processes, so each divides by its share of the total.
                 policy_normalizer=self._policy_normalizer(total) / world_size,
-                critic_normalizer=max(1, total.num_tokens if critic == "token" else total.num_sequences) / world_size,
+                critic_normalizer=max(1, total.num_tokens if critic == "token" else total.num_outcomes) / world_size,
                 policy_learns=policy_learns and total.num_sequences > 0,
-                critic_learns=total.num_sequences > 0,
+                critic_learns=total.num_outcomes > 0,
             )
             self._add_logprobs(update)
             updates.append(update)
@@ -442,7 +464,8 @@ class RolloutStream(IterableDataset):
         if self.args.updates_per_rollout > 1:
             needed["old_logprobs"] = (policy, nullcontext())
         if self.reference is policy:
-            needed["ref_logprobs"] = (policy, adapter_off(policy))
+            initial = self.reference_adapter
+            needed["ref_logprobs"] = (policy, adapter_off(policy) if initial is None else adapter_as(policy, initial))
         elif self.reference is not None:
             needed["ref_logprobs"] = (self.reference, nullcontext())
         for name, (model, weights) in needed.items():

@@ -340,8 +340,7 @@ def test_dry_run(tmp_path):
     """The command itself, as on a GPU, without the packages of the trainer and of charts."""
     blocked = "datasets", "trl", "accelerate", "matplotlib"
     (tmp_path / "sitecustomize.py").write_text(
-        f"import sys\nsys.modules |= dict.fromkeys({blocked})\n"
-        "import interpreter\ninterpreter.patch()"
+        f"import sys\nsys.modules |= dict.fromkeys({blocked})\nimport interpreter\ninterpreter.patch()"
     )
     out = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--out", str(out)]

@@ -19,6 +19,7 @@ from tiny_models import char_tokenizer, tiny_model
 
 from sppo import SPPOConfig, SPPOTrainer
 from sppo.models.fsdp import full_tensor
+from sppo.models.lora import add_adapter, trainable
 from sppo.rollout import Sample
 from sppo_kernels import Support
 
@@ -70,6 +71,7 @@ def make(
     lost: bool = False,
     equal: bool = False,
     lora: bool = False,
+    trained_lora: bool = False,
     sampled: bool = False,
     **settings: Any,
 ) -> SPPOTrainer:
@@ -99,6 +101,10 @@ def make(
         parameter.data *= 0.5
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian")
     torch.manual_seed(0)  # of the adapter's weights
+    if trained_lora:
+        add_adapter(model, adapter)
+        for weight in trainable(model).values():
+            weight.data.normal_(std=0.1)
     trainer = SPPOTrainer(
         model,
         reward_equal_on_rank_1 if equal else reward,

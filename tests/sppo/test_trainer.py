@@ -134,12 +134,46 @@ def test_beta_pulls_back_to_the_initial_policy(tmp_path):
     assert logged(bound, "kl")[-1] > 0
 
 
-def test_masked_truncated_completions_do_not_count(tmp_path):
-    trainer = make(tmp_path, mask_truncated_completions=True, max_completion_length=1, max_steps=2)
-    before = snapshot(trainer.model)
+@pytest.mark.parametrize("algorithm", ["sppo", "ppo"])
+def test_the_policy_does_not_learn_from_masked_completions(tmp_path, algorithm):
+    settings = {"algorithm": algorithm, "max_completion_length": 1, "max_steps": 2}
+    trainer = make(tmp_path, mask_truncated_completions=True, **settings)
+    before = snapshot(trainer.model.policy), snapshot(trainer.model.critic)
     trainer.rollout_engine.eos_ids = {-7}  # nothing ever ends
     trainer.train()
-    assert set(changed(before, trainer.model)) == set()
+    assert changed(before[0], trainer.model.policy) == []
+    # A prompt critic predicts their rewards all the same; a token critic would read their tokens.
+    assert bool(changed(before[1], trainer.model.critic)) == (algorithm == "sppo")
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "sppo"])
+def test_masked_completions_keep_their_place_in_the_group_and_in_the_critics_outcomes(tmp_path, algorithm):
+    """Of each group the first response is right and ends, the three others are wrong and cut off."""
+
+    def first_of_four(prompts, **_):
+        return [float(i % 4 == 0) for i in range(len(prompts))]
+
+    settings = {"algorithm": algorithm, "num_generations": 4, "max_steps": 1, "mask_truncated_completions": True}
+    trainer = make(tmp_path, first_of_four, **settings)
+    generate = trainer.rollout_engine.generate
+
+    def three_of_four_truncated(*args, **kwargs):
+        samples = generate(*args, **kwargs)
+        for i, sample in enumerate(samples):
+            sample.truncated = i % 4 != 0
+        return samples
+
+    trainer.rollout_engine.generate = three_of_four_truncated
+    trainer.train()
+    advantages = torch.tensor([s.advantage for s in trainer.rollouts.samples]).view(-1, 4)
+    update = trainer.rollouts.update
+    if algorithm == "grpo":
+        assert advantages[:, 0].tolist() == pytest.approx([1.5] * len(advantages), rel=1e-4)
+    else:
+        assert (advantages[:, 0] > 0.5).all()
+        assert sum(len(batch["outcomes"]) for batch in update.micro_batches) == update.critic_normalizer == 8
+    assert update.policy_normalizer == sum(len(batch["advantages"]) for batch in update.micro_batches) == 2
+    assert update.policy_learns
 
 
 def test_samples_that_a_reward_fails_on_are_skipped(tmp_path, caplog):

@@ -26,6 +26,7 @@ RUNS = {
         "lost": True,
         "beta": 0.1,
     },
+    "fsdp2, a trained adapter": {"sharding": "fsdp2", "trained_lora": True, "beta": 0.1, **ADAM},
     "fsdp2, adapters": {"sharding": "fsdp2", "lora": True, "beta": 0.1, "resumes": True, **ADAM},
 }
 

@@ -84,6 +84,25 @@ def test_the_reference_is_the_policy_without_its_adapter(tmp_path):
         torch.testing.assert_close(policy(ids).logits, first)
 
 
+@pytest.mark.slow
+def test_the_reference_of_a_trained_adapter_is_the_policy_that_the_run_begins_with(tmp_path, base):
+    make(tmp_path / "first", base, lora()).train()
+    first = make(tmp_path / "first", base, max_steps=2)
+    first.train()
+    first.save_model()
+    settings = {"beta": 0.1, "max_steps": 3, "num_iterations": 1, "save_strategy": "steps", "save_steps": 1}
+    second = make(tmp_path / "second", load_policy(tmp_path / "first"), **settings)
+    before = snapshot(second.actor_critic.policy)
+    second.train()
+    kl = logged(second, "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-7)
+    assert kl[-1] > 1e-5
+    assert changed(before, second.actor_critic.policy), "the adapter did not learn"
+    resumed = make(tmp_path / "second", load_policy(tmp_path / "first"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "second/checkpoint-1"))
+    assert changed(snapshot(second.actor_critic.policy), resumed.actor_critic.policy) == []
+
+
 def test_saved_adapter_and_critic_load_as_transformers_own(tmp_path, base):
     trainer = make(tmp_path / "run", base, lora())
     trainer.train()

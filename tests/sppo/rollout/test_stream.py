@@ -19,7 +19,7 @@ def test_a_process_without_samples_starts_its_critic_like_the_others():
     critic = torch.nn.Module()
     critic.score = torch.nn.Linear(4, 1)
     torch.nn.init.zeros_(critic.score.weight)
-    facts = [SampleFacts(1.0, i, "p", 3, value=torch.tensor(0.75), greedy_reward=None) for i in range(2)]
+    facts = [SampleFacts(1.0, i, "p", 3, False, torch.tensor(0.75), None) for i in range(2)]
     others = [[1.0, 1.0], facts, [2]]
     args = SPPOConfig("out", use_cpu=True)
     stream = RolloutStream(
