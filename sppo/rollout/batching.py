@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +36,44 @@ from sppo.rollout.engine import Sample
 from sppo.rollout.support import pack_supports
 
 MicroBatch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class UpdateSize:
+    """Size of an update, on one process or on all.
+
+    Attributes:
+        num_sequences, num_tokens: of the responses that the policy learns from.
+        num_outcomes: number of rewards, also of masked responses.
+        num_micro_batches: number of micro-batches.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    num_outcomes: int
+    num_micro_batches: int
+
+    @classmethod
+    def of(
+        cls, samples: Sequence[Sample], *, num_outcomes: int, multiple_of: int, max_tokens: int | None
+    ) -> UpdateSize:
+        """Return the size of an update on this process; see :func:`num_micro_batches`."""
+        return cls(
+            num_sequences=len(samples),
+            num_tokens=sum(len(s.response_ids) for s in samples),
+            num_outcomes=num_outcomes,
+            num_micro_batches=num_micro_batches(samples, multiple_of, max_tokens),
+        )
+
+    @classmethod
+    def combine(cls, sizes: Sequence[UpdateSize]) -> UpdateSize:
+        """Combine the sizes on all processes: totals, and the largest number of micro-batches, which all then have."""
+        return cls(
+            num_sequences=sum(size.num_sequences for size in sizes),
+            num_tokens=sum(size.num_tokens for size in sizes),
+            num_outcomes=sum(size.num_outcomes for size in sizes),
+            num_micro_batches=max(size.num_micro_batches for size in sizes),
+        )
 
 
 def num_micro_batches(samples: Sequence[Sample], multiple_of: int, max_tokens: int | None) -> int:

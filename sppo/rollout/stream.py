@@ -30,7 +30,7 @@ from sppo.models.packed_attention import PACKED_ATTENTION, use_attention
 from sppo.reporting.meter import Gather, Meter
 from sppo.rewards import Reward
 from sppo.rewards.samples import score_samples
-from sppo.rollout.batching import MicroBatch, length, make_micro_batches, num_micro_batches
+from sppo.rollout.batching import MicroBatch, UpdateSize, length, make_micro_batches
 from sppo.rollout.engine import RolloutEngine, Sample, rollout_seed
 from sppo.rollout.prompts import Prompts, prompt_hash
 from sppo.rollout.support import SupportStats, support_metrics, take_supports
@@ -136,32 +136,6 @@ class SampleFacts:
             is_masked=is_masked,
             value=sample.value,
             greedy_reward=sample.greedy_reward,
-        )
-
-
-@dataclass(frozen=True)
-class UpdateSize:
-    """Size of an update, on one process or on all.
-
-    Attributes:
-        num_sequences, num_tokens: of the responses that the policy learns from.
-        num_outcomes: number of rewards, also of masked responses.
-        num_micro_batches: number of micro-batches.
-    """
-
-    num_sequences: int
-    num_tokens: int
-    num_outcomes: int
-    num_micro_batches: int
-
-    @classmethod
-    def combine(cls, sizes: Sequence[UpdateSize]) -> UpdateSize:
-        """Combine the sizes on all processes: totals, and the largest number of micro-batches, which all then have."""
-        return cls(
-            num_sequences=sum(size.num_sequences for size in sizes),
-            num_tokens=sum(size.num_tokens for size in sizes),
-            num_outcomes=sum(size.num_outcomes for size in sizes),
-            num_micro_batches=max(size.num_micro_batches for size in sizes),
         )
 
 
@@ -421,15 +395,9 @@ class RolloutStream(IterableDataset):
         count = args.steps_per_generation // args.gradient_accumulation_steps
         shares = [samples[i * len(samples) // count : (i + 1) * len(samples) // count] for i in range(count)]
         learned = [[s for s in share if not self._is_masked(s)] for share in shares]
+        per_step, limit = args.gradient_accumulation_steps, args.max_tokens_per_micro_batch
         sizes = [
-            UpdateSize(
-                num_sequences=len(part),
-                num_tokens=sum(len(s.response_ids) for s in part),
-                num_outcomes=len(share),
-                num_micro_batches=num_micro_batches(
-                    part, args.gradient_accumulation_steps, args.max_tokens_per_micro_batch
-                ),
-            )
+            UpdateSize.of(part, num_outcomes=len(share), multiple_of=per_step, max_tokens=limit)
             for part, share in zip(learned, shares, strict=True)
         ]
         updates = []

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sppo.rewards.sandbox import unit_tests
+
 _PROBE = ["unshare", "--mount", "--ipc", "--pid", "--net", "--fork", *["--map-root-user"] * (os.getuid() != 0)]
 _PROBE += ["mount", "-t", "tmpfs", "tmpfs", "/mnt"]
 HAS_NAMESPACES = bool(shutil.which("unshare")) and subprocess.run(_PROBE, stderr=subprocess.DEVNULL).returncode == 0
@@ -18,3 +20,9 @@ ISOLATIONS = [
     pytest.param("namespaces", marks=in_namespaces),
     pytest.param("limits", marks=pytest.mark.skipif(_HIDDEN_PYTHON, reason="needs an interpreter outside root's home")),
 ]
+
+
+def share_passed(code, *tests, **options):
+    """Return the share of tests that a solution passes."""
+    (score,) = unit_tests(["p"], [f"```python\n{code}\n```"], tests=[list(tests)], partial=True, **options)
+    return score

@@ -12,10 +12,7 @@ import builtins
 import copy
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from sppo.rewards.sandbox.inside.calls import Peer
+from typing import Any
 
 UNARY = ("neg", "pos", "invert", "abs", "int", "float", "round", "index", "trunc")
 BINARY: tuple[str, ...] = ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "matmul", "and_", "or_")
@@ -67,7 +64,7 @@ class Remote:
 
     __slots__ = ("remote_handle__", "remote_is_mixed__", "remote_peer__")
 
-    def __init__(self, peer: Peer, handle: int) -> None:
+    def __init__(self, peer: Any, handle: int) -> None:
         object.__setattr__(self, "remote_peer__", peer)
         object.__setattr__(self, "remote_handle__", handle)
         object.__setattr__(self, "remote_is_mixed__", False)  # calculated from an object and a value of this process
