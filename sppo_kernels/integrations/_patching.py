@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import wraps
-from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -19,13 +19,14 @@ class Patch:
     """Replacements in one package, and the original objects.
 
     With ``package``, a name is replaced and restored in every loaded module of that package that binds the same object
-    under it, as ``from a import name`` does.
+    under it, as ``from a import name`` does. Threads may share a patch.
     """
 
     def __init__(self, package: str | None = None) -> None:
         self._package = package
         self._originals: dict[Name, Any] = {}
         self._layers: list[Mapping[Name, Any]] = []
+        self._lock = threading.RLock()
 
     def apply(self, replacements: Mapping[Name, Any]) -> ExitStack:
         """Install replacements on top of earlier ones.
@@ -33,26 +34,30 @@ class Patch:
         Returns:
             A context manager that removes these replacements on exit. Several may exit in any order.
         """
-        found = {(owner, name): getattr(owner, name) for owner, name in replacements}
-        self._originals = found | self._originals
-        self._layers.append(replacements)
-        self._install()
+        with self._lock:
+            found = {(owner, name): getattr(owner, name) for owner, name in replacements}
+            self._originals = found | self._originals
+            self._layers.append(replacements)
+            self._install()
         undo = ExitStack()
         undo.callback(self._remove, replacements)
         return undo
 
     def original(self, owner: ModuleType | type, name: str) -> Any:
-        """Return the object that a name had before any replacement."""
-        return self._originals.get((owner, name), getattr(owner, name))
+        """Return the object that a name had before any replacement; None if there is no such name."""
+        with self._lock:
+            return self._originals.get((owner, name), getattr(owner, name, None))
 
     def restore(self) -> None:
         """Remove all replacements and restore the originals, if anything was replaced."""
-        self._layers.clear()
-        self._install()
+        with self._lock:
+            self._layers.clear()
+            self._install()
 
     def _remove(self, replacements: Mapping[Name, Any]) -> None:
-        self._layers = [layer for layer in self._layers if layer is not replacements]
-        self._install()
+        with self._lock:
+            self._layers = [layer for layer in self._layers if layer is not replacements]
+            self._install()
 
     def _install(self) -> None:
         for (owner, name), original in self._originals.items():
@@ -128,24 +133,3 @@ class AfterImport(MetaPathFinder):
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
-
-
-def check_version(package: str, tested: str) -> None:
-    """Check that the installed version of ``package`` has the same minor version as the tested one.
-
-    In other versions the same names may refer to other things.
-
-    Raises:
-        ImportError: the package is missing, or its version is not supported.
-    """
-    remedy = f"pip install '{package}~={tested}'"
-    try:
-        found = metadata.version(package)
-    except metadata.PackageNotFoundError:
-        raise ImportError(f"{package} is not installed: {remedy}") from None
-    minor = ".".join(tested.split(".")[:2])
-    if ".".join(found.split(".")[:2]) != minor:
-        raise ImportError(
-            f"{package} must be {minor}.x (tested with {tested}), got {found}: {remedy}, or call the "
-            "operations of sppo_kernels directly"
-        )

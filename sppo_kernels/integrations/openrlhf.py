@@ -33,10 +33,11 @@ from torch.nn import functional as F
 from .._validation import reject
 from ..ops.policy_loss import policy_loss
 from ..ops.selective_logprobs import selective_logprobs
+from ._compatibility import Package, example, method
 from ._outcomes import outcomes
-from ._patching import AfterImport, Patch, check_version
+from ._patching import AfterImport, Patch
 
-VERSION = "0.11.2"
+PACKAGE = Package("openrlhf", "0.11.2")
 POLICY_LOSS_TYPES = ("ppo", "gspo", "sppo_seq")
 _TRAINERS = (
     "openrlhf.trainer.ray.ppo_actor",
@@ -58,16 +59,17 @@ def patch(*, policy_loss_type: str | None = None) -> ExitStack:
         A context manager that restores the previous state on exit.
 
     Raises:
-        ImportError: OpenRLHF is missing, or its version is not supported.
+        ImportError: OpenRLHF is missing, or what is replaced has other parameters or other results.
         ValueError: ``policy_loss_type`` is unknown.
     """
-    check_version("openrlhf", VERSION)
+    PACKAGE.version()
     if policy_loss_type is not None:
         _check_type(policy_loss_type)
     from openrlhf import models
     from openrlhf.models import actor
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
+    _check_fit(models, actor, RemoteExperienceMaker)
     loss: Callable[..., nn.Module] = policy_loss_class()
     if policy_loss_type is not None:
         loss = partial(_with_type, policy_loss_type)
@@ -80,6 +82,58 @@ def patch(*, policy_loss_type: str | None = None) -> ExitStack:
             (RemoteExperienceMaker, "compute_advantages_and_returns"): _unwhitened(RemoteExperienceMaker),
         }
     )
+
+
+def _check_fit(models: Any, actor: Any, maker: Any) -> None:
+    """Check parameters and results of what is replaced, and warn of a version that is not tested.
+
+    Raises:
+        ImportError: they are not those of the replacements.
+    """
+    policy, value = (_patch.original(models, name) for name in ("PolicyLoss", "ValueLoss"))
+    logprobs = _patch.original(actor, "log_probs_from_logits")
+    counts = "dp_size batch_num_tokens global_batch_size"
+    correction = " ".join(f"is_correction_{name}" for name in ("level", "mode", "gating", "threshold"))
+    tensors = "self log_probs old_log_probs advantages action_mask rollout_log_probs"
+    for name, function, parameters in (
+        (
+            "openrlhf.models.PolicyLoss",
+            method(policy, "__init__"),
+            f"self clip_eps_low clip_eps_high dual_clip token_level_loss policy_loss_type {correction}",
+        ),
+        ("openrlhf.models.PolicyLoss.forward", method(policy, "forward"), f"{tensors} {counts}"),
+        ("openrlhf.models.ValueLoss", method(value, "__init__"), "self clip_eps token_level_loss"),
+        (
+            "openrlhf.models.ValueLoss.forward",
+            method(value, "forward"),
+            f"self values old_values returns action_mask {counts}",
+        ),
+        ("openrlhf.models.actor.log_probs_from_logits", logprobs, "logits labels temperature"),
+        *(
+            (f"{_TRAINERS[2]}.RemoteExperienceMaker.{name}", _patch.original(maker, name), parameters)
+            for name, parameters in (
+                ("get_advantages_and_returns", "self values rewards action_mask gamma lambd"),
+                ("compute_advantages_and_returns", "self experiences"),
+            )
+        ),
+    ):
+        PACKAGE.check_parameters(name, function, parameters)
+
+    def losses(cls: Callable[..., nn.Module]) -> list[Tensor]:
+        new, old = example(rows=3, columns=5, grad=True), example(rows=3, columns=5, seed=1)
+        mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [1, 0, 0, 0, 0]], device="cpu")
+        loss = cls(clip_eps_low=0.2, clip_eps_high=0.3)(new, old, example(rows=3, columns=5, seed=2), mask)[0]
+        return [loss.detach(), *torch.autograd.grad(loss, new)]
+
+    logits, labels = example(rows=7, columns=11), torch.arange(7, device="cpu")
+    PACKAGE.check_results("openrlhf.models.PolicyLoss", partial(losses, policy), partial(losses, policy_loss_class()))
+    PACKAGE.check_results(
+        "openrlhf.models.actor.log_probs_from_logits",
+        lambda: [logprobs(logits.clone(), labels, temperature=0.7)],
+        lambda: [log_probs_from_logits(logits, labels, temperature=0.7)],
+        may_need_gpu=True,  # with flash-attn it is a kernel
+    )
+    PACKAGE.warn_if_untested()
 
 
 def unpatch() -> None:
@@ -103,10 +157,10 @@ def patch_when_imported(*, policy_loss_type: str | None = None) -> None:
     DeepSpeed out of vLLM's workers, where OpenRLHF does not import it.
 
     Raises:
-        ImportError: OpenRLHF is missing, or its version is not supported.
+        ImportError: OpenRLHF is missing.
         ValueError: ``policy_loss_type`` is unknown.
     """
-    check_version("openrlhf", VERSION)
+    PACKAGE.version()
     if policy_loss_type is not None:
         _check_type(policy_loss_type)
     _withdraw()

@@ -46,11 +46,25 @@ from .._validation import check_choice, reject
 from ..ops.linear_logprobs import linear_logprobs
 from ..ops.selective_logprobs import selective_logprobs
 from ..ops.support_passes import Support
-from ._patching import Name, Patch, check_version, wrapping
+from ._compatibility import Package, example, method
+from ._patching import Name, Patch, wrapping
 from ._support import batch_support, completion_supports
 
-VERSION = "1.16.0"
+PACKAGE = Package("trl", "1.16.0")
 SUPPORT_FIELD = "sampling_support"
+_REPLACED = {
+    "_ChunkedLogProbFunction": "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping "
+    "logit_scale outputs",
+    "_use_triton": "device",
+    "_fused_logprob_entropy": "logits index temperature row_mask",  # absent without Triton (macOS, Windows)
+    "_supports_trl_loss_kernel": "logits index row_mask",
+}
+_WRAPPED = {
+    "_generate": "self prompts",
+    "_generate_and_score_completions": "self inputs",
+    "compute_loss": "self model inputs return_outputs num_items_in_batch",
+    "_get_per_token_logps_and_entropies": "self model input_ids attention_mask logits_to_keep batch_size",
+}
 _IGNORED = -(2**63)  # never a token; -100 would hide an invalid index
 _log = logging.getLogger(__name__)
 _patch = Patch()
@@ -75,10 +89,10 @@ def patch(
         A context manager that restores the previous state on exit.
 
     Raises:
-        ImportError: TRL is missing, or its version is not supported.
+        ImportError: TRL is missing, or what is replaced has other parameters or other results.
         ValueError, TypeError: linear_logprobs rejects a setting.
     """
-    check_version("trl", VERSION)
+    PACKAGE.version()
     from trl.trainer import utils
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -96,17 +110,57 @@ def patch(
     one = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
     project(one, one, torch.zeros(1, dtype=torch.long, device="cpu"))  # rejects an invalid setting now
     project = partial(project, backend=backend)
+    _check_fit(utils, GRPOTrainer)
     carrier = _SupportCarrier()
     replacements: dict[Name, Any] = {
         (utils, "_ChunkedLogProbFunction"): SimpleNamespace(apply=partial(_chunked_logprobs, project, carrier)),
         (utils, "_use_triton"): lambda device: device.type in ("cpu", "cuda", "xpu"),
     }
-    if hasattr(utils, "_fused_logprob_entropy"):  # absent without Triton (macOS, Windows)
+    if hasattr(utils, "_fused_logprob_entropy"):
         replacements[utils, "_fused_logprob_entropy"] = partial(_logprobs_and_entropy, backend)
         replacements[utils, "_supports_trl_loss_kernel"] = _is_supported
-    for name, method in carrier.methods().items():
-        replacements[GRPOTrainer, name] = wrapping(method)(_patch.original(GRPOTrainer, name))
+    for name, wrapper in carrier.methods().items():
+        replacements[GRPOTrainer, name] = wrapping(wrapper)(_patch.original(GRPOTrainer, name))
     return _patch.apply(replacements)
+
+
+def _check_fit(utils: Any, trainer: Any) -> None:
+    """Check parameters and results of what is replaced, and warn of a version that is not tested.
+
+    Raises:
+        ImportError: they are not those of the replacements.
+    """
+    for name, parameters in _WRAPPED.items():
+        full_name = f"trl.trainer.grpo_trainer.GRPOTrainer.{name}"
+        PACKAGE.check_parameters(full_name, _patch.original(trainer, name), parameters, may_have_more=True)
+    functions = {name: _patch.original(utils, name) for name in _REPLACED}
+    chunked = functions["_ChunkedLogProbFunction"]
+    functions["_ChunkedLogProbFunction"] = method(chunked, "forward")
+    has_triton = functions["_fused_logprob_entropy"] is not None
+    for name, parameters in _REPLACED.items():
+        if has_triton or name in ("_ChunkedLogProbFunction", "_use_triton"):
+            PACKAGE.check_parameters(f"trl.trainer.utils.{name}", functions[name], parameters)
+    labels = torch.arange(7, device="cpu")
+    settings = (0.7, 4, 3.0, 2.0, ("log_probs", "entropy"))
+
+    def results(function: Callable[..., Any]) -> list[Tensor]:
+        hidden, weight = example(rows=7, columns=5, grad=True), example(rows=11, columns=5, seed=1, grad=True)
+        bias = example(rows=1, columns=11, seed=2)[0].requires_grad_()
+        logprobs, entropy, *_ = function(hidden, weight, bias, labels, *settings)
+        grads = torch.autograd.grad((logprobs * example(rows=1, columns=7, seed=3)[0]).sum(), (hidden, weight, bias))
+        return [logprobs.detach(), entropy.detach(), *grads]
+
+    replacement = partial(_chunked_logprobs, partial(linear_logprobs, backward="recompute"), _SupportCarrier())
+    name = "trl.trainer.utils._ChunkedLogProbFunction"
+    PACKAGE.check_results(name, lambda: results(chunked.apply), lambda: results(replacement))
+    if has_triton:
+        logits = example(rows=7, columns=11)
+        PACKAGE.check_results(
+            "trl.trainer.utils.selective_log_softmax",
+            lambda: [utils.selective_log_softmax(logits, labels, 0.7)],
+            lambda: [_logprobs_and_entropy(None, logits, labels, 0.7)[0]],
+        )
+    PACKAGE.warn_if_untested()
 
 
 def unpatch() -> None:
@@ -211,7 +265,11 @@ class _SupportCarrier:
         with self._set(_calls=calls):
             results = original(trainer, *inputs, **kwargs)
         if next(calls, None) is not None:
-            reject(SUPPORT_FIELD, "ignored by a function that this patch does not replace", f"used with TRL {VERSION}")
+            reject(
+                SUPPORT_FIELD,
+                "ignored by a function that this patch does not replace",
+                f"used with TRL {PACKAGE.tested}",
+            )
         return results
 
 

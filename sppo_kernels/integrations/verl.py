@@ -25,7 +25,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +33,18 @@ from torch import Tensor
 
 from ..ops.linear_logprobs import linear_logprobs
 from ..ops.policy_loss import policy_loss
+from ._compatibility import Package, example, method
 from ._outcomes import outcomes
-from ._patching import AfterImport, Patch, check_version, wrapping
+from ._patching import AfterImport, Patch, wrapping
 
-VERSION = "0.9.1"
+PACKAGE = Package("verl", "0.9.1")
 NAME = "sppo_seq"  # "sppo" usually means Self-Play Preference Optimization
 FUSED_BACKENDS = {"sppo_kernels": "auto"} | {f"sppo_kernels_{mode}": mode for mode in ("recompute", "cache", "sparse")}
 RATIO_LEVELS = {NAME: "token", f"{NAME}_mean": "sequence_mean", f"{NAME}_sum": "sequence_sum"}
 _patch = Patch("verl")
 _added: set[str] = set()
 _waiting: list[AfterImport] = []
+_unfit: dict[str, ImportError] = {}
 
 
 def patch() -> ExitStack:
@@ -52,28 +54,30 @@ def patch() -> ExitStack:
         A context manager that removes it on exit, unless the plugin or another call had added it before.
 
     Raises:
-        ImportError: verl is missing, or its version is not supported.
+        ImportError: verl is missing, or what is replaced has other parameters or other results.
     """
-    check_version("verl", VERSION)
+    PACKAGE.version()
     undo = ExitStack()
     if not (_added or _waiting):
         undo.callback(unpatch)
     for module in _PATCHED_MODULES:
         import_module(module)
         _add(module)
+    PACKAGE.warn_if_untested()
     return undo
 
 
 def patch_when_imported() -> None:
     """Add each part once verl has imported the module that it belongs to, as the plugin does.
 
-    This way no process imports more of verl than it would without the plugin.
+    This way no process imports more of verl than it would without the plugin. A part that does not fit is left out, and
+    the first use of a name that needs it raises the reason.
 
     Raises:
-        ImportError: verl is missing, or its version is not supported.
+        ImportError: verl is missing.
     """
-    check_version("verl", VERSION)
-    _waiting.extend(AfterImport([module], partial(_add, module)) for module in _PATCHED_MODULES)
+    PACKAGE.version()
+    _waiting.extend(AfterImport([module], partial(_add_if_it_fits, module)) for module in _PATCHED_MODULES)
 
 
 def unpatch() -> None:
@@ -84,12 +88,33 @@ def unpatch() -> None:
     while _waiting:
         _waiting.pop().withdraw()
     _patch.restore()
-    if _REGISTRIES in _added:
+    if _REGISTRIES in _added | _unfit.keys():
         core_algos = sys.modules[_REGISTRIES]
         core_algos.ADV_ESTIMATOR_REGISTRY.pop(NAME, None)
         for name in RATIO_LEVELS:
             core_algos.POLICY_LOSS_REGISTRY.pop(name, None)
     _added.clear()
+    _unfit.clear()
+
+
+def _add_if_it_fits(module_name: str) -> None:
+    try:
+        _add(module_name)
+    except ImportError as error:
+        _unfit[module_name] = error
+        if module_name == _REGISTRIES:
+            _register(sys.modules[module_name])  # they raise the reason
+
+
+def _check_use() -> None:
+    """Check that every part that verl has imported fits, when the configuration names one.
+
+    Raises:
+        ImportError: one does not.
+    """
+    for error in _unfit.values():
+        raise error
+    PACKAGE.warn_if_untested()
 
 
 def _add(module_name: str) -> None:
@@ -97,14 +122,88 @@ def _add(module_name: str) -> None:
     if module_name in _added:
         return
     module = sys.modules[module_name]
+    _check_fit(module)
     if module_name == _REGISTRIES:
-        module.register_adv_est(NAME)(sppo_advantages)
-        for name, ratio_level in RATIO_LEVELS.items():
-            module.register_policy_loss(name)(partial(sppo_policy_loss, ratio_level))
+        _register(module)
     else:
         name, replacement_for = _WRAPPED[module_name]
         _patch.apply({(module, name): replacement_for(getattr(module, name))})
     _added.add(module_name)
+
+
+def _register(core_algos: Any) -> None:
+    core_algos.register_adv_est(NAME)(_checked_advantages)
+    for name, ratio_level in RATIO_LEVELS.items():
+        core_algos.register_policy_loss(name)(partial(_checked_policy_loss, ratio_level))
+
+
+def _checked_advantages(*args: Any, **kwargs: Any) -> Any:
+    _check_use()
+    return sppo_advantages(*args, **kwargs)
+
+
+def _checked_policy_loss(*args: Any, **kwargs: Any) -> Any:
+    _check_use()
+    return sppo_policy_loss(*args, **kwargs)
+
+
+def _check_fit(module: Any) -> None:
+    """Check parameters and results of the part that belongs to a module of verl.
+
+    Raises:
+        ImportError: they are not those of the replacements.
+    """
+    path = module.__name__
+    if path == _REGISTRIES:
+        for name, parameters in (("register_adv_est", "name_or_enum"), ("register_policy_loss", "name")):
+            PACKAGE.check_parameters(f"{path}.{name}", getattr(module, name, None), parameters, may_have_more=True)
+        vanilla, name = getattr(module, "compute_policy_loss_vanilla", None), f"{path}.compute_policy_loss_vanilla"
+        PACKAGE.check_parameters(name, vanilla, _POLICY_LOSS)
+        ours = partial(sppo_policy_loss, "token")
+        PACKAGE.check_results(name, partial(_example_losses, vanilla), partial(_example_losses, ours))
+        return
+    name, _ = _WRAPPED[path]
+    original, more = getattr(module, name, None), name == "compute_advantage"
+    if name != "FusedLinearForPPO":
+        PACKAGE.check_parameters(f"{path}.{name}", original, _PARAMETERS[name], may_have_more=more)
+        return
+    for part, parameters in (
+        ("__init__", "self chunk_size impl_backend"),
+        ("forward", "self hidden_states vocab_weights input_ids temperature"),
+    ):
+        PACKAGE.check_parameters(f"{path}.{name}.{part}", method(original, part), parameters)
+    replacement = _fused_linear_class(original)
+
+    def results(cls: Any, backend: str) -> list[Tensor]:
+        hidden, weight = example(rows=7, columns=5, grad=True), example(rows=11, columns=5, seed=1, grad=True)
+        labels = torch.arange(7, device="cpu")
+        logprobs, entropy = cls(impl_backend=backend)(hidden[None], weight, labels[None], temperature=0.7)
+        loss = (logprobs * example(rows=1, columns=7, seed=2)).sum()
+        return [logprobs.detach(), entropy.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+    PACKAGE.check_results(
+        f"{path}.{name}",
+        partial(results, original, "torch"),
+        partial(results, replacement, "sppo_kernels_recompute"),
+        may_need_gpu=True,  # with flash-attn it uses a kernel
+    )
+
+
+class _ExampleConfig(dict[str, Any]):
+    """What verl's policy losses read of an ``ActorConfig``, whose module a process need not have imported."""
+
+    clip_ratio = 0.2
+    clip_ratio_low = 0.2
+    clip_ratio_high = 0.3
+    global_batch_info: ClassVar[dict[str, Any]] = {}
+
+
+def _example_losses(function: Any) -> list[Tensor]:
+    new, old = example(rows=3, columns=5, grad=True), example(rows=3, columns=5, seed=1)
+    mask = torch.tensor([[1.0, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]], device="cpu")
+    advantages = example(rows=3, columns=5, seed=2)
+    loss, _ = function(old, new, advantages, mask, "token-mean", _ExampleConfig(clip_ratio_c=3.0), None)
+    return [loss.detach(), *torch.autograd.grad(loss, new)]
 
 
 # Configuration: on the driver, before anything is started
@@ -178,6 +277,7 @@ def _compute_advantage(original: Any, data: Any, adv_estimator: str, *args: Any,
     """
     if adv_estimator != NAME:
         return original(data, adv_estimator, *args, **kwargs)
+    _check_use()
     batch = data.batch
     batch["advantages"], batch["returns"] = sppo_advantages(
         batch["token_level_rewards"], batch["response_mask"], batch.get("values", None)
@@ -362,4 +462,11 @@ _WRAPPED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "verl.models.transformers.monkey_patch": ("patch_forward_with_backends", wrapping(_patch_forward)),
     "verl.utils.experimental.torch_functional": ("FusedLinearForPPO", _fused_linear_class),
 }
+_PARAMETERS = {
+    "need_critic": "config",
+    "compute_advantage": "data adv_estimator",
+    "value_loss": "config model_output data dp_group",
+    "patch_forward_with_backends": "model use_fused_kernels fused_kernels_backend",
+}
+_POLICY_LOSS = "old_log_prob log_prob advantages response_mask loss_agg_mode config rollout_is_weights"
 _PATCHED_MODULES = (_REGISTRIES, *_WRAPPED)

@@ -1,10 +1,8 @@
-"""Module that verl imports itself (entry-point group ``verl.plugins``); do not import it directly."""
+"""Module that verl imports itself (entry-point group ``verl.plugins``); do not import it directly.
 
-import warnings
+It says nothing where nobody asks for it: a part that does not fit the installed version raises the reason on first use.
+"""
 
 from .verl import patch_when_imported
 
-try:
-    patch_when_imported()
-except ImportError as error:  # verl would swallow it
-    warnings.warn(f"sppo_seq is not available in verl: {error}", stacklevel=1)
+patch_when_imported()

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import threading
 
 import pytest
 
@@ -85,6 +86,27 @@ def test_a_missing_name_leaves_all_names_unchanged(import_module):
         patch.apply({(a, "name"): len, (a, "missing"): len})
     assert a.name is original
     patch.restore()
+    assert a.name is original
+
+
+def test_threads_may_patch_at_the_same_time(import_module):
+    a = import_module("a")
+    original, patch, errors = a.name, Patch("patched_package"), []
+
+    def work():
+        try:
+            for _ in range(300):
+                with patch.apply({(a, "name"): len}):
+                    assert patch.original(a, "name") is original
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
     assert a.name is original
 
 

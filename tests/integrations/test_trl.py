@@ -1,5 +1,7 @@
 """Integration with the real TRL: training and gradients with and without the patch, and which operation ran."""
 
+import time
+import warnings
 from collections import Counter
 from contextlib import nullcontext
 from importlib import metadata
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer import utils
 
+from sppo_kernels.integrations import _compatibility
 from sppo_kernels.integrations import trl as fused
 from sppo_kernels.ops.linear_logprobs import lm_head
 
@@ -288,12 +291,67 @@ def test_patches_nest_and_unpatch_removes_all():
     assert {name: getattr(utils, name) for name in NAMES} == ORIGINALS
 
 
-@pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "2.0.0"])
-def test_unsupported_versions_are_rejected(monkeypatch, version):
-    monkeypatch.setattr(metadata, "version", lambda _: version)
-    with pytest.raises(ImportError, match=rf"trl must be 1\.16\.x .*, got {version}: pip install 'trl~=1.16.0'"):
+def test_an_untested_version_that_fits_warns_once(monkeypatch):
+    monkeypatch.setattr(_compatibility, "_warned", set())
+    monkeypatch.setattr(metadata, "version", lambda _: "1.17.0")
+    with pytest.warns(UserWarning, match=r"trl 1\.17\.0 is not tested, only 1\.16\.0 is"), fused.patch():
+        assert utils._use_triton is not ORIGINALS["_use_triton"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         fused.patch()
-    assert utils._use_triton is ORIGINALS["_use_triton"]
+
+
+def test_checks_take_little_time():
+    fused.patch()
+    start = time.perf_counter()
+    fused.patch()
+    assert time.perf_counter() - start < 1  # 20 ms on an idle machine
+
+
+class _OtherScale(torch.autograd.Function):
+    forward = staticmethod(utils._ChunkedLogProbFunction.forward)
+
+    @classmethod
+    def apply(cls, hidden, *args):
+        return ORIGINALS["_ChunkedLogProbFunction"].apply(1.01 * hidden, *args)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "new", "says"),
+    [
+        (
+            utils,
+            "_use_triton",
+            lambda device, dtype: True,
+            r"trl\.trainer\.utils\._use_triton has the parameters device, dt",
+        ),
+        (utils, "_use_triton", None, r"trl\.trainer\.utils\._use_triton does not exist"),
+        (utils, "_ChunkedLogProbFunction", None, "_ChunkedLogProbFunction does not exist"),
+        (utils, "_ChunkedLogProbFunction", _OtherScale, "result 0 of .*_ChunkedLogProbFunction differs .* by 0.0"),
+        (
+            GRPOTrainer,
+            "_generate",
+            lambda self, inputs: None,
+            r"GRPOTrainer\._generate has the parameters self, inputs, not",
+        ),
+        (utils, "selective_log_softmax", lambda *args: 1 / 0, "selective_log_softmax raises ZeroDivisionError"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_replaced(monkeypatch, owner, name, new, says):
+    monkeypatch.setattr(owner, name, new)
+    before = {each: getattr(utils, each) for each in NAMES}
+    with pytest.raises(ImportError, match=rf"trl .* does not fit this integration: .*{says}.*pip install 'trl~=1.16"):
+        fused.patch()
+    assert {each: getattr(utils, each) for each in NAMES} == before
+
+
+def test_what_trl_adds_to_a_wrapped_method_is_passed_on(monkeypatch):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, new=None):
+        return new
+
+    monkeypatch.setattr(GRPOTrainer, "compute_loss", compute_loss)
+    with fused.patch():
+        assert GRPOTrainer.compute_loss(None, None, {}, new=5) == 5
 
 
 @pytest.mark.parametrize(
