@@ -79,6 +79,7 @@ _MACHINE_SETTINGS = (
     "skip_memory_metrics",
     "debug",
     "reward_timeout",
+    "reward_workers",
     "accelerator_config",
     "resume_from_checkpoint",
     "_n_gpu",

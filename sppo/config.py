@@ -205,6 +205,7 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "temperature",
             "rollout_cap",
             "reward_timeout",
+            "reward_workers",
             "critic_max_grad_norm",
             "max_grad_norm",
             "cliprange_value",

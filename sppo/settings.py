@@ -95,6 +95,13 @@ class SPPOSettings:
             "as long."
         },
     )
+    reward_workers: int = field(
+        default=1,
+        metadata={
+            "help": "Number of processes that call a reward given as module:function, side by side, each with a part "
+            "of the batch. Each imports the module. Built-in rewards use all cores with one."
+        },
+    )
     mask_truncated_completions: bool = field(
         default=False,
         metadata={

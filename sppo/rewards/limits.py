@@ -15,9 +15,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-from sppo.rewards.worker import Expired, RewardError, SampleResult
+from sppo.rewards.worker import Expired, RewardError, SampleResult, TimeLimitError
 
 LOAD_TIMEOUT = 300.0
 """Time limit for starting a worker and importing a reward's module, in seconds."""
@@ -27,9 +27,9 @@ EXIT_TIMEOUT = 10.0
 
 
 class Worker:
-    """The process that runs named rewards. It is started once, and replaced only after it was killed or has died."""
+    """A process that runs named rewards. It is started once, and replaced only after it was killed or has died."""
 
-    _current: Worker | None = None
+    _current: ClassVar[dict[int, Worker]] = {}
 
     def __init__(self) -> None:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # the worker can import what this process can
@@ -45,13 +45,20 @@ class Worker:
         threading.Thread(target=self._read, daemon=True).start()
 
     @classmethod
-    def current(cls) -> Worker:
-        """Return this process's worker; start one if there is none that runs."""
-        worker = cls._current
+    def current(cls, number: int = 0) -> Worker:
+        """Return one of this process's workers, which are numbered from 0; start it if it does not run."""
+        worker = cls._current.get(number)
         # A forked child (a data loader's worker) must not write into its parent's pipe.
         if worker is None or worker.owner != os.getpid() or worker.process.poll() is not None:
-            worker = cls._current = Worker()
+            worker = cls._current[number] = Worker()
         return worker
+
+    @classmethod
+    def kill_all(cls) -> None:
+        """Kill this process's workers, which ends the calls that they run."""
+        for worker in cls._current.values():
+            if worker.owner == os.getpid():
+                worker.process.kill()
 
     def load(self, spec: str) -> None:
         """Import the function ``spec`` in the worker, unless this was done from the same working directory.
@@ -177,5 +184,5 @@ def _run_in_thread(seconds: float, work: Callable[[], list[SampleResult]]) -> li
     return result
 
 
-def _timeout_error(seconds: float) -> RewardError:
-    return RewardError(f"took longer than {seconds:.3g} s")
+def _timeout_error(seconds: float) -> TimeLimitError:
+    return TimeLimitError(f"took longer than {seconds:.3g} s")

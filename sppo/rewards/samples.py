@@ -26,6 +26,7 @@ def grade(
     *,
     weights: Sequence[float] | None,
     timeout: float,
+    workers: int = 1,
     max_failures_shown: int = 10,
 ) -> Scores:
     """Set the reward of each sample, or None if a reward function failed on it, and log failures.
@@ -33,7 +34,7 @@ def grade(
     Args:
         samples: the samples, modified in place.
         rows: their rows of the dataset.
-        reward_funcs, weights, timeout: as in :func:`sppo.rewards.score`.
+        reward_funcs, weights, timeout, workers: as in :func:`sppo.rewards.score`.
         max_failures_shown: how many failures to log one by one, so that a reward that always fails does not flood the
             log.
     """
@@ -44,6 +45,7 @@ def grade(
         {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
         weights=weights,
         timeout=timeout,
+        workers=workers,
     )
     for sample, reward in zip(samples, scores.rewards, strict=True):
         sample.reward = reward
@@ -77,7 +79,14 @@ def score_samples(
     Raises:
         ValueError: with ``as_probability``, a reward outside [0, 1] by more than rounding.
     """
-    scores = grade(samples, rows, reward_funcs, weights=args.reward_weights, timeout=args.reward_timeout)
+    scores = grade(
+        samples,
+        rows,
+        reward_funcs,
+        weights=args.reward_weights,
+        timeout=args.reward_timeout,
+        workers=args.reward_workers,
+    )
     for sample in samples:
         reward = sample.reward
         if not as_probability or reward is None:

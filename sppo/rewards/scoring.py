@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from sppo._utils import suggest
+from sppo.rewards.batches import Batch, score_each
 from sppo.rewards.limits import Worker, run_within
 from sppo.rewards.processes import hide_environment
 from sppo.rewards.worker import RewardError, SampleResult, call
@@ -56,8 +56,11 @@ class Reward:
     target: Callable[..., Any] | str
     options: dict[str, Any] = field(default_factory=dict)
 
-    def load(self) -> None:
+    def load(self, worker: int = 0) -> None:
         """Start the worker process if needed and import a named function in it.
+
+        Args:
+            worker: number of the process.
 
         Raises:
             RewardError: the function cannot be imported.
@@ -65,7 +68,7 @@ class Reward:
         if isinstance(self.target, str):
             if self.target in BUILTIN.values() and self.options.get("same_user"):
                 hide_environment()
-            Worker.current().load(self.target)
+            Worker.current(worker).load(self.target)
 
     def identity(self) -> dict[str, Any]:
         """Return what a resumed run compares: function, options, and the content of a file that it is in."""
@@ -76,22 +79,31 @@ class Reward:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.suffix == ".py" else None
         return {"name": target if digest is None else self.name, "options": self.options, "file": digest}
 
-    def run(
-        self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any], timeout: float
-    ) -> list[SampleResult]:
+    @property
+    def may_have_workers(self) -> bool:
+        """Whether several processes may call it; a built-in one has processes of its own."""
+        return isinstance(self.target, str) and self.target not in BUILTIN.values()
+
+    def run(self, batch: Batch, timeout: float, worker: int = 0) -> list[SampleResult]:
         """Call the reward once on a batch.
+
+        Args:
+            batch: the samples.
+            timeout: time limit in seconds.
+            worker: number of the process that calls a named function.
 
         Raises:
             RewardError: it did not return one value per completion within ``timeout`` seconds.
         """
         function = self.target
         if callable(function):
-            return run_within(timeout, lambda: call(function, self.options, prompts, completions, columns))
-        message = {"options": self.options, "prompts": prompts, "completions": completions}
+            return run_within(
+                timeout, lambda: call(function, self.options, batch.prompts, batch.completions, dict(batch.columns))
+            )
+        message = {"options": self.options, "prompts": batch.prompts, "completions": batch.completions}
         hidden = BUILTIN_OPTIONS if function in BUILTIN.values() else set()
-        columns = {name: column for name, column in columns.items() if name not in hidden and _is_json(column)}
-        self.load()
-        return Worker.current().request({"call": function, **message, "columns": columns}, timeout)
+        columns = {name: column for name, column in batch.columns.items() if name not in hidden and _is_json(column)}
+        return Worker.current(worker).request({"call": function, **message, "columns": columns}, timeout)
 
 
 def resolve(spec: Reward | Callable[..., Any] | str) -> Reward:
@@ -141,11 +153,13 @@ def score(
     weights: Sequence[float] | None = None,
     timeout: float = 60.0,
     names: Sequence[str] | None = None,
+    workers: int = 1,
 ) -> Scores:
     """Score each completion with each reward.
 
-    If a call fails on the batch, it is repeated per sample to find the samples that cause it. A reward therefore takes
-    at most three times ``timeout`` per batch, plus the time to restart its worker.
+    If a call fails on the batch, it is repeated per sample to find the samples that cause it. Each has an equal share
+    of ``timeout``, and those that exceed it have a second call with what is left. A reward therefore takes at most
+    three times ``timeout`` per batch, plus the time to restart its worker.
 
     Args:
         reward_funcs: rewards, as taken or returned by :func:`resolve`.
@@ -155,6 +169,8 @@ def score(
         weights: one per reward; default 1.
         timeout: time limit for one call of one reward, in seconds.
         names: the rewards' names in the result; default: their own, numbered if two are equal.
+        workers: number of processes that call a reward given by name, side by side, each with its part of the batch.
+            Each imports the reward's module. Built-in rewards have one, which uses all cores.
 
     Raises:
         ValueError: no rewards, or lists of different lengths.
@@ -163,6 +179,8 @@ def score(
         raise ValueError("reward_funcs is empty; give at least one reward")
     if timeout <= 0:
         raise ValueError(f"timeout must be greater than 0 seconds, got {timeout}")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     columns = {name: column for name, column in columns.items() if name not in ("prompts", "completions")}
     rewards = [resolve(reward) for reward in reward_funcs]
     weights = [1.0] * len(rewards) if weights is None else weights
@@ -170,13 +188,14 @@ def score(
     _check_length(len(completions), "completions", prompts=prompts, **columns)
     _check_length(len(rewards), "rewards", weights=weights, names=names)
 
+    batch = Batch(prompts, completions, columns)
     totals: list[float | None] = [0.0] * len(completions)
     means: dict[str, float] = {}
     stds: dict[str, float] = {}
     failures: list[str] = []
     for reward, weight, name in zip(rewards, weights, names, strict=True):
         values = []
-        for i, result in enumerate(_score_each(reward, prompts, completions, columns, timeout)):
+        for i, result in enumerate(score_each(reward, batch, timeout, workers if reward.may_have_workers else 1)):
             if isinstance(result, float):
                 values.append(result)
             else:
@@ -188,36 +207,6 @@ def score(
         stds[name] = statistics.stdev(values) if len(values) > 1 else 0.0 if values else math.nan
     # In floating point, weights such as 0.7, 0.2, 0.1 do not add up to 1; rounding makes a full reward exactly 1.
     return Scores([None if total is None else round(total, 12) for total in totals], means, stds, failures)
-
-
-def _score_each(
-    reward: Reward, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any], timeout: float
-) -> list[SampleResult]:
-    """Call a reward on the batch and, if that fails, on each sample with at most a quarter of the remaining time."""
-    if len(completions) == 0:
-        return []
-    try:
-        return reward.run(prompts, completions, columns, timeout)
-    except RewardError as error:
-        if len(completions) == 1:
-            return [str(error)]
-    remaining = 2 * timeout
-    results: list[SampleResult] = []
-    for i in range(len(completions)):
-        if remaining < timeout / 20:
-            results.append("was not called: other samples of the batch used up the time limit")
-            continue
-        sample = {name: [column[i]] for name, column in columns.items()}
-        try:
-            reward.load()  # a worker that was killed restarts here, outside the sample's time
-            start = time.monotonic()
-            try:
-                results += reward.run([prompts[i]], [completions[i]], sample, remaining / 4)
-            finally:
-                remaining -= time.monotonic() - start
-        except RewardError as error:
-            results.append(str(error))
-    return results
 
 
 def _check_length(n: int, of: str, /, **lists: Sequence[Any]) -> None:

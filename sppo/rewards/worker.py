@@ -38,6 +38,10 @@ class RewardError(Exception):
     """A reward call without a usable result. The message continues a sentence that starts with the reward's name."""
 
 
+class TimeLimitError(RewardError):
+    """A reward call that took too long."""
+
+
 class Expired(BaseException):
     """Raised inside a reward function at its time limit; ``except Exception`` in the function does not catch it."""
 

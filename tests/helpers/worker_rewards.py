@@ -1,6 +1,7 @@
 """Rewards for tests, working and failing, in a module that the worker process imports quickly."""
 
 import os
+import time
 
 
 def length(prompts, completions, **columns):
@@ -39,6 +40,18 @@ def misbehave_on_sample(completion, *, size, how):
         if how == "none":
             return None
     return size
+
+
+def hang_on(completions):
+    while "hang" in completions:
+        time.sleep(60)
+    return [1.0] * len(completions)
+
+
+def sleep(completions):
+    for completion in completions:
+        time.sleep(float(completion))
+    return [1.0] * len(completions)
 
 
 def pid(prompts, completions):

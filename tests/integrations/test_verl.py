@@ -1,12 +1,9 @@
 """Integration with the real verl on a CPU: losses, advantages, forward, configuration and worker processes."""
 
-import importlib
 import pickle
 import subprocess
 import sys
-import warnings
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +30,6 @@ from verl.workers.config import ActorConfig, CriticConfig, FSDPEngineConfig
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils import losses
 
-from sppo_kernels.integrations import _compatibility, verl_plugin
 from sppo_kernels.integrations import verl as fused
 
 ROOT = Path(__file__).parents[2]
@@ -395,63 +391,6 @@ assert fused._added == {"verl.trainer.ppo.core_algos"}
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-
-
-def test_an_untested_version_warns_where_it_is_used(monkeypatch):
-    fused.unpatch()
-    monkeypatch.setattr(_compatibility, "_warned", set())
-    monkeypatch.setattr(metadata, "version", lambda _: "0.10.0")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        importlib.reload(verl_plugin)
-    with pytest.warns(UserWarning, match=r"verl 0\.10\.0 is not tested, only 0\.9\.1 is"):
-        loss_of("sppo_seq", batch(), "token-mean", actor_config())
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "new", "says"),
-    [
-        (
-            losses,
-            "value_loss",
-            lambda config, output: None,
-            r"utils\.losses\.value_loss has the parameters config, output",
-        ),
-        (core_algos, "compute_policy_loss_vanilla", None, "compute_policy_loss_vanilla does not exist"),
-        (torch_functional, "FusedLinearForPPO", None, r"FusedLinearForPPO\.__init__ does not exist"),
-    ],
-)
-def test_what_does_not_fit_is_named_by_the_first_use(monkeypatch, owner, name, new, says):
-    """The plugin is quiet, and verl runs without it."""
-    fused.unpatch()
-    monkeypatch.setattr(owner, name, new)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        importlib.reload(verl_plugin)
-    with pytest.raises(ImportError, match=rf"verl .* does not fit this integration: .*{says}"):
-        loss_of("sppo_seq", batch(), "token-mean", actor_config())
-    fused.unpatch()
-    with pytest.raises(ImportError, match=says):
-        fused.patch()
-    fused.unpatch()
-
-
-def test_a_vanilla_loss_that_differs_is_found(monkeypatch):
-    fused.unpatch()
-    vanilla = core_algos.compute_policy_loss_vanilla
-
-    def other(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights):
-        loss, metrics = vanilla(
-            old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights
-        )
-        return 1.01 * loss, metrics
-
-    monkeypatch.setattr(core_algos, "compute_policy_loss_vanilla", other)
-    with pytest.raises(
-        ImportError, match=r"result 0 of .*compute_policy_loss_vanilla differs from what replaces it by"
-    ):
-        fused.patch()
-    fused.unpatch()
 
 
 def recipe(tmp_path, *arguments):

@@ -169,7 +169,37 @@ def test_a_hanging_reward_takes_at_most_three_time_limits():
     scores = score([hang], ["p"] * 50, ["c"] * 50, {}, timeout=0.5)
     assert time.monotonic() - start < 3 * 0.5 + 1
     assert scores.rewards == [None] * 50
-    assert "was not called" in scores.failures[-1]
+    assert "took longer than 0.01 s" in scores.failures[-1]
+
+
+def test_slow_samples_cost_no_other_its_reward():
+    """16 of 128 hang; the others are called with them, and then by themselves."""
+    given = ["hang" if i % 8 == 3 else "word" for i in range(128)]
+    for workers in (1, 2):
+        start = time.monotonic()
+        scores = score([spec("hang_on")], ["p"] * 128, given, {}, timeout=4, workers=workers)
+        assert [x is None for x in scores.rewards] == [text == "hang" for text in given]
+        assert time.monotonic() - start < 20
+        assert len(scores.failures) == 16
+
+
+def test_a_slow_sample_has_a_second_call():
+    scores = score([spec("sleep")], ["p"] * 4, ["0", "0.6", "9", "0"], {}, timeout=2)
+    assert scores.rewards == [1.0, 1.0, None, 1.0]
+
+
+def test_workers_call_parts_of_the_batch_side_by_side():
+    pids = score([spec("pid")], ["p"] * 4, ["c"] * 4, {}, workers=2).rewards
+    assert pids[0] == pids[1] != pids[2] == pids[3]
+    again = score([spec("pid")], ["p"] * 4, ["c"] * 4, {}, workers=2).rewards
+    assert again == pids, "the workers were not reused"
+    start = time.monotonic()
+    assert score([spec("sleep")], ["p"] * 2, ["1", "1"], {}, workers=2).rewards == [1.0, 1.0]
+    assert time.monotonic() - start < 1.9
+    one = score([spec("pid"), "exact"], ["p"], ["c"], {"answer": ["c"]}, workers=8)
+    assert one.failures == []
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        score(["exact"], ["p"], ["c"], {}, workers=0)
 
 
 def test_only_a_reward_of_weight_zero_may_fail():
