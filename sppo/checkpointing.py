@@ -165,6 +165,7 @@ def save_models(
     critic_kind: str | None,
     gathered_weights: Callable[[], AbstractContextManager[None]],
     writes: bool,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Save policy and critic as ordinary models, each with its tokenizer; all processes must call this.
 
@@ -176,9 +177,12 @@ def save_models(
         critic_kind: ``"prompt"`` or ``"token"``; None without a critic.
         gathered_weights: makes a context in which each process holds all weights.
         writes: whether this process writes the files.
+        dtype: of the saved weights of models without an adapter; None for that of the trained ones.
     """
     policy, critic = model.policy, model.critic
     weights = full_state(model)
+    if dtype is not None and not has_adapter(policy):
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
     critic_weights = _part(weights, "critic.model.")
     if critic is not None and has_adapter(critic):
         with gathered_weights():
@@ -191,10 +195,20 @@ def save_models(
         save_file(learned, folder / _LEARNED)
     else:
         policy.save_pretrained(folder, state_dict=_part(weights, "policy."))
+        _set_dtype(folder, dtype)
     tokenizer.save_pretrained(folder)
     if critic is not None:
         save_critic(critic.model, folder / _CRITIC, str(critic_kind), critic_weights)
+        _set_dtype(folder / _CRITIC, None if has_adapter(policy) else dtype)
         tokenizer.save_pretrained(folder / _CRITIC)
+
+
+def _set_dtype(folder: Path, dtype: torch.dtype | None) -> None:
+    """Write into a model's configuration which dtype its weights have, if it is not that of the trained ones."""
+    if dtype is not None:
+        config = json.loads((folder / "config.json").read_text())
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load_models(model: ActorCritic, folder: Path) -> None:

@@ -149,9 +149,10 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
                 f"{self.top_p}, top_k={self.top_k} and min_p={self.min_p}: the excluded probability would shrink the "
                 "weight with each token; use replay_sampling_support=True or rollout_correction='token_truncate'"
             )
-        if self.max_steps == 0:
+        if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
-                "max_steps must be at least 1, or -1 to count epochs, got 0; to evaluate only, call evaluate()"
+                f"max_steps must be at least 1, or -1 to count epochs, got {self.max_steps}; to evaluate only, call "
+                "evaluate()"
             )
         for name, remedy in unavailable.items():
             if getattr(self, name):
@@ -188,8 +189,10 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "max_prompt_length",
             "rollout_batch_size",
             "max_tokens_per_micro_batch",
+            "reward_workers",
         )
         not_negative = (
+            "learning_rate",
             "epsilon",
             "epsilon_high",
             "beta",
@@ -205,7 +208,6 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "temperature",
             "rollout_cap",
             "reward_timeout",
-            "reward_workers",
             "critic_max_grad_norm",
             "max_grad_norm",
             "cliprange_value",

@@ -30,7 +30,7 @@ from sppo.models.actor_critic import ActorCritic, build_actor_critic
 from sppo.models.fsdp import gathered
 from sppo.models.lora import has_adapter, initial_adapter
 from sppo.models.packed_attention import PACKED_ATTENTION, use_attention
-from sppo.models.policy_io import check_tokenizer, frozen_copy, load_policy
+from sppo.models.policy_io import check_tokenizer, frozen_copy, load_policy, stored_dtype
 from sppo.optimization import clip_gradients, freeze_by_rate, parameter_groups, update_loss
 from sppo.reporting.meter import Meter, gather_lists
 from sppo.reporting.model_card import write_model_card
@@ -100,6 +100,7 @@ class SPPOTrainer(Trainer):
     ) -> None:
         args = args or SPPOConfig(output_dir="sppo_output")
         args.check_processes()
+        self.stored_dtype = stored_dtype(model)
         policy = load_policy(model)
         tokenizer = check_tokenizer(policy, processing_class)
         self.reward_funcs = resolve_rewards(reward_funcs, args.reward_weights)
@@ -354,7 +355,10 @@ class SPPOTrainer(Trainer):
         return held_out_metrics(samples, rows, self.reward_funcs, self.args, gather_lists)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save the policy as an ordinary model, or its adapter, with its tokenizer; the critic in ``critic`` inside."""
+        """Save the policy as an ordinary model, or its adapter, with its tokenizer; the critic in ``critic`` inside.
+
+        In a checkpoint weights have the precision that they are trained in, elsewhere that in which the policy came.
+        """
         folder = Path(output_dir or self.output_dir)
         checkpointing.save_models(
             self.actor_critic,
@@ -363,6 +367,7 @@ class SPPOTrainer(Trainer):
             critic_kind=self.algorithm.critic,
             gathered_weights=self._gathered_weights,
             writes=self.args.should_save,
+            dtype=None if self._staging else self.stored_dtype,
         )
         if self.args.should_save:
             (folder / "training_args.json").write_text(self.args.to_json_string())

@@ -18,3 +18,7 @@ if importlib.util.find_spec("hypothesis"):  # the environments of test-integrati
     from hypothesis import settings
 
     settings.register_profile("fast", max_examples=3)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--moments", type=int, default=1, help="random moments of each fault (test_random_moments.py)")

@@ -117,7 +117,7 @@ def save_critic(
     """
     weights = critic.state_dict() if weights is None else weights
     critic.config.score_bias = weights["score.bias"].item()
-    critic.config.critic_kind = kind
+    critic.config.critic_kind, critic.config.dtype = kind, critic.dtype
     critic.config.architectures = [type(critic).__name__]
     critic.config.save_pretrained(folder)
     save_torch_state_dict({name: w.contiguous() for name, w in weights.items() if name != "score.bias"}, folder)

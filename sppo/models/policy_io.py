@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from sppo._utils import ADAPTER_CONFIG
@@ -105,6 +105,15 @@ def check_tokenizer(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
             "take the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))"
         )
     return tokenizer
+
+
+def stored_dtype(model: PreTrainedModel | str | Path) -> torch.dtype | None:
+    """Return the dtype in which a policy comes, also if it is then loaded in float32; None for an adapter's folder."""
+    if not isinstance(model, (str, Path)):
+        return getattr(model, "dtype", None)
+    if (Path(model) / ADAPTER_CONFIG).exists():
+        return None
+    return AutoConfig.from_pretrained(model).dtype
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

@@ -48,21 +48,24 @@ def preload():
         assert warm.exitcode == 0
 
 
-def in_process(*args, kill_after=None, by=signal.SIGKILL, **kwargs):
+def in_process(*args, after=None, do=signal.SIGKILL, **kwargs):
+    """Run in a process, and return its exit code; ``do`` is a signal to send, or a function to call, after seconds."""
     process = PROCESSES.Process(target=run, args=args, kwargs=kwargs)
     process.start()
-    process.join(timeout=120 if kill_after is None else kill_after)
+    process.join(timeout=120 if after is None else after)
     ended = process.exitcode is not None
-    if not ended:
-        os.kill(process.pid, by)
+    if not ended and callable(do):
+        do(process.pid)
+    elif not ended:
+        os.kill(process.pid, do)
     process.join(timeout=60)
-    assert ended or kill_after is not None, "the run took longer than 120 s"
+    assert ended or after is not None, "the run took longer than 120 s"
     assert process.exitcode is not None, "the run did not end"
     return process.exitcode
 
 
 def weights(out):
-    parts = ("model.safetensors", "critic/model.safetensors")
+    parts = ("model.safetensors", "adapter_model.safetensors", "critic/model.safetensors")
     return {part: load_file(out / "final" / part) for part in parts if (out / "final" / part).exists()}
 
 
@@ -73,14 +76,14 @@ def progress(out):
 class Uninterrupted:
     """Uninterrupted runs, each made on first use."""
 
-    def __init__(self, folder):
-        self.folder, self.seconds = folder, {}
+    def __init__(self, folder, settings=SETTINGS):
+        self.folder, self.settings, self.seconds = folder, settings, {}
 
     def __call__(self, name):
         out = self.folder / name
         if name not in self.seconds:
             start = time.perf_counter()
-            assert in_process(out, SETTINGS[name]) == 0
+            assert in_process(out, self.settings[name]) == 0
             self.seconds[name] = time.perf_counter() - start
         return weights(out), progress(out)
 

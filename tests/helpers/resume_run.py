@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import torch
+from peft import LoraConfig
 from tiny_models import char_tokenizer, tiny_model
 
 import sppo.checkpointing
@@ -39,6 +40,11 @@ def make_trainer(out: Path, **settings: Any) -> sppo.trainer.SPPOTrainer:
         "eval_strategy": "steps",
         "eval_steps": 2,
     }
+    if settings.pop("lora", False):
+        adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        torch.manual_seed(0)  # of the adapter's weights
+    else:
+        adapter = None
     args = SPPOConfig(output_dir=str(out), **(defaults | settings))
     return sppo.trainer.SPPOTrainer(
         tiny_model(),
@@ -47,6 +53,7 @@ def make_trainer(out: Path, **settings: Any) -> sppo.trainer.SPPOTrainer:
         train_dataset=dataset,
         eval_dataset=dataset.select(range(4)),
         processing_class=char_tokenizer(),
+        peft_config=adapter,
     )
 
 

@@ -1,6 +1,7 @@
-"""A tiny model and its tokenizer, new for each test."""
+"""A tiny model and its tokenizer, new for each test, and runs that nothing interrupted."""
 
 import pytest
+from interrupted_runs import Uninterrupted, preload
 from tiny_models import char_tokenizer, tiny_model
 
 
@@ -12,3 +13,9 @@ def tokenizer():
 @pytest.fixture
 def model():
     return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    preload()
+    return Uninterrupted(tmp_path_factory.mktemp("uninterrupted"))

@@ -3,13 +3,12 @@
 import dataclasses
 import errno
 import json
-import random
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
-from interrupted_runs import MIDWAY, MOMENTS, SETTINGS, WHOLE, Uninterrupted, check_same, in_process, preload
+from interrupted_runs import MIDWAY, MOMENTS, SETTINGS, WHOLE, check_same, in_process
 from resume_run import make_trainer
 from safetensors.torch import load_file
 
@@ -18,16 +17,6 @@ from sppo._utils import run_lock
 from sppo.checkpointing import load_stream, save_stream
 from sppo.rewards import resolve
 from sppo.rollout.batching import pack_policy_batch
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _preloaded():
-    preload()
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    return Uninterrupted(tmp_path_factory.mktemp("uninterrupted"))
 
 
 @pytest.mark.slow
@@ -62,17 +51,6 @@ def test_a_resumed_update_has_the_same_micro_batches(tmp_path):
             }
     names = [set(batch) >= {"support_ids", "support_offsets"} for u in saved for batch in u.micro_batches]
     assert set(names) == {False, True}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
-def test_same_bits_after_sigkill_at_a_random_moment(uninterrupted, seed, tmp_path):
-    name = list(SETTINGS)[seed % len(SETTINGS)]
-    expected = uninterrupted(name)
-    moment = random.Random(seed).uniform(0, uninterrupted.seconds[name])
-    assert in_process(tmp_path, SETTINGS[name], kill_after=moment) in (0, -signal.SIGKILL)
-    assert in_process(tmp_path, SETTINGS[name], resume=any(tmp_path.glob("checkpoint-*"))) == 0
-    check_same(tmp_path, expected)
 
 
 def epoch_updates(settings):

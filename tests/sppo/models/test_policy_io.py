@@ -1,5 +1,8 @@
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import tiny_model
 from tiny_run import logged, make
 
@@ -47,3 +50,22 @@ def test_a_loss_of_the_router_is_refused():
         ValueError, match="output_router_logits is True, which asks for the router's load-balancing loss"
     ):
         load_policy(model)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_final_model_has_the_dtype_in_which_the_policy_came(tmp_path, by_name):
+    """Checkpoints have float32, in which it is trained."""
+    model = tiny_model().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    settings = {"bf16": True, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make(tmp_path / "run", model=str(tmp_path / "model") if by_name else model, **settings)
+    trainer.train()
+    trainer.save_model()
+    for folder, dtype in ((tmp_path / "run", "bfloat16"), (tmp_path / "run/checkpoint-1", "float32")):
+        for part in (folder, folder / "critic"):
+            assert json.loads((part / "config.json").read_text())["dtype"] == dtype
+            weights = load_file(part / "model.safetensors")
+            assert {str(weight.dtype) for weight in weights.values()} == {f"torch.{dtype}"}
+    saved = load_file(tmp_path / "run/model.safetensors")
+    for name, weight in load_file(tmp_path / "run/checkpoint-1/model.safetensors").items():
+        assert saved[name].equal(weight.to(torch.bfloat16))
