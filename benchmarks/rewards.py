@@ -113,4 +113,12 @@ def run(args: argparse.Namespace) -> int:
     return results.conclude(results.markdown(rows, COLUMNS), failures, path)
 
 
-SUITE = Suite(add_arguments, run, draw=results.draw_bars(chart), needs="math-verify")
+def published_table(folder) -> str:
+    """Return one line per method."""
+    rows = [row for report in results.load_all(folder, "rewards") for row in report["rows"]]
+    return results.markdown(rows, COLUMNS)
+
+
+SUITE = Suite(
+    add_arguments, run, tables={"rewards": published_table}, draw=results.draw_bars(chart), needs="math-verify"
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 
 from sppo.rewards.limits import Worker
 from sppo.rewards.worker import RewardError, SampleResult, TimeLimitError
+
+_LEAST_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ class BatchReward(Protocol):
 def score_each(reward: BatchReward, batch: Batch, timeout: float, workers: int) -> list[SampleResult]:
     """Call a reward on a batch, and return a result per sample.
 
-    Where a call fails, it is repeated per sample. Each sample has an equal share of ``timeout``; those that exceed it
-    are called again, each with a quarter of what is left of a second ``timeout``.
+    Where a call fails, it is repeated per sample, in twice ``timeout`` for all of them. Each sample has an equal share
+    of the first half, and at least a tenth of ``timeout`` or two seconds. Those that exceed it are called again, each
+    with a quarter of the time that is left.
 
     Args:
         reward: the reward.
@@ -75,8 +79,13 @@ def _score_one_by_one(
 ) -> None:
     """Set the results of some samples, by a call for each."""
     shared = _SharedTime(reward, 2 * timeout * workers)
-    share = timeout * workers / len(indices)
-    for limit in (lambda: share, lambda: shared.left / 4 if shared.left > timeout / 20 else None):
+    # A share may be shorter than the first call in a new process, which imports what the reward uses.
+    share = max(timeout * workers / len(indices), min(timeout / 10, _LEAST_SECONDS))
+    for i in indices:
+        results[i] = "was not called: other samples of the batch used up the time limit"
+    limits: tuple[Callable[[], float], ...] = (lambda: share, lambda: shared.left / 4)
+    for seconds in limits:
+        limit = functools.partial(_unless_used_up, seconds, shared, timeout / 20)
         late = []
         found = _side_by_side(shared, [batch.part(i, i + 1) for i in indices], limit, workers)
         for i, part in zip(indices, found, strict=True):
@@ -86,6 +95,10 @@ def _score_one_by_one(
             elif part is not None:
                 (results[i],) = part
         indices = late
+
+
+def _unless_used_up(seconds: Callable[[], float], shared: _SharedTime, least: float) -> float | None:
+    return seconds() if shared.left > least else None
 
 
 class _SharedTime:

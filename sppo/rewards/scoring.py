@@ -157,9 +157,9 @@ def score(
 ) -> Scores:
     """Score each completion with each reward.
 
-    If a call fails on the batch, it is repeated per sample to find the samples that cause it. Each has an equal share
-    of ``timeout``, and those that exceed it have a second call with what is left. A reward therefore takes at most
-    three times ``timeout`` per batch, plus the time to restart its worker.
+    If a call fails on the batch, it is repeated per sample to find the samples that cause it; those that take longer
+    than their share have a second call with what is left. A reward therefore takes at most three times ``timeout`` per
+    batch, plus the time to restart its worker.
 
     Args:
         reward_funcs: rewards, as taken or returned by :func:`resolve`.

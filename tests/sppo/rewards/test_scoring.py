@@ -169,7 +169,7 @@ def test_a_hanging_reward_takes_at_most_three_time_limits():
     scores = score([hang], ["p"] * 50, ["c"] * 50, {}, timeout=0.5)
     assert time.monotonic() - start < 3 * 0.5 + 1
     assert scores.rewards == [None] * 50
-    assert "took longer than 0.01 s" in scores.failures[-1]
+    assert "was not called" in scores.failures[-1]
 
 
 def test_slow_samples_cost_no_other_its_reward():
