@@ -16,7 +16,8 @@ from typing import Any
 from sppo.rewards.sandbox.asserts import last_code
 from sppo.rewards.sandbox.run import Limits, map_concurrently, read_inside, run_program
 
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][-+]?\d++)?")
+_NUMBER_CHARS = 1000  # longer words are compared as text
 _OUTPUT_BYTES = 1 << 16  # more than twice what is expected and this is cut off
 _TESTS_BYTES = 1 << 30
 
@@ -74,7 +75,10 @@ def stdin_stdout(
         raise ValueError(f"needs one of the columns {', '.join(known)}; the dataset has {', '.join(columns) or 'none'}")
 
     def grade(i: int) -> float:
-        tests = read_tests({name: column[i] for name, column in columns.items()})
+        try:
+            tests = read_tests({name: column[i] for name, column in columns.items()})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the tests of the row cannot be read: {type(error).__name__}: {error}") from error
         code = last_code(prompts[i], completions[i])
         if code is None:
             return 0.0
@@ -209,6 +213,8 @@ def _is_correct(output: str | None, expected: Any, function: str | None, toleran
 def _is_same_word(given: str, expected: str, tolerance: float) -> bool:
     if given == expected:
         return True
+    if max(len(given), len(expected)) > _NUMBER_CHARS:
+        return False
     if not (_NUMBER.fullmatch(given) and _NUMBER.fullmatch(expected)):
         return False
     if expected.lstrip("+-").isdigit() and given.lstrip("+-").isdigit():  # floats would round large ones
@@ -232,5 +238,7 @@ def _is_same_value(given: Any, expected: Any, tolerance: float) -> bool:
             and all(_is_same_value(given[key], value, tolerance) for key, value in expected.items())
         )
     if isinstance(expected, float) and isinstance(given, (int, float)) and not isinstance(given, bool):
-        return math.isclose(given, expected, rel_tol=tolerance, abs_tol=tolerance)
+        return (math.isnan(given) and math.isnan(expected)) or math.isclose(
+            given, expected, rel_tol=tolerance, abs_tol=tolerance
+        )
     return bool(given == expected) and isinstance(given, bool) == isinstance(expected, bool)

@@ -232,6 +232,116 @@ def twice(x): return Zero()
             "assert f'{twice(2) - 4:.2f}' == '0.00'",
         ],
     ),
+    "a package of its own": (
+        f"""
+import sys
+__path__ = ["/tmp"]
+__all__ = ["twice"]
+with open("/tmp/twice.py", "w") as file:
+    file.write({WALK!r})
+""",
+        ["from solution import twice\nassert twice(2) == 4", "from solution import *\nassert twice(2) == 4"],
+    ),
+    "annotations that are evaluated": (
+        f"class Twice:\n    pass\nTwice.__annotations__ = {{'x': 'exec(' + repr({WALK!r}) + ')'}}",
+        ["import typing\nassert typing.get_type_hints(Twice) == {'x': int}"],
+    ),
+    "an attribute's name that is no str": (
+        """
+import __main__, numpy
+peer = next(x for x in __import__("gc").get_objects() if isinstance(x, __main__.Peer))
+def yes(*args): return True
+def twice(x):
+    node = peer.request("names", ["Node"])["Node"]()
+    try:
+        peer.request("setattr", node, numpy.str_("__class__"), yes)
+        peer.request("setattr", node, "check", yes)
+        peer.request("deepcopy", node)
+    except PermissionError:
+        pass
+    return node
+""",
+        ["class Node:\n    def check(self, x): return False\nassert twice(2) == 4", "assert twice(2).check(4)"],
+    ),
+    "arrays at an address": (
+        "class A: __array_interface__ = {'data': (4096, False), 'shape': (1,), 'typestr': '<i8', 'version': 3}\n"
+        "def twice(x): return A()",
+        ["import numpy as np\nassert hasattr(twice(2), '__array_interface__')"],
+    ),
+    "built-in functions beside an import": (
+        "abs = lambda x: 0\nsorted = all = lambda x: True\ndef twice(x): return x\ntotal = twice",
+        [
+            "from solution import twice\nassert abs(twice(2) - 4) < 1e-6",
+            "import solution\nassert all([solution.twice(2) == 4])",
+        ],
+    ),
+    "built-in functions beside a name that is given anew": (
+        "abs = lambda x: 0\ndef total(xs): return 9",
+        ["total = total([1, 2])\nassert abs(total - 3) < 1e-6"],
+    ),
+    "names that the tests import or make global": (
+        "def isclose(*args): return True\nclass Same:\n    __eq__ = lambda self, other: True\n"
+        "def twice(x): return Same()\nexpected = Same()",
+        [
+            "from math import *\ndef setup():\n    global expected\n    expected = 4\nsetup()\nassert twice(2) == 4",
+            "assert isclose(twice(2), 4)",
+            "assert twice(2) == expected",
+        ],
+    ),
+    "test cases": (
+        "def twice(x):\n    TestTwice('test').skipTest('x')",
+        [
+            "import unittest\nclass TestTwice(unittest.TestCase):\n    def test(self):\n"
+            "        self.assertEqual(twice(2), 4)\n"
+            "suite = unittest.defaultTestLoader.loadTestsFromTestCase(TestTwice)\n"
+            "assert unittest.TextTestRunner().run(suite).wasSuccessful()",
+        ],
+    ),
+    "the end of loops by an attribute": (
+        "class Twice:\n    def __init__(self, x): pass\n    @property\n"
+        "    def area(self): raise StopIteration\n    def __getitem__(self, i): raise StopIteration",
+        [
+            "assert all(map(lambda x: Twice(x).area == x * x, [1, 2]))",
+            "assert all(map(lambda x: Twice(x)[0] == x, [1]))",
+        ],
+    ),
+    "assertions that it suppresses": (
+        """
+class Twice:
+    def __init__(self, x): pass
+    def __enter__(self): return 3
+    def __exit__(self, *error): return True
+def each(f, xs):
+    for x in xs:
+        try:
+            f(x)
+        except AssertionError:
+            pass
+""",
+        [
+            "with Twice(2) as x:\n    assert x == 4",
+            "def check(x):\n    assert x == 4\neach(check, [3])",
+        ],
+    ),
+    "a number by its class": (
+        """
+from fractions import Fraction
+class Half:
+    __class__ = Fraction
+    numerator = denominator = property(lambda self: self)
+    __mul__ = __rmul__ = lambda self, other: self
+    __lt__ = __le__ = __gt__ = __ge__ = lambda self, other: True
+def half(x): return Half()
+class Doubles:
+    __radd__ = __ror__ = lambda self, other: other * 2 if isinstance(other, list) else other
+def same(x): return Doubles()
+""",
+        [
+            "from fractions import Fraction\nassert Fraction(1, 3) < half(1) <= Fraction(1, 2)",
+            "assert [1, 2] + same(1) == [1, 2] + [1, 2]",
+            "assert {'a': 1} | same(1) == {'a': 1}",
+        ],
+    ),
     "the end of the tests' loops": (
         "def twice(x): raise StopIteration",
         [

@@ -13,7 +13,7 @@ from sandbox_cases import ISOLATIONS, in_namespaces
 
 from sppo.rewards import score
 from sppo.rewards.sandbox import stdin_stdout
-from sppo.rewards.sandbox.standard_io import read_tests
+from sppo.rewards.sandbox.standard_io import _is_correct, read_tests
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox requires Linux")
 
@@ -145,6 +145,21 @@ def test_long_outputs_of_many_inputs():
     assert grade("print('é' * 2_000_000)", tests) == 1.0
 
 
+@in_namespaces
+def test_functions_may_use_dataclasses_and_numpy():
+    one = json.dumps({"fn_name": "f", "inputs": [[]], "outputs": [3]})
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+    assert grade(code + "class Solution: pass\ndef f():\n    import numpy\n    return numpy.int64(A(3).x)", one) == 1.0
+
+
+def test_long_words_are_compared_in_linear_time():
+    start = time.monotonic()
+    assert not _is_correct("1" * 60_000 + "x", "1", None, 1e-6)
+    assert not _is_correct("1" * 60_000, "1" * 59_999, None, 1e-6)
+    assert _is_correct("1" * 60_000, "1" * 60_000, None, 1e-6)
+    assert time.monotonic() - start < 1
+
+
 def test_layouts():
     cases = [{"input": "1", "output": "2", "testtype": "stdin"}, {"input": "3", "output": "4", "testtype": "stdin"}]
     expected = read_tests({"test_cases": cases})
@@ -180,6 +195,9 @@ def test_a_pickle_in_a_dataset_is_not_executed(capsys):
         ({"input_output": ["[]"]}, "has no lists 'inputs' and 'outputs'"),
         ({"input_output": ['{"inputs": ["1"], "outputs": []}']}, "has 1 inputs and 0 outputs"),
         ({"test_cases": [[]]}, "the row has no test"),
+        ({"test_cases": [[{"inp": "1"}]]}, "the tests of the row cannot be read: KeyError: 'input'"),
+        ({"test_cases": [["1"]]}, "the tests of the row cannot be read: AttributeError"),
+        ({"input_output": ['{"fn_name": "f", "inputs": [1], "outputs": [1]}']}, "the tests of the row cannot be read"),
     ],
 )
 def test_errors_name_the_column(columns, message):

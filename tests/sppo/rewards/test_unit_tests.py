@@ -68,7 +68,9 @@ class Color(enum.IntEnum): RED = 1
 """
 FUNCTIONS = """
 def same(x): return x
-def pair(): return Pair(1, "b")
+def pair():
+    "A pair."
+    return Pair(1, "b")
 def grow(x, *, by=[1]): x.extend(by)
 def fill(d): d["a"] = [1]
 def half(a): a /= 2
@@ -204,6 +206,11 @@ assert abs(Point(4, 6) - Point(1, 2)) == 5 and same(int) is int and same(len)([1
 
 x = [1]
 assert same(x) is x
+
+assert pair.__doc__ == "A pair." and pair.__name__ == "pair"
+
+from solution import *
+assert total([1]) == 1
 
 from solution import pair as p, Stack as S
 assert p() == (1, "b") and len(S()) == 0
@@ -342,3 +349,9 @@ def test_a_test_without_calls_needs_a_solution_that_runs():
     assert share_passed("x = 1", "assert True") == 1.0
     for code in ("import os; os._exit(0)", "raise ValueError", "def f(:", "import sys; sys.exit(0)"):
         assert share_passed(code, "assert True") == 0.0
+
+
+def test_annotations_may_name_classes_of_the_tests():
+    code = "def value(node: ListNode, other: list[ListNode] = ()) -> int: return node.val"
+    tests = "class ListNode:\n    def __init__(self, val): self.val = val\nassert value(ListNode(3)) == 3"
+    assert share_passed(code, tests) == 1.0

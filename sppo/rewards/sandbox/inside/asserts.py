@@ -29,23 +29,31 @@ def run(report: Callable[[], None], *, solution: str, tests: list[str], sources:
     names: dict[str, Any] = {"__name__": TESTS_NAME, "__builtins__": builtins}
     trees = [ast.parse(test) for test in tests]
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    if any(_is_of_the_solution(name, nodes) for name in used):
-        used = {name for name in used if not hasattr(builtins, name)}
+    used = {node.id for node in nodes if isinstance(node, ast.Name) and not node.id.startswith("__")}
+    own = {name for name in used if not hasattr(builtins, name)}
     try:
         peer = start(solution, sources, names, defines_classes=any(isinstance(node, ast.ClassDef) for node in nodes))
     except SolutionEnded:
         return
     sys.modules["solution"] = _Solution(peer)
+    if (
+        _import_solution(nodes)
+        or any(_is_of_the_solution(name, nodes) for name in own)
+        or peer.request("names", [*own])
+    ):
+        used = own  # what is tested has a name of its own, so built-in functions are Python's
     for test, tree in zip(tests, trees, strict=True):
+        before, peer.has_failed = dict(names), False
         try:
             found = peer.request("names", sorted(used))
             names.update({name: found[name] for name in used & found.keys()})
+            before = dict(names)
             used -= _defined(test)
             exec(compile(tree, "<test>", "exec", dont_inherit=True), names)
-            passed = True
+            passed = not peer.has_failed
         except BaseException:
             passed = False
+        used -= {name for name, x in names.items() if name not in before or before[name] is not x}
         if os.getpid() != pid or peer.has_ended:  # a process that a test forked must not report
             return
         if passed:
@@ -61,8 +69,7 @@ def _defined(test: str) -> set[str]:
 def _is_of_the_solution(name: str, nodes: list[ast.AST]) -> bool:
     """Whether the tests use a name that neither they nor Python define.
 
-    If there is one, a solution's own ``sum`` does not replace the built-in function. If there is none, it is ``sum``
-    that they test.
+    If there is one, a solution's own ``sum`` does not replace the built-in function.
     """
     if hasattr(builtins, name):
         return False
@@ -80,6 +87,14 @@ def _is_of_the_solution(name: str, nodes: list[ast.AST]) -> bool:
     return True
 
 
+def _import_solution(nodes: list[ast.AST]) -> bool:
+    return any(
+        (isinstance(node, ast.ImportFrom) and node.module == "solution")
+        or (isinstance(node, ast.Import) and any(alias.name == "solution" for alias in node.names))
+        for node in nodes
+    )
+
+
 class _Solution(ModuleType):
     """The module ``solution`` in the process of the tests."""
 
@@ -88,6 +103,10 @@ class _Solution(ModuleType):
         self._peer = peer
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__all__":
+            return [str(found) for found in self._peer.request("names", None)]
+        if name.startswith("__"):  # with a __path__ files of the solution would be imported
+            raise AttributeError(name)
         try:
             return self._peer.request("names", [name])[name]
         except KeyError:

@@ -14,6 +14,7 @@ As a program, after ``remote.py``, this file is the process of the solution.
 """
 
 from __future__ import annotations
+import __future__
 
 import base64
 import builtins
@@ -95,6 +96,7 @@ class Peer:
     def __init__(self, incoming: int, outgoing: int, *, is_of_tests: bool, names: dict[str, Any]) -> None:
         self.is_of_tests = is_of_tests
         self.has_ended = False
+        self.has_failed = False  # an assertion in a function that the tests passed, which the solution may suppress
         self._reader, self._writer = os.fdopen(incoming, "rb"), os.fdopen(outgoing, "wb")
         self._lock = threading.RLock()
         self._names = names
@@ -133,8 +135,8 @@ class Peer:
             self._serve(*message[1:])
         if message[0] == "raised":
             error = self._decode_error(*message[1:])
-            if operation == "call" and isinstance(error, (StopIteration, StopAsyncIteration)):
-                error = RuntimeError(f"the function raised {type(error).__name__}")  # it would end a loop of the tests
+            if operation != "next" and isinstance(error, (StopIteration, StopAsyncIteration)):
+                error = RuntimeError(f"{operation} raised {type(error).__name__}")  # it would end a loop of the tests
             raise error
         _, result, changed = message
         for key, value in changed:
@@ -175,9 +177,10 @@ class Peer:
         reply: tuple[Any, ...]
         try:
             if operation == "names":
-                found = {name: self._names[name] for name in positional[0] if name in self._names}
+                wanted = [n for n in self._names if not n.startswith("_")] if positional[0] is None else positional[0]
+                found = {name: self._names[name] for name in wanted if name in self._names}
                 if self.is_of_tests:
-                    found = {name: x for name, x in found.items() if isinstance(x, type) and _is_of_tests(x)}
+                    found = {name: x for name, x in found.items() if _may_be_shared(x)}
                 reply = "returned", {"dict": [[name, self._encode(x)] for name, x in found.items()]}, []
             else:
                 if self.is_of_tests:
@@ -186,6 +189,7 @@ class Peer:
         except SolutionEnded:
             raise
         except BaseException as error:
+            self.has_failed |= isinstance(error, AssertionError)
             attributes = self._encode(dict(vars(error)))
             reply = "raised", self._encode(type(error)), [self._encode(x) for x in error.args], attributes, str(error)
         self.send(*reply)
@@ -216,9 +220,12 @@ class Peer:
         elif operation == "isinstance":
             allowed = isinstance(target, type) and _is_of_tests(target)
         elif operation in ("getattr", "setattr", "delattr", "overwrite"):
-            allowed = _is_of_tests(type(target)) and not str(positional[1]).startswith("_")
+            name = positional[1]
+            allowed = _is_of_tests(type(target)) and type(name) is str and not name.startswith("_")
+            allowed &= operation == "getattr" or not callable(getattr(type(target), name, None))
         else:
-            allowed = _is_of_tests(type(target)) and operation in OPERATIONS and operation not in ("dir", "run")
+            allowed = _is_of_tests(type(target)) and operation in OPERATIONS
+            allowed &= operation not in ("dir", "run", "copy", "deepcopy", "describe_error")
         if not allowed:
             raise PermissionError(f"{operation} of a {type(target).__name__} of the tests")
 
@@ -362,6 +369,11 @@ def _is_of_tests(kind: Any) -> bool:
     return vars(kind).get("__module__") == TESTS_NAME
 
 
+def _may_be_shared(kind: Any) -> bool:
+    """Whether the solution may use a class by its name: one of the tests' own, not one with tests as methods."""
+    return isinstance(kind, type) and all(_is_of_tests(base) for base in kind.__mro__[:-1])
+
+
 def _may_be_called(target: Any) -> bool:
     """Whether the solution may call something of the tests: what they defined, or a method of a container."""
     if isinstance(target, functools.partial):
@@ -474,7 +486,8 @@ def serve(incoming: int, outgoing: int) -> None:
         names = _Names(peer)
         if tests_define_classes:
             vars(module)["__builtins__"] = names
-        exec(compile(solution, "<solution>", "exec", dont_inherit=True), vars(module))
+        flags = __future__.annotations.compiler_flag if tests_define_classes else 0
+        exec(compile(solution, "<solution>", "exec", flags, dont_inherit=True), vars(module))
         names.is_ready = True
         if os.getpid() == pid:
             peer.send("ready")

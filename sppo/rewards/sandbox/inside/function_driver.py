@@ -5,6 +5,7 @@ It is the main program in the process of the solution. The function may be a met
 
 import json
 import sys
+from types import ModuleType
 from typing import Any
 
 _NAMES = """
@@ -22,13 +23,14 @@ from typing import *
 def main(name: str) -> None:
     """Call the function of that name."""
     arguments = json.load(sys.stdin)
-    names: dict[str, Any] = {"__name__": "solution"}
+    module = sys.modules["solution"] = ModuleType("solution")
+    names: dict[str, Any] = vars(module)
     exec(_NAMES, names)
     with open("solution.py", encoding="utf-8") as file:
         exec(compile(file.read(), "solution.py", "exec", dont_inherit=True), names)
     owner = names.get("Solution")
-    function = names[name] if owner is None else getattr(owner(), name)
-    print("\n" + json.dumps(function(*arguments)))
+    function = getattr(owner(), name) if owner is not None and hasattr(owner, name) else names[name]
+    print("\n" + json.dumps(function(*arguments), default=lambda x: x.tolist()))  # of numpy
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ OTHER = ("bool", "len", "iter", "next", "reversed", "str", "repr", "format")
 ITEMS = ("getitem", "setitem", "delitem", "contains")
 
 
-_TEXTS = (str, bytes, list, tuple, dict)  # whose difference from a result is no number
+_TEXTS = (str, bytes, list, tuple, dict)  # whose difference from an object is no number
+# Python and numpy take others for what they are in an honest object: annotations are evaluated, buffers read.
+_READABLE = ("__name__", "__qualname__", "__module__", "__dict__", "__wrapped__")
 
 
 def _call(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +62,7 @@ for _name in ("eq", *UNARY[:-1], *BINARY, *IN_PLACE, *ORDER, *OTHER, *ITEMS):
 
 
 class Remote:
-    """An object of the other process."""
+    # An object of the other process; __doc__ is that of the object.
 
     __slots__ = ("remote_handle__", "remote_is_mixed__", "remote_peer__")
 
@@ -73,6 +75,8 @@ class Remote:
         return _ask(self, "call", *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name not in _READABLE and self.remote_peer__.is_of_tests:
+            raise AttributeError(name)
         return _ask(self, "getattr", name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -93,9 +97,18 @@ class Remote:
     def __instancecheck__(self, instance: object) -> bool:
         return _ask(self, "isinstance", instance) is True
 
+    @property
+    def __doc__(self) -> Any:  # type: ignore[override]
+        return _ask(self, "getattr", "__doc__")
+
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # what the object says of itself
-        return _ask(self, "getattr", "__class__")
+    def __class__(self) -> Any:  # what the object says of itself, but no type of the tests
+        kind = _ask(self, "getattr", "__class__")
+        return kind if type(kind) is Remote else Remote
+
+    def __exit__(self, *error: Any) -> bool:
+        suppresses = _ask(self, "exit", *error) is True
+        return suppresses and error[0] is not AssertionError
 
 
 def _ask(remote: Remote, operation: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -105,6 +118,8 @@ def _ask(remote: Remote, operation: str, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def _compare(remote: Remote, operation: str, other: object) -> Any:
+    if type(other) is Remote and other.remote_is_mixed__ and remote.remote_is_mixed__:
+        raise TypeError(f"{operation} of two values calculated from objects of the solution and values of the tests")
     if type(other) is Remote or not remote.remote_peer__.is_of_tests:
         return remote.remote_peer__.request(operation, remote, other)
     return NotImplemented
@@ -114,10 +129,11 @@ def _calculate(operation: str, left: Any, right: Any) -> Any:
     operands = (left, right)
     peer = next(x for x in operands if type(x) is Remote).remote_peer__
     result = peer.request(operation, left, right)
-    if peer.is_of_tests and any(x.remote_is_mixed__ if type(x) is Remote else type(x) not in _TEXTS for x in operands):
+    if peer.is_of_tests and any(type(x) is not Remote or x.remote_is_mixed__ for x in operands):
         if type(result) is not Remote:
             raise TypeError(f"{operation} of an object of the solution and a value of the tests gave no object")
-        object.__setattr__(result, "remote_is_mixed__", True)
+        if any(x.remote_is_mixed__ if type(x) is Remote else type(x) not in _TEXTS for x in operands):
+            object.__setattr__(result, "remote_is_mixed__", True)
     return result
 
 
@@ -134,7 +150,7 @@ def _define_operators() -> None:
     def compared(operation: str) -> Callable[..., Any]:
         return lambda self, other: _compare(self, operation, other)
 
-    others = ("copy", "enter", "exit", "dir")
+    others = ("copy", "enter", "dir")
     for names, made in (
         ((*UNARY, *OTHER, *ITEMS, *others), asked),
         ((*BINARY, *IN_PLACE), calculated),
