@@ -100,8 +100,8 @@ class SPPOTrainer(Trainer):
     ) -> None:
         args = args or SPPOConfig(output_dir="sppo_output")
         args.check_processes()
-        self.stored_dtype = stored_dtype(model)
         policy = load_policy(model)
+        self._stored_dtype = stored_dtype(policy)
         tokenizer = check_tokenizer(policy, processing_class)
         self.reward_funcs = resolve_rewards(reward_funcs, args.reward_weights)
         if train_dataset is not None:
@@ -367,7 +367,7 @@ class SPPOTrainer(Trainer):
             critic_kind=self.algorithm.critic,
             gathered_weights=self._gathered_weights,
             writes=self.args.should_save,
-            dtype=None if self._staging else self.stored_dtype,
+            dtype=None if self._staging else self._stored_dtype,
         )
         if self.args.should_save:
             (folder / "training_args.json").write_text(self.args.to_json_string())

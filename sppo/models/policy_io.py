@@ -18,6 +18,8 @@ from sppo.models.lora import load_adapter, unwrap_peft
 
 logger = logging.get_logger(__name__)
 
+_STORED_DTYPE = "_sppo_stored_dtype"  # attribute of a model that was loaded in float32
+
 
 def load_policy(model: PreTrainedModel | str) -> PreTrainedModel:
     """Load the policy by its folder or hub name in float32, or check the given model.
@@ -50,10 +52,15 @@ def from_folder(model: str | Path, **settings: Any) -> PreTrainedModel:
     Raises:
         ValueError: the adapter's base model cannot be loaded.
     """
-    settings = {"dtype": torch.float32, **settings}
+    asked, settings = settings, {"dtype": torch.float32, **settings}
     config = Path(model, ADAPTER_CONFIG)
     if not config.is_file():
-        return AutoModelForCausalLM.from_pretrained(model, **settings)
+        loaded = AutoModelForCausalLM.from_pretrained(model, **settings)
+        if "dtype" not in asked:
+            shared = ("revision", "subfolder", "token", "trust_remote_code", "cache_dir")
+            of_config = {name: value for name, value in asked.items() if name in shared}
+            vars(loaded)[_STORED_DTYPE] = AutoConfig.from_pretrained(model, **of_config).dtype
+        return loaded
     base = json.loads(config.read_text())["base_model_name_or_path"]
     try:
         loaded = AutoModelForCausalLM.from_pretrained(base, **settings)
@@ -107,13 +114,9 @@ def check_tokenizer(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
     return tokenizer
 
 
-def stored_dtype(model: PreTrainedModel | str | Path) -> torch.dtype | None:
-    """Return the dtype in which a policy comes, also if it is then loaded in float32; None for an adapter's folder."""
-    if not isinstance(model, (str, Path)):
-        return getattr(model, "dtype", None)
-    if (Path(model) / ADAPTER_CONFIG).exists():
-        return None
-    return AutoConfig.from_pretrained(model).dtype
+def stored_dtype(policy: PreTrainedModel) -> torch.dtype:
+    """Return the dtype in which a policy comes: of its files if :func:`from_folder` chose another, else its own."""
+    return vars(policy).get(_STORED_DTYPE) or policy.dtype
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import queue
 import threading
 import time
@@ -78,14 +77,12 @@ def _score_one_by_one(
     reward: BatchReward, batch: Batch, indices: list[int], results: list[SampleResult], timeout: float, workers: int
 ) -> None:
     """Set the results of some samples, by a call for each."""
-    shared = _SharedTime(reward, 2 * timeout * workers)
+    shared = _SharedTime(reward, 2 * timeout * workers, least=timeout / 20)
     # A share may be shorter than the first call in a new process, which imports what the reward uses.
     share = max(timeout * workers / len(indices), min(timeout / 10, _LEAST_SECONDS))
     for i in indices:
         results[i] = "was not called: other samples of the batch used up the time limit"
-    limits: tuple[Callable[[], float], ...] = (lambda: share, lambda: shared.left / 4)
-    for seconds in limits:
-        limit = functools.partial(_unless_used_up, seconds, shared, timeout / 20)
+    for limit in (lambda: shared.unless_used_up(share), lambda: shared.unless_used_up(shared.left / 4)):
         late = []
         found = _side_by_side(shared, [batch.part(i, i + 1) for i in indices], limit, workers)
         for i, part in zip(indices, found, strict=True):
@@ -97,15 +94,15 @@ def _score_one_by_one(
         indices = late
 
 
-def _unless_used_up(seconds: Callable[[], float], shared: _SharedTime, least: float) -> float | None:
-    return seconds() if shared.left > least else None
-
-
 class _SharedTime:
     """A reward whose calls have some seconds together."""
 
-    def __init__(self, reward: BatchReward, seconds: float) -> None:
-        self.reward, self.left, self.lock = reward, seconds, threading.Lock()
+    def __init__(self, reward: BatchReward, seconds: float, *, least: float) -> None:
+        self.reward, self.left, self.least, self.lock = reward, seconds, least, threading.Lock()
+
+    def unless_used_up(self, limit: float) -> float | None:
+        """Return the limit of a call, or None if less than ``least`` seconds are left."""
+        return limit if self.left > self.least else None
 
     def load(self, worker: int = 0) -> None:
         self.reward.load(worker)

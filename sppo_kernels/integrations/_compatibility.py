@@ -112,8 +112,8 @@ class Package:
             raise self.unfit(f"{name} raises {type(error).__name__}: {error}") from error
         for i, (x, y) in enumerate(zip(replacement(), expected, strict=True)):
             if x.shape != y.shape or not torch.allclose(x.float(), y.float(), rtol=_TOLERANCE, atol=_TOLERANCE):
-                difference = (x.float() - y.float()).abs().max().item() if x.shape == y.shape else "of shape"
-                raise self.unfit(f"result {i} of {name} differs from what replaces it by {difference}")
+                difference = f"by {(x.float() - y.float()).abs().max():.1e}" if x.shape == y.shape else "in shape"
+                raise self.unfit(f"result {i} of {name} differs from what replaces it {difference}")
 
 
 def method(cls: type | None, name: str) -> Any:

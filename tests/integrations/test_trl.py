@@ -305,7 +305,7 @@ def test_checks_take_little_time():
     fused.patch()
     start = time.perf_counter()
     fused.patch()
-    assert time.perf_counter() - start < 1  # 20 ms on an idle machine
+    assert time.perf_counter() - start < 1
 
 
 class _OtherScale(torch.autograd.Function):
@@ -327,7 +327,7 @@ class _OtherScale(torch.autograd.Function):
         ),
         (utils, "_use_triton", None, r"trl\.trainer\.utils\._use_triton does not exist"),
         (utils, "_ChunkedLogProbFunction", None, "_ChunkedLogProbFunction does not exist"),
-        (utils, "_ChunkedLogProbFunction", _OtherScale, "result 0 of .*_ChunkedLogProbFunction differs .* by 0.0"),
+        (utils, "_ChunkedLogProbFunction", _OtherScale, "result 0 of .*_ChunkedLogProbFunction differs .* by "),
         (
             GRPOTrainer,
             "_generate",

@@ -52,20 +52,11 @@ def resume(out, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_sigkill(uninterrupted, name, seed, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_signal(uninterrupted, name, number, seed, tmp_path):
     expected = uninterrupted(name)
-    ended = in_process(tmp_path, RUNS[name], after=random_moment(uninterrupted, name, seed), do=signal.SIGKILL)
-    assert ended in (0, -signal.SIGKILL)
-    resume(tmp_path, name)
-    check_same(tmp_path, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-def test_sigterm(uninterrupted, name, seed, tmp_path):
-    expected = uninterrupted(name)
-    ended = in_process(tmp_path, RUNS[name], after=random_moment(uninterrupted, name, seed), do=signal.SIGTERM)
-    assert ended in (0, 143, -signal.SIGTERM)  # done; trained; not yet, or no longer
+    ended = in_process(tmp_path, RUNS[name], after=random_moment(uninterrupted, name, seed), do=number)
+    assert ended in (0, -number, 143)  # done; at once; after a checkpoint, with SIGTERM
     resume(tmp_path, name)
     check_same(tmp_path, expected)
 

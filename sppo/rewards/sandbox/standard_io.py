@@ -10,7 +10,7 @@ import pickletools
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sppo.rewards.sandbox.asserts import last_code
@@ -181,12 +181,7 @@ def count_correct(code: str, tests: ProgramTests, limits: Limits, *, tolerance: 
         "seconds": limits.seconds,
         "output_bytes": _OUTPUT_BYTES + 2 * longest,
     }
-    total = Limits(
-        seconds=(limits.seconds + 1) * len(tests.inputs),
-        memory_mb=limits.memory_mb,
-        isolation=limits.isolation,
-        same_user=limits.same_user,
-    )
+    total = replace(limits, seconds=(limits.seconds + 1) * len(tests.inputs))
     results: dict[int, str | None] = {}
     for line in run_program("programs.py", arguments=arguments, limits=total):
         with contextlib.suppress(ValueError):  # the last line may be cut off

@@ -7,7 +7,7 @@ from tiny_models import tiny_model
 from tiny_run import logged, make
 
 from sppo import SPPOConfig
-from sppo.models.policy_io import ensure_fp32_weights, load_policy
+from sppo.models.policy_io import ensure_fp32_weights, from_folder, load_policy
 
 
 def test_bf16_converts_sixteen_bit_weights_to_float32(caplog):
@@ -52,13 +52,15 @@ def test_a_loss_of_the_router_is_refused():
         load_policy(model)
 
 
-@pytest.mark.parametrize("by_name", [False, True])
-def test_the_final_model_has_the_dtype_in_which_the_policy_came(tmp_path, by_name):
+@pytest.mark.parametrize("given", ["a model", "a folder", "a model from a folder"])
+def test_the_final_model_has_the_dtype_in_which_the_policy_came(tmp_path, given):
     """Checkpoints have float32, in which it is trained."""
     model = tiny_model().to(torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
     settings = {"bf16": True, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    trainer = make(tmp_path / "run", model=str(tmp_path / "model") if by_name else model, **settings)
+    folder = str(tmp_path / "model")
+    policy = {"a model": model, "a folder": folder, "a model from a folder": from_folder(folder)}[given]
+    trainer = make(tmp_path / "run", model=policy, **settings)
     trainer.train()
     trainer.save_model()
     for folder, dtype in ((tmp_path / "run", "bfloat16"), (tmp_path / "run/checkpoint-1", "float32")):

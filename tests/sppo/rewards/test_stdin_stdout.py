@@ -149,6 +149,7 @@ def test_long_outputs_of_many_inputs():
 def test_functions_may_use_dataclasses_and_numpy():
     one = json.dumps({"fn_name": "f", "inputs": [[]], "outputs": [3]})
     code = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+    assert grade("def f(): return pow(3, 5, 10)", one) == 1.0
     assert grade(code + "class Solution: pass\ndef f():\n    import numpy\n    return numpy.int64(A(3).x)", one) == 1.0
 
 

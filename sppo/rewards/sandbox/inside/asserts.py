@@ -37,7 +37,7 @@ def run(report: Callable[[], None], *, solution: str, tests: list[str], sources:
         return
     sys.modules["solution"] = _Solution(peer)
     if (
-        _import_solution(nodes)
+        _imports_solution(nodes)
         or any(_is_of_the_solution(name, nodes) for name in own)
         or peer.request("names", [*own])
     ):
@@ -67,12 +67,7 @@ def _defined(test: str) -> set[str]:
 
 
 def _is_of_the_solution(name: str, nodes: list[ast.AST]) -> bool:
-    """Whether the tests use a name that neither they nor Python define.
-
-    If there is one, a solution's own ``sum`` does not replace the built-in function.
-    """
-    if hasattr(builtins, name):
-        return False
+    """Whether a name that is no built-in's is not the tests' own either."""
     for node in nodes:
         if isinstance(node, ast.Name) and node.id == name and not isinstance(node.ctx, ast.Load):
             return False
@@ -87,7 +82,7 @@ def _is_of_the_solution(name: str, nodes: list[ast.AST]) -> bool:
     return True
 
 
-def _import_solution(nodes: list[ast.AST]) -> bool:
+def _imports_solution(nodes: list[ast.AST]) -> bool:
     return any(
         (isinstance(node, ast.ImportFrom) and node.module == "solution")
         or (isinstance(node, ast.Import) and any(alias.name == "solution" for alias in node.names))

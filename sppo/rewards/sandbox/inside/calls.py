@@ -14,7 +14,6 @@ As a program, after ``remote.py``, this file is the process of the solution.
 """
 
 from __future__ import annotations
-import __future__
 
 import base64
 import builtins
@@ -42,8 +41,8 @@ TESTS_NAME = "tests"  # __name__ of the tests, and __module__ of the classes and
 _LINE_BYTES = 64 << 20
 _MOST_BORROWED = 32
 _ARRAY_KINDS = "biufcSUmM"
-# What each process takes from its own copy of a module. None can execute text, read attributes by their names or files,
-# or equals everything.
+# Modules that each process has its own copy of, and those whose functions cross by their names: none of these executes
+# text, reads files or attributes by their names, or returns what equals everything.
 _MODULES = {"bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq"}
 _MODULES |= {"itertools", "json", "math", "numpy", "operator", "random", "re", "statistics", "string", "typing"}
 _WITH_FUNCTIONS = {"bisect", "cmath", "collections", "datetime", "decimal", "fractions", "heapq", "itertools", "math"}
@@ -69,12 +68,12 @@ _SCALARS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 _COLLECTIONS = (tuple, set, frozenset, collections.deque)
 _MAPPINGS = (dict, collections.Counter, collections.OrderedDict)
-_VIEWS: dict[str, Callable[[list[Any]], Any]] = {
-    "dict_keys": lambda items: dict.fromkeys(items).keys(),
-    "dict_values": lambda items: dict(enumerate(items)).values(),
-    "dict_items": lambda items: dict(items).items(),
+_VIEWS: dict[type, Callable[[list[Any]], Any]] = {
+    type({}.keys()): lambda items: dict.fromkeys(items).keys(),
+    type({}.values()): lambda items: dict(enumerate(items)).values(),
+    type({}.items()): lambda items: dict(items).items(),
 }
-_BY_NAME = {kind.__name__: kind for kind in (*_SCALARS, *_COLLECTIONS, *_MAPPINGS)}
+_BY_NAME = {kind.__name__: kind for kind in (*_SCALARS, *_COLLECTIONS, *_MAPPINGS, *_VIEWS)}
 _MUTABLE = (list, dict, set, bytearray, collections.deque, collections.defaultdict, collections.OrderedDict)
 _PLAIN: dict[type, Callable[[Any], Any]] = {int: int.__pos__, float: float.__pos__, str: str.__str__}
 
@@ -240,7 +239,7 @@ class Peer:
             return {"yours": x.remote_handle__}
         if kind in _SCALARS:
             return {kind.__name__: _SCALARS[kind][0](x)}
-        if kind in _COLLECTIONS or kind.__name__ in _VIEWS:
+        if kind in _COLLECTIONS or kind in _VIEWS:
             return {kind.__name__: [self._encode(item) for item in x]}
         if kind in _MAPPINGS:
             return {kind.__name__: [[self._encode(key), self._encode(value)] for key, value in x.items()]}
@@ -319,9 +318,9 @@ class Peer:
         if tag == "defaultdict":
             factory, items = map(self._decode, value)
             return collections.defaultdict(factory, items)
-        if tag in _VIEWS:
-            return _VIEWS[tag]([self._decode(item) for item in value])
         kind = _BY_NAME[tag]
+        if kind in _VIEWS:
+            return _VIEWS[kind]([self._decode(item) for item in value])
         if kind in _SCALARS:
             return _SCALARS[kind][1](value)
         if kind in _COLLECTIONS:
@@ -370,7 +369,7 @@ def _is_of_tests(kind: Any) -> bool:
 
 
 def _may_be_shared(kind: Any) -> bool:
-    """Whether the solution may use a class by its name: one of the tests' own, not one with tests as methods."""
+    """Whether the solution may use a class by its name: one of the tests, but not of a framework, as a TestCase is."""
     return isinstance(kind, type) and all(_is_of_tests(base) for base in kind.__mro__[:-1])
 
 
@@ -486,7 +485,7 @@ def serve(incoming: int, outgoing: int) -> None:
         names = _Names(peer)
         if tests_define_classes:
             vars(module)["__builtins__"] = names
-        flags = __future__.annotations.compiler_flag if tests_define_classes else 0
+        flags = annotations.compiler_flag if tests_define_classes else 0  # they may name classes of the tests
         exec(compile(solution, "<solution>", "exec", flags, dont_inherit=True), vars(module))
         names.is_ready = True
         if os.getpid() == pid:

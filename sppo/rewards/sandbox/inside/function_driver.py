@@ -16,6 +16,7 @@ from functools import *
 from heapq import *
 from itertools import *
 from math import *
+del pow
 from typing import *
 """
 

@@ -47,15 +47,31 @@ _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY, _ATTR_NOSUID = 442, -100
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 _CAPABILITY_VERSION_3 = 0x20080522
 _SECCOMP_FILTER, _SECCOMP_ALLOW, _SECCOMP_DENY = 2, 0x7FFF0000, 0x00050001  # the last: an error, EPERM
-# System calls that take memory which no limit counts (memfd_create, memfd_secret, shmget, msgget), that reach other
-# processes, or large parts of the kernel that programs do not need. Numbers from <asm/unistd.h>, as in
-# memfd_create, memfd_secret, shmget, msgget, ptrace, process_vm_readv, process_vm_writev, bpf, perf_event_open,
-# userfaultfd, keyctl, add_key, request_key, unshare, setns, mount, mount_setattr, io_uring_setup, _enter, _register.
-_ANYWHERE = (447, 442, 425, 426, 427)
-_DENIED = {  # by machine: AUDIT_ARCH, numbers
-    "x86_64": (0xC000003E, (319, 29, 68, 101, 310, 311, 321, 298, 323, 250, 248, 249, 272, 308, 165, *_ANYWHERE)),
-    "aarch64": (0xC00000B7, (279, 194, 186, 117, 270, 271, 280, 241, 282, 219, 217, 218, 97, 268, 40, *_ANYWHERE)),
+# System calls that take memory which no limit counts, that reach other processes, or large parts of the kernel that
+# programs do not need. Numbers on x86-64 and ARM64, from <asm/unistd.h> and <asm-generic/unistd.h>.
+_DENIED = {
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "keyctl": (250, 219),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "mount_setattr": (442, 442),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
 }
+_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH of <linux/audit.h>, in this order
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -183,9 +199,11 @@ def _exists(number: int, table: str) -> bool:
 def deny_system_calls() -> None:
     """Let the system calls in ``_DENIED`` fail with EPERM, in this process and all that it starts."""
     machine = platform.machine()
-    if machine not in _DENIED:
-        raise OSError(errno.ENOSYS, f"no list of system calls of {machine}, only of {' and '.join(_DENIED)}")
-    architecture, numbers = _DENIED[machine]
+    if machine not in _ARCHITECTURES:
+        known = " and ".join(_ARCHITECTURES)
+        raise OSError(errno.ENOSYS, f"the numbers of system calls are known for {known}, not for {machine}")
+    architecture = _ARCHITECTURES[machine]
+    numbers = [each[list(_ARCHITECTURES).index(machine)] for each in _DENIED.values()]
     load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06  # instructions of <linux/bpf_common.h>
     tests = [(equal, number) for number in numbers]
     if machine == "x86_64":
