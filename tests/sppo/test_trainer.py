@@ -176,6 +176,23 @@ def test_masked_completions_keep_their_place_in_the_group_and_in_the_critics_out
     assert update.policy_learns
 
 
+def test_advantages_of_masked_completions_do_not_let_the_policy_move(tmp_path):
+    trainer = make(tmp_path, mask_truncated_completions=True, max_steps=2)
+    before, generate = snapshot(trainer.model.policy), trainer.rollout_engine.generate
+
+    def second_half_truncated(*args, **kwargs):
+        samples = generate(*args, **kwargs)
+        for i, sample in enumerate(samples):
+            sample.truncated = i >= 4
+        return samples
+
+    trainer.rollout_engine.generate = second_half_truncated
+    trainer.algorithm.advantages = lambda batch: torch.tensor([0.0] * 4 + [1.0] * 4)
+    trainer.train()
+    assert not trainer.rollouts.update.policy_learns
+    assert changed(before, trainer.model.policy) == []
+
+
 def test_samples_that_a_reward_fails_on_are_skipped(tmp_path, caplog):
     def fussy(prompts, completions, **_):
         return [
