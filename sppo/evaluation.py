@@ -348,6 +348,8 @@ def held_out_metrics(
     reward_funcs: Sequence[Reward],
     args: SPPOConfig,
     gather: Gather,
+    *,
+    trainer_state: Any = None,
 ) -> dict[str, float]:
     """Score this process's answers to held-out prompts, and return the metrics over all processes.
 
@@ -357,15 +359,18 @@ def held_out_metrics(
         reward_funcs: resolved rewards.
         args: settings of the run. ``reward_timeout`` limits each call of a reward, on as many samples as a rollout has.
         gather: concatenates lists over processes.
+        trainer_state: the trainer's state, for rewards that take it.
 
     Returns:
-        ``success_rate``, ``reward``, ``response_length``, ``truncated``, ``rewards/<name>``, and ``problems``, the
-        number of answers that could be scored.
+        ``success_rate``, ``reward``, ``response_length``, ``truncated``, ``rewards/<name>``, ``custom/<name>`` of what
+        rewards log, and ``problems``, the number of answers that could be scored.
     """
     meter = Meter()
     for start in range(0, len(rows), args.rollout_size):
         part = slice(start, start + args.rollout_size)
-        means = score_samples(samples[part], rows[part], reward_funcs, args, as_probability=False)
+        means = score_samples(
+            samples[part], rows[part], reward_funcs, args, as_probability=False, trainer_state=trainer_state
+        )
         meter.mean(dict(means), weight=len(rows[part]))
     for sample in samples:
         meter.mean({"response_length": len(sample.response_ids), "truncated": sample.truncated})
@@ -374,5 +379,5 @@ def held_out_metrics(
     problems = len(gather([1 for sample in samples if sample.reward is not None]))
     read = meter.read(gather)
     names = ("response_length", "truncated", "success_rate", "reward")
-    by_reward = {name: value for name, value in read.items() if name.startswith("rewards/")}
+    by_reward = {name: value for name, value in read.items() if name.startswith(("rewards/", "custom/"))}
     return {name: read.get(name, 0.0) for name in names} | by_reward | {"problems": problems}

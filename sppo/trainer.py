@@ -186,6 +186,7 @@ class SPPOTrainer(Trainer):
                     autocast=self.accelerator.autocast,
                     gathered_weights=self._gathered_weights,
                 ),
+                trainer_state=lambda: self.state,
             )
 
     def train(
@@ -352,7 +353,7 @@ class SPPOTrainer(Trainer):
         # The weights are gathered by all processes, including those without rows.
         with torch.no_grad(), self.accelerator.autocast(), self._gathered_weights():
             samples = answer_held_out(self.rollout_engine, rows, self.args)
-        return held_out_metrics(samples, rows, self.reward_funcs, self.args, gather_lists)
+        return held_out_metrics(samples, rows, self.reward_funcs, self.args, gather_lists, trainer_state=self.state)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the policy as an ordinary model, or its adapter, with its tokenizer; the critic in ``critic`` inside.

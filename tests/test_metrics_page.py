@@ -28,8 +28,13 @@ class Engine(HFRollout):
 
 
 def test_a_run_logs_what_the_page_lists(tmp_path):
+    def has_a(completions, log_metric, **_):
+        log_metric("NAME", 1.0)
+        return [float("a" in completion) for completion in completions]
+
     trainer = make(
         tmp_path,
+        has_a,
         max_steps=2,
         steps_per_generation=2,
         beta=0.1,

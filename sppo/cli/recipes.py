@@ -134,7 +134,8 @@ def _code_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         # Options of a name may hold names too. Engines also take classes by their path: package.module.Class.
         for text in re.split(r"[?&=]", unquote_plus(value)):
             is_path = "rollout_engine_kwargs" in key and _DOTTED.fullmatch(text)
-            if (_CODE.fullmatch(text) and not text.startswith("reasoning_gym:")) or is_path:
+            is_data = text.startswith("reasoning_gym:") or (key == "reward" and text.startswith("model:"))
+            if (_CODE.fullmatch(text) and not is_data) or is_path:
                 yield key, text
 
 

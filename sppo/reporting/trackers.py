@@ -27,6 +27,7 @@ from sppo.rollout.engine import Sample
 logger = logging.get_logger(__name__)
 
 COMPLETIONS = "completions.jsonl"
+_OWN_COLUMNS = ("step", "prompt", "completion", "reward", "advantage")
 
 
 class MetricsFile(TrainerCallback):
@@ -105,6 +106,7 @@ class SampleCompletions(TrainerCallback):
                 "completion": as_text(sample.completion),
                 "reward": sample.reward,
                 "advantage": None if sample.advantage is None else sample.advantage.mean().item(),
+                **{name: value for name, value in sample.logged.items() if name not in _OWN_COLUMNS},
             }
             for sample in samples
         ]

@@ -10,9 +10,9 @@ concurrently.
     scores = score([reward], prompts, completions, {"answer": answers}, timeout=60)
 
 ``columns`` are the other columns of the dataset; a function without ``**columns`` receives only those that it names. A
-failure of a reward (it raises, takes too long, or returns None, NaN, a non-number or too few values) invalidates only
-the affected samples and is listed in ``scores.failures``; it never stops the run. How strict the time limit is depends
-on the kind of reward:
+failure of a reward (it raises, takes too long, or returns NaN, a non-number or too few values) invalidates only the
+affected samples and is listed in ``scores.failures``; it never stops the run. A reward that returns None does not apply
+to the sample. How strict the time limit is depends on the kind of reward:
 
 - **A name or ``module:function``** runs in a worker process, which is killed at the limit. This stops anything, also an
   endless loop or a call into C that never returns. The worker imports the module once and keeps it. It shares no state

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sppo.rewards.limits import Worker
+from sppo.rewards.log import RewardLog
 from sppo.rewards.worker import RewardError, SampleResult, TimeLimitError
 
 _LEAST_SECONDS = 2.0
@@ -18,11 +19,22 @@ _LEAST_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples to score: prompts and completions, which are text or chat messages, and the other columns."""
+    """Samples to score.
+
+    Attributes:
+        prompts, completions: text or chat messages.
+        columns: the other columns.
+        state: the trainer's state, or None.
+        log: takes what rewards log.
+        first: number of the first sample in the log.
+    """
 
     prompts: Sequence[Any]
     completions: Sequence[Any]
     columns: Mapping[str, Sequence[Any]]
+    state: Any
+    log: RewardLog
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -30,13 +42,14 @@ class Batch:
     def part(self, first: int, end: int) -> Batch:
         """Return the samples from ``first`` to before ``end``."""
         columns = {name: column[first:end] for name, column in self.columns.items()}
-        return Batch(self.prompts[first:end], self.completions[first:end], columns)
+        prompts, completions = self.prompts[first:end], self.completions[first:end]
+        return Batch(prompts, completions, columns, state=self.state, log=self.log, first=self.first + first)
 
 
 class BatchReward(Protocol):
     """What calls of a reward need of it."""
 
-    def load(self, worker: int = 0) -> None:
+    def load(self, worker: int = 0) -> Any:
         """Start the process with this number, if the reward runs in one."""
 
     def run(self, batch: Batch, timeout: float, worker: int = 0) -> list[SampleResult]:

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from sppo.rewards.worker import Expired, RewardError, SampleResult, TimeLimitError
+from sppo.rewards.worker import Expired, Parameters, RewardError, SampleResult, TimeLimitError
 
 LOAD_TIMEOUT = 300.0
 """Time limit for starting a worker and importing a reward's module, in seconds."""
@@ -39,7 +39,7 @@ class Worker:
         command = [sys.executable, "-c", serve]
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.owner = os.getpid()
-        self.loaded: dict[str, str] = {}
+        self.loaded: dict[str, tuple[str, Parameters]] = {}
         self.lock = threading.Lock()
         self.replies: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -60,18 +60,22 @@ class Worker:
             if worker.owner == os.getpid():
                 worker.process.kill()
 
-    def load(self, spec: str) -> None:
+    def load(self, spec: str) -> Parameters:
         """Import the function ``spec`` in the worker, unless this was done from the same working directory.
+
+        Returns:
+            The function's parameters.
 
         Raises:
             RewardError: it cannot be imported, or the import takes too long.
         """
         cwd = os.getcwd()  # paths of files are relative to it, and it may have changed
-        if self.loaded.get(spec) != cwd:
-            self.request({"load": spec, "cwd": cwd}, LOAD_TIMEOUT)
-            self.loaded[spec] = cwd
+        if spec not in self.loaded or self.loaded[spec][0] != cwd:
+            reply = self.request({"load": spec, "cwd": cwd}, LOAD_TIMEOUT)
+            self.loaded[spec] = cwd, Parameters(tuple(reply["names"]), reply["takes_all"])
+        return self.loaded[spec][1]
 
-    def request(self, message: dict[str, Any], timeout: float) -> list[SampleResult]:
+    def request(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
         """Send a request and wait for the reply; kill the worker after ``timeout`` seconds.
 
         Raises:
@@ -96,7 +100,7 @@ class Worker:
         result = json.loads(reply)
         if "error" in result:
             raise RewardError(result["error"])
-        return result["values"]
+        return result
 
     def _send(self, line: bytes) -> None:
         assert self.process.stdin is not None

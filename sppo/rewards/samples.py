@@ -27,6 +27,7 @@ def grade(
     weights: Sequence[float] | None,
     timeout: float,
     workers: int = 1,
+    trainer_state: Any = None,
     max_failures_shown: int = 10,
 ) -> Scores:
     """Set the reward of each sample, or None if a reward function failed on it, and log failures.
@@ -34,7 +35,7 @@ def grade(
     Args:
         samples: the samples, modified in place.
         rows: their rows of the dataset.
-        reward_funcs, weights, timeout, workers: as in :func:`sppo.rewards.score`.
+        reward_funcs, weights, timeout, workers, trainer_state: as in :func:`sppo.rewards.score`.
         max_failures_shown: how many failures to log one by one, so that a reward that always fails does not flood the
             log.
     """
@@ -42,18 +43,29 @@ def grade(
         reward_funcs,
         [sample.prompt for sample in samples],
         [sample.completion for sample in samples],
-        {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
+        {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"} | _trainer_columns(samples),
         weights=weights,
         timeout=timeout,
         workers=workers,
+        trainer_state=trainer_state,
     )
-    for sample, reward in zip(samples, scores.rewards, strict=True):
+    for i, (sample, reward) in enumerate(zip(samples, scores.rewards, strict=True)):
         sample.reward = reward
+        sample.logged = scores.log.of_sample(i)
     for failure in scores.failures[:max_failures_shown]:
         logger.warning("%s", printable(failure))
     if len(scores.failures) > max_failures_shown:
         logger.warning("%d more failures for %d samples", len(scores.failures) - max_failures_shown, len(samples))
     return scores
+
+
+def _trainer_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """Return the columns that the trainer adds to those of the dataset."""
+    return {
+        "completion_ids": [sample.response_ids for sample in samples],
+        "completion_lengths": [len(sample.response_ids) for sample in samples],
+        "truncated": [sample.truncated for sample in samples],
+    }
 
 
 def score_samples(
@@ -63,6 +75,7 @@ def score_samples(
     args: SPPOConfig,
     *,
     as_probability: bool,
+    trainer_state: Any = None,
 ) -> dict[str, float]:
     """Set the reward of each sample, or None if a reward function failed on it; failures are logged.
 
@@ -72,6 +85,7 @@ def score_samples(
         reward_funcs: the rewards.
         args: weights and time limit of the rewards.
         as_probability: require rewards in [0, 1], as for a critic that predicts them as a probability.
+        trainer_state: the trainer's state, for rewards that take it.
 
     Returns:
         Mean and standard deviation of each reward function, by name in the log.
@@ -86,6 +100,7 @@ def score_samples(
         weights=args.reward_weights,
         timeout=args.reward_timeout,
         workers=args.reward_workers,
+        trainer_state=trainer_state,
     )
     for sample in samples:
         reward = sample.reward

@@ -15,14 +15,24 @@ from urllib.parse import parse_qsl
 from sppo._utils import suggest
 from sppo.rewards.batches import Batch, score_each
 from sppo.rewards.limits import Worker, run_within
+from sppo.rewards.log import RewardLog
 from sppo.rewards.processes import hide_environment
-from sppo.rewards.worker import RewardError, SampleResult, call
+from sppo.rewards.worker import Parameters, RewardError, SampleResult, call
 
-BUILTIN = {name: f"sppo.rewards.builtin:{name}" for name in ("exact", "numeric", "math")} | {
-    name: f"sppo.rewards.sandbox:{name}" for name in ("reasoning_gym", "stdin_stdout", "unit_tests")
+_MODULES = {
+    "builtin": ("exact", "numeric", "math"),
+    "sandbox": ("reasoning_gym", "stdin_stdout", "unit_tests"),
+    "lengths": ("length", "overlong"),
 }
-BUILTIN_OPTIONS = {"tolerance", "seconds", "memory_mb", "partial", "isolation", "same_user"}
+BUILTIN = {name: f"sppo.rewards.{module}:{name}" for module, names in _MODULES.items() for name in names}
+BUILTIN_OPTIONS = {
+    *("tolerance", "seconds", "memory_mb", "partial", "isolation", "same_user"),
+    *("max_tokens", "buffer", "offset", "target", "alpha", "delta"),
+}
 """Options of built-in rewards, set only in the reward's name; columns of the same names are not passed to them."""
+TRAINER_COLUMNS = ("completion_ids", "completion_lengths", "truncated")
+"""Columns that the trainer adds: token ids, their number, and whether the completion was cut off."""
+_MODEL_PREFIX = "model:"
 
 
 @dataclass(frozen=True)
@@ -30,22 +40,31 @@ class Scores:
     """The scores of a batch.
 
     Attributes:
-        rewards: weighted sum of rewards per sample; None if a reward of non-zero weight failed on the sample.
+        rewards: weighted sum of rewards per sample, without those that returned None for it. None if a reward of
+            non-zero weight failed on the sample, or all returned None.
         means: mean of each reward by name, over the samples that it scored; NaN if it scored none.
         stds: unbiased standard deviation of each reward by name, over the same samples; 0 for a single sample.
-        failures: one line per reward and sample without a score: the reward, the reason and the prompt.
+        failures: one line per reward and sample on which it failed, and per sample without any reward: the reward, the
+            reason and the prompt.
+        log: what the rewards logged.
     """
 
     rewards: list[float | None]
     means: dict[str, float]
     stds: dict[str, float]
     failures: list[str]
+    log: RewardLog
 
     def metrics(self) -> dict[str, float]:
-        """Return ``rewards/NAME`` and ``rewards/NAME/std`` for the log, of each reward that scored a sample."""
+        """Return metrics for the log.
+
+        ``rewards/NAME`` and ``rewards/NAME/std`` of each reward that scored a sample, and ``custom/NAME`` of what the
+        rewards logged themselves.
+        """
         means = {name: mean for name, mean in self.means.items() if not math.isnan(mean)}
         stds = {f"rewards/{name}/std": self.stds[name] for name in means}
-        return {f"rewards/{name}": mean for name, mean in means.items()} | stds
+        custom = {f"custom/{name}": mean for name, mean in self.log.means().items()}
+        return {f"rewards/{name}": mean for name, mean in means.items()} | stds | custom
 
 
 @dataclass(frozen=True)
@@ -56,25 +75,30 @@ class Reward:
     target: Callable[..., Any] | str
     options: dict[str, Any] = field(default_factory=dict)
 
-    def load(self, worker: int = 0) -> None:
+    def load(self, worker: int = 0) -> Parameters | None:
         """Start the worker process if needed and import a named function in it.
 
         Args:
             worker: number of the process.
 
+        Returns:
+            The parameters of a named function.
+
         Raises:
             RewardError: the function cannot be imported.
         """
-        if isinstance(self.target, str):
-            if self.target in BUILTIN.values() and self.options.get("same_user"):
-                hide_environment()
-            Worker.current(worker).load(self.target)
+        if not isinstance(self.target, str):
+            return None
+        if self.is_builtin and self.options.get("same_user"):
+            hide_environment()
+        return Worker.current(worker).load(self.target)
 
     def identity(self) -> dict[str, Any]:
         """Return what a resumed run compares: function, options, and the content of a file that it is in."""
         target = self.target
         if not isinstance(target, str):
-            return {"name": self.name, "options": self.options}
+            digest = getattr(target, "digest", None)  # of a reward model
+            return {"name": self.name, "options": self.options} | ({} if digest is None else {"model": digest})
         file = Path(target.rpartition(":")[0])
         digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.suffix == ".py" else None
         return {"name": target if digest is None else self.name, "options": self.options, "file": digest}
@@ -82,7 +106,12 @@ class Reward:
     @property
     def may_have_workers(self) -> bool:
         """Whether several processes may call it; a built-in one has processes of its own."""
-        return isinstance(self.target, str) and self.target not in BUILTIN.values()
+        return isinstance(self.target, str) and not self.is_builtin
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether it is a reward of this package."""
+        return self.target in BUILTIN.values()
 
     def run(self, batch: Batch, timeout: float, worker: int = 0) -> list[SampleResult]:
         """Call the reward once on a batch.
@@ -95,30 +124,47 @@ class Reward:
         Raises:
             RewardError: it did not return one value per completion within ``timeout`` seconds.
         """
-        function = self.target
+        function, log = self.target, RewardLog(len(batch))
+        message: dict[str, Any] = {"options": self.options, "prompts": batch.prompts, "completions": batch.completions}
         if callable(function):
-            return run_within(
-                timeout, lambda: call(function, self.options, batch.prompts, batch.completions, dict(batch.columns))
-            )
-        message = {"options": self.options, "prompts": batch.prompts, "completions": batch.completions}
-        hidden = BUILTIN_OPTIONS if function in BUILTIN.values() else set()
-        columns = {name: column for name, column in batch.columns.items() if name not in hidden and _is_json(column)}
-        return Worker.current(worker).request({"call": function, **message, "columns": columns}, timeout)
+            columns, state = dict(batch.columns), batch.state
+            values = run_within(timeout, lambda: call(function, **message, columns=columns, state=state, log=log))
+        else:
+            process = Worker.current(worker)
+            columns = self._columns(process.load(function), batch)
+            request = {"call": function, **message, "columns": columns, "state": _json_state(batch.state)}
+            reply = process.request(request, timeout)
+            values, log = reply["values"], RewardLog.from_json(len(batch), reply["log"])
+        batch.log.add(log, batch.first)
+        return values
+
+    def _columns(self, parameters: Parameters, batch: Batch) -> dict[str, Sequence[Any]]:
+        """Return the columns to send to the process: those that the function takes, and JSON can represent."""
+        columns = parameters.accepted(dict(batch.columns))
+        if self.is_builtin:
+            own = {name for name in TRAINER_COLUMNS if name not in parameters.names}
+            columns = {name: column for name, column in columns.items() if name not in BUILTIN_OPTIONS | own}
+        return {name: column for name, column in columns.items() if _is_json(column)}
 
 
 def resolve(spec: Reward | Callable[..., Any] | str) -> Reward:
     """Resolve a reward from its name or function.
 
     Args:
-        spec: the name of a built-in reward, ``package.module:function`` or ``path/to/file.py:function``, each
-            optionally with options as in ``numeric?tolerance=0.01``; or a function.
+        spec: the name of a built-in reward, ``package.module:function``, ``path/to/file.py:function`` or
+            ``model:PATH`` for a reward model, each optionally with options as in ``numeric?tolerance=0.01``; a
+            function; or a sequence classifier with one label.
 
     Raises:
-        ValueError: there is no such reward, or its module cannot be imported.
+        ValueError: there is no such reward, its module cannot be imported, or its model cannot be loaded.
         TypeError: ``spec`` has another type.
     """
     if isinstance(spec, Reward):
         return spec
+    if isinstance(spec, str) and spec.startswith(_MODEL_PREFIX):
+        return _resolve_model(spec)
+    if hasattr(spec, "get_input_embeddings"):  # a model of transformers
+        return _resolve_model(spec)
     if callable(spec):
         return Reward(getattr(spec, "__name__", type(spec).__name__), spec)
     if not isinstance(spec, str):
@@ -127,7 +173,8 @@ def resolve(spec: Reward | Callable[..., Any] | str) -> Reward:
     if base not in BUILTIN and ":" not in base:
         own = f"{base}:FUNCTION" if base.endswith(".py") else "module:function"
         raise ValueError(
-            f"no reward named {base!r}{suggest(base, BUILTIN)}; known: {', '.join(BUILTIN)}, or give {own}"
+            f"no reward named {base!r}{suggest(base, BUILTIN)}; known: {', '.join(BUILTIN)}, or give {own}, or "
+            "model:PATH for a reward model"
         )
     target = BUILTIN.get(base, base)
     reward = Reward(target.rpartition(":")[2], target, options)
@@ -136,6 +183,17 @@ def resolve(spec: Reward | Callable[..., Any] | str) -> Reward:
     except RewardError as error:
         raise ValueError(f"reward {spec!r}: {error}") from error
     return reward
+
+
+def _resolve_model(spec: Any) -> Reward:
+    from sppo.rewards.reward_model import RewardModel  # imports torch, which other rewards do not need
+
+    base, options = split_options(spec.removeprefix(_MODEL_PREFIX)) if isinstance(spec, str) else (spec, {})
+    try:
+        model = RewardModel(base, **options)
+    except TypeError as error:
+        raise ValueError(f"reward {spec!r}: {error}; see sppo.rewards.reward_model.RewardModel") from error
+    return Reward(model.__name__, model, {})
 
 
 def split_options(spec: str) -> tuple[str, dict[str, Any]]:
@@ -154,6 +212,7 @@ def score(
     timeout: float = 60.0,
     names: Sequence[str] | None = None,
     workers: int = 1,
+    trainer_state: Any = None,
 ) -> Scores:
     """Score each completion with each reward.
 
@@ -171,6 +230,9 @@ def score(
         names: the rewards' names in the result; default: their own, numbered if two are equal.
         workers: number of processes that call a reward given by name, side by side, each with its part of the batch.
             Each imports the reward's module. Built-in rewards have one, which uses all cores.
+        trainer_state: a ``transformers.TrainerState`` for rewards that take it. The worker process receives its numbers
+            and texts, not ``log_history``. If given, rewards with ``**columns`` also receive it, and ``log_metric`` and
+            ``log_extra`` of :class:`sppo.rewards.log.RewardLog`.
 
     Raises:
         ValueError: no rewards, or lists of different lengths.
@@ -188,8 +250,9 @@ def score(
     _check_length(len(completions), "completions", prompts=prompts, **columns)
     _check_length(len(rewards), "rewards", weights=weights, names=names)
 
-    batch = Batch(prompts, completions, columns)
-    totals: list[float | None] = [0.0] * len(completions)
+    batch = Batch(prompts, completions, columns, state=trainer_state, log=RewardLog(len(completions)))
+    totals = [0.0] * len(completions)
+    failed, scored = [False] * len(completions), [False] * len(completions)
     means: dict[str, float] = {}
     stds: dict[str, float] = {}
     failures: list[str] = []
@@ -198,15 +261,21 @@ def score(
         for i, result in enumerate(score_each(reward, batch, timeout, workers if reward.may_have_workers else 1)):
             if isinstance(result, float):
                 values.append(result)
-            else:
-                failures.append(f"reward {name!r} {result or 'returned None'}; prompt: {_excerpt(prompts[i])}")
-            if weight:
-                total = totals[i]
-                totals[i] = total + weight * result if isinstance(result, float) and total is not None else None
+                totals[i] += weight * result
+                scored[i] |= bool(weight)
+            elif result is not None:
+                failures.append(f"reward {name!r} {result}; prompt: {_excerpt(prompts[i])}")
+                failed[i] |= bool(weight)
         means[name] = statistics.fmean(values) if values else math.nan
         stds[name] = statistics.stdev(values) if len(values) > 1 else 0.0 if values else math.nan
+    for i, (has_failed, has_score) in enumerate(zip(failed, scored, strict=True)):
+        if not has_failed and not has_score and any(weights):
+            named = f"reward {names[0]!r}" if len(names) == 1 else "each reward"
+            failures.append(f"{named} returned None; prompt: {_excerpt(prompts[i])}")
     # In floating point, weights such as 0.7, 0.2, 0.1 do not add up to 1; rounding makes a full reward exactly 1.
-    return Scores([None if total is None else round(total, 12) for total in totals], means, stds, failures)
+    usable = [(has_score or not any(weights)) and not bad for has_score, bad in zip(scored, failed, strict=True)]
+    rewards_or_none = [round(total, 12) if ok else None for total, ok in zip(totals, usable, strict=True)]
+    return Scores(rewards_or_none, means, stds, failures, batch.log)
 
 
 def _check_length(n: int, of: str, /, **lists: Sequence[Any]) -> None:
@@ -223,6 +292,13 @@ def _excerpt(prompt: Any, width: int = 80) -> str:
 
 def _numbered(names: list[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
+
+
+def _json_state(state: Any) -> dict[str, Any] | None:
+    """Return the numbers and texts of a trainer's state."""
+    if state is None:
+        return None
+    return {name: value for name, value in vars(state).items() if isinstance(value, str | int | float | None)}
 
 
 def _is_json(column: Sequence[Any]) -> bool:

@@ -3,8 +3,9 @@
 The worker process reads one request per line of JSON from standard input and writes one reply per line of JSON to
 standard output:
 
-    {"load": spec, "cwd": folder}                                  -> {"values": []} or {"error": text}
-    {"call": spec, "options", "prompts", "completions", "columns"} -> {"values": [...]} or {"error": text}
+    {"load": spec, "cwd": folder}                  -> {"names": [...], "takes_all": bool} or {"error": text}
+    {"call": spec, "options", "prompts", "completions", "columns", "state"}
+                                                   -> {"values": [...], "log": {...}} or {"error": text}
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from sppo._utils import import_object
+from sppo.rewards.log import RewardLog
 
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
@@ -46,12 +50,50 @@ class Expired(BaseException):
     """Raised inside a reward function at its time limit; ``except Exception`` in the function does not catch it."""
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """What a reward function takes.
+
+    Attributes:
+        names: its parameters.
+        takes_all: whether it takes arguments of other names too.
+        required: parameters without a default.
+    """
+
+    names: tuple[str, ...]
+    takes_all: bool
+    required: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> Parameters:
+        """Read a function's signature."""
+        parameters = inspect.signature(function).parameters.values()
+        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        return cls(
+            names=tuple(p.name for p in named),
+            takes_all=any(p.kind is p.VAR_KEYWORD for p in parameters),
+            required=tuple(p.name for p in named if p.default is p.empty),
+        )
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether the function takes one completion rather than a batch."""
+        return "completion" in self.names and "completions" not in self.names
+
+    def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments that the function takes."""
+        return arguments if self.takes_all else {name: arguments[name] for name in arguments if name in self.names}
+
+
 def call(
     function: Callable[..., Any],
     options: dict[str, Any],
     prompts: Sequence[Any],
     completions: Sequence[Any],
     columns: dict[str, Sequence[Any]],
+    *,
+    state: Any = None,
+    log: RewardLog | None = None,
 ) -> list[SampleResult]:
     """Call a reward function, await it if it is async, and check each value.
 
@@ -63,21 +105,25 @@ def call(
         prompts: text or chat messages, one per completion.
         completions: text or chat messages.
         columns: the dataset's other columns.
+        state: the argument ``trainer_state``. Without it a function with ``**columns`` receives only columns.
+        log: takes what the function logs.
 
     Raises:
         RewardError: the function raised, or did not return one value per completion.
     """
-    arguments: dict[str, Any] = {**columns, "prompts": prompts, "completions": completions}
+    log = RewardLog(len(completions)) if log is None else log
     try:
-        parameters = inspect.signature(function).parameters
-        per_sample = "completion" in parameters and "completions" not in parameters
-        if per_sample:
-            arguments = {**columns, "prompt": prompts, "completion": completions}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            arguments = {name: values for name, values in arguments.items() if name in parameters}
-        arguments = {name: values for name, values in arguments.items() if name not in options}
-        if per_sample:
-            samples = [{name: values[i] for name, values in arguments.items()} for i in range(len(completions))]
+        parameters = Parameters.of(function)
+        own = {"trainer_state": state, "log_metric": log.log_metric, "log_extra": log.log_extra}
+        own = {name: value for name, value in own.items() if name in parameters.names or state is not None}
+        batch = {"prompt": prompts, "completion": completions}
+        if not parameters.per_sample:
+            batch = {"prompts": prompts, "completions": completions}
+        arguments = parameters.accepted({**columns, **batch, **own})
+        arguments = {name: value for name, value in arguments.items() if name not in options}
+        _check_required(parameters, {**arguments, **options}, columns)
+        if parameters.per_sample:
+            samples = [_one_sample(arguments, own, log, i) for i in range(len(completions))]
             return _call_per_sample(function, options, samples)
         result = function(**arguments, **options)
         if inspect.isawaitable(result):
@@ -90,6 +136,21 @@ def call(
     if len(values) != len(completions):
         raise RewardError(f"returned {len(values)} values for {len(completions)} completions")
     return [_check_value(value) for value in values]
+
+
+def _one_sample(arguments: dict[str, Any], own: dict[str, Any], log: RewardLog, index: int) -> dict[str, Any]:
+    """Return the arguments of a call for one sample: of each column its value, the trainer's own as they are."""
+    single = {**own, "log_extra": log.one_sample(index).log_extra}
+    return {name: single[name] if name in own else values[index] for name, values in arguments.items()}
+
+
+def _check_required(parameters: Parameters, arguments: dict[str, Any], columns: dict[str, Any]) -> None:
+    missing = [name for name in parameters.required if name not in arguments]
+    if missing:
+        raise RewardError(
+            f"needs {', '.join(map(repr, missing))}: give it as an option of the reward's name, or as a column; there "
+            f"are the columns {', '.join(sorted(columns)) or 'none'}"
+        )
 
 
 def _call_per_sample(
@@ -205,10 +266,13 @@ def _handle(request: dict[str, Any], functions: dict[str, Callable[..., Any]]) -
     try:
         if "load" in request:
             os.chdir(request["cwd"])
-            functions[request["load"]] = import_object(request["load"])
-            return {"values": []}
-        function = functions[request.pop("call")]
-        return {"values": call(function, **request)}
+            function = functions[request["load"]] = import_object(request["load"])
+            parameters = Parameters.of(function)
+            return {"names": parameters.names, "takes_all": parameters.takes_all}
+        function, state = functions[request.pop("call")], request.pop("state")
+        log = RewardLog(len(request["completions"]))
+        values = call(function, **request, state=None if state is None else SimpleNamespace(**state), log=log)
+        return {"values": values, "log": log.to_json()}
     except (RewardError, ValueError) as error:
         return {"error": str(error)}
     except BaseException as error:  # raised by a module while it is imported

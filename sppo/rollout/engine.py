@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +30,7 @@ class Sample:
             vocabulary. None if sampling is not truncated, or the engine cannot tell.
         group: number shared by completions that were sampled together for one prompt.
         reward: None if the completion could not be scored.
+        logged: what rewards logged for it, by column of ``completions.jsonl``.
         greedy_reward: reward of the greedy response to the prompt, if the algorithm needs it.
         value: the critic's prediction before the update: 0-d, or ``[T]`` before each response token.
         advantage: 0-d for all response tokens, or ``[T]``.
@@ -45,6 +46,7 @@ class Sample:
     support: tuple[Tensor, Tensor] | list[list[int]] | None = None
     group: int = 0
     reward: float | None = None
+    logged: dict[str, Any] = field(default_factory=dict)
     greedy_reward: float | None = None
     value: Tensor | None = None
     advantage: Tensor | None = None

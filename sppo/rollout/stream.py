@@ -154,6 +154,7 @@ class RolloutStream(IterableDataset):
             adapter, and the reference is the policy with ``reference_adapter``.
         reference_adapter: initial weights of the adapter, by name; None for the policy with its adapter off.
         process: this process among those of the run.
+        trainer_state: returns the trainer's state, for rewards that take it.
     """
 
     def __init__(
@@ -169,6 +170,7 @@ class RolloutStream(IterableDataset):
         reference: PreTrainedModel | None = None,
         reference_adapter: Mapping[str, Tensor] | None = None,
         process: ProcessContext | None = None,
+        trainer_state: Callable[[], Any] = lambda: None,
     ) -> None:
         self.prompts = prompts
         self.engine = engine
@@ -180,6 +182,7 @@ class RolloutStream(IterableDataset):
         self.reference = reference
         self.reference_adapter = reference_adapter
         self.process = process or ProcessContext()
+        self.trainer_state = trainer_state
         assert args.num_generations is not None
         self.prompts_per_rollout = args.rollout_size // args.num_generations
         rollouts = math.ceil(len(prompts.dataset) / (self.prompts_per_rollout * self.process.world_size))
@@ -276,7 +279,12 @@ class RolloutStream(IterableDataset):
                 take_supports(samples, type(self.engine).__name__, self.args, self.vocab_size)
         with self.meter.phase("reward"):
             means = score_samples(
-                samples, rows, self.reward_funcs, self.args, as_probability=self.algorithm.critic == "prompt"
+                samples,
+                rows,
+                self.reward_funcs,
+                self.args,
+                as_probability=self.algorithm.critic == "prompt",
+                trainer_state=self.trainer_state(),
             )
             if temperature > 0:
                 self.meter.mean(means)

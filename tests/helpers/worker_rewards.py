@@ -60,3 +60,29 @@ def pid(prompts, completions):
 
 def sees(prompts, completions, **columns):
     return [float("good" in columns and "bad" not in columns)] * len(completions)
+
+
+def logs(completions, completion_ids, completion_lengths, truncated, trainer_state, log_metric, log_extra):
+    """Use everything that a trainer passes to a reward."""
+    log_metric("mean length", sum(completion_lengths) / len(completions))
+    log_extra("first token", [ids[0] for ids in completion_ids])
+    return [trainer_state.global_step + 0.5 * cut for cut in truncated]
+
+
+def logs_of_one(completion, completion_ids, log_metric, log_extra):
+    log_metric("length", len(completion))
+    log_extra("tokens", completion_ids)
+    return 1.0
+
+
+def fails_after_logging(completions, log_metric):
+    log_metric("calls", 1)
+    if "bb" in completions:
+        raise ValueError("bb")
+    return [1.0] * len(completions)
+
+
+def has_no_history(completions, trainer_state):
+    assert trainer_state.global_step == 3
+    assert not hasattr(trainer_state, "log_history")
+    return [1.0] * len(completions)
