@@ -140,6 +140,8 @@ def _policy_loss_cases() -> Iterator[Case]:
         yield case(f"all {level} {correction}", everything=True, ratio_level=level, rollout_correction=correction)
     for level, aggregation in product(levels, aggregations):
         yield case(f"{level} {aggregation}", ratio_level=level, aggregation=aggregation)
+    cispo = {"objective": "cispo", "dual_clip": None, "rollout_correction": "token_mask"}
+    yield case("all cispo token_mask", everything=True, **cispo)
     for estimator in ("k1", "k2"):
         yield case(f"all {estimator}", everything=True, kl_estimator=estimator)
     for dtype in ("bf16", "fp16"):

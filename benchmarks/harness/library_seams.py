@@ -302,6 +302,7 @@ def linear_policy_loss(
         projection=projection,
     )
     settings = Settings(
+        objective="clip",
         ratio_level="token",
         clip_low=0.2,
         clip_high=0.2,
@@ -310,6 +311,7 @@ def linear_policy_loss(
         kl_coef=0.0,
         kl_estimator="k3",
         rollout_correction="none",
+        rollout_floor=0.0,
         rollout_cap=2.0,
     )
     outputs = linear_policy_loss_op.linear_policy_loss(

@@ -65,6 +65,7 @@ def policy(cuda, dtype, n=10_000, sequences=7, per_token=False, optional=False, 
     """Make arguments of policy_loss, with the optional tensors if ``optional``."""
     new_optional = lambda: cuda.new(n) if optional else None
     defaults = Settings(
+        objective="clip",
         ratio_level="token",
         clip_low=0.2,
         clip_high=0.2,
@@ -73,6 +74,7 @@ def policy(cuda, dtype, n=10_000, sequences=7, per_token=False, optional=False, 
         kl_coef=0.0,
         kl_estimator="k3",
         rollout_correction="none",
+        rollout_floor=0.0,
         rollout_cap=2.0,
     )
     return {

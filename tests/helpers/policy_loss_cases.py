@@ -15,7 +15,7 @@ LEVELS = ["token", "sequence_mean", "sequence_sum"]
 AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 
 
-CORRECTIONS = ["token_truncate", "sequence_truncate", "sequence_mask"]
+CORRECTIONS = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 NAN = float("nan")
@@ -41,11 +41,16 @@ def packed(lengths, dtype=torch.float32, spread=0.3, per_token=False):
 
 
 def check(backend, tensors, **arguments):
-    """Compare with float64. Terms are as large as the log-ratios, and those of the loss as advantages times ratios."""
+    """Compare with float64.
+
+    Terms are as large as the log-ratios, and those of the loss as advantages times ratios, or with CISPO advantages
+    times log-probabilities.
+    """
     term = 0.0
     if tensors["logprobs"].numel():
         log_ratio = (tensors["logprobs"] - tensors["old_logprobs"]).abs().mean().item()
-        term = max(log_ratio, tensors["advantages"].abs().mean().item() / (arguments.get("normalizer") or 1.0))
+        factor = tensors["logprobs"].abs().max().item() if arguments.get("objective") == "cispo" else 1.0
+        term = max(log_ratio, factor * tensors["advantages"].abs().mean().item() / (arguments.get("normalizer") or 1.0))
     assert_close_to_float64(policy_loss, reference.policy_loss, backend, tensors, term=term, **arguments)
 
 

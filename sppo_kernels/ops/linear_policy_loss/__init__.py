@@ -67,6 +67,7 @@ def linear_policy_loss(
     *,
     cu_seqlens: Tensor,
     mask: Tensor | None = None,
+    objective: str = "clip",
     ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -78,6 +79,7 @@ def linear_policy_loss(
     kl_estimator: str = "k3",
     rollout_logprobs: Tensor | None = None,
     rollout_correction: str | None = None,
+    rollout_floor: float = 0.0,
     rollout_cap: float = 2.0,
     bias: Tensor | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,
@@ -107,6 +109,7 @@ def linear_policy_loss(
     *,
     cu_seqlens: Tensor,
     mask: Tensor | None = None,
+    objective: str = "clip",
     ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -118,6 +121,7 @@ def linear_policy_loss(
     kl_estimator: str = "k3",
     rollout_logprobs: Tensor | None = None,
     rollout_correction: str | None = None,
+    rollout_floor: float = 0.0,
     rollout_cap: float = 2.0,
     bias: Tensor | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,
@@ -146,6 +150,7 @@ def linear_policy_loss(
     *,
     cu_seqlens: Tensor,
     mask: Tensor | None = None,
+    objective: str = "clip",
     ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -157,6 +162,7 @@ def linear_policy_loss(
     kl_estimator: str = "k3",
     rollout_logprobs: Tensor | None = None,
     rollout_correction: str | None = None,
+    rollout_floor: float = 0.0,
     rollout_cap: float = 2.0,
     bias: Tensor | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,
@@ -186,8 +192,8 @@ def linear_policy_loss(
         old_logprobs: ``[N]``, of the policy before the update.
         advantages: ``[B]``, one per sequence, or ``[N]``, one per token.
         cu_seqlens: int32 ``[B + 1]``, the start of each sequence, from 0 to N; empty sequences are allowed.
-        mask, ratio_level, clip_low, clip_high, dual_clip, aggregation, normalizer, ref_logprobs, kl_coef, kl_estimator,
-            rollout_logprobs, rollout_correction, rollout_cap: as in ``policy_loss``.
+        mask, objective, ratio_level, clip_low, clip_high, dual_clip, aggregation, normalizer, ref_logprobs, kl_coef,
+            kl_estimator, rollout_logprobs, rollout_correction, rollout_floor, rollout_cap: as in ``policy_loss``.
         bias, adapter, temperature, softcap, ignore_index, chunk_bytes, mass_tolerance, max_entries, projection, group,
             support: as in ``linear_logprobs``. ``old_logprobs`` and the others must be over the same support.
         backward: as in ``linear_logprobs``. ``"recompute"`` takes another pass and saves no memory here, unless with a
@@ -241,6 +247,7 @@ def linear_policy_loss(
         rollout_logprobs=rollout_logprobs,
     )
     settings = Settings.validate(
+        objective=objective,
         ratio_level=ratio_level,
         clip_low=clip_low,
         clip_high=clip_high,
@@ -251,6 +258,7 @@ def linear_policy_loss(
         kl_estimator=kl_estimator,
         rollout_logprobs=rollout_logprobs,
         rollout_correction=rollout_correction,
+        rollout_floor=rollout_floor,
         rollout_cap=rollout_cap,
     )
     if arguments.backend == "reference":

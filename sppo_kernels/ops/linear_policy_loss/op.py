@@ -71,6 +71,7 @@ def forward(
     backend: str,
     needs: list[bool],
     per_token: bool,
+    objective: str,
     ratio_level: str,
     clip_low: float,
     clip_high: float,
@@ -79,6 +80,7 @@ def forward(
     kl_coef: float,
     kl_estimator: str,
     rollout_correction: str,
+    rollout_floor: float,
     rollout_cap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Compute the fields of ForwardOutput from the fields of Arguments and Settings."""
@@ -103,6 +105,7 @@ def forward(
         first_row=first_row,
     )
     settings = Settings(
+        objective=objective,
         ratio_level=ratio_level,
         clip_low=clip_low,
         clip_high=clip_high,
@@ -111,6 +114,7 @@ def forward(
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
         rollout_correction=rollout_correction,
+        rollout_floor=rollout_floor,
         rollout_cap=rollout_cap,
     )
 

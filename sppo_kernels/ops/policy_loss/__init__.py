@@ -4,6 +4,7 @@ For token t of sequence i with d_t = logprob_t - old_t and n tokens in the seque
 
     ratio       token r = exp(d_t)      sequence_mean r = exp(sum d / n)      sequence_sum r = exp(sum d)
     surrogate   max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high));  with dual_clip c and A < 0: min(that, -A c)
+                objective="cispo": -A sg[clip(r, 1 - clip_low, 1 + clip_high)] logprob
     loss_t      w * surrogate + kl_coef * kl_t       w: the rollout correction, a constant in the gradient
     loss        sum_i sum_t a_i loss_t / normalizer
 
@@ -35,6 +36,7 @@ from .reference import loss_and_metrics
 from .settings import (
     AGGREGATIONS,
     KL_ESTIMATORS,
+    OBJECTIVES,
     RATIO_LEVELS,
     ROLLOUT_CORRECTIONS,
     Settings,
@@ -47,6 +49,7 @@ __all__ = [
     "AGGREGATIONS",
     "KL_ESTIMATORS",
     "METRICS",
+    "OBJECTIVES",
     "RATIO_LEVELS",
     "ROLLOUT_CORRECTIONS",
     "PolicyLossOutput",
@@ -62,6 +65,7 @@ def policy_loss(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    objective: str = "clip",
     ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -73,6 +77,7 @@ def policy_loss(
     kl_estimator: str = "k3",
     rollout_logprobs: Tensor | None = None,
     rollout_correction: str | None = None,
+    rollout_floor: float = 0.0,
     rollout_cap: float = 2.0,
     backend: str | None = None,
 ) -> PolicyLossOutput:
@@ -80,7 +85,8 @@ def policy_loss(
 
     Sources: PPO's clip (arXiv 1707.06347), dual clip (arXiv 1912.09729), sequence_mean (GSPO, arXiv 2507.18071), one
     advantage per sequence (SPPO, arXiv 2604.08865), KL estimators (J. Schulman, "Approximating KL Divergence", 2020),
-    truncated importance weights (Ionides, 2008).
+    truncated importance weights (Ionides, 2008), CISPO (arXiv 2506.13585, equation 4), weights masked on both sides
+    (IcePop, arXiv 2510.18855, equation 5).
 
     Args:
         logprobs: padded ``[B, T]``, or packed ``[N]`` with ``cu_seqlens``; nats, any floating dtype. Differentiated.
@@ -88,6 +94,8 @@ def policy_loss(
         advantages: ``[B]``, one per sequence, or the shape of ``logprobs``, one per token.
         mask: loss mask in the shape of ``logprobs``, nonzero where a token has a loss; None for all tokens.
         cu_seqlens: int32 ``[B + 1]``, the start of each packed sequence, from 0 to N; empty sequences are allowed.
+        objective: ``"clip"``, in which a clipped ratio has no gradient, or ``"cispo"``, in which it is a bounded weight
+            of the token's log-probability. The latter is for ratios of tokens, without ``dual_clip``.
         ratio_level: ``"token"``, ``"sequence_mean"`` or ``"sequence_sum"``.
         clip_low, clip_high: the ratio is clipped to ``[1 - clip_low, 1 + clip_high]``; at least 0.
         dual_clip: bound on the ratio for negative advantages, greater than 1; None for no bound. The log-ratio is not
@@ -101,8 +109,9 @@ def policy_loss(
         kl_estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
         rollout_logprobs: same shape, of the engine that sampled.
         rollout_correction: weights by ``exp(old - rollout)``, a constant in the gradient: ``"token_truncate"`` (per
-            token, at most ``rollout_cap``), ``"sequence_truncate"`` (the product over the sequence, at most
-            ``rollout_cap``), ``"sequence_mask"`` (the product, 0 where it exceeds ``rollout_cap``).
+            token, at most ``rollout_cap``), ``"token_mask"`` (per token, 0 where it is outside of ``[rollout_floor,
+            rollout_cap]``), ``"sequence_truncate"`` or ``"sequence_mask"`` (the same, of the sequence's product).
+        rollout_floor: in ``[0, rollout_cap]``, for the masks. IcePop has 0.5, and 5 for ``rollout_cap``.
         rollout_cap: greater than 0.
         backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for triton on an accelerator and torch elsewhere.
 
@@ -128,6 +137,7 @@ def policy_loss(
         rollout_logprobs=rollout_logprobs,
     )
     settings = Settings.validate(
+        objective=objective,
         ratio_level=ratio_level,
         clip_low=clip_low,
         clip_high=clip_high,
@@ -138,6 +148,7 @@ def policy_loss(
         kl_estimator=kl_estimator,
         rollout_logprobs=rollout_logprobs,
         rollout_correction=rollout_correction,
+        rollout_floor=rollout_floor,
         rollout_cap=rollout_cap,
     )
     if normalizer is not None:

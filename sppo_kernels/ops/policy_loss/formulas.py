@@ -56,13 +56,14 @@ def rollout_correction(
     kl = -segments.token_mean(log_weight)
     if settings.rollout_correction == "none":
         return RolloutCorrection(None, None, one, kl)
-    if settings.rollout_correction == "token_truncate":
-        weight = bounded_exp(log_weight).clamp(max=settings.rollout_cap)
-        return RolloutCorrection(weight, None, segments.token_mean(segments.fill_masked(weight)), kl)
-    weight = bounded_exp(segments.sum(log_weight))
-    if settings.rollout_correction == "sequence_truncate":
+    of_tokens = settings.rollout_correction.startswith("token_")
+    weight = bounded_exp(log_weight if of_tokens else segments.sum(log_weight))
+    if settings.rollout_correction.endswith("_truncate"):
         weight = weight.clamp(max=settings.rollout_cap)
     else:
-        weight = torch.where(weight > settings.rollout_cap, 0.0, weight)
+        outside = (weight < settings.rollout_floor) | (weight > settings.rollout_cap)
+        weight = torch.where(outside, 0.0, weight)
+    if of_tokens:
+        return RolloutCorrection(weight, None, segments.token_mean(segments.fill_masked(weight)), kl)
     mean = torch.where(segments.lengths > 0, weight, 0.0).sum() / segments.sequences.clamp(min=1)
     return RolloutCorrection(None, weight, mean, kl)

@@ -35,6 +35,7 @@ def policy_loss(
     rollout_logprobs: Tensor | None,
     *,
     per_token: bool,
+    objective: str,
     ratio_level: str,
     clip_low: float,
     clip_high: float,
@@ -43,12 +44,14 @@ def policy_loss(
     kl_coef: float,
     kl_estimator: str,
     rollout_correction: str,
+    rollout_floor: float,
     rollout_cap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the fields of LossAndGradient from packed tensors: logprobs [N], cu_seqlens [B + 1], normalizer []."""
     check_values(cu_seqlens, normalizer, logprobs.shape[0])
     settings = Settings(
+        objective=objective,
         ratio_level=ratio_level,
         clip_low=clip_low,
         clip_high=clip_high,
@@ -57,6 +60,7 @@ def policy_loss(
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
         rollout_correction=rollout_correction,
+        rollout_floor=rollout_floor,
         rollout_cap=rollout_cap,
     )
     return BACKENDS[backend](

@@ -48,7 +48,10 @@ def loss_and_metrics(
         log_ratio = of_sequence + ratio_slope * (log_ratio - log_ratio.detach())
     ratio = bounded_exp(log_ratio)
 
-    surrogate = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - s.clip_low, 1 + s.clip_high))
+    clipped_ratio = ratio.clamp(1 - s.clip_low, 1 + s.clip_high)
+    surrogate = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+    if s.objective == "cispo":
+        surrogate = -advantages * clipped_ratio.detach() * segments.fill_masked(logprobs.to(dtype))
     if s.dual_clip is not None:
         bounded = torch.minimum(surrogate, -advantages * s.dual_clip)
         surrogate = torch.where(advantages < 0, bounded, surrogate)
@@ -80,8 +83,9 @@ def loss_and_metrics(
         unmasked = torch.cat([segments.fill_masked(value, fill), value.new_full((1,), fill)])
         return torch.where(tokens > 0, reduce(unmasked), 1.0)
 
-    low = (advantages < 0) & (value < 1 - s.clip_low)
-    high = (advantages > 0) & (value > 1 + s.clip_high)
+    low, high = value < 1 - s.clip_low, value > 1 + s.clip_high
+    if s.objective == "clip":
+        low, high = low & (advantages < 0), high & (advantages > 0)
     dual_fraction = tokens.new_zeros(())
     if s.dual_clip is not None:
         dual_fraction = mean_over_units((advantages < 0) & (value > s.dual_clip))

@@ -23,7 +23,8 @@ from ..._validation import (
 RATIO_LEVELS = ("token", "sequence_mean", "sequence_sum")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-ROLLOUT_CORRECTIONS = ("token_truncate", "sequence_truncate", "sequence_mask")
+OBJECTIVES = ("clip", "cispo")
+ROLLOUT_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 # exp of more overflows float32. Only the value is bounded: the gradient of a larger ratio remains that of the ratio.
 MAX_LOG = 80.0
@@ -32,6 +33,7 @@ MAX_LOG = 80.0
 class Settings(NamedTuple):
     """Arguments of ``policy_loss`` that are not tensors, under the names of the registered operation."""
 
+    objective: str
     ratio_level: str
     clip_low: float
     clip_high: float
@@ -40,12 +42,14 @@ class Settings(NamedTuple):
     kl_coef: float
     kl_estimator: str
     rollout_correction: str  # "none" for None
+    rollout_floor: float
     rollout_cap: float
 
     @classmethod
     def validate(
         cls,
         *,
+        objective: str,
         ratio_level: str,
         clip_low: float,
         clip_high: float,
@@ -56,9 +60,11 @@ class Settings(NamedTuple):
         kl_estimator: str,
         rollout_logprobs: Tensor | None,
         rollout_correction: str | None,
+        rollout_floor: float,
         rollout_cap: float,
     ) -> Settings:
         """Validate the arguments of ``policy_loss`` and build the settings. Raises ValueError."""
+        check_choice("objective", objective, OBJECTIVES)
         check_choice("ratio_level", ratio_level, RATIO_LEVELS)
         check_choice("aggregation", aggregation, AGGREGATIONS)
         check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
@@ -70,13 +76,22 @@ class Settings(NamedTuple):
             reject("dual_clip", float(dual_clip), "greater than 1, or None for no dual clip")
         if dual_clip is not None and float(dual_clip) >= math.exp(MAX_LOG):
             dual_clip = None  # no ratio is larger
+        if objective == "cispo" and ratio_level != "token":
+            reject("ratio_level", ratio_level, "token when objective is 'cispo'")
+        if objective == "cispo" and dual_clip is not None:
+            reject("dual_clip", float(dual_clip), "None when objective is 'cispo', whose ratios are all clipped")
         if not float(rollout_cap) > 0:
             reject("rollout_cap", float(rollout_cap), "greater than 0")
+        if not 0 <= float(rollout_floor) <= float(rollout_cap):
+            reject("rollout_floor", float(rollout_floor), f"in [0, rollout_cap={float(rollout_cap)}]")
+        if rollout_floor and not str(rollout_correction).endswith("_mask"):
+            reject("rollout_floor", float(rollout_floor), f"0 when rollout_correction is {rollout_correction!r}")
         if kl_coef and ref_logprobs is None:
             reject("ref_logprobs", None, f"given when kl_coef is not 0 (it is {float(kl_coef)})")
         if rollout_correction and rollout_correction != "none" and rollout_logprobs is None:
             reject("rollout_logprobs", None, f"given when rollout_correction is {rollout_correction!r}")
         return cls(
+            objective=objective,
             ratio_level=ratio_level,
             clip_low=float(clip_low),
             clip_high=float(clip_high),
@@ -85,6 +100,7 @@ class Settings(NamedTuple):
             kl_coef=float(kl_coef),
             kl_estimator=kl_estimator,
             rollout_correction=rollout_correction or "none",
+            rollout_floor=float(rollout_floor),
             rollout_cap=float(rollout_cap),
         )
 

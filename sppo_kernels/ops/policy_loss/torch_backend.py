@@ -51,9 +51,17 @@ def torch_policy_loss(
     elif not s.sequence_level and not per_token:
         advantages = segments.expand(advantages)
     advantages = fill_absent(advantages)
-    objective, side = _clip(advantages, ratio, s)
-    # d -objective / d log ratio: the objective is A r where it is not clipped, and constant where it is.
-    slope = (side - 1 if s.dual_clip is None else side.abs() - 1).mul_(objective)
+    if s.objective == "cispo":
+        clipped_ratio = ratio.clamp(1 - s.clip_low, 1 + s.clip_high)
+        slope = -advantages * clipped_ratio
+        objective = -slope * segments.fill_masked(logprobs.to(dtype))
+        direction = fill_absent(ratio - clipped_ratio).sign()  # -1 where it is raised, 1 where it is lowered
+        side = direction.abs()
+    else:
+        objective, side = _clip(advantages, ratio, s)
+        # d -objective / d log ratio: the objective is A r where it is not clipped, and constant where it is.
+        slope = (side - 1 if s.dual_clip is None else side.abs() - 1).mul_(objective)
+        direction = advantages.sign()
 
     correction = rollout_correction(old_logprobs, rollout_logprobs, segments, s)
     weight = segments.expand(1 / lengths) if s.mean_in_sequence and (s.kl_coef or not by_sequence) else None  # [N]
@@ -84,7 +92,7 @@ def torch_policy_loss(
     units = units.clamp(min=1)
     clipped = side if s.dual_clip is None else side.clamp(min=0)
     num_clipped = _product(clipped, unit_weight).sum()
-    high_minus_low = _product(advantages.sign().mul_(clipped), unit_weight).sum()
+    high_minus_low = _product(direction.mul_(clipped), unit_weight).sum()
     dual_clipped = tokens.new_zeros(()) if s.dual_clip is None else num_clipped - _product(side, unit_weight).sum()
     lowest, highest = ratio.new_ones(2)
     if ratio.numel():

@@ -100,6 +100,15 @@ def _load_tokens(logprob_ptr, old_ptr, advantage_ptr, ref_ptr, rollout_ptr, mask
 
 
 @triton.jit
+def _limit(weight, floor, cap, CORRECTION: tl.constexpr):
+    if CORRECTION == "token_truncate" or CORRECTION == "sequence_truncate":
+        limited = tl.minimum(weight, cap)
+    else:
+        limited = tl.where((weight < floor) | (weight > cap), 0.0, weight)
+    return limited
+
+
+@triton.jit
 def _bounded_exp(x, MAX: tl.constexpr):
     return tl.exp(tl.minimum(x, MAX))
 
@@ -171,12 +180,14 @@ def policy_loss_fwd_bwd_kernel(
     clip_high,
     dual_clip,
     kl_coef,
+    rollout_floor,
     rollout_cap,
     PER_TOKEN: tl.constexpr,
     RATIO_LEVEL: tl.constexpr,
     MEAN_IN_SEQUENCE: tl.constexpr,
     MEAN_OVER_TOKENS: tl.constexpr,
     KL: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
     CORRECTION: tl.constexpr,
     WEIGHTS_ARE_SUMMED: tl.constexpr,
     MAX_LOG: tl.constexpr,
@@ -186,30 +197,17 @@ def policy_loss_fwd_bwd_kernel(
     PER_SEQUENCE_WEIGHT: tl.constexpr = CORRECTION == "sequence_truncate" or CORRECTION == "sequence_mask"
     slot = tl.program_id(0)
     slots = tl.num_programs(0)
+    own_advantage_ptr = advantage_ptr if PER_TOKEN else None
     sequence, block, start, end = _find_piece(cu_ptr, B, BLOCK)
     index, inside, full = _block_of_tokens(block, start, end, BLOCK)
     if full:
         all_inside = tl.full([BLOCK], 1, tl.int1)  # a constant, so that loads are wide
         keep, logprob, old, advantage, ref, rollout = _load_tokens(
-            logprob_ptr,
-            old_ptr,
-            advantage_ptr if PER_TOKEN else None,
-            ref_ptr,
-            rollout_ptr,
-            mask_ptr,
-            index=index,
-            inside=all_inside,
+            logprob_ptr, old_ptr, own_advantage_ptr, ref_ptr, rollout_ptr, mask_ptr, index=index, inside=all_inside
         )
     else:
         keep, logprob, old, advantage, ref, rollout = _load_tokens(
-            logprob_ptr,
-            old_ptr,
-            advantage_ptr if PER_TOKEN else None,
-            ref_ptr,
-            rollout_ptr,
-            mask_ptr,
-            index=index,
-            inside=inside,
+            logprob_ptr, old_ptr, own_advantage_ptr, ref_ptr, rollout_ptr, mask_ptr, index=index, inside=inside
         )
     if not PER_TOKEN:
         advantage += tl.load(advantage_ptr + sequence).to(tl.float32)
@@ -259,22 +257,21 @@ def policy_loss_fwd_bwd_kernel(
         rollout_gap_sum = -tl.load(sum_ptr + P_LOG_WEIGHT * slots + slot)
     elif rollout_ptr is not None:
         rollout_gap_sum = tl.sum(rollout - old, 0)
-    if CORRECTION == "token_truncate":
-        weight = tl.minimum(_bounded_exp(old - rollout, MAX_LOG), rollout_cap)
+    if CORRECTION == "token_truncate" or CORRECTION == "token_mask":
+        weight = _limit(_bounded_exp(old - rollout, MAX_LOG), rollout_floor, rollout_cap, CORRECTION)
         weight_sum = tl.sum(tl.where(keep, weight, 0.0), 0)
     if PER_SEQUENCE_WEIGHT:
         log_weight = _sum_of_slots(sum_ptr + P_LOG_WEIGHT * slots, first_slot, end_slot, SLOTS_AT_ONCE)
-        weight = _bounded_exp(log_weight, MAX_LOG)
-        if CORRECTION == "sequence_truncate":
-            weight = tl.minimum(weight, rollout_cap)
-        else:
-            weight = tl.where(weight > rollout_cap, 0.0, weight)
+        weight = _limit(_bounded_exp(log_weight, MAX_LOG), rollout_floor, rollout_cap, CORRECTION)
         weight_sum = tl.where(adds_sequence, weight, 0.0)
 
     clipped_ratio = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
     surrogate = tl.maximum(-advantage * ratio, -advantage * clipped_ratio)
-    low = (advantage < 0.0) & (ratio < 1.0 - clip_low)
-    high = (advantage > 0.0) & (ratio > 1.0 + clip_high)
+    low = ratio < 1.0 - clip_low
+    high = ratio > 1.0 + clip_high
+    if OBJECTIVE == "clip":
+        low &= advantage < 0.0
+        high &= advantage > 0.0
     clipped = low | high
     dual_sum = 0.0
     if dual_clip is not None:
@@ -284,6 +281,9 @@ def policy_loss_fwd_bwd_kernel(
         dual_sum = unit * tl.sum(tl.where(dual & keep, 1.0, 0.0), 0)
     loss = weight * surrogate
     gradient = weight * slope * tl.where(clipped, 0.0, -advantage * ratio)
+    if OBJECTIVE == "cispo":
+        gradient = -weight * advantage * clipped_ratio
+        loss = gradient * logprob
     kl_sum = 0.0
     if ref_ptr is not None:
         d = ref - logprob
@@ -423,7 +423,8 @@ def triton_policy_loss(
     weight_of_sequence = s.rollout_correction.startswith("sequence")
     sums_logprobs = s.sequence_level or weight_of_sequence
     has_sums = sums_logprobs or (mask is not None and not s.mean_over_tokens)
-    weights_are_summed = sums_logprobs and rollout_logprobs is not None and s.rollout_correction != "token_truncate"
+    of_tokens = s.rollout_correction.startswith("token")
+    weights_are_summed = sums_logprobs and rollout_logprobs is not None and not of_tokens
     reads_rollout = rollout_logprobs is not None and not weights_are_summed
     logprobs, old_logprobs = logprobs.contiguous(), old_logprobs.contiguous()
     advantages, cu_seqlens = advantages.contiguous(), cu_seqlens.contiguous()
@@ -474,12 +475,14 @@ def triton_policy_loss(
         clip_high=s.clip_high,
         dual_clip=s.dual_clip,
         kl_coef=s.kl_coef,
+        rollout_floor=s.rollout_floor,
         rollout_cap=s.rollout_cap,
         PER_TOKEN=per_token,
         RATIO_LEVEL=s.ratio_level,
         MEAN_IN_SEQUENCE=s.mean_in_sequence,
         MEAN_OVER_TOKENS=s.mean_over_tokens,
         KL=s.kl_estimator,
+        OBJECTIVE=s.objective,
         CORRECTION=s.rollout_correction,
         WEIGHTS_ARE_SUMMED=weights_are_summed,
         MAX_LOG=MAX_LOG,

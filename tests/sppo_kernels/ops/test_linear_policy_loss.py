@@ -127,6 +127,13 @@ def test_agrees_with_the_two_operations_and_with_float64(backend, ratio_level, m
         check(given, backend, mode, **settings)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cispo_and_weights_masked_on_both_sides(backend):
+    settings = {"rollout_correction": "token_mask", "rollout_floor": 0.9, "rollout_cap": 1.1, "clip_high": 0.05}
+    for per_token in (False, True):
+        check(batch(per_token=per_token, extras=True), backend, "cache", objective="cispo", **settings)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -408,6 +415,7 @@ def test_registration_passes_opcheck(backend, needs):
         "backend": backend,
         "needs": needs,
         "per_token": False,
+        "objective": "clip",
         "ratio_level": "sequence_mean",
         "clip_low": 0.2,
         "clip_high": 0.2,
@@ -416,6 +424,7 @@ def test_registration_passes_opcheck(backend, needs):
         "kl_coef": 0.1,
         "kl_estimator": "k3",
         "rollout_correction": "none",
+        "rollout_floor": 0.0,
         "rollout_cap": 2.0,
     }
     operation = module.linear_policy_loss

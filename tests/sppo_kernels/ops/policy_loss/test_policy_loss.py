@@ -45,6 +45,26 @@ def test_agrees_with_float64(backend, level, dtype, lengths, per_token, masked, 
     check(backend, tensors, ratio_level=level, clip_low=0.1, clip_high=0.3, rollout_cap=1.2, **arguments)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@ragged_shapes
+@given(
+    lengths=st.lists(st.integers(0, 9) | st.just(1100), min_size=0, max_size=5),
+    aggregation=st.sampled_from(AGGREGATIONS),
+    clip_low=st.sampled_from([0.1, math.inf]),
+    kl_coef=st.sampled_from([0.0, 0.1]),
+    rollout_floor=st.sampled_from([0.0, 0.8]),
+    per_token=st.booleans(),
+    masked=st.booleans(),
+)
+def test_cispo_and_masked_weights_agree_with_float64(backend, dtype, lengths, per_token, masked, **arguments):
+    tensors = packed(lengths, dtype, per_token=per_token)
+    if masked:
+        tensors["mask"] = randint(0, 2, sum(lengths))
+    settings = {"objective": "cispo", "rollout_correction": "token_mask", "rollout_cap": 1.2, "clip_high": 0.2}
+    check(backend, tensors, **settings, **arguments)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_token_next_to_forty_thousand(backend, level):

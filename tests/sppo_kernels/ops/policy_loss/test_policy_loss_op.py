@@ -27,6 +27,7 @@ def op_arguments(backend, tensors, mask=None, normalizer=None, level="token"):
         tensors["rollout_logprobs"],
     )
     settings = Settings(
+        objective="clip",
         ratio_level=level,
         clip_low=0.2,
         clip_high=0.2,
@@ -35,6 +36,7 @@ def op_arguments(backend, tensors, mask=None, normalizer=None, level="token"):
         kl_coef=0.1,
         kl_estimator="k3",
         rollout_correction="sequence_truncate",
+        rollout_floor=0.0,
         rollout_cap=2.0,
     )
     return tensors, {**settings._asdict(), "per_token": False, "backend": backend}

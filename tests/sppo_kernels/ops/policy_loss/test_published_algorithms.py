@@ -127,6 +127,18 @@ def sequence_mask(x):
     return weight if weight <= 1.1 else 0.0
 
 
+def icepop(x):
+    """IcePop, arXiv 2510.18855, equation 5: k where alpha <= k <= beta, else 0."""
+    weight = (x["old"] - x["rollout"]).exp()
+    return weight * ((weight >= 0.95) & (weight <= 1.1))
+
+
+def cispo(sequences):
+    """CISPO, arXiv 2506.13585, equations 4 and 5: sg[clip(r)] A log pi, over all tokens."""
+    weights = [(x["new"] - x["old"]).exp().clamp(1 - 0.3, 1 + 0.2).detach() for x in sequences]
+    return token_mean([-w * x["advantage"] * x["new"] for w, x in zip(weights, sequences, strict=True)])
+
+
 PUBLISHED = [
     pytest.param(ppo_dual_clip_of(token_mean), {"dual_clip": 3.0}, id="ppo-token-mean"),
     pytest.param(
@@ -140,6 +152,12 @@ PUBLISHED = [
         id="ppo-seq-mean-token-sum",
     ),
     pytest.param(clip_higher, {"clip_high": 0.28}, id="dapo"),
+    pytest.param(cispo, {"objective": "cispo", "clip_low": 0.3}, id="cispo"),
+    pytest.param(
+        corrected(icepop),
+        {"rollout_correction": "token_mask", "rollout_floor": 0.95, "rollout_cap": 1.1},
+        id="icepop",
+    ),
     pytest.param(gspo, {"ratio_level": "sequence_mean", "clip_low": 3e-2, "clip_high": 4e-2}, id="gspo"),
     pytest.param(gspo_token, {"ratio_level": "sequence_mean", "advantages": "token_advantage"}, id="gspo-token"),
     pytest.param(bandit, {"ratio_level": "sequence_sum", "clip_low": 0.5, "clip_high": 0.5}, id="sequence-sum"),

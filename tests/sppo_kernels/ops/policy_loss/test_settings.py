@@ -15,6 +15,7 @@ X = torch.zeros(2, 3)
 PADDED = {"logprobs": X, "old_logprobs": X, "advantages": torch.ones(2)}
 
 
+CISPO = {"objective": "cispo"}
 PACKED = {
     "logprobs": torch.zeros(5),
     "old_logprobs": torch.zeros(5),
@@ -72,6 +73,16 @@ def cu(*values, dtype=torch.int32):
         ),
         (PADDED, {"rollout_logprobs": torch.zeros(3)}, ValueError, r"rollout_logprobs must be .*got shape \(3,\)"),
         (PADDED, {"rollout_cap": 0.0}, ValueError, "rollout_cap must be greater than 0, got 0.0"),
+        (PADDED, {"rollout_floor": 3.0}, ValueError, r"rollout_floor must be in \[0, rollout_cap=2.0\], got 3.0"),
+        (
+            PADDED,
+            {"rollout_floor": 0.5},
+            ValueError,
+            "rollout_floor must be 0 when .* is None, got 0.5",
+        ),
+        (PADDED, {"objective": "ppo"}, ValueError, "objective must be one of 'clip', 'cispo', got 'ppo'"),
+        (PADDED, {**CISPO, "ratio_level": "sequence_sum"}, ValueError, "ratio_level must be token when objective is"),
+        (PADDED, {**CISPO, "dual_clip": 3.0}, ValueError, "dual_clip must be None when objective is 'cispo'.*got 3.0"),
         (PADDED, {"backend": "cuda"}, ValueError, "backend must be one of reference, torch, triton.*got 'cuda'"),
     ],
 )
