@@ -29,7 +29,8 @@ from sppo.models.actor_critic import ActorCritic
 from sppo.models.critic_io import load_critic, save_critic
 from sppo.models.fsdp import full_state, load_weights
 from sppo.models.lora import has_adapter, merged_weights, save_adapter, settings_of_adapter, trainable
-from sppo.rollout.stream import Progress, RolloutStream, Update
+from sppo.rollout.records import Progress, Update
+from sppo.rollout.stream import RolloutStream
 
 logger = logging.get_logger(__name__)
 

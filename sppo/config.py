@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from sppo.algorithms import algorithm_class
+from sppo.algorithms import ALGORITHMS, algorithm_class, readers_of
 from sppo.presets import preset
 from sppo.rollout.support import is_truncated
 from sppo.settings import SPPOSettings
@@ -48,10 +48,15 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             self.critic_weight_decay = self.weight_decay
         if self.use_vllm:
             self.rollout_engine = "vllm"
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        if self.entropy_coef and self.logprobs_backward == "cache":
+            self.logprobs_backward = "recompute"  # entropies with gradients need the logits
         self._apply_defaults(algorithm_class(self.algorithm).defaults)
         self._check_choices()
         self._check_ranges()
         self._check_shapes()
+        self._check_readers()
 
     def _apply_defaults(self, defaults: dict[str, Any]) -> None:
         if self.epsilon is not None and self.epsilon_high is None:
@@ -119,6 +124,25 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
                 "CPUs set use_cpu=True, on GPUs give each process one"
             )
 
+    def _check_readers(self) -> None:
+        """Reject settings that this algorithm does not read, if it is one of this package."""
+        if self.algorithm not in ALGORITHMS:
+            return
+        for each in fields(SPPOSettings):
+            readers = readers_of(each.name)
+            value = getattr(self, each.name)
+            is_off = value == each.default or value is False or value == "none" or (each.default is None and not value)
+            if readers and self.algorithm not in readers and not is_off:
+                raise ValueError(
+                    f"{each.name}={value!r} has no effect with algorithm={self.algorithm!r}; leave it out, or use one "
+                    f"of {', '.join(readers)}"
+                )
+
+        if algorithm_class(self.algorithm).objective == "cispo":
+            for name, allowed in (("ratio_level", (None, "token")), ("dual_clip", (None, math.inf))):
+                if (value := getattr(self, name)) not in allowed:
+                    raise ValueError(f"{name}={value!r} does not fit algorithm={self.algorithm!r}; leave it None")
+
     def _check_choices(self) -> None:
         choices = {
             "ratio_level": RATIO_LEVELS,
@@ -126,6 +150,7 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "logprobs_backward": ("cache", "recompute", "sparse"),
             "logprobs_projection": ("vendor", "fused"),
             "rollout_correction": ("none", *ROLLOUT_CORRECTIONS),
+            "scale_rewards": ("group", "batch", "none"),
             "full_disk": ("stop", "continue"),
         }
         for name, allowed in choices.items():
@@ -190,6 +215,7 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "rollout_batch_size",
             "max_tokens_per_micro_batch",
             "reward_workers",
+            "dynamic_sampling_rounds",
         )
         not_negative = (
             "learning_rate",
@@ -203,6 +229,9 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "critic_weight_decay",
             "num_completions_to_print",
             "logits_budget_bytes",
+            "entropy_coef",
+            "rollout_floor",
+            "overlong_buffer",
         )
         positive = (
             "temperature",
@@ -229,6 +258,23 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
                 raise ValueError(f"{name} must be a number {description}, got {value!r}")
             if value is not None and (math.isnan(value) or not is_valid(value)):
                 raise ValueError(f"{name} must be {description}, got {value}")
+
+        window = self.prompt_value_range
+        if window is not None and not (len(window) == 2 and 0 <= window[0] < window[1] <= 1):
+            raise ValueError(
+                f"prompt_value_range must be two rising numbers in [0, 1], such as [0.1, 0.9], got {window}"
+            )
+        masks = self.rollout_correction.endswith("_mask")
+        if self.rollout_floor and not (masks and self.rollout_floor < self.rollout_cap):
+            raise ValueError(
+                f"rollout_floor={self.rollout_floor} is for rollout_correction token_mask or sequence_mask, and below "
+                f"rollout_cap={self.rollout_cap}; got {self.rollout_correction!r}"
+            )
+        if (self.overlong_buffer or 0) > self.max_completion_length:
+            raise ValueError(
+                f"overlong_buffer must be at most max_completion_length={self.max_completion_length}, got "
+                f"{self.overlong_buffer}"
+            )
 
     def _check_shapes(self) -> None:
         assert self.steps_per_generation is not None

@@ -15,7 +15,7 @@ from sppo.models.actor_critic import ActorCritic, ActorCriticOutput
 from sppo.models.fsdp import full_tensor
 from sppo.reporting.meter import Meter
 from sppo.rollout.batching import MicroBatch
-from sppo.rollout.stream import Update
+from sppo.rollout.records import Update
 from sppo.rollout.support import share_outside
 from sppo_kernels import PolicyLossOutput, policy_loss
 
@@ -40,7 +40,7 @@ def update_loss(
         meter: records the metrics of the loss, if given.
 
     Returns:
-        The loss, 0-d: policy loss plus critic loss; and the output of the model.
+        The loss, 0-d: policy loss, less the entropy bonus, plus critic loss; and the output of the model.
     """
     output = model(
         batch,
@@ -64,7 +64,10 @@ def update_loss(
     )
     if meter is not None:
         _record_loss(meter, output, policy, batch, num_micro_batches=len(update.micro_batches), args=args)
-    return policy.loss if output.critic_loss is None else policy.loss + output.critic_loss, output
+    loss = policy.loss
+    if args.entropy_coef:
+        loss = loss - args.entropy_coef * output.entropy.sum() / update.num_tokens
+    return loss if output.critic_loss is None else loss + output.critic_loss, output
 
 
 def _rollout_correction(batch: MicroBatch, args: SPPOConfig) -> dict[str, Any]:
@@ -74,6 +77,7 @@ def _rollout_correction(batch: MicroBatch, args: SPPOConfig) -> dict[str, Any]:
     return {
         "rollout_logprobs": batch["rollout_logprobs"],
         "rollout_correction": None if args.rollout_correction == "none" else args.rollout_correction,
+        "rollout_floor": args.rollout_floor,
         "rollout_cap": args.rollout_cap,
     }
 

@@ -21,8 +21,9 @@ class SPPOSettings:
     algorithm: str = field(
         default="sppo",
         metadata={
-            "help": "Training algorithm: sppo, ppo, grpo, dr_grpo, rloo, gspo, remax, reinforce, or module:Class. It "
-            "gives the settings below that are None their values."
+            "help": "Training algorithm: sppo, ppo, grpo, dr_grpo, dapo, cispo, gspo, rloo, opo, spo, "
+            "reinforce_plus_plus, reinforce, remax, or module:Class. It gives the settings below that are None their "
+            "values."
         },
     )
 
@@ -79,10 +80,33 @@ class SPPOSettings:
         default="token_truncate",
         metadata={
             "help": "Importance weights of the trainer's probabilities over those of an engine that reports its own: "
-            "token_truncate, sequence_truncate, sequence_mask or none."
+            "token_truncate, token_mask (IcePop), sequence_truncate, sequence_mask or none."
         },
     )
-    rollout_cap: float = field(default=2.0, metadata={"help": "Maximum importance weight."})
+    rollout_cap: float = field(
+        default=2.0, metadata={"help": "Maximum importance weight; larger ones are truncated or masked."}
+    )
+    rollout_floor: float = field(
+        default=0.0, metadata={"help": "Importance weights below this are masked, with token_mask or sequence_mask."}
+    )
+    dynamic_sampling: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Sample further prompts in place of those whose completions all have the same reward. None: the "
+            "algorithm's, on for dapo."
+        },
+    )
+    dynamic_sampling_rounds: int = field(
+        default=10,
+        metadata={"help": "Maximum number of generation batches per rollout with dynamic_sampling."},
+    )
+    prompt_value_range: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "For sppo: before sampling, skip prompts whose predicted success is outside of this range, such as "
+            "[0.1, 0.9]; one in ten of them is kept. None: take every prompt."
+        },
+    )
 
     # Reward
     reward_weights: list[float] | None = field(
@@ -110,7 +134,32 @@ class SPPOSettings:
         },
     )
 
+    overlong_buffer: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens before max_completion_length over which a penalty of up to 1 is subtracted from the reward "
+            "in training. None: the algorithm's, a fifth of max_completion_length for dapo, else 0."
+        },
+    )
+
     # Loss
+    scale_rewards: str | bool | None = field(
+        default=None,
+        metadata={
+            "help": "What advantages of groups are divided by: the standard deviation of the group, of the batch, or "
+            "none. None: the algorithm's."
+        },
+    )
+    center_advantages: bool = field(
+        default=False, metadata={"help": "For sppo: subtract the mean advantage of the rollout."}
+    )
+    standardize_advantages: bool = field(
+        default=False,
+        metadata={"help": "For sppo: subtract the mean advantage and divide by the standard deviation."},
+    )
+    entropy_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the mean entropy per token, a bonus in the policy loss."}
+    )
     epsilon: float | None = field(
         default=None, metadata={"help": "Lower clip range of the ratio. None: the algorithm's, for most 0.2."}
     )
@@ -148,8 +197,8 @@ class SPPOSettings:
     logprobs_backward: str = field(
         default="cache",
         metadata={
-            "help": "How backward gets the logits: cache, recompute or sparse, see docs/linear-logprobs.md. auto is "
-            "not available: a resumed run would not have the same bits."
+            "help": "How backward gets the logits: cache, recompute or sparse, see docs/linear-logprobs.md. With "
+            "entropy_coef, cache becomes recompute. auto is not available: a resumed run would not have the same bits."
         },
     )
     logprobs_projection: str = field(

@@ -36,9 +36,10 @@ from sppo.reporting.meter import Meter, gather_lists
 from sppo.reporting.model_card import write_model_card
 from sppo.reporting.trackers import EpochCallback, MetricsFile, SampleCompletions, name_run, prepare_trackers
 from sppo.rewards.samples import RewardFunction, resolve_rewards
-from sppo.rollout import RolloutEngine, make_engine
+from sppo.rollout import RolloutEngine, encode, make_engine
 from sppo.rollout.prompts import Prompts
-from sppo.rollout.stream import ProcessContext, Progress, RolloutStream
+from sppo.rollout.records import ProcessContext, Progress
+from sppo.rollout.stream import RolloutStream
 
 logger = logging.get_logger(__name__)
 
@@ -170,7 +171,12 @@ class SPPOTrainer(Trainer):
             elif args.beta > 0:
                 reference = frozen_copy(policy, args.device)
             self.rollouts = RolloutStream(
-                prompts=Prompts(train_dataset, seed=args.seed, shuffle=args.shuffle_dataset),
+                prompts=Prompts(
+                    train_dataset,
+                    seed=args.seed,
+                    shuffle=args.shuffle_dataset,
+                    encode=lambda row: encode(row["prompt"], tokenizer),
+                ),
                 engine=self.rollout_engine,
                 reward_funcs=self.reward_funcs,
                 model=actor_critic,
@@ -187,6 +193,7 @@ class SPPOTrainer(Trainer):
                     gathered_weights=self._gathered_weights,
                 ),
                 trainer_state=lambda: self.state,
+                vocab_size=policy.config.get_text_config().vocab_size,
             )
 
     def train(

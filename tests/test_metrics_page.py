@@ -46,10 +46,14 @@ def test_a_run_logs_what_the_page_lists(tmp_path):
         eval_dataset=datasets.Dataset.from_dict(DATASET[:4]),
         rollout_engine=f"{__file__}:Engine",
     )
-    trainer.train()
+    dapo = make(tmp_path / "dapo", has_a, algorithm="dapo", max_steps=1, per_device_train_batch_size=16)
+    chosen = make(tmp_path / "chosen", has_a, prompt_value_range=[0.1, 0.9], max_steps=1)
+    for run in (trainer, dapo, chosen):
+        run.train()
     logged = {
         name.replace("rewards/has_a", "rewards/NAME")
-        for entry in trainer.state.log_history
+        for run in (trainer, dapo, chosen)
+        for entry in run.state.log_history
         for name in entry
         if not name.endswith("_per_second") or name == "tokens_per_second"
     }

@@ -23,7 +23,7 @@ from sppo.models.critics import PromptCritic, TokenCritic, set_head
 from sppo.models.packed_attention import PACKED_ATTENTION, Packed, use_attention
 from sppo.rollout import Sample
 from sppo.rollout.batching import MicroBatch
-from sppo.rollout.stream import Update
+from sppo.rollout.records import Update
 from sppo.trainer import SPPOTrainer
 
 OWNERS = ("policy", "critic")

@@ -93,7 +93,7 @@ class TokenCritic(Critic):
         """See :class:`Critic`; ``[T]`` each."""
         sequences = [s.prompt_ids + s.response_ids[:-1] for s in samples]
         return [
-            self._read(hidden, torch.arange(len(s.prompt_ids) - 1, len(hidden))).cpu()
+            self._read(hidden, torch.tensor(s.policy_positions) + len(s.prompt_ids) - 1).cpu()
             for hidden, s in zip(_packed_states(self.model, sequences), samples, strict=True)
         ]
 

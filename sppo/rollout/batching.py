@@ -6,7 +6,8 @@ A :data:`MicroBatch` is a dict of tensors; N, R, M, K count tokens, S samples, P
     input_ids, position_ids                     [1, N]              prompts with responses, without their last tokens,
                                                                     which predict nothing
     cu_seqlens                                  [S + 1]             where each sequence begins
-    response_index, response_ids                [R]                 positions that predict response tokens; these tokens
+    response_index, response_ids                [R]                 positions that predict response tokens which the
+                                                                    policy wrote; these tokens
     response_cu_seqlens                         [S + 1]             where each response begins among them
     advantages                                  [S] or [R]          one per sample, or one per response token
     rollout_logprobs                            [R]                 if the engine computes its own
@@ -27,6 +28,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +62,7 @@ class UpdateSize:
         """Return the size of an update on this process; see :func:`num_micro_batches`."""
         return cls(
             num_sequences=len(samples),
-            num_tokens=sum(len(s.response_ids) for s in samples),
+            num_tokens=sum(s.num_policy_tokens for s in samples),
             num_outcomes=num_outcomes,
             num_micro_batches=num_micro_batches(samples, multiple_of, max_tokens),
         )
@@ -129,17 +131,18 @@ def pack_policy_batch(samples: Sequence[Sample]) -> MicroBatch:
     sequences = pack([(s.prompt_ids + s.response_ids)[:-1] for s in samples] or [[0]])
     index: list[int] = []
     start = 0
-    for s in samples:
+    positions = [s.policy_positions for s in samples]
+    for s, written in zip(samples, positions, strict=True):
         begin = start + len(s.prompt_ids) - 1
-        index += range(begin, begin + len(s.response_ids))
+        index += [begin + position for position in written]
         start = begin + len(s.response_ids)
     batch = {
         "input_ids": sequences.input_ids,
         "position_ids": sequences.position_ids,
         "cu_seqlens": sequences.cu_seqlens,
         "response_index": torch.tensor(index, dtype=torch.long),
-        "response_ids": torch.tensor([token for s in samples for token in s.response_ids], dtype=torch.long),
-        "response_cu_seqlens": cumulative([len(s.response_ids) for s in samples]),
+        "response_ids": torch.tensor(_written([s.response_ids for s in samples], positions), dtype=torch.long),
+        "response_cu_seqlens": cumulative([len(written) for written in positions]),
         "advantages": _flat([s.advantage for s in samples]),
     }
     if len({s.logprobs is None for s in samples}) > 1:
@@ -147,8 +150,13 @@ def pack_policy_batch(samples: Sequence[Sample]) -> MicroBatch:
             "the rollout engine returned logprobs for some samples and not for others; return them for all or for none"
         )
     if samples and samples[0].logprobs is not None:
-        batch["rollout_logprobs"] = torch.tensor([logprob for s in samples for logprob in s.logprobs or []])
+        batch["rollout_logprobs"] = torch.tensor(_written([s.logprobs or [] for s in samples], positions))
     return batch | pack_supports(samples)
+
+
+def _written(values: Sequence[Sequence[Any]], positions: Sequence[Sequence[int]]) -> list[Any]:
+    """Concatenate the values of the tokens that the policy wrote."""
+    return [each[position] for each, written in zip(values, positions, strict=True) for position in written]
 
 
 def pack_critic_batch(prompts: Sequence[tuple[tuple[int, ...], list[float]]]) -> MicroBatch:

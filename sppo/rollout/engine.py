@@ -22,19 +22,23 @@ class Sample:
         prompt, completion: both text, or both chat messages, as in the dataset.
         prompt_ids, response_ids: their tokens; the response ends with its end-of-sequence token unless truncated.
         truncated: whether the response reached the limit before an end-of-sequence token.
+        mask: whether the policy wrote each response token, at least one of them; None if it wrote all. It does not
+            learn from the others, which an environment or a tool added.
         logprobs: log-probabilities of the response tokens, if the engine computes its own; else None. With a support
             they are those over it.
         support: which tokens the sampler kept: a list with the token ids kept for each response token, itself included,
             or a tuple ``(token_ids, offsets)``, where these are ``token_ids[offsets[t]:offsets[t + 1]]`` (a
             ``sppo_kernels.Support``, which every support becomes). No token ids stand for the whole
             vocabulary. None if sampling is not truncated, or the engine cannot tell.
+        columns: further columns for the rewards.
         group: number shared by completions that were sampled together for one prompt.
         reward: None if the completion could not be scored.
         logged: what rewards logged for it, by column of ``completions.jsonl``.
         greedy_reward: reward of the greedy response to the prompt, if the algorithm needs it.
-        value: the critic's prediction before the update: 0-d, or ``[T]`` before each response token.
-        advantage: 0-d for all response tokens, or ``[T]``.
+        value: the critic's prediction before the update: 0-d, or ``[T]`` before each token that the policy wrote.
+        advantage: 0-d for all response tokens, or ``[T]`` for those that the policy wrote.
         returns: ``[T]``, targets of a token critic.
+        drift, trace: see :class:`sppo.RolloutBatch`; if the algorithm tracks drifts.
     """
 
     prompt: Prompt
@@ -42,8 +46,10 @@ class Sample:
     prompt_ids: list[int]
     response_ids: list[int]
     truncated: bool
+    mask: list[bool] | None = None
     logprobs: list[float] | None = None
     support: tuple[Tensor, Tensor] | list[list[int]] | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
     group: int = 0
     reward: float | None = None
     logged: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +57,27 @@ class Sample:
     value: Tensor | None = None
     advantage: Tensor | None = None
     returns: Tensor | None = None
+    drift: float = 0.0
+    trace: tuple[list[int], list[float]] | None = None
+
+    @property
+    def policy_positions(self) -> list[int]:
+        """Positions in ``response_ids`` of the tokens that the policy wrote."""
+        if self.mask is None:
+            return list(range(len(self.response_ids)))
+        return [position for position, written in enumerate(self.mask) if written]
+
+    @property
+    def num_policy_tokens(self) -> int:
+        """Number of tokens that the policy wrote."""
+        return len(self.response_ids) if self.mask is None else sum(self.mask)
+
+    @property
+    def num_turns(self) -> int:
+        """Number of parts that the policy wrote without interruption."""
+        if self.mask is None:
+            return 1
+        return sum(written and not before for before, written in zip([False, *self.mask], self.mask, strict=False))
 
 
 class RolloutEngine(Protocol):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
@@ -13,10 +14,25 @@ from sppo.rollout.engine import rollout_seed
 
 
 class Prompts:
-    """An infinite view of the dataset, shuffled in each epoch by the epoch's number and the seed."""
+    """An infinite view of the dataset, shuffled in each epoch by the epoch's number and the seed.
 
-    def __init__(self, dataset: datasets.Dataset, *, seed: int, shuffle: bool) -> None:
+    Args:
+        dataset: the rows.
+        seed: seed of the order.
+        shuffle: whether to shuffle.
+        encode: returns the tokens of a row's prompt.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        *,
+        seed: int,
+        shuffle: bool,
+        encode: Callable[[dict[str, Any]], list[int]] = lambda row: row["prompt"],
+    ) -> None:
         self.dataset = dataset
+        self.encode = encode
         self.seed = seed
         self.shuffle = shuffle
         self._epoch = -1
@@ -25,6 +41,26 @@ class Prompts:
     def take(self, start: int, count: int) -> list[dict[str, Any]]:
         """Return rows ``start`` to ``start + count`` of the infinite view."""
         return [self.dataset[self._index(position)] for position in range(start, start + count)]
+
+    def draw(self, count: int, weights: Callable[[Sequence[str]], list[float]], *, seed: int) -> list[dict[str, Any]]:
+        """Draw rows without replacement, or again all of them where there are fewer than ``count``.
+
+        Args:
+            count: number of rows.
+            weights: returns the weight of each prompt, by its name (:func:`prompt_hash`).
+            seed: seed of the draw.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        probabilities = torch.tensor(weights(self._names), dtype=torch.float64)
+        drawn: list[int] = []
+        while len(drawn) < count:
+            n = min(count - len(drawn), len(self.dataset))
+            drawn += torch.multinomial(probabilities, n, generator=generator).tolist()
+        return [self.dataset[i] for i in drawn]
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [prompt_hash(self.encode(row)) for row in self.dataset]
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self.dataset))

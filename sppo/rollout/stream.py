@@ -11,132 +11,27 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from sppo.algorithms import Algorithm, RolloutBatch
 from sppo.config import SPPOConfig
 from sppo.models.actor_critic import ActorCritic, policy_logprobs
-from sppo.models.critics import calibration
+from sppo.models.critics import calibration, prompt_values
 from sppo.models.lora import adapter_as, adapter_off
 from sppo.models.packed_attention import PACKED_ATTENTION, use_attention
-from sppo.reporting.meter import Gather, Meter
+from sppo.reporting.meter import Meter
 from sppo.rewards import Reward
-from sppo.rewards.samples import score_samples
 from sppo.rollout.batching import MicroBatch, UpdateSize, length, make_micro_batches
-from sppo.rollout.engine import RolloutEngine, Sample, rollout_seed
-from sppo.rollout.prompts import Prompts, prompt_hash
-from sppo.rollout.support import SupportStats, support_metrics, take_supports
-
-logger = logging.get_logger(__name__)
-
-ContextFactory = Callable[[], AbstractContextManager[Any]]
-
-
-@dataclass
-class Update:
-    """The micro-batches of one optimizer step, and what they have in common.
-
-    Attributes:
-        micro_batches: their number is a multiple of ``gradient_accumulation_steps``; the Trainer counts
-            ``micro_batches[i::gradient_accumulation_steps]`` as one.
-        max_length: number of tokens of their longest sequence.
-        policy_normalizer, critic_normalizer: divisors of their summed losses; this process's share.
-        policy_learns, critic_learns: whether the step may change the policy and the critic.
-    """
-
-    micro_batches: list[MicroBatch]
-    max_length: int
-    policy_normalizer: float
-    critic_normalizer: float
-    policy_learns: bool
-    critic_learns: bool
-
-
-@dataclass
-class Progress:
-    """State of a run other than its weights, as needed to resume it.
-
-    Attributes:
-        updates: optimizer steps begun; together with the settings it determines which prompts come next.
-        outcomes, successes: number and sum of the rewards so far.
-        generated_tokens: number of tokens of all completions so far, on all processes.
-    """
-
-    updates: int = 0
-    outcomes: int = 0
-    successes: float = 0.0
-    generated_tokens: int = 0
-
-    @property
-    def mean_reward(self) -> float:
-        """Mean reward of all rollouts so far; 0 before the first."""
-        return self.successes / self.outcomes if self.outcomes else 0.0
-
-
-@dataclass(frozen=True)
-class ProcessContext:
-    """This process among those of a run, and the contexts that its forwards run in.
-
-    Attributes:
-        rank, world_size: number of this process and of processes.
-        gather: concatenates lists over processes.
-        autocast: makes the precision context of forwards.
-        gathered_weights: makes a context in which this process holds all weights, so that it can run a model by itself.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    gather: Gather = list
-    autocast: ContextFactory = nullcontext
-    gathered_weights: ContextFactory = nullcontext
-
-
-@dataclass(frozen=True)
-class CompletionStats:
-    """Facts about a completion that the metrics of all processes are computed from; ``reward`` is None if it failed."""
-
-    num_tokens: int
-    truncated: bool
-    reward: float | None
-    support: SupportStats | None
-
-
-@dataclass(frozen=True)
-class SampleFacts:
-    """Facts about a usable sample that the advantages of all processes are computed from.
-
-    The policy does not learn from a masked one.
-    """
-
-    reward: float
-    group: int
-    prompt_hash: str
-    num_tokens: int
-    is_masked: bool
-    value: Tensor | None
-    greedy_reward: float | None
-
-    @classmethod
-    def of(cls, sample: Sample, *, is_masked: bool) -> SampleFacts:
-        """Collect the facts of a scored sample."""
-        assert sample.reward is not None
-        return cls(
-            reward=sample.reward,
-            group=sample.group,
-            prompt_hash=prompt_hash(sample.prompt_ids),
-            num_tokens=len(sample.response_ids),
-            is_masked=is_masked,
-            value=sample.value,
-            greedy_reward=sample.greedy_reward,
-        )
+from sppo.rollout.drift import measure_drifts
+from sppo.rollout.engine import RolloutEngine, Sample
+from sppo.rollout.prompts import Prompts
+from sppo.rollout.records import ProcessContext, Progress, SampleFacts, Update, rollout_batch
+from sppo.rollout.sampling import RolloutSampler, has_rewards
 
 
 class RolloutStream(IterableDataset):
@@ -155,6 +50,7 @@ class RolloutStream(IterableDataset):
         reference_adapter: initial weights of the adapter, by name; None for the policy with its adapter off.
         process: this process among those of the run.
         trainer_state: returns the trainer's state, for rewards that take it.
+        vocab_size: number of tokens in the policy's vocabulary.
     """
 
     def __init__(
@@ -171,10 +67,8 @@ class RolloutStream(IterableDataset):
         reference_adapter: Mapping[str, Tensor] | None = None,
         process: ProcessContext | None = None,
         trainer_state: Callable[[], Any] = lambda: None,
+        vocab_size: int = 0,
     ) -> None:
-        self.prompts = prompts
-        self.engine = engine
-        self.reward_funcs = reward_funcs
         self.model = model
         self.algorithm = algorithm
         self.args = args
@@ -182,10 +76,19 @@ class RolloutStream(IterableDataset):
         self.reference = reference
         self.reference_adapter = reference_adapter
         self.process = process or ProcessContext()
-        self.trainer_state = trainer_state
-        assert args.num_generations is not None
-        self.prompts_per_rollout = args.rollout_size // args.num_generations
-        rollouts = math.ceil(len(prompts.dataset) / (self.prompts_per_rollout * self.process.world_size))
+        self.sampler = RolloutSampler(
+            prompts=prompts,
+            engine=engine,
+            reward_funcs=reward_funcs,
+            algorithm=algorithm,
+            args=args,
+            meter=meter,
+            process=self.process,
+            vocab_size=vocab_size,
+            trainer_state=trainer_state,
+            prompt_values=self._prompt_values,
+        )
+        rollouts = math.ceil(len(prompts.dataset) / (self.sampler.num_prompts * self.process.world_size))
         self.updates_per_epoch = rollouts * args.updates_per_rollout
         self.samples: list[Sample] = []
         self.initial_algorithm_state = copy.deepcopy(algorithm.state)
@@ -226,109 +129,31 @@ class RolloutStream(IterableDataset):
         warmed_up = self.progress.updates > self.args.critic_warmup_steps
         return {"policy": self.update.policy_learns and warmed_up, "critic": self.update.critic_learns}
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens in the policy's vocabulary."""
-        return self.model.policy.config.get_text_config().vocab_size
-
     def _collect(self, rollout: int) -> list[Update]:
         with torch.no_grad(), self.process.autocast():
             with self.process.gathered_weights():
-                self.samples = self._generate(rollout)
+                self.samples = self.sampler.sample(rollout, self.progress)
             usable = [s for s in self.samples if self._is_usable(s)]
             with self.meter.phase("advantages"):
                 expected_reward = self._update_reward_stats(usable)
             with self.process.gathered_weights():
                 self._predict_values(usable)
+                if self.algorithm.tracks_drift:
+                    with self.meter.phase("log-probabilities"):
+                        measure_drifts(usable, self.algorithm, self.model.policy, self.args)
                 with self.meter.phase("advantages"):
                     policy_learns = self._compute_advantages(usable, expected_reward)
                 with self.meter.phase("packing"):
                     return self._build_updates(usable, policy_learns=policy_learns)
 
-    def _generate(self, rollout: int) -> list[Sample]:
-        """Sample completions of the rollout's prompts and score them."""
-        num_prompts, per_prompt = self.prompts_per_rollout, self.args.num_generations
-        assert per_prompt is not None
-        first = (rollout * self.process.world_size + self.process.rank) * num_prompts
-        prompts = self.prompts.take(first, num_prompts)
-        rows = [row for row in prompts for _ in range(per_prompt)]
-        samples = self._sample_and_score(rows, rollout, self.args.temperature)
-        greedy: list[Sample] = []
-        if self.algorithm.needs_greedy_baseline:
-            greedy = self._sample_and_score(prompts, rollout, temperature=0.0)
-        for i, sample in enumerate(samples):
-            sample.group = first + i // per_prompt
-            if greedy:
-                sample.greedy_reward = greedy[i // per_prompt].reward
-        generated = sum(self.process.gather([len(s.response_ids) for s in [*samples, *greedy]]))
-        self.meter.sum("generated_tokens", generated)
-        self.progress.generated_tokens += generated
-        self._record_completions(samples, rollout)
-        return samples
-
-    def _sample_and_score(self, rows: list[dict[str, Any]], rollout: int, temperature: float) -> list[Sample]:
-        """Sample a completion of each row's prompt and set its reward."""
-        with self.meter.phase("rollout"):
-            samples = self.engine.generate(
-                [row["prompt"] for row in rows],
-                seed=rollout_seed(self.args.seed, rollout, self.process.rank),
-                temperature=temperature,
-                batch_size=self.args.rollout_batch_size or len(rows),
-            )
-            if temperature > 0:
-                take_supports(samples, type(self.engine).__name__, self.args, self.vocab_size)
-        with self.meter.phase("reward"):
-            means = score_samples(
-                samples,
-                rows,
-                self.reward_funcs,
-                self.args,
-                as_probability=self.algorithm.critic == "prompt",
-                trainer_state=self.trainer_state(),
-            )
-            if temperature > 0:
-                self.meter.mean(means)
-        return samples
-
-    def _record_completions(self, samples: list[Sample], rollout: int) -> None:
-        """Record the metrics of a rollout's completions, on all processes."""
-        stats = self.process.gather(
-            [
-                CompletionStats(
-                    num_tokens=len(s.response_ids),
-                    truncated=s.truncated,
-                    reward=s.reward if self._is_scored(s) else None,
-                    support=SupportStats.of(s, self.vocab_size),
-                )
-                for s in samples
-            ]
-        )
-        rewards = [each.reward for each in stats if each.reward is not None]
-        self.meter.mean({"response_length": _mean([each.num_tokens for each in stats])})
-        self.meter.mean({"truncated": _mean([each.truncated for each in stats])})
-        self.meter.mean(support_metrics([each.support for each in stats]))
-        self.meter.sum("rejected_rewards", len(stats) - len(rewards))
-        if rewards:
-            success = _mean([reward >= 1 for reward in rewards])
-            self.meter.mean({"reward": _mean(rewards), "success_rate": success})
-        else:
-            logger.warning(
-                f"none of the {len(stats)} completions of rollout {rollout} could be scored: its updates change "
-                "nothing; see the reward failures above"
-            )
-
     def _is_usable(self, sample: Sample) -> bool:
         """Tell whether a sample counts: it is scored, and not masked if a critic would learn from its tokens."""
-        return self._is_scored(sample) and not (self.algorithm.critic == "token" and self._is_masked(sample))
+        learns_from_tokens = self.algorithm.critic == "token"
+        return has_rewards(sample, self.algorithm) and not (learns_from_tokens and self._is_masked(sample))
 
     def _is_masked(self, sample: Sample) -> bool:
         """Tell whether the policy must not learn from a sample."""
         return sample.truncated and self.args.mask_truncated_completions
-
-    def _is_scored(self, sample: Sample) -> bool:
-        """Tell whether a sample has the rewards that the algorithm needs."""
-        has_baseline = sample.greedy_reward is not None or not self.algorithm.needs_greedy_baseline
-        return sample.reward is not None and has_baseline
 
     def _update_reward_stats(self, samples: list[Sample]) -> float:
         """Add the rewards to the running mean, and initialize an untrained critic with the first ones.
@@ -351,6 +176,11 @@ class RolloutStream(IterableDataset):
                 for sample, value in zip(samples, critic.values(samples), strict=True):
                     sample.value = value
 
+    def _prompt_values(self, rows: Sequence[dict[str, Any]]) -> list[float]:
+        """Predict the reward of each row's prompt by the prompt critic."""
+        assert self.model.critic is not None
+        return prompt_values(self.model.critic.model, [self.sampler.prompts.encode(row) for row in rows])
+
     def _compute_advantages(self, samples: list[Sample], expected_reward: float) -> bool:
         """Set advantages, and returns for a token critic.
 
@@ -360,12 +190,12 @@ class RolloutStream(IterableDataset):
         facts = self.process.gather([SampleFacts.of(s, is_masked=self._is_masked(s)) for s in samples])
         if not facts:
             return False
-        batch = _rollout_batch(facts, expected_reward)
+        batch = rollout_batch(facts, expected_reward)
         advantages = self._checked_advantages(batch)
         returns = self.algorithm.returns(batch) if self.algorithm.critic == "token" else None
         start = sum(self.process.gather([len(samples)])[: self.process.rank])
         for i, sample in enumerate(samples, start):
-            n = len(sample.response_ids)
+            n = sample.num_policy_tokens
             sample.advantage = advantages[i, :n] if advantages.ndim == 2 else advantages[i]
             sample.returns = returns[i, :n] if returns is not None else None
         self._record_advantages(batch, advantages)
@@ -417,6 +247,7 @@ class RolloutStream(IterableDataset):
                 # The gradient is averaged over processes, so each divides by its share of the total.
                 policy_normalizer=self._policy_normalizer(total) / world_size,
                 critic_normalizer=max(1, total.num_tokens if critic == "token" else total.num_outcomes) / world_size,
+                num_tokens=max(1, total.num_tokens) / world_size,
                 policy_learns=policy_learns and total.num_sequences > 0,
                 critic_learns=total.num_outcomes > 0,
             )
@@ -456,27 +287,3 @@ class RolloutStream(IterableDataset):
                         projection=self.args.logprobs_projection,
                     )
                     batch[name] = logprobs.cpu()
-
-
-def _rollout_batch(facts: Sequence[SampleFacts], mean_reward: float) -> RolloutBatch:
-    """Collate the samples of all processes for the algorithm."""
-    values = [each.value for each in facts if each.value is not None]
-    greedy_rewards = [each.greedy_reward for each in facts if each.greedy_reward is not None]
-    return RolloutBatch(
-        rewards=torch.tensor([each.reward for each in facts], dtype=torch.float32),
-        group_ids=torch.tensor([each.group for each in facts]),
-        prompts=[each.prompt_hash for each in facts],
-        lengths=torch.tensor([each.num_tokens for each in facts]),
-        mean_reward=mean_reward,
-        values=_stack(values) if values else None,
-        greedy_rewards=torch.tensor(greedy_rewards, dtype=torch.float32) if greedy_rewards else None,
-    )
-
-
-def _stack(values: list[Tensor]) -> Tensor:
-    """Stack a prompt critic's values to ``[B]``, or a token critic's to ``[B, T]``, padded with 0."""
-    return torch.stack(values) if values[0].ndim == 0 else pad_sequence(values, batch_first=True)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

@@ -143,7 +143,7 @@ class SupportStats(NamedTuple):
         if sample.support is None:
             return None
         assert isinstance(sample.support, Support)
-        counts = sample.support.sizes()
+        counts = _written(sample.support, sample).sizes()
         return cls(len(counts), int(torch.where(counts == 0, vocab_size, counts).sum()), int((counts == 1).sum()))
 
 
@@ -164,12 +164,17 @@ def pack_supports(samples: Sequence[Sample]) -> dict[str, Tensor]:
     Returns:
         ``support_ids`` and ``support_offsets``, or nothing.
     """
-    supports = [s.support for s in samples if isinstance(s.support, Support)]
+    supports = [_written(s.support, s) for s in samples if isinstance(s.support, Support)]
     if not supports:
         return {}
     assert len(supports) == len(samples)
     ids, offsets = Support.cat(supports)
     return {"support_ids": ids, "support_offsets": offsets}
+
+
+def _written(support: Support, sample: Sample) -> Support:
+    """Return the support of the tokens that the policy wrote."""
+    return support if sample.mask is None else support.select(torch.tensor(sample.mask))
 
 
 def share_outside(batch: Mapping[str, Tensor]) -> Tensor:

@@ -26,8 +26,12 @@ def make(name, **settings):
     return algorithm_class(name)(args)
 
 
+TRACES = [([5, 6], [-1.0, -2.0])] * 6
+
+
 def outcomes(**facts):
     return RolloutBatch(
+        traces=TRACES,
         rewards=tensor(REWARDS),
         group_ids=tensor(GROUPS),
         prompts=["a", "a", "b", "c", "c", "b"],
@@ -113,6 +117,75 @@ def test_remax_is_outcome_minus_that_of_the_greedy_response():
     assert algorithm.advantages(outcomes(greedy_rewards=greedy)).tolist() == [0.0, -1.0, 0.5, 0.0, 1.0, 0.0]
 
 
+def test_grpo_can_divide_by_the_standard_deviation_of_the_batch_or_by_nothing():
+    rewards = tensor(REWARDS, dtype=torch.float64)
+    centered = torch.cat([tensor(group) - tensor(group).mean() for group in by_group(REWARDS)]).double()
+    batch = make("grpo", scale_rewards="batch").advantages(outcomes()).double()
+    torch.testing.assert_close(batch, centered / (rewards.std() + 1e-6))
+    for none in ("none", False):
+        torch.testing.assert_close(make("grpo", scale_rewards=none).advantages(outcomes()).double(), centered)
+    whole = make("grpo", scale_rewards=True).advantages(outcomes())
+    assert whole.equal(make("grpo").advantages(outcomes()))
+
+
+def test_opo_subtracts_the_length_weighted_mean_of_the_group():
+    expected = []
+    for group in (0, 1):
+        members = [(r, n) for r, n, g in zip(REWARDS, LENGTHS, GROUPS, strict=True) if g == group]
+        baseline = sum(n * r for r, n in members) / sum(n for _, n in members)
+        expected += [r - baseline for r, _ in members]
+    assert make("opo").advantages(outcomes()).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["reinforce_plus_plus", "sppo"])
+def test_advantages_are_standardized_over_the_batch(name):
+    values = torch.linspace(0.1, 0.9, 6)
+    settings = {"standardize_advantages": True} if name == "sppo" else {}
+    raw = tensor(REWARDS, dtype=torch.float64) - (values.double() if name == "sppo" else 0)
+    expected = (raw - raw.mean()) / raw.std()
+    found = make(name, **settings).advantages(outcomes(values=values))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sppo_can_subtract_the_mean_advantage():
+    values = torch.linspace(0.1, 0.9, 6)
+    raw = tensor(REWARDS) - values
+    found = make("sppo", center_advantages=True).advantages(outcomes(values=values))
+    torch.testing.assert_close(found, raw - raw.mean())
+
+
+def test_spo_tracks_each_prompt_and_forgets_by_the_drift():
+    """Algorithm 1 of arXiv 2509.13232, with drifts below, between and above those of the limits."""
+    algorithm = make("spo")
+    assert algorithm.prompt_weights(["a", "new"]) == pytest.approx([0.55, 0.55])
+    drifts = [0.0, 0.0, 0.0, 0.008, 1.0, 0.0]
+    found = algorithm.advantages(outcomes(drifts=tensor(drifts)))
+    raw = tensor(REWARDS) - 0.5
+    torch.testing.assert_close(found, (raw - raw.mean()) / raw.std())
+    trackers, names = {}, ["a", "a", "b", "c", "c", "b"]
+    for name, reward, drift in zip(names, REWARDS, drifts, strict=True):
+        a, b = trackers.get(name, (0.5, 0.5))
+        rho = min(0.96, max(0.875, 2 ** (-drift / 0.06)))
+        trackers[name] = (rho * a + reward, rho * b + 1 - reward)
+    for name, (a, b) in trackers.items():
+        value = a / (a + b)
+        assert algorithm.prompt_weights([name]) == pytest.approx([(value * (1 - value)) ** 0.5 + 0.05])
+    assert algorithm.trace("a") == TRACES[0]
+    assert algorithm.trace("new") is None
+    again = algorithm.advantages(outcomes(drifts=torch.zeros(6)))
+    values = tensor([trackers[name][0] / sum(trackers[name]) for name in names])
+    raw = tensor(REWARDS) - values
+    torch.testing.assert_close(again, (raw - raw.mean()) / raw.std(), rtol=1e-5, atol=1e-6)
+
+
+def test_dapo_penalizes_the_last_fifth_of_the_length():
+    assert make("dapo", max_completion_length=100).overlong_buffer() == 20
+    assert make("dapo", max_completion_length=100, overlong_buffer=7).overlong_buffer() == 7
+    assert make("dapo", overlong_buffer=0).overlong_buffer() == 0
+    assert make("grpo", overlong_buffer=9).overlong_buffer() == 9
+    assert make("grpo").overlong_buffer() == 0
+
+
 def test_reinforce_against_each_baseline():
     constant = make("reinforce", baseline=0.25).advantages(outcomes())
     assert constant.tolist() == [r - 0.25 for r in REWARDS]
@@ -126,6 +199,9 @@ def test_reinforce_against_each_baseline():
     assert algorithm.state["a"] == (4, 2.0)
 
 
+TOKEN_MEANS = ("ppo", "dapo", "cispo", "spo", "reinforce_plus_plus")
+
+
 def published_loss(name, advantages, longest):
     """Each paper's loss to be minimized, in float64, from NEW and OLD; advantages per sequence or per token."""
     total, tokens = torch.zeros((), dtype=torch.float64), 0
@@ -133,13 +209,17 @@ def published_loss(name, advantages, longest):
         part = slice(int(CU_SEQLENS[i]), int(CU_SEQLENS[i + 1]))
         a = advantages[i] if advantages.ndim == 1 else advantages[i, :n]
         difference = NEW.requires_grad_()[part] - OLD[part]
-        clip = {"gspo": (3e-4, 4e-4)}.get(name, (0.2, 0.2))
+        clip = {"gspo": (3e-4, 4e-4), "dapo": (0.2, 0.28)}.get(name, (0.2, 0.2))
         if name == "gspo":  # equation 5 and 7 of arXiv 2507.18071
             ratio = torch.exp(difference.mean())
         elif name == "rloo":  # the response one action (arXiv 2402.14740, section 3)
             ratio = torch.exp(difference.sum())
         else:
             ratio = torch.exp(difference)
+        if name == "cispo":  # arXiv 2506.13585, equation 4, with the bound of arXiv 2510.13786
+            total = total - (ratio.clamp(max=6.0).detach() * a * NEW[part]).sum()
+            tokens += n
+            continue
         surrogate = torch.minimum(ratio * a, ratio.clamp(1 - clip[0], 1 + clip[1]) * a)
         if name == "sppo" and a < 0:  # dual clip (arXiv 1912.09729), as released
             surrogate = torch.maximum(surrogate, 3.0 * a)
@@ -147,12 +227,12 @@ def published_loss(name, advantages, longest):
             total = total - surrogate.mean() / 6
         elif name == "dr_grpo":  # arXiv 2503.20783, with its constant of the greatest length
             total = total - surrogate.sum() / 6 / longest
-        elif name == "ppo":
+        elif name in TOKEN_MEANS:
             total = total - surrogate.sum()
         else:
             total = total - surrogate.sum() / 6
         tokens += n
-    return total / tokens if name == "ppo" else total
+    return total / tokens if name in TOKEN_MEANS else total
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -160,7 +240,8 @@ def test_loss_and_its_gradient_are_the_published_ones(name):
     algorithm = make(name, max_completion_length=7)
     values = token_values() if name == "ppo" else torch.linspace(0.1, 0.9, 6)
     greedy = tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0])
-    advantages = algorithm.advantages(outcomes(values=values, greedy_rewards=greedy))
+    given = {"values": values, "greedy_rewards": greedy, "drifts": torch.zeros(6)}
+    advantages = algorithm.advantages(outcomes(**given))
     expected = published_loss(name, advantages.double(), longest=7)
     (expected_gradient,) = torch.autograd.grad(expected, NEW)
     logprobs = NEW.detach().clone().requires_grad_()
@@ -178,7 +259,7 @@ def test_loss_and_its_gradient_are_the_published_ones(name):
     torch.testing.assert_close(gradient, expected_gradient)
 
 
-@pytest.mark.parametrize("name", ["rloo", "remax", "reinforce"])
+@pytest.mark.parametrize("name", ["rloo", "opo", "remax", "reinforce"])
 def test_on_policy_the_gradient_is_that_of_reinforce(name):
     """``-A sum_t grad logprob_t``, averaged over responses: the gradient of these papers without the ratio."""
     algorithm = make(name)

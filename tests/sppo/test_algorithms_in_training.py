@@ -1,7 +1,7 @@
 """Every algorithm in the training loop: it learns, does not move when it should not, and gets the inputs it needs."""
 
 import pytest
-from tiny_run import changed, logged, make, snapshot
+from tiny_run import DATASET, changed, logged, make, snapshot
 
 from sppo import Algorithm
 from sppo.algorithms import ALGORITHMS
@@ -13,6 +13,11 @@ VARIANTS = [
     {"algorithm": "dr_grpo"},
     {"algorithm": "rloo"},
     {"algorithm": "gspo", "num_iterations": 2},
+    {"algorithm": "dapo", "overlong_buffer": 0},
+    {"algorithm": "cispo", "num_iterations": 2},
+    {"algorithm": "opo"},
+    {"algorithm": "spo"},
+    {"algorithm": "reinforce_plus_plus"},
     {"algorithm": "remax"},
     *({"algorithm": "reinforce", "baseline": baseline} for baseline in (0.5, "running_mean", "prompt_mean")),
     *({"algorithm": "sppo", "ratio_level": level, "num_iterations": 2} for level in ("sequence_mean", "sequence_sum")),
@@ -34,7 +39,8 @@ def test_every_algorithm_learns(tmp_path, settings):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("outcome", [0.0, 1.0])
 def test_equal_outcomes_change_no_policy(tmp_path, algorithm, outcome):
-    settings = {"algorithm": algorithm, "baseline": 0.3, "num_iterations": 2, "weight_decay": 0.1}
+    settings = {"algorithm": algorithm, "num_iterations": 2, "weight_decay": 0.1, "overlong_buffer": 0}
+    settings |= {"baseline": 0.3} if algorithm == "reinforce" else {}
     trainer = make(tmp_path, lambda completions, **_: [outcome] * len(completions), max_steps=4, **settings)
     before = snapshot(trainer.model.policy)
     trainer.train()
@@ -127,3 +133,93 @@ def test_rewards_of_any_size_for_algorithms_without_a_prompt_critic(tmp_path):
         trainer = make(tmp_path, far, algorithm=algorithm, max_steps=3)
         trainer.train()
         assert min(logged(trainer, "reward")) < 0
+
+
+def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path):
+    """Only prompts with a 3 can be solved: others are sampled, recorded and left out."""
+    solvable = lambda prompts, completion_ids, **_: [
+        float(ids[0] % 2 and "3" in prompt) for prompt, ids in zip(prompts, completion_ids, strict=True)
+    ]
+    settings = {"algorithm": "dapo", "num_generations": 4, "overlong_buffer": 0, "max_steps": 3}
+    trainer = make(tmp_path, solvable, per_device_train_batch_size=16, **settings)
+    trainer.train()
+    rounds, zero = logged(trainer, "dynamic_sampling_rounds"), logged(trainer, "frac_reward_zero_std")
+    assert max(rounds) > 1
+    assert all(0 < share < 1 for share in zero)
+    assert trainer.rollouts.progress.extra_blocks == sum(rounds) - 3
+    groups = [trainer.rollouts.samples[i : i + 4] for i in range(0, 16, 4)]
+    assert all(len({s.reward for s in group}) > 1 for group in groups)
+    assert len({group[0].group for group in groups}) == 4
+    total = sum(logged(trainer, "generated_tokens"))
+    assert logged(trainer, "total_generated_tokens")[-1] == total
+
+
+def test_dynamic_sampling_ends_after_its_rounds(tmp_path):
+    settings = {"algorithm": "grpo", "num_generations": 4, "dynamic_sampling": True, "dynamic_sampling_rounds": 3}
+    trainer = make(tmp_path, lambda completions, **_: [0.0] * len(completions), max_steps=1, **settings)
+    trainer.train()
+    assert logged(trainer, "dynamic_sampling_rounds") == [3]
+    assert len(trainer.rollouts.samples) == 8
+
+
+def test_the_length_penalty_counts_for_the_advantage_and_not_in_the_log(tmp_path):
+    settings = {"algorithm": "grpo", "num_generations": 4, "overlong_buffer": 4, "max_completion_length": 4}
+    ones = lambda completions, **_: [1.0] * len(completions)
+    trainer = make(tmp_path, ones, max_steps=1, per_device_train_batch_size=16, **settings)
+    trainer.train()
+    assert logged(trainer, "reward") == [1.0]
+    samples = trainer.rollouts.samples
+    assert [s.reward for s in samples] == [1 - len(s.response_ids) / 4 for s in samples]
+    assert logged(trainer, "overlong_penalty") == [pytest.approx(sum(s.reward for s in samples) / 16 - 1)]
+
+
+def test_the_critic_chooses_prompts_before_they_are_sampled(tmp_path):
+    """A critic that believes in prompts with a 5 alone: the others are skipped but for one in ten."""
+    trainer = make(tmp_path, max_steps=6, prompt_value_range=[0.4, 0.6])
+    sampler = trainer.rollouts.sampler
+    asked = []
+
+    def values(rows):
+        asked.append([row["prompt"] for row in rows])
+        return [0.5 if "5" in row["prompt"] else 0.05 for row in rows]
+
+    sampler.prompt_values = values
+    trainer.train()
+    assert all(prompts == [row["prompt"] for row in sampler.prompts.take(8 * i, 8)] for i, prompts in enumerate(asked))
+    assert trainer.rollouts.progress.extra_blocks == len(asked) - 6
+    assert sum(logged(trainer, "skipped_prompts")) == 8 * (len(asked) - 6) > 0
+
+
+def test_spo_draws_uncertain_prompts_more_often_and_resumes_to_the_same_bits(tmp_path):
+    by_letter = lambda prompts, completions, **_: [float(p[0] < "3") for p in prompts]
+    settings = {"algorithm": "spo", "save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    whole = make(tmp_path / "whole", by_letter, **settings)
+    whole.train()
+    weights = whole.algorithm.prompt_weights(list(whole.algorithm.state))
+    assert max(weights) < 0.55
+    part = make(tmp_path / "part", by_letter, **(settings | {"max_steps": 4}))
+    part.train()
+    rest = make(tmp_path / "part", by_letter, **settings)
+    rest.train(resume_from_checkpoint=True)
+    assert rest.algorithm.state == whole.algorithm.state
+    assert all(a.equal(b) for a, b in zip(rest.model.parameters(), whole.model.parameters(), strict=True))
+
+
+def test_spo_measures_how_far_the_policy_has_moved(tmp_path):
+    odd = lambda completion_ids, **_: [float(ids[0] % 2) for ids in completion_ids]
+    trainer = make(tmp_path, odd, algorithm="spo", max_steps=8, learning_rate=1e-2, dataset=DATASET.select(range(4)))
+    trainer.train()
+    assert max(s.drift for s in trainer.rollouts.samples) > 1e-2
+    still = make(tmp_path / "still", algorithm="spo", max_steps=8, learning_rate=0.0, dataset=DATASET.select(range(4)))
+    still.train()
+    assert max(s.drift for s in still.rollouts.samples) < 1e-5
+
+
+def test_the_entropy_bonus_raises_the_entropy(tmp_path):
+    def entropy(coefficient):
+        settings = {"max_steps": 20, "learning_rate": 1e-2, "entropy_coef": coefficient}
+        trainer = make(tmp_path / str(coefficient), algorithm="reinforce_plus_plus", **settings)
+        trainer.train()
+        return logged(trainer, "entropy")[-1]
+
+    assert entropy(0.5) > entropy(0.0) + 0.2

@@ -122,6 +122,16 @@ def test_paper_takes_overrides():
             "multiple of gradient_accumulation_steps=2, got 3",
         ),
         ({"num_generations": 3}, "num_generations must divide"),
+        ({"lam": 0.9}, "lam=0.9 has no effect with algorithm='sppo'; leave it out, or use one of ppo"),
+        ({"scale_rewards": "batch"}, "scale_rewards='batch' has no effect .* one of grpo, dr_grpo, dapo, cispo, gspo"),
+        ({"scale_rewards": "all"}, "scale_rewards must be one of group, batch, none, got 'all'"),
+        (
+            {"algorithm": "cispo", "num_generations": 2, "dual_clip": 3.0},
+            "dual_clip=3.0 does not fit algorithm='cispo'; leave it None",
+        ),
+        ({"prompt_value_range": [0.9, 0.1]}, "prompt_value_range must be two rising numbers in"),
+        ({"rollout_floor": 0.5}, "rollout_floor=0.5 is for rollout_correction token_mask or sequence_mask"),
+        ({"overlong_buffer": 5}, "overlong_buffer=5 has no effect with algorithm='sppo'"),
         ({"per_device_train_batch_size": 1}, "a rollout of one completion"),
     ],
 )

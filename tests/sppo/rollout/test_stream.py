@@ -12,14 +12,15 @@ from sppo.config import SPPOConfig
 from sppo.models.critics import PromptCritic
 from sppo.reporting.meter import Meter
 from sppo.rollout.prompts import Prompts
-from sppo.rollout.stream import ProcessContext, Progress, RolloutStream, SampleFacts
+from sppo.rollout.records import ProcessContext, Progress, SampleFacts
+from sppo.rollout.stream import RolloutStream
 
 
 def test_a_process_without_samples_starts_its_critic_like_the_others():
     critic = torch.nn.Module()
     critic.score = torch.nn.Linear(4, 1)
     torch.nn.init.zeros_(critic.score.weight)
-    facts = [SampleFacts(1.0, i, "p", 3, False, torch.tensor(0.75), None) for i in range(2)]
+    facts = [SampleFacts(1.0, i, "p", 3, False, torch.tensor(0.75)) for i in range(2)]
     others = [[1.0, 1.0], facts, [2]]
     args = SPPOConfig("out", use_cpu=True)
     stream = RolloutStream(
