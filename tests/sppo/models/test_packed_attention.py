@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, char_tokenizer, tiny_model
+from tiny_models import FAMILIES, SIZES, char_tokenizer, tiny_model
 
 from sppo.models import packed_attention as attention
 from sppo.models.actor_critic import ActorCritic
@@ -120,6 +120,21 @@ def test_check_rejects_a_model_that_does_not_pass_on_boundaries():
     )
     with pytest.raises(ValueError, match=r"StableLmForCausalLM .* cannot be trained here yet"):
         ActorCritic(transformers.StableLmForCausalLM(config), None).check_packing()
+
+
+@pytest.mark.parametrize("std", [0.02, 0.2])
+def test_check_rejects_layers_that_read_across_the_boundary(std):
+    """With small weights they change hidden states by less than rounding in bfloat16 does."""
+    if not hasattr(transformers, "FalconH1Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no Falcon-H1")
+    sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "lm_head_multiplier": 0.5}
+    torch.manual_seed(0)
+    policy = transformers.FalconH1ForCausalLM(transformers.FalconH1Config(**(SIZES | sizes)))
+    for parameter in policy.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=std)
+    with pytest.raises(ValueError, match=r"model=FalconH1ForCausalLM.* cannot be trained here yet"):
+        ActorCritic(policy, None).check_packing()
 
 
 def test_check_is_made_without_dropout():
