@@ -19,7 +19,7 @@ import datasets
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -178,30 +178,37 @@ def save_models(
         critic_kind: ``"prompt"`` or ``"token"``; None without a critic.
         gathered_weights: makes a context in which each process holds all weights.
         writes: whether this process writes the files.
-        dtype: of the saved weights of models without an adapter; None for that of the trained ones.
+        dtype: of the saved models and of the saved adapter; None for that of the trained ones.
     """
     policy, critic = model.policy, model.critic
     weights = full_state(model)
-    if dtype is not None and not has_adapter(policy):
-        weights = {name: weight.to(dtype) for name, weight in weights.items()}
     critic_weights = _part(weights, "critic.model.")
     if critic is not None and has_adapter(critic):
         with gathered_weights():
             critic_weights = {name: weight.to("cpu", copy=True) for name, weight in merged_weights(critic.model)}
     if not writes:
         return
+    policy_weights, critic_weights = _converted(_part(weights, "policy."), dtype), _converted(critic_weights, dtype)
     if has_adapter(policy):
-        save_adapter(policy, _part(weights, "policy."), folder)
+        save_adapter(policy, policy_weights, folder)
         learned = {name: weights[name].contiguous().cpu() for name in trainable(model)}
         save_file(learned, folder / _LEARNED)
     else:
-        policy.save_pretrained(folder, state_dict=_part(weights, "policy."))
+        policy.save_pretrained(folder, state_dict=policy_weights)
         _set_dtype(folder, dtype)
     tokenizer.save_pretrained(folder)
     if critic is not None:
         save_critic(critic.model, folder / _CRITIC, str(critic_kind), critic_weights)
-        _set_dtype(folder / _CRITIC, None if has_adapter(policy) else dtype)
+        _set_dtype(folder / _CRITIC, dtype)
         tokenizer.save_pretrained(folder / _CRITIC)
+
+
+def _converted(weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return weights in a dtype, except for tensors of integers; tied weights still share one tensor."""
+    if dtype is None:
+        return weights
+    found = {id(weight): weight.to(dtype) if weight.is_floating_point() else weight for weight in weights.values()}
+    return {name: found[id(weight)] for name, weight in weights.items()}
 
 
 def _set_dtype(folder: Path, dtype: torch.dtype | None) -> None:
@@ -230,6 +237,19 @@ def copy_critic(checkpoint: Path, output_dir: Path) -> None:
     """Copy a checkpoint's critic, if it has one, into the folder that is uploaded."""
     if (checkpoint / _CRITIC).is_dir():
         shutil.copytree(checkpoint / _CRITIC, output_dir / _CRITIC, dirs_exist_ok=True)
+
+
+def final_dtype(args: SPPOConfig, policy: PreTrainedModel, stored: torch.dtype) -> torch.dtype | None:
+    """Return the dtype to save the final model in; None for that of training.
+
+    Args:
+        args: settings of the run.
+        policy: the policy.
+        stored: the dtype in which it came.
+    """
+    if args.save_dtype is not None:
+        return getattr(torch, args.save_dtype)
+    return None if has_adapter(policy) else stored
 
 
 def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from sppo.algorithms import ALGORITHMS, algorithm_class, readers_of
 from sppo.presets import preset
@@ -20,6 +21,7 @@ from sppo.settings import SPPOSettings
 from sppo_kernels.ops.policy_loss import AGGREGATIONS, RATIO_LEVELS, ROLLOUT_CORRECTIONS
 
 BASELINES = ("running_mean", "prompt_mean")
+_PUSHES_CHECKPOINTS = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 
 
 @dataclass
@@ -144,7 +146,17 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
                     raise ValueError(f"{name}={value!r} does not fit algorithm={self.algorithm!r}; leave it None")
 
     def _check_choices(self) -> None:
-        choices = {
+        if self.save_dtype == "float16":
+            raise ValueError(
+                "save_dtype='float16' is not available: weights above 65504 would become infinite and those below 6e-8 "
+                "zero; use 'bfloat16', which has the range of float32"
+            )
+        if self.save_dtype is not None and self.push_to_hub and self.hub_strategy in _PUSHES_CHECKPOINTS:
+            raise ValueError(
+                f"save_dtype={self.save_dtype!r} does not apply to the checkpoints that hub_strategy="
+                f"{HubStrategy(self.hub_strategy).value!r} pushes; use 'every_save' or 'end'"
+            )
+        choices: dict[str, tuple[str | None, ...]] = {
             "ratio_level": RATIO_LEVELS,
             "aggregation": AGGREGATIONS,
             "logprobs_backward": ("cache", "recompute", "sparse"),
@@ -152,10 +164,11 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "rollout_correction": ("none", *ROLLOUT_CORRECTIONS),
             "scale_rewards": ("group", "batch", "none"),
             "full_disk": ("stop", "continue"),
+            "save_dtype": (None, "float32", "bfloat16"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
         is_number = isinstance(self.baseline, int | float) and math.isfinite(self.baseline)
         if not is_number and self.baseline not in BASELINES:
             raise ValueError(f"baseline must be a number, {' or '.join(BASELINES)}, got {self.baseline!r}")

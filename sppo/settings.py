@@ -238,6 +238,13 @@ class SPPOSettings:
 
     # Evaluation and log
     eval_temperature: float = field(default=0.0, metadata={"help": "Temperature of evaluate(); 0 is greedy."})
+    save_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of the final model and critic and of what is pushed: float32 or bfloat16. None: that in "
+            "which the policy came. Checkpoints keep the precision of training."
+        },
+    )
     full_disk: str = field(
         default="stop",
         metadata={"help": "If the disk is full: stop with an error, or continue without the checkpoint (one process)."},

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, cast
 
 import datasets
@@ -365,9 +366,10 @@ class SPPOTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the policy as an ordinary model, or its adapter, with its tokenizer; the critic in ``critic`` inside.
 
-        In a checkpoint weights have the precision that they are trained in, elsewhere that in which the policy came.
+        In a checkpoint weights have the precision that they are trained in, elsewhere ``save_dtype``.
         """
         folder = Path(output_dir or self.output_dir)
+        final_dtype = checkpointing.final_dtype(self.args, self.actor_critic.policy, self._stored_dtype)
         checkpointing.save_models(
             self.actor_critic,
             folder,
@@ -375,7 +377,7 @@ class SPPOTrainer(Trainer):
             critic_kind=self.algorithm.critic,
             gathered_weights=self._gathered_weights,
             writes=self.args.should_save,
-            dtype=None if self._staging else self._stored_dtype,
+            dtype=None if self._staging else final_dtype,
         )
         if self.args.should_save:
             (folder / "training_args.json").write_text(self.args.to_json_string())
@@ -439,6 +441,13 @@ class SPPOTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging:  # the folder is about to be renamed
             return
+        with TemporaryDirectory() as folder:
+            if self.args.save_dtype is not None and self.args.hub_strategy != HubStrategy.END:
+                checkpoint_folder = os.path.join(folder, os.path.basename(checkpoint_folder))
+                self._save(checkpoint_folder)
+            self._push_model_of(checkpoint_folder)
+
+    def _push_model_of(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             self.create_model_card()
             checkpointing.copy_critic(Path(checkpoint_folder), self.output_dir)  # transformers copies only files
