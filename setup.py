@@ -45,6 +45,7 @@ setup(
         "train": TRAIN,
         "bench": BENCH,
         "peft": ["peft>=0.18"],
+        "quantization": ["peft>=0.18", "bitsandbytes>=0.50"],
         "vllm": ["vllm>=0.20"],
         "trackers": ["tensorboard>=2.19", "trackio>=0.21", "wandb>=0.20"],
         "flash": ["flash-attn>=2.8"],

@@ -122,6 +122,7 @@ class SPPOTrainer(Trainer):
             tokenizer=tokenizer,
             peft_config=peft_config,
             args=args,
+            trains=train_dataset is not None,
         )
         name_run(args)
         self._skipped_in_a_row = 0

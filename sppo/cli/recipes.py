@@ -324,7 +324,7 @@ def load_tokenizer(spec: str, settings: dict[str, Any]) -> Any:
 def _load_critic(spec: str | dict[str, Any] | None) -> Any:
     if spec is None or (isinstance(spec, str) and ":" not in spec):
         return spec
-    settings = dict(spec) if isinstance(spec, dict) else {"model": spec}
+    settings: dict[str, Any] = dict(spec) if isinstance(spec, dict) else {"model": spec}
     name = settings.pop("model", None)
     if not isinstance(name, str) or not name:
         raise ValueError(f"the critic's model must be {_MODEL}, got {name!r}")
@@ -334,6 +334,10 @@ def _load_critic(spec: str | dict[str, Any] | None) -> Any:
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    from sppo.models.quantization import bitsandbytes_config
+
+    if isinstance(quantization := settings.get("quantization_config"), dict):
+        settings["quantization_config"] = bitsandbytes_config(quantization)
     return AutoModelForSequenceClassification.from_pretrained(
         name, **{"num_labels": 1, "dtype": torch.float32, **settings}
     )

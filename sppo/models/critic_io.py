@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from sppo.models.critics import set_head, value_head
 from sppo.models.lora import has_adapter, merged_weights
 from sppo.models.policy_io import embedding_rows
+from sppo.models.quantization import plain_config, quantizer, with_backbone
 
 
 def build_critic(
@@ -119,14 +119,24 @@ def save_critic(
     critic.config.score_bias = weights["score.bias"].item()
     critic.config.critic_kind, critic.config.dtype = kind, critic.dtype
     critic.config.architectures = [type(critic).__name__]
-    critic.config.save_pretrained(folder)
+    plain_config(critic.config).save_pretrained(folder)
     save_torch_state_dict({name: w.contiguous() for name, w in weights.items() if name != "score.bias"}, folder)
 
 
 def _copy_backbone(policy: PreTrainedModel) -> PreTrainedModel:
-    config = copy.deepcopy(policy.config)
+    config = plain_config(policy.config)
     config.num_labels = 1
+    is_quantized = quantizer(policy) is not None
+    if is_quantized and has_adapter(policy):
+        raise ValueError(
+            "the critic cannot be a copy of a policy that is quantized and has an adapter, which would have to be "
+            "merged into quantized weights; pass critic="
+        )
     try:
+        if is_quantized:
+            with torch.device("meta"):
+                empty = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+            return with_backbone(empty, policy)
         critic = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
         weights = policy.base_model.state_dict()
         if has_adapter(policy):

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from sppo.models.quantization import plain_weight
+
 logger = logging.get_logger(__name__)
 
 _WEIGHTS = "adapter_model.safetensors"
 _NOT_ABOUT_LEARNING = ("inference_mode", "base_model_name_or_path", "task_type", "peft_version", "revision")
+_BASE_LAYER = ".base_layer"
 _PREFIX = "base_model.model."  # of names in PEFT's own wrapper
 
 
@@ -238,17 +241,20 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a model's weights with its adapter merged, under their names without an adapter.
 
-    The model itself does not change. A tied weight is yielded under each of its names.
+    Quantized weights are yielded as floating-point numbers. The model itself does not change. A tied weight is yielded
+    under each of its names.
     """
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner, adapted, last = name.partition(".base_layer.")
+        owner, _, last = name.rpartition(".")
         if _is_of_adapter(name):
             continue
-        if not adapted:
-            yield name, parameter.detach()
-        elif last == "weight":
-            layer: Any = model.get_submodule(owner)
+        weight = plain_weight(model.get_submodule(owner), parameter)
+        if owner.endswith(_BASE_LAYER) and last == "weight":
+            layer: Any = model.get_submodule(owner.removesuffix(_BASE_LAYER))
             change = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
-            yield f"{owner}.weight", (parameter + change).to(parameter.dtype)
-        else:
-            yield f"{owner}.{last}", parameter.detach()
+            weight = (weight + change).to(weight.dtype)
+        yield _without_adapter(name), weight
+
+
+def _without_adapter(name: str) -> str:
+    return name.replace(f"{_BASE_LAYER}.", ".")

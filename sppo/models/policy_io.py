@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from transformers.utils import logging
 from sppo._utils import ADAPTER_CONFIG
 from sppo.config import SPPOConfig
 from sppo.models.lora import load_adapter, unwrap_peft
+from sppo.models.quantization import bitsandbytes_config, quantizer
 
 logger = logging.get_logger(__name__)
 
@@ -47,11 +49,13 @@ def from_folder(model: str | Path, **settings: Any) -> PreTrainedModel:
 
     Args:
         model: folder or hub name.
-        settings: arguments of ``from_pretrained``.
+        settings: arguments of ``from_pretrained``; a mapping as ``quantization_config`` is one of bitsandbytes.
 
     Raises:
-        ValueError: the adapter's base model cannot be loaded.
+        ValueError: the adapter's base model cannot be loaded, or ``quantization_config`` is invalid.
     """
+    if isinstance(quantization := settings.get("quantization_config"), Mapping):
+        settings["quantization_config"] = bitsandbytes_config(quantization)
     asked, settings = settings, {"dtype": torch.float32, **settings}
     config = Path(model, ADAPTER_CONFIG)
     if not config.is_file():
@@ -76,8 +80,11 @@ def ensure_fp32_weights(model: PreTrainedModel, args: SPPOConfig) -> PreTrainedM
     """Convert the weights to float32 if ``bf16=True``, so that only computation is in bfloat16.
 
     Without that setting bfloat16 weights are kept, with a warning that small steps are lost in rounding. float16
-    weights are always converted, because Adam's moments of their gradients underflow.
+    weights are always converted, because Adam's moments of their gradients underflow. A quantized model, which can be
+    evaluated without an adapter, is kept.
     """
+    if quantizer(model) is not None:
+        return model
     if model.dtype == torch.bfloat16 and not args.bf16:
         logger.warning(
             f"{type(model).__name__} has bfloat16 weights: steps of less than 1/256 of a weight are lost in "

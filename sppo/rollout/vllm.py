@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import tempfile
@@ -13,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sppo.models.lora import merged_weights
+from sppo.models.quantization import plain_config
 from sppo.rollout.engine import Prompt, Sample, encode, eos_tokens, make_samples
 from sppo.rollout.support import is_truncated
 from sppo_kernels import Support
@@ -174,7 +174,7 @@ def _start(policy: PreTrainedModel, settings: dict[str, Any]) -> Any:
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:  # one engine per process
         own["distributed_executor_backend"] = "external_launcher"
     with tempfile.TemporaryDirectory() as folder:
-        config = copy.deepcopy(policy.config)
+        config = plain_config(policy.config)  # sync() copies plain weights
         config.architectures = [type(policy).__name__]  # missing if the model was made from a configuration
         config.save_pretrained(folder)
         return LLM(model=folder, **{**own, **settings})
