@@ -23,6 +23,7 @@ logger = logging.get_logger(__name__)
 
 _WEIGHTS = "adapter_model.safetensors"
 _NOT_ABOUT_LEARNING = ("inference_mode", "base_model_name_or_path", "task_type", "peft_version", "revision")
+_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 _BASE_LAYER = ".base_layer"
 _PREFIX = "base_model.model."  # of names in PEFT's own wrapper
 
@@ -63,6 +64,11 @@ def add_adapter(model: PreTrainedModel, config: Any, *, also: Iterable[nn.Module
             f"peft_config.lora_dropout must be 0, got {config.lora_dropout}: policy and critic are trained without "
             "dropout, so that a ratio differs from 1 only because the weights changed"
         )
+    if config.init_lora_weights not in _INITIALIZATIONS:
+        raise ValueError(
+            f"peft_config.init_lora_weights must be one of {', '.join(map(repr, _INITIALIZATIONS))}, got "
+            f"{config.init_lora_weights!r}: others change the frozen weights, which are not saved, or need data"
+        )
     config, also = copy.deepcopy(config), list(also)
     config.base_model_name_or_path = model.config._name_or_path or None
     model.requires_grad_(False)
@@ -77,13 +83,25 @@ def add_adapter(model: PreTrainedModel, config: Any, *, also: Iterable[nn.Module
 
 
 def _check_config(config: Any) -> None:
-    """Reject settings with which other weights learn, or the adapter cannot be merged into the weights."""
+    """Reject settings with which other weights learn, or the adapter cannot be merged into the weights.
+
+    Settings are looked up by name, as PEFT's versions differ in which they have.
+    """
     required = {
         "use_dora": False,
         "lora_bias": False,
         "bias": "none",
         "modules_to_save": None,
         "trainable_token_indices": None,
+        "target_parameters": None,
+        "layer_replication": None,
+        "alora_invocation_tokens": None,
+        "use_qalora": False,
+        "use_bdlora": None,
+        "arrow_config": None,
+        "kasa_config": None,
+        "monteclora_config": None,
+        "velora_config": None,
     }
     for name, expected in required.items():
         if (value := getattr(config, name, expected)) != expected:
@@ -241,8 +259,8 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a model's weights with its adapter merged, under their names without an adapter.
 
-    Quantized weights are yielded as floating-point numbers. The model itself does not change. A tied weight is yielded
-    under each of its names.
+    Quantized weights are yielded as floating-point numbers, and persistent buffers too. The model itself does not
+    change. A tied weight is yielded under each of its names.
     """
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, last = name.rpartition(".")
@@ -254,6 +272,10 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             change = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
             weight = (weight + change).to(weight.dtype)
         yield _without_adapter(name), weight
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in saved:
+            yield _without_adapter(name), buffer
 
 
 def _without_adapter(name: str) -> str:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import char_tokenizer, tiny_model
+from tiny_models import SIZES, char_tokenizer, tiny_model
 from tiny_run import DATASET, changed, has_a, logged, snapshot
 from transformers import AutoModelForSequenceClassification
 
@@ -150,19 +151,56 @@ def test_a_run_with_adapters_resumes_to_the_same_bits(tmp_path):
             )
 
 
-def test_merged_weights_make_the_model_that_the_adapter_makes():
-    model = tiny_model()
+def tied():
+    return tiny_model("qwen2")
+
+
+def untied():
+    return tiny_model("llama")
+
+
+def biased_and_untied():
+    """A head with a bias, projections with biases, and a norm with one."""
+    sizes = SIZES | {"tie_word_embeddings": False}
+    torch.manual_seed(0)
+    return transformers.PhiForCausalLM(transformers.PhiConfig(**sizes))
+
+
+def scaled_and_tied():
+    torch.manual_seed(0)
+    return transformers.GraniteForCausalLM(transformers.GraniteConfig(**SIZES, logits_scaling=8.0))
+
+
+def buffered():
+    """A buffer that is saved, as the selection bias of DeepSeek-V3's router."""
+    model = tiny_model("llama")
+    layer = model.model.layers[0]
+    layer.register_buffer("shift", torch.full((32,), 0.5))
+    layer.register_buffer("unsaved", torch.ones(1), persistent=False)
+    layer.register_forward_hook(lambda module, _, output: output + module.shift)
+    return model
+
+
+@pytest.mark.parametrize("make_model", [tied, untied, biased_and_untied, scaled_and_tied, buffered])
+def test_merged_weights_make_the_model_that_the_adapter_makes(make_model):
+    model = make_model()
+    for name, buffer in model.named_buffers():
+        if name.endswith("shift"):
+            buffer.fill_(-2.0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
     add_adapter(model, lora())
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     merged = dict(merged_weights(model))
-    plain = tiny_model()
+    plain = make_model()
     assert merged.keys() == plain.state_dict().keys()
     plain.load_state_dict(merged)
     ids = torch.tensor([[3, 4, 5, 6]])
     torch.testing.assert_close(plain(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(plain(ids).logits, tiny_model()(ids).logits)
+    assert not torch.allclose(plain(ids).logits, make_model()(ids).logits)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +212,11 @@ def test_merged_weights_make_the_model_that_the_adapter_makes():
         (lora(lora_dropout=0.3), ValueError, "peft_config.lora_dropout must be 0, got 0.3"),
         (lora(use_dora=True), ValueError, "peft_config.use_dora must be False, got True"),
         (lora(modules_to_save=["norm"]), ValueError, "peft_config.modules_to_save must be None"),
+        (lora(init_lora_weights="pissa"), ValueError, "init_lora_weights must be one of True, .*, got 'pissa'"),
+        (lora(init_lora_weights="pissa_niter_4"), ValueError, "got 'pissa_niter_4': others change the frozen weights"),
+        (lora(init_lora_weights="olora"), ValueError, "got 'olora': others change the frozen weights"),
+        (lora(alora_invocation_tokens=[3]), ValueError, "peft_config.alora_invocation_tokens must be None, got"),
+        (lora(target_parameters=["mlp.experts.down_proj"]), ValueError, "peft_config.target_parameters must be None"),
         (lora(target_modules=["no_such"]), ValueError, "does not fit Llama.*no_such"),
     ],
 )
