@@ -40,6 +40,7 @@ OPTIONAL = (
     Package("math-verify", "0.9", "the reward math"),
     Package("reasoning-gym", "0.1.25", "the tasks and the reward reasoning_gym"),
     Package("peft", "0.18", "adapters"),
+    Package("bitsandbytes", "0.50", "quantized base models"),
     Package("vllm", "0.20", "rollouts with vLLM"),
     Package("flash-attn", "2.8", "faster attention on a GPU"),
     Package("deepspeed", "0", "sharded training with DeepSpeed"),

@@ -116,7 +116,7 @@ class ActorCritic(nn.Module):
         self.eval()
         try:
             self._compare_packed_with_own()
-        except TypeError as error:  # a backbone that does not pass the sequences' boundaries on to its attention
+        except (TypeError, AttributeError) as error:  # its layers do not get or take the sequences' boundaries
             raise ValueError(
                 f"{type(self.policy).__name__} or its critic does not support packed sequences ({error}); this "
                 "architecture cannot be trained here yet"

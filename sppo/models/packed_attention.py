@@ -55,6 +55,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within each sequence, with the signature of transformers' attention functions.
@@ -69,10 +70,16 @@ def packed_attention(
         scaling: factor of the scores; None for ``D ** -0.5``.
         sliding_window: number of tokens that a token attends to, including itself; None for all before it.
         softcap: if given, scores become ``softcap * tanh(scores / softcap)``.
+        s_aux: attention sinks, which no kernel here has; must be None.
 
     Returns:
         ``[1, N, heads, D]``, and None in place of the attention weights, which no kernel here keeps.
+
+    Raises:
+        TypeError: the layer has attention sinks.
     """
+    if s_aux is not None:
+        raise TypeError(f"{type(module).__name__} has attention sinks")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if torch.is_autocast_enabled(query.device.type):  # over float32 weights rotary leaves query and key in float32
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))

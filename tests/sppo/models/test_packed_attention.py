@@ -122,6 +122,20 @@ def test_check_rejects_a_model_that_does_not_pass_on_boundaries():
         ActorCritic(transformers.StableLmForCausalLM(config), None).check_packing()
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 2}, "GptOssAttention has attention sinks"),
+        ("Llama4", {"num_local_experts": 2, "head_dim": 8}, "does not support packed sequences"),  # chunked attention
+    ],
+)
+def test_check_names_what_packed_attention_lacks(family, changes, says):
+    config = "Llama4TextConfig" if family == "Llama4" else f"{family}Config"
+    policy = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, config)(**(SIZES | changes)))
+    with pytest.raises(ValueError, match=says):
+        ActorCritic(policy, None).check_packing()
+
+
 @pytest.mark.parametrize("std", [0.02, 0.2])
 def test_check_rejects_layers_that_read_across_the_boundary(std):
     """With small weights they change hidden states by less than rounding in bfloat16 does."""
