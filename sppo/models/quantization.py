@@ -140,9 +140,9 @@ def plain_weight(module: nn.Module, weight: nn.Parameter) -> Tensor:
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a copy of a model's configuration without its quantization, for a model with plain weights."""
+    """Return a copy of a model's configuration for :func:`plain_weight`, without the quantization by bitsandbytes."""
     config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
+    if _method_of(config) == _SUPPORTED:
         del config.quantization_config
     return config
 

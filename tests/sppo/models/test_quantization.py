@@ -150,6 +150,20 @@ def test_a_recipes_critic_may_be_quantized(tmp_path, base, quantization):
     assert all(".lora_" in name or name.startswith("model.score.") for name in moved)
 
 
+def test_a_folder_with_packed_weights_needs_no_settings(tmp_path, base, quantization):
+    """As the 4-bit models on the hub are."""
+    model = from_folder(base, quantization_config=quantization).train()
+    model.save_pretrained(tmp_path / "packed")
+    loaded = from_folder(tmp_path / "packed").train()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+    trainer = make(tmp_path / "run", loaded, lora(), max_steps=2)
+    before = snapshot(trainer.model)
+    trainer.train()
+    moved = changed(before, trainer.model)
+    assert any(name.startswith("policy.") for name in moved)
+    assert all(".lora_" in name or name.startswith("critic.model.score.") for name in moved)
+
+
 def test_a_quantized_policy_may_have_a_critic_of_plain_weights(tmp_path, base, quantization):
     critic = build_critic(None, tiny_model(), char_tokenizer())
     trainer = make(tmp_path, from_folder(base, quantization_config=quantization), lora(), critic, max_steps=2)
