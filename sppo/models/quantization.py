@@ -101,6 +101,8 @@ def check_quantized(name: str, model: PreTrainedModel, *, has_adapter: bool, arg
             "sequences of a micro-batch, so the probability of a response would too; load it with "
             "llm_int8_threshold=0.0, or in 4 bits"
         )
+    if getattr(model.config.quantization_config, "llm_int8_has_fp16_weight", False):
+        raise ValueError(f"{what} has llm_int8_has_fp16_weight=True, whose weights are not packed; leave it False")
     for head in (model.get_output_embeddings(), getattr(model, "score", None)):
         if isinstance(head, nn.Module) and any(_is_packed(parameter) for parameter in head.parameters()):
             raise ValueError(

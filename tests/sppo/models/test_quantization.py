@@ -243,6 +243,13 @@ def test_quantized_weights_need_an_adapter(tmp_path):
         make(tmp_path, stand_in("bitsandbytes"))
 
 
+def test_eight_bit_weights_that_are_not_packed_are_refused(tmp_path):
+    model = stand_in("bitsandbytes")
+    model.config.quantization_config.llm_int8_has_fp16_weight = True
+    with pytest.raises(ValueError, match="has llm_int8_has_fp16_weight=True, whose weights are not packed"):
+        make(tmp_path, model, lora())
+
+
 def test_sharded_runs_of_quantized_weights_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="quantized weights: sharding them by FSDP was not tried here"):
