@@ -229,6 +229,7 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "max_tokens_per_micro_batch",
             "reward_workers",
             "dynamic_sampling_rounds",
+            "max_turns",
         )
         not_negative = (
             "learning_rate",

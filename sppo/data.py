@@ -334,17 +334,20 @@ def check_dataset(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -
     return dataset
 
 
-def drop_long_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Dataset:
+def drop_long_prompts(dataset: Dataset, encode: Callable[[Mapping[str, Any]], list[int]], limit: int | None) -> Dataset:
     """Drop the rows whose prompts have more than ``limit`` tokens; None keeps all.
+
+    Args:
+        dataset: the rows.
+        encode: returns the tokens of a row's prompt.
+        limit: see above.
 
     Raises:
         ValueError: no row is left.
     """
-    from sppo.rollout import encode
-
     if limit is None:
         return dataset
-    kept = [i for i, prompt in enumerate(dataset["prompt"]) if len(encode(prompt, tokenizer)) <= limit]
+    kept = [i for i, row in enumerate(dataset) if len(encode(row)) <= limit]
     if not kept:
         raise ValueError(f"max_prompt_length={limit} leaves no prompt of {len(dataset)}; increase it")
     if len(kept) < len(dataset):

@@ -37,6 +37,7 @@ from sppo.rewards import BUILTIN, Reward, resolve, score
 from sppo.rewards.builtin import short_answer
 from sppo.rewards.samples import grade, score_samples
 from sppo.rollout import RolloutEngine, Sample, rollout_seed
+from sppo.rollout.episodes import Episodes
 
 FORMAT = 1
 """Version of the layout of the output file."""
@@ -79,6 +80,7 @@ def evaluate(
     overwrite: bool = False,
     identity: Mapping[str, Any] | None = None,
     progress: bool = True,
+    episodes: Episodes | None = None,
 ) -> Evaluation:
     """Answer each problem ``k`` times and grade the answers.
 
@@ -98,6 +100,7 @@ def evaluate(
         overwrite: discard the content of ``output``.
         identity: everything else that affects the completions (weights, maximum length), for the file's header.
         progress: show a progress bar with the fraction of correct answers so far.
+        episodes: samples the completions in place of ``engine``, for example with an environment.
 
     Raises:
         ValueError: ``k`` or ``batch_size`` is below 1, ``k`` is above 1 with greedy decoding, ``output`` holds
@@ -125,12 +128,15 @@ def evaluate(
         with tqdm(total=len(dataset), initial=len(results), unit="problem", disable=not progress) as bar:
             for start in range(len(results), len(dataset), chunk):
                 rows = [dataset[i] for i in range(start, min(start + chunk, len(dataset))) for _ in range(k)]
-                samples = engine.generate(
-                    [row["prompt"] for row in rows],
-                    seed=rollout_seed(seed, _EVALUATION_SEED, start // chunk),
-                    temperature=temperature,
-                    batch_size=batch_size,
-                )
+                sampling: dict[str, Any] = {
+                    "seed": rollout_seed(seed, _EVALUATION_SEED, start // chunk),
+                    "temperature": temperature,
+                    "batch_size": batch_size,
+                }
+                if episodes is None:
+                    samples = engine.generate([row["prompt"] for row in rows], **sampling)
+                else:
+                    samples = episodes.play(rows, **sampling)
                 grade(samples, rows, graders, weights=reward_weights, timeout=timeout, max_failures_shown=3)
                 new_results = [
                     _result(start + i // k, samples[i : i + k], rows[i].get("answer"), graders, timeout)
@@ -330,12 +336,12 @@ def _digest(rows: Iterable[Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def answer_held_out(engine: RolloutEngine, rows: Sequence[dict[str, Any]], args: SPPOConfig) -> list[Sample]:
+def answer_held_out(episodes: Episodes, rows: Sequence[dict[str, Any]], args: SPPOConfig) -> list[Sample]:
     """Answer this process's held-out prompts during training, with the same seed each time."""
     if not rows:
         return []
-    return engine.generate(
-        [row["prompt"] for row in rows],
+    return episodes.play(
+        rows,
         seed=rollout_seed(args.seed, _EVALUATION_SEED, args.process_index),
         temperature=args.eval_temperature,
         batch_size=args.per_device_eval_batch_size,

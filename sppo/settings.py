@@ -67,6 +67,16 @@ class SPPOSettings:
             "False: over the whole vocabulary, which is another distribution than the one that was sampled."
         },
     )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the chat template, for example {enable_thinking: false}. A column of that name takes "
+            "precedence."
+        },
+    )
+    max_turns: int = field(
+        default=8, metadata={"help": "Maximum number of turns of the policy, with an environment or tools."}
+    )
     shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts in each epoch."})
     rollout_engine: str = field(
         default="hf",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,8 +37,9 @@ from sppo.reporting.meter import Meter, gather_lists
 from sppo.reporting.model_card import write_model_card
 from sppo.reporting.trackers import EpochCallback, MetricsFile, SampleCompletions, name_run, prepare_trackers
 from sppo.rewards.samples import RewardFunction, resolve_rewards
-from sppo.rollout import RolloutEngine, encode, make_engine
-from sppo.rollout.prompts import Prompts
+from sppo.rollout import RolloutEngine, encode
+from sppo.rollout.building import build_engine, build_episodes, with_environment
+from sppo.rollout.prompts import Prompts, check_template_settings, prompt_of
 from sppo.rollout.records import ProcessContext, Progress
 from sppo.rollout.stream import RolloutStream
 
@@ -64,6 +65,7 @@ class SPPOTrainer(Trainer):
             ``bf16=True`` in ``args`` it computes in bfloat16.
         reward_funcs: one reward or a list. A reward is ``f(prompts, completions, **columns) -> list[float | None]``,
             the name of a built-in, or ``"module:function"``. With a prompt critic their weighted sum must be in [0, 1].
+            May be left out if the environment has a reward, which comes last in ``reward_weights``.
         args: settings.
         critic: for algorithms with a critic, a sequence-classification model with one label, or its folder or hub name.
             None for a copy of the policy's backbone.
@@ -75,6 +77,10 @@ class SPPOTrainer(Trainer):
         peft_config: a ``peft.LoraConfig``, with which the policy learns only an adapter. The critic learns its own,
             unless ``critic_adapter`` is False in ``args``. A policy loaded with an adapter continues to learn it.
         rollout_engine: your own engine, instead of the one that ``args`` names.
+        rollout_func: a function that samples, in TRL's form; see :class:`sppo.rollout.rollout_func.RolloutFunction`.
+        environment_factory: returns an environment, which answers the policy between its turns; see
+            :mod:`sppo.rollout.environments`.
+        tools: functions that the policy may call, with type hints and a docstring.
 
     Raises:
         ValueError: an argument is invalid, or does not fit the others.
@@ -89,7 +95,7 @@ class SPPOTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | str,
-        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        reward_funcs: RewardFunction | Sequence[RewardFunction] = (),
         *,
         args: SPPOConfig | None = None,
         critic: PreTrainedModel | str | None = None,
@@ -99,18 +105,27 @@ class SPPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
         rollout_engine: RolloutEngine | None = None,
+        rollout_func: Callable[..., dict[str, Any]] | None = None,
+        environment_factory: Callable[[], Any] | None = None,
+        tools: Sequence[Callable[..., Any]] = (),
     ) -> None:
         args = args or SPPOConfig(output_dir="sppo_output")
         args.check_processes()
         policy = load_policy(model)
         self._stored_dtype = stored_dtype(policy)
         tokenizer = check_tokenizer(policy, processing_class)
-        self.reward_funcs = resolve_rewards(reward_funcs, args.reward_weights)
+        self.reward_funcs = resolve_rewards(with_environment(reward_funcs, environment_factory), args.reward_weights)
+
+        def encode_row(row: Mapping[str, Any]) -> list[int]:
+            return encode(prompt_of(row, args, tools), tokenizer)
+
         if train_dataset is not None:
             check_dataset("train_dataset", train_dataset, tokenizer)
-            train_dataset = drop_long_prompts(train_dataset, tokenizer, args.max_prompt_length)
+            check_template_settings(train_dataset, args, tools)
+            train_dataset = drop_long_prompts(train_dataset, encode_row, args.max_prompt_length)
         for name, dataset in named(eval_dataset).items():
             check_dataset(f"eval_dataset {name}".strip(), dataset, tokenizer)
+            check_template_settings(dataset, args, tools)
 
         self.algorithm = algorithm_class(args.algorithm)(args)
         if critic is not None and self.algorithm.critic is None and train_dataset is not None:
@@ -143,30 +158,20 @@ class SPPOTrainer(Trainer):
         if args.log_completions:
             self.add_callback(SampleCompletions(lambda: self.rollouts.samples, self.callback_handler.callbacks))
         actor_critic.check_packing()
-        engine_settings = dict(args.rollout_engine_kwargs or {})
-        if args.bf16 and args.rollout_engine == "vllm":
-            engine_settings.setdefault("dtype", "bfloat16")  # as the policy computes; its weights are float32
-        self.rollout_engine: RolloutEngine = rollout_engine or make_engine(
-            args.rollout_engine,
+        self.rollout_engine = build_engine(
+            self,
             policy,
             tokenizer,
-            engine_settings,
-            max_completion_length=args.max_completion_length,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            return_support=args.replay_sampling_support and train_dataset is not None,
+            given=rollout_engine,
+            rollout_func=rollout_func,
+            trains=train_dataset is not None,
+        )
+        self.episodes = build_episodes(
+            self.rollout_engine, tokenizer, args, environment_factory=environment_factory, tools=tools
         )
         self.tokenizer = tokenizer
         self.meter = Meter()
         if train_dataset is not None:
-            if args.is_truncated and not args.replay_sampling_support:
-                logger.warning(
-                    f"replay_sampling_support=False with top_p={args.top_p}, top_k={args.top_k}, min_p={args.min_p}: "
-                    "log-probabilities are normalized over the vocabulary. Importance ratios and the policy gradient "
-                    "are those of another distribution than the one that was sampled (arXiv 2512.02556, section 3.1); "
-                    "set replay_sampling_support=True"
-                )
             reference, reference_adapter = None, None
             if args.beta > 0 and has_adapter(policy):
                 reference, reference_adapter = policy, initial_adapter(policy)
@@ -177,9 +182,9 @@ class SPPOTrainer(Trainer):
                     train_dataset,
                     seed=args.seed,
                     shuffle=args.shuffle_dataset,
-                    encode=lambda row: encode(row["prompt"], tokenizer),
+                    encode=encode_row,
                 ),
-                engine=self.rollout_engine,
+                episodes=self.episodes,
                 reward_funcs=self.reward_funcs,
                 model=actor_critic,
                 algorithm=self.algorithm,
@@ -361,7 +366,7 @@ class SPPOTrainer(Trainer):
         rows = [dataset[i] for i in range(self.args.process_index, len(dataset), self.args.world_size)]
         # The weights are gathered by all processes, including those without rows.
         with torch.no_grad(), self.accelerator.autocast(), self._gathered_weights():
-            samples = answer_held_out(self.rollout_engine, rows, self.args)
+            samples = answer_held_out(self.episodes, rows, self.args)
         return held_out_metrics(samples, rows, self.reward_funcs, self.args, gather_lists, trainer_state=self.state)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

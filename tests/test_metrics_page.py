@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 from tiny_run import DATASET, make
 
-from sppo import HFRollout
+from sppo import HFRollout, Sample
 
 ROOT = Path(__file__).parent.parent
 ROWS = [
@@ -25,6 +25,14 @@ class Engine(HFRollout):
         for sample in samples:
             sample.logprobs = [-1.0] * len(sample.response_ids)
         return samples
+
+
+class Masking:
+    """Returns responses of two turns."""
+
+    def generate(self, prompts, **settings):
+        facts = {"completion": "a", "prompt_ids": [5], "response_ids": [6, 7, 1], "mask": [True, False, True]}
+        return [Sample(prompt=prompt, truncated=False, **facts) for prompt in prompts]
 
 
 def test_a_run_logs_what_the_page_lists(tmp_path):
@@ -46,13 +54,16 @@ def test_a_run_logs_what_the_page_lists(tmp_path):
         eval_dataset=datasets.Dataset.from_dict(DATASET[:4]),
         rollout_engine=f"{__file__}:Engine",
     )
-    dapo = make(tmp_path / "dapo", has_a, algorithm="dapo", max_steps=1, per_device_train_batch_size=16)
+    dapo = make(tmp_path / "dapo", has_a, algorithm="dapo", overlong_buffer=2, per_device_train_batch_size=16)
     chosen = make(tmp_path / "chosen", has_a, prompt_value_range=[0.1, 0.9], max_steps=1)
-    for run in (trainer, dapo, chosen):
+    played = make(tmp_path / "played", has_a, max_steps=1)
+    played.rollouts.sampler.episodes.engine = Masking()
+    runs = (trainer, dapo, chosen, played)
+    for run in runs:
         run.train()
     logged = {
         name.replace("rewards/has_a", "rewards/NAME")
-        for run in (trainer, dapo, chosen)
+        for run in runs
         for entry in run.state.log_history
         for name in entry
         if not name.endswith("_per_second") or name == "tokens_per_second"

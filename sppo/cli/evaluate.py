@@ -74,6 +74,7 @@ def evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
                 overwrite=arguments.overwrite,
                 identity={**identity, "dataset": name},
                 progress=not args.disable_tqdm,
+                episodes=trainer.episodes,
             )
         metrics[name] = evaluation.metrics
         _add_to_summary(folder / SUMMARY_FILE, {name: {"file": str(output), **evaluation.header, **evaluation.metrics}})

@@ -8,6 +8,8 @@ A recipe has these keys; a missing one has the default of :class:`sppo.SPPOTrain
     train_dataset: {name: train.parquet, drop_duplicates: true}   # a source of sppo.data.load_prompts
     eval_dataset: test.parquet?limit=200
     reward: math                            # a name or module:function, or a list of them
+    environment: my_environment.py:Guess    # answers the policy between its turns (sppo.rollout.environments)
+    tools: [my_tools.py:search]             # functions that the policy may call
     peft_config: {r: 16, target_modules: all-linear}   # arguments of peft.LoraConfig: train an adapter
     adapter: runs/before                    # a folder with an adapter to load into the model
     args: {learning_rate: 1e-6}             # fields of SPPOConfig; output_dir defaults to runs/<recipe>
@@ -47,6 +49,8 @@ _KEY_TYPES: dict[str, tuple[type | types.UnionType, str]] = {
     "train_dataset": (str | dict, _DATASET),
     "eval_dataset": (str | dict, _DATASET),
     "reward": (str | list, "a reward's name or module:function, or a list of them"),
+    "environment": (str, "module:Class of an environment"),
+    "tools": (list, "a list of module:function"),
     "peft_config": (dict, "a mapping of peft.LoraConfig's arguments"),
     "adapter": (str, "a folder with an adapter"),
     "args": (dict, "a mapping of settings"),
@@ -245,7 +249,7 @@ def build_trainer(recipe: Recipe) -> SPPOTrainer:
     Raises:
         ValueError: the recipe lacks a model or a reward, or a part of it cannot be built.
     """
-    for key in ("model", "reward"):
+    for key in ("model",) if recipe.get("environment") else ("model", "reward"):
         if not recipe.get(key):
             raise ValueError(f"the recipe has no {key!r}; give --{key}")
     args = config_from(recipe["args"])
@@ -253,12 +257,14 @@ def build_trainer(recipe: Recipe) -> SPPOTrainer:
     from transformers import set_seed
 
     from sppo import SPPOTrainer
+    from sppo._utils import import_object
     from sppo.data import load_prompts
     from sppo.rewards import resolve
 
-    rewards = [
-        resolve(spec) for spec in (recipe["reward"] if isinstance(recipe["reward"], list) else [recipe["reward"]])
-    ]
+    specs = recipe.get("reward") or []
+    rewards = [resolve(spec) for spec in (specs if isinstance(specs, list) else [specs])]
+    environment = import_object(recipe["environment"]) if recipe.get("environment") else None
+    tools = [import_object(spec) for spec in recipe.get("tools") or []]
     data = {key: load_prompts(recipe[key]) for key in ("train_dataset", "eval_dataset") if recipe.get(key) is not None}
     set_seed(args.seed)  # for weights that a module:function initializes
     model, tokenizer = load_model(recipe["model"], recipe.get("model_kwargs") or {})
@@ -273,6 +279,8 @@ def build_trainer(recipe: Recipe) -> SPPOTrainer:
         critic=_load_critic(recipe.get("critic")),
         processing_class=tokenizer,
         peft_config=_lora_config(recipe.get("peft_config")),
+        environment_factory=environment,
+        tools=tools,
         **data,
     )
     trainer.recipe = recipe

@@ -10,6 +10,7 @@ from transformers.utils import logging
 from sppo._utils import printable
 from sppo.config import SPPOConfig
 from sppo.rewards import Reward, Scores, resolve, score
+from sppo.rewards.scoring import excerpt
 from sppo.rollout.engine import Sample
 
 logger = logging.get_logger(__name__)
@@ -43,25 +44,32 @@ def grade(
         reward_funcs,
         [sample.prompt for sample in samples],
         [sample.completion for sample in samples],
-        {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"} | _trainer_columns(samples),
+        _columns(samples, rows),
         weights=weights,
         timeout=timeout,
         workers=workers,
         trainer_state=trainer_state,
     )
+    errors = [f"{sample.error}; prompt: {excerpt(sample.prompt)}" for sample in samples if sample.error]
+    failures = errors + scores.failures
     for i, (sample, reward) in enumerate(zip(samples, scores.rewards, strict=True)):
-        sample.reward = reward
+        sample.reward = None if sample.error else reward
         sample.logged = scores.log.of_sample(i)
-    for failure in scores.failures[:max_failures_shown]:
+    for failure in failures[:max_failures_shown]:
         logger.warning("%s", printable(failure))
-    if len(scores.failures) > max_failures_shown:
-        logger.warning("%d more failures for %d samples", len(scores.failures) - max_failures_shown, len(samples))
+    if len(failures) > max_failures_shown:
+        logger.warning("%d more failures for %d samples", len(failures) - max_failures_shown, len(samples))
     return scores
 
 
-def _trainer_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """Return the columns that the trainer adds to those of the dataset."""
+def _columns(samples: Sequence[Sample], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the columns of the dataset, of the samples, and those that the trainer adds."""
+    of_dataset = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    names = {name for sample in samples for name in sample.columns}
+    of_samples = {name: [sample.columns.get(name) for sample in samples] for name in sorted(names)}
     return {
+        **of_dataset,
+        **of_samples,
         "completion_ids": [sample.response_ids for sample in samples],
         "completion_lengths": [len(sample.response_ids) for sample in samples],
         "truncated": [sample.truncated for sample in samples],

@@ -264,14 +264,14 @@ def score(
                 totals[i] += weight * result
                 scored[i] |= bool(weight)
             elif result is not None:
-                failures.append(f"reward {name!r} {result}; prompt: {_excerpt(prompts[i])}")
+                failures.append(f"reward {name!r} {result}; prompt: {excerpt(prompts[i])}")
                 failed[i] |= bool(weight)
         means[name] = statistics.fmean(values) if values else math.nan
         stds[name] = statistics.stdev(values) if len(values) > 1 else 0.0 if values else math.nan
     for i, (has_failed, has_score) in enumerate(zip(failed, scored, strict=True)):
         if not has_failed and not has_score and any(weights):
             named = f"reward {names[0]!r}" if len(names) == 1 else "each reward"
-            failures.append(f"{named} returned None; prompt: {_excerpt(prompts[i])}")
+            failures.append(f"{named} returned None; prompt: {excerpt(prompts[i])}")
     # In floating point, weights such as 0.7, 0.2, 0.1 do not add up to 1; rounding makes a full reward exactly 1.
     usable = [(has_score or not any(weights)) and not bad for has_score, bad in zip(scored, failed, strict=True)]
     rewards_or_none = [round(total, 12) if ok else None for total, ok in zip(totals, usable, strict=True)]
@@ -284,7 +284,8 @@ def _check_length(n: int, of: str, /, **lists: Sequence[Any]) -> None:
             raise ValueError(f"{name!r} has {len(values)} values for {n} {of}; give one for each")
 
 
-def _excerpt(prompt: Any, width: int = 80) -> str:
+def excerpt(prompt: Any, width: int = 80) -> str:
+    """Return the beginning of a prompt's text, quoted, for messages."""
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else ""
     line = " ".join(str(text).split())
     return repr(line if len(line) <= width else line[:width] + "...")

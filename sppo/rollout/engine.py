@@ -11,7 +11,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = Any
-"""Text, or chat messages: a list of ``{"role": ..., "content": ...}``."""
+"""Text, chat messages (a list of ``{"role": ..., "content": ...}``), or token ids, as later turns of an episode are."""
+
+
+class ChatPrompt(list):
+    """Chat messages with arguments of the tokenizer's template, such as ``tools`` or ``enable_thinking``.
+
+    Args:
+        messages: the messages.
+        template_kwargs: the arguments.
+    """
+
+    def __init__(self, messages: Sequence[dict[str, Any]], template_kwargs: dict[str, Any]) -> None:
+        super().__init__(messages)
+        self.template_kwargs = template_kwargs
 
 
 @dataclass
@@ -31,6 +44,7 @@ class Sample:
             ``sppo_kernels.Support``, which every support becomes). No token ids stand for the whole
             vocabulary. None if sampling is not truncated, or the engine cannot tell.
         columns: further columns for the rewards.
+        error: why it has no reward, if sampling it failed.
         group: number shared by completions that were sampled together for one prompt.
         reward: None if the completion could not be scored.
         logged: what rewards logged for it, by column of ``completions.jsonl``.
@@ -50,6 +64,7 @@ class Sample:
     logprobs: list[float] | None = None
     support: tuple[Tensor, Tensor] | list[list[int]] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
     group: int = 0
     reward: float | None = None
     logged: dict[str, Any] = field(default_factory=dict)
@@ -97,13 +112,19 @@ class RolloutEngine(Protocol):
 def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokenize a prompt; chat messages go through the tokenizer's template, up to where the answer begins.
 
+    Token ids are returned as they are.
+
     Raises:
         ValueError: the prompt has no tokens.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
+    elif prompt and isinstance(prompt[0], int):
+        ids = list(prompt)
     else:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        settings = prompt.template_kwargs if isinstance(prompt, ChatPrompt) else {}
+        messages = list(prompt)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"prompt {prompt!r} has no tokens; remove such rows from the dataset")
@@ -141,7 +162,7 @@ def make_samples(
     return [
         Sample(
             prompt=prompt,
-            completion=text if isinstance(prompt, str) else [{"role": "assistant", "content": text}],
+            completion=[{"role": "assistant", "content": text}] if _is_chat(prompt) else text,
             prompt_ids=encoded[i],
             response_ids=responses[i],
             truncated=responses[i][-1] not in eos,
@@ -150,3 +171,7 @@ def make_samples(
         )
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     ]
+
+
+def _is_chat(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], int))

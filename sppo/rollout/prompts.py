@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import datasets
 import torch
 
-from sppo.rollout.engine import rollout_seed
+from sppo.rollout.engine import ChatPrompt, Prompt, rollout_seed
+from sppo.settings import SPPOSettings
 
 
 class Prompts:
@@ -70,6 +72,40 @@ class Prompts:
             generator = torch.Generator().manual_seed(rollout_seed(self.seed, epoch))
             self._epoch, self._order = epoch, torch.randperm(len(self.dataset), generator=generator).tolist()
         return self._order[place]
+
+
+def prompt_of(row: Mapping[str, Any], args: SPPOSettings, tools: Sequence[Any] = ()) -> Prompt:
+    """Return a row's prompt; chat messages with the arguments of the template that apply to them.
+
+    Args:
+        row: the row, whose columns ``chat_template_kwargs`` and ``tools`` (schemas, perhaps as JSON) take precedence.
+        args: settings of the run.
+        tools: functions that the template describes.
+    """
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    own = {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+    settings = {**(args.chat_template_kwargs or {}), **own}
+    schemas = row.get("tools")
+    if schemas or tools:
+        settings["tools"] = json.loads(schemas) if isinstance(schemas, str) else schemas or list(tools)
+    return ChatPrompt(prompt, settings) if settings else prompt
+
+
+def check_template_settings(dataset: datasets.Dataset, args: SPPOSettings, tools: Sequence[Any]) -> None:
+    """Check that settings of the chat template have something to act on.
+
+    Raises:
+        ValueError: the prompts are text.
+    """
+    named = {"chat_template_kwargs": args.chat_template_kwargs, "tools": tools}
+    for name, value in named.items():
+        if value and any(isinstance(prompt, str) for prompt in dataset["prompt"]):
+            raise ValueError(
+                f"{name} is for the chat template, and the prompts are text; give chat messages (chat: true), or leave "
+                f"{name} out"
+            )
 
 
 def prompt_hash(prompt_ids: Sequence[int]) -> str:

@@ -15,9 +15,11 @@ from sppo.reporting.meter import Meter
 from sppo.rewards import Reward
 from sppo.rewards.lengths import overlong
 from sppo.rewards.samples import score_samples
-from sppo.rollout.engine import RolloutEngine, Sample, rollout_seed
+from sppo.rollout.engine import Sample, rollout_seed
+from sppo.rollout.episodes import Episodes
 from sppo.rollout.prompts import Prompts
 from sppo.rollout.records import CompletionStats, ProcessContext, Progress
+from sppo.rollout.rollout_func import check_masks
 from sppo.rollout.support import SupportStats, support_metrics, take_supports
 
 logger = logging.get_logger(__name__)
@@ -38,7 +40,7 @@ class RolloutSampler:
 
     Args:
         prompts: the dataset, and the order of its prompts.
-        engine: samples completions.
+        episodes: samples completions.
         reward_funcs: resolved rewards.
         algorithm: says how prompts are chosen, and what is sampled for each.
         args: settings of the run.
@@ -53,7 +55,7 @@ class RolloutSampler:
         self,
         *,
         prompts: Prompts,
-        engine: RolloutEngine,
+        episodes: Episodes,
         reward_funcs: Sequence[Reward],
         algorithm: Algorithm,
         args: SPPOConfig,
@@ -65,7 +67,7 @@ class RolloutSampler:
     ) -> None:
         assert args.num_generations is not None
         self.prompts = prompts
-        self.engine = engine
+        self.episodes = episodes
         self.reward_funcs = reward_funcs
         self.algorithm = algorithm
         self.args = args
@@ -161,14 +163,11 @@ class RolloutSampler:
     def _sample_and_score(self, rows: list[Row], seed: int, temperature: float) -> list[Sample]:
         """Sample a completion of each row's prompt and set its reward."""
         with self.meter.phase("rollout"):
-            samples = self.engine.generate(
-                [row["prompt"] for row in rows],
-                seed=seed,
-                temperature=temperature,
-                batch_size=self.args.rollout_batch_size or len(rows),
-            )
+            batch_size = self.args.rollout_batch_size or len(rows)
+            samples = self.episodes.play(rows, seed=seed, temperature=temperature, batch_size=batch_size)
+            check_masks(samples, self.episodes.name)
             if temperature > 0:
-                take_supports(samples, type(self.engine).__name__, self.args, self.vocab_size)
+                take_supports(samples, self.episodes.name, self.args, self.vocab_size)
         with self.meter.phase("reward"):
             algorithm = self.algorithm
             means = score_samples(

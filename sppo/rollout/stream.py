@@ -28,7 +28,8 @@ from sppo.reporting.meter import Meter
 from sppo.rewards import Reward
 from sppo.rollout.batching import MicroBatch, UpdateSize, length, make_micro_batches
 from sppo.rollout.drift import measure_drifts
-from sppo.rollout.engine import RolloutEngine, Sample
+from sppo.rollout.engine import Sample
+from sppo.rollout.episodes import Episodes
 from sppo.rollout.prompts import Prompts
 from sppo.rollout.records import ProcessContext, Progress, SampleFacts, Update, rollout_batch
 from sppo.rollout.sampling import RolloutSampler, has_rewards
@@ -39,7 +40,7 @@ class RolloutStream(IterableDataset):
 
     Args:
         prompts: order of the prompts.
-        engine: samples completions.
+        episodes: samples completions.
         reward_funcs: resolved rewards.
         model: the policy and critic that are trained.
         algorithm: computes advantages.
@@ -57,7 +58,7 @@ class RolloutStream(IterableDataset):
         self,
         *,
         prompts: Prompts,
-        engine: RolloutEngine,
+        episodes: Episodes,
         reward_funcs: Sequence[Reward],
         model: ActorCritic,
         algorithm: Algorithm,
@@ -78,7 +79,7 @@ class RolloutStream(IterableDataset):
         self.process = process or ProcessContext()
         self.sampler = RolloutSampler(
             prompts=prompts,
-            engine=engine,
+            episodes=episodes,
             reward_funcs=reward_funcs,
             algorithm=algorithm,
             args=args,

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -75,29 +76,45 @@ def warm_started_model(
             raise ValueError(f"{name} must be in [0, 1], got {settings[name]}")
     if hidden_size < 1 or hidden_size % 8:
         raise ValueError(f"hidden_size must be a multiple of 8 (4 heads of even size), got {hidden_size}")
-    file = _cache_folder() / f"chain-{_digest(settings)}.safetensors"
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = _new_model(length, hidden_size, num_hidden_layers)
+    max_tokens = chain.prompt_tokens(length) + chain.completion_tokens(length)
+    model = new_model(chain.ALPHABET, hidden_size, num_hidden_layers, max_tokens, seed=seed)
+
+    def train() -> None:
+        _imitate(
+            model,
+            length,
+            accuracy=accuracy,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            slip=slip,
+            rng=random.Random(seed),
+        )
+
+    cached(model, "chain", settings, train)
+    return model, char_tokenizer()
+
+
+def cached(model: LlamaForCausalLM, name: str, settings: dict[str, Any], train: Callable[[], None]) -> None:
+    """Load the weights of a model from the cache, or train it and save them there.
+
+    Args:
+        model: the model, in its initial state.
+        name: name of the task.
+        settings: what the weights depend on.
+        train: trains the model.
+    """
+    file = _cache_folder() / f"{name}-{_digest(settings)}.safetensors"
     if file.is_file():
         logger.info(f"warm start: loaded from {file}")
         model.load_state_dict(load_file(file))
-        return model.eval(), char_tokenizer()
-    _imitate(
-        model,
-        length,
-        accuracy=accuracy,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        slip=slip,
-        rng=random.Random(seed),
-    )
+        model.eval()
+        return
+    train()
     try:
         _save(model, file)
     except OSError as error:
         logger.warning(f"warm start: not cached for the next run: {error}")
-    return model, char_tokenizer()
 
 
 def char_tokenizer(alphabet: str = chain.ALPHABET) -> PreTrainedTokenizerFast:
@@ -109,21 +126,32 @@ def char_tokenizer(alphabet: str = chain.ALPHABET) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def _new_model(length: int, hidden_size: int, num_hidden_layers: int) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(chain.ALPHABET) + 2,
-            hidden_size=hidden_size,
-            intermediate_size=3 * hidden_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=2 * (chain.prompt_tokens(length) + chain.completion_tokens(length)),
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-        )
+def new_model(
+    alphabet: str, hidden_size: int, num_hidden_layers: int, max_tokens: int, *, seed: int
+) -> LlamaForCausalLM:
+    """Create a transformer with the vocabulary of :func:`char_tokenizer`; the global random state is not changed.
+
+    Args:
+        alphabet: the characters.
+        hidden_size, num_hidden_layers: its size; four heads.
+        max_tokens: number of tokens of the longest sequence in the warm start; twice as many have positions.
+        seed: seed of the weights.
+    """
+    config = LlamaConfig(
+        vocab_size=len(alphabet) + 2,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2 * max_tokens,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
     )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
 
 
 def _imitate(
@@ -138,31 +166,60 @@ def _imitate(
     rng: random.Random,
 ) -> None:
     """Train on worked examples, each used once, until the accuracy or the maximum number of steps is reached."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    nn.Module.to(model, device).train()
     tokenizer = char_tokenizer()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / _WARMUP_STEPS) * (1 - step / max_steps)
-    )
-    reached, engine = 0.0, HFRollout(model, tokenizer, max_completion_length=chain.completion_tokens(length))
+    engine = HFRollout(model, tokenizer, max_completion_length=chain.completion_tokens(length))
     logger.info(
         f"warm start: imitating a teacher who subtracts in the wrong order {slip:.0%} of the time, "
         f"until {accuracy:.0%} of the answers are correct"
     )
+    imitate(
+        model,
+        loss=lambda: _imitation_loss(model, _examples(tokenizer, length, batch_size, slip, rng), length),
+        measure=lambda: _accuracy(engine, length, rng),
+        accuracy=accuracy,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+    )
+
+
+def imitate(
+    model: LlamaForCausalLM,
+    *,
+    loss: Callable[[], Tensor],
+    measure: Callable[[], float],
+    accuracy: float,
+    max_steps: int,
+    learning_rate: float,
+) -> None:
+    """Train a model until it has an accuracy, or for ``max_steps`` steps. It ends on the CPU, in evaluation mode.
+
+    Args:
+        model: the model, trained on a GPU if there is one.
+        loss: returns the loss of the next batch, 0-d.
+        measure: returns the accuracy reached so far, in [0, 1].
+        accuracy: stop at this accuracy.
+        max_steps: maximum number of steps, at which the learning rate reaches 0.
+        learning_rate: peak learning rate.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    nn.Module.to(model, device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / _WARMUP_STEPS) * (1 - step / max_steps)
+    )
+    reached = 0.0
     with tqdm(total=max_steps, desc="warm start", unit="step", mininterval=1) as progress:
         for step in range(1, max_steps + 1):
-            tokens = _examples(tokenizer, length, batch_size, slip, rng).to(device)
-            loss = _imitation_loss(model, tokens, length)
-            loss.backward()
+            value = loss()
+            value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             progress.update()
             if step % _CHECK_STEPS == 0:
-                reached = _accuracy(engine, length, rng)
-                progress.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{reached:.2f}", refresh=False)
+                reached = measure()
+                progress.set_postfix(loss=f"{value.item():.2f}", accuracy=f"{reached:.2f}", refresh=False)
                 if reached >= accuracy:
                     break
     logger.info(f"warm start: {step} steps, accuracy {reached:.2f}")
@@ -179,6 +236,7 @@ def _examples(tokenizer: PreTrainedTokenizerFast, length: int, count: int, slip:
 def _imitation_loss(model: LlamaForCausalLM, tokens: Tensor, length: int) -> Tensor:
     """Compute the mean cross-entropy of the completions, a 0-d tensor."""
     start = chain.prompt_tokens(length)
+    tokens = tokens.to(model.device)
     logits = model(tokens[:, :-1]).logits[:, start - 1 :]
     return cross_entropy(logits.flatten(0, 1), tokens[:, start:].flatten())
 

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sppo.rollout import Sample
-from sppo.rollout.batching import balance_by_tokens, length, make_micro_batches, num_micro_batches
+from sppo.rollout.batching import (
+    balance_by_tokens,
+    length,
+    make_micro_batches,
+    num_micro_batches,
+    pack_policy_batch,
+)
+from sppo_kernels import Support
 
 
 def a_sample(prompt, response, reward=1.0, **facts):
@@ -34,6 +41,26 @@ def test_one_micro_batch():
     assert batch["prompt_cu_seqlens"].tolist() == [0, 2, 3]
     assert batch["last_index"].tolist() == [1, 1, 2]
     assert batch["outcomes"].tolist() == [1.0, 0.5, 0.0]
+
+
+def test_what_the_policy_did_not_write_is_context_without_a_loss():
+    sample = a_sample(
+        [5, 6],
+        [7, 1, 8, 9, 2, 1],
+        mask=[True, True, False, False, True, True],
+        advantage=torch.tensor([0.1, 0.2, 0.3, 0.4]),
+        logprobs=[-1.0, -2.0, 0.0, 0.0, -3.0, -4.0],
+        support=Support.of([[7, 1], [1], [], [], [2, 3], []]),
+    )
+    assert (sample.num_policy_tokens, sample.num_turns, sample.policy_positions) == (4, 2, [0, 1, 4, 5])
+    batch = pack_policy_batch([sample])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1, 8, 9, 2]]
+    assert batch["response_index"].tolist() == [1, 2, 5, 6]
+    assert batch["response_ids"].tolist() == [7, 1, 2, 1]
+    assert batch["response_cu_seqlens"].tolist() == [0, 4]
+    assert batch["rollout_logprobs"].tolist() == [-1.0, -2.0, -3.0, -4.0]
+    assert batch["support_ids"].tolist() == [7, 1, 1, 2, 3]
+    assert batch["support_offsets"].tolist() == [0, 2, 3, 5, 5]
 
 
 def test_a_prompt_is_read_once_in_an_update_whichever_micro_batches_its_responses_are_in():

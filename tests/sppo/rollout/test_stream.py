@@ -25,7 +25,7 @@ def test_a_process_without_samples_starts_its_critic_like_the_others():
     args = SPPOConfig("out", use_cpu=True)
     stream = RolloutStream(
         prompts=Prompts(datasets.Dataset.from_dict({"prompt": ["p"]}), seed=0, shuffle=False),
-        engine=None,
+        episodes=None,
         reward_funcs=[],
         model=SimpleNamespace(critic=PromptCritic(critic)),
         algorithm=SPPO(args),

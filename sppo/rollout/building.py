@@ -1,0 +1,114 @@
+"""Construction of what samples, from the settings and arguments of a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from sppo.config import SPPOConfig
+from sppo.rewards import Reward
+from sppo.rewards.samples import RewardFunction
+from sppo.rollout import RolloutEngine, make_engine
+from sppo.rollout.engine import eos_tokens
+from sppo.rollout.environments import ToolEnvironment, as_environment
+from sppo.rollout.episodes import Episodes, MultiTurn, SingleTurn
+from sppo.rollout.rollout_func import RolloutFunction
+
+logger = logging.get_logger(__name__)
+
+
+def build_engine(
+    trainer: Any,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    given: RolloutEngine | None,
+    rollout_func: Callable[..., Any] | None,
+    trains: bool,
+) -> RolloutEngine:
+    """Build the rollout engine, and warn where it samples from another distribution than the one that is trained.
+
+    Args:
+        trainer: an argument of ``rollout_func``.
+        policy, tokenizer: the policy and its tokenizer.
+        given: an engine to use as it is.
+        rollout_func: a function to use as the engine.
+        trains: whether there is a training dataset.
+
+    Raises:
+        ValueError: both an engine and a function are given, or the settings name no engine.
+    """
+    args: SPPOConfig = trainer.args
+    if given is not None and rollout_func is not None:
+        raise ValueError("rollout_engine and rollout_func are both given; give one of them")
+    if trains and args.is_truncated and not args.replay_sampling_support:
+        logger.warning(
+            f"replay_sampling_support=False with top_p={args.top_p}, top_k={args.top_k}, min_p={args.min_p}: "
+            "log-probabilities are normalized over the vocabulary. Importance ratios and the policy gradient "
+            "are those of another distribution than the one that was sampled (arXiv 2512.02556, section 3.1); "
+            "set replay_sampling_support=True"
+        )
+    if rollout_func is not None:
+        return RolloutFunction(rollout_func, trainer, tokenizer, eos_tokens(policy, tokenizer))
+    if given is not None:
+        return given
+    settings = dict(args.rollout_engine_kwargs or {})
+    if args.bf16 and args.rollout_engine == "vllm":
+        settings.setdefault("dtype", "bfloat16")  # as the policy computes; its weights are float32
+    return make_engine(
+        args.rollout_engine,
+        policy,
+        tokenizer,
+        settings,
+        max_completion_length=args.max_completion_length,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        return_support=args.replay_sampling_support and trains,
+    )
+
+
+def build_episodes(
+    engine: RolloutEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SPPOConfig,
+    *,
+    environment_factory: Callable[[], Any] | None,
+    tools: Sequence[Callable[..., Any]],
+) -> Episodes:
+    """Build what plays episodes: one turn, or several with an environment or tools.
+
+    Raises:
+        TypeError: what ``environment_factory`` makes is no environment.
+    """
+    if environment_factory is not None:
+        as_environment(environment_factory(), tools)  # fails here rather than in the first rollout
+        return MultiTurn(engine, lambda: as_environment(environment_factory(), tools), tokenizer, args)
+    if tools:
+        return MultiTurn(engine, lambda: ToolEnvironment(tools), tokenizer, args)
+    return SingleTurn(engine, args)
+
+
+def with_environment(
+    reward_funcs: RewardFunction | Sequence[RewardFunction], environment_factory: Callable[[], Any] | None
+) -> list[RewardFunction]:
+    """Return the rewards, and after them that of the environment, if it may have one.
+
+    Raises:
+        ValueError: there is no reward.
+    """
+    rewards = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [cast(RewardFunction, reward_funcs)]
+    if environment_factory is not None:
+        environment = environment_factory()
+        if hasattr(environment, "reward") or hasattr(environment, "get_reward") or hasattr(environment, "rubric"):
+            rewards.append(Reward(type(environment).__name__, _environment_rewards))
+    if not rewards:
+        raise ValueError("reward_funcs is empty; give a reward, or an environment with one")
+    return rewards
+
+
+def _environment_rewards(environment_rewards: Sequence[Any]) -> list[Any]:
+    return list(environment_rewards)
