@@ -16,6 +16,7 @@ from transformers.trainer_utils import HubStrategy
 
 from sppo.algorithms import ALGORITHMS, algorithm_class, readers_of
 from sppo.presets import preset
+from sppo.rollout.generation import check_generation_settings
 from sppo.rollout.support import is_truncated
 from sppo.settings import SPPOSettings
 from sppo_kernels.ops.policy_loss import AGGREGATIONS, RATIO_LEVELS, ROLLOUT_CORRECTIONS
@@ -59,6 +60,7 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
         self._check_ranges()
         self._check_shapes()
         self._check_readers()
+        check_generation_settings(self)
 
     def _apply_defaults(self, defaults: dict[str, Any]) -> None:
         if self.epsilon is not None and self.epsilon_high is None:

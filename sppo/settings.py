@@ -60,6 +60,20 @@ class SPPOSettings:
         default=None,
         metadata={"help": "Sample among tokens with at least this share of the largest probability. None: all."},
     )
+    stop_strings: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "End a response with the token that completes one of these texts, which stays in it. The text "
+            "includes special tokens. None: only at end-of-sequence tokens."
+        },
+    )
+    generation_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of the engine's sampling: of transformers' GenerationConfig, or of vLLM's "
+            "SamplingParams. Those that change the distribution are not part of the log-probabilities."
+        },
+    )
     replay_sampling_support: bool = field(
         default=True,
         metadata={

@@ -14,6 +14,9 @@ from typing import Any
 from sppo._utils import ADAPTER_CONFIG, SUMMARY_FILE, atomic_write
 from sppo.cli.recipes import Recipe, build_trainer, config_from, override, read_recipe
 
+_SAMPLING = ("max_completion_length", "stop_strings", "top_p", "top_k", "min_p", "generation_kwargs", "bf16", "fp16")
+"""Settings that affect the completions, in the header of an evaluation's file."""
+
 # torch, transformers and datasets are imported where they are needed, so that wrong input fails at once.
 
 
@@ -48,7 +51,7 @@ def evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     identity = {
         "model": recipe["model"],
         **model_identity(trainer.accelerator.unwrap_model(trainer.model), trainer.tokenizer),
-        **{name: getattr(args, name) for name in ("max_completion_length", "top_p", "top_k", "min_p", "bf16", "fp16")},
+        **{name: getattr(args, name) for name in _SAMPLING},
     }
     folder = Path(str(args.output_dir), "eval")
     metrics = {}
@@ -92,7 +95,7 @@ def _resolve_target(arguments: argparse.Namespace, overrides: dict[str, str]) ->
         Path(arguments.target, n).is_file() for n in ("config.json", ADAPTER_CONFIG)
     )
     if is_checkpoint:
-        settings = {"output_dir": arguments.target, **_completion_length(arguments.target)}
+        settings = {"output_dir": arguments.target, **_completion_end(arguments.target)}
         recipe = {"model": arguments.target, "args": settings}
     elif arguments.target:
         recipe = read_recipe(arguments.target, trust_code=arguments.trust_recipe_code)
@@ -118,11 +121,11 @@ def _resolve_target(arguments: argparse.Namespace, overrides: dict[str, str]) ->
     return recipe, dict(zip(_dataset_names(sources), sources, strict=True))
 
 
-def _completion_length(folder: str) -> dict[str, int]:
-    """Return ``max_completion_length`` of the run that saved a model, or nothing if its folder does not record it."""
+def _completion_end(folder: str) -> dict[str, Any]:
+    """Return where completions ended in the run that saved a model, or nothing if its folder does not record it."""
     file = Path(folder, "training_args.json")
     settings = json.loads(file.read_text()) if file.is_file() else {}
-    return {name: settings[name] for name in ("max_completion_length",) if name in settings}
+    return {name: settings[name] for name in ("max_completion_length", "stop_strings") if settings.get(name)}
 
 
 def _dataset_names(sources: Sequence[Any]) -> list[str]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from sppo.config import SPPOConfig
 from sppo.rewards import Reward
@@ -15,9 +14,8 @@ from sppo.rollout import RolloutEngine, make_engine
 from sppo.rollout.engine import eos_tokens
 from sppo.rollout.environments import ToolEnvironment, as_environment
 from sppo.rollout.episodes import Episodes, MultiTurn, SingleTurn
+from sppo.rollout.generation import check_own_engine, sampling_settings, warn_of_other_distribution
 from sppo.rollout.rollout_func import RolloutFunction
-
-logger = logging.get_logger(__name__)
 
 
 def build_engine(
@@ -44,13 +42,10 @@ def build_engine(
     args: SPPOConfig = trainer.args
     if given is not None and rollout_func is not None:
         raise ValueError("rollout_engine and rollout_func are both given; give one of them")
-    if trains and args.is_truncated and not args.replay_sampling_support:
-        logger.warning(
-            f"replay_sampling_support=False with top_p={args.top_p}, top_k={args.top_k}, min_p={args.min_p}: "
-            "log-probabilities are normalized over the vocabulary. Importance ratios and the policy gradient "
-            "are those of another distribution than the one that was sampled (arXiv 2512.02556, section 3.1); "
-            "set replay_sampling_support=True"
-        )
+    if given is not None or rollout_func is not None:
+        check_own_engine(args)
+    if trains:
+        warn_of_other_distribution(args, is_truncated=args.is_truncated)
     if rollout_func is not None:
         return RolloutFunction(rollout_func, trainer, tokenizer, eos_tokens(policy, tokenizer))
     if given is not None:
@@ -63,10 +58,7 @@ def build_engine(
         policy,
         tokenizer,
         settings,
-        max_completion_length=args.max_completion_length,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
+        **sampling_settings(args),
         return_support=args.replay_sampling_support and trains,
     )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from sppo.rollout.engine import Prompt, Sample, encode, make_samples, until_end
+from sppo.rollout.ending import Ending, samples_of
+from sppo.rollout.engine import Prompt, Sample, encode
 from sppo.rollout.hf import HFRollout
 from sppo.rollout.support import SupportRecorder
 
@@ -23,11 +24,29 @@ class ContinuousRollout(HFRollout):
     transformers has no option that returns the kept tokens. They are recorded by a logits processor that is appended
     to those of its manager, in internals of transformers 5.24.
 
+    Nor has it stop strings. A request that completes one is finished where it would be at an end-of-sequence token.
+
     Args:
-        policy, tokenizer, max_completion_length, top_p, top_k, min_p, return_support: see :class:`sppo.HFRollout`.
+        policy, tokenizer, max_completion_length, top_p, top_k, min_p, return_support, stop_strings: see
+            :class:`sppo.HFRollout`.
+        generation_kwargs: further arguments of ``transformers.GenerationConfig``, of those that depend only on the
+            logits of a token: continuous batching has not the tokens before it.
         settings: arguments of ``transformers.generation.ContinuousBatchingConfig``, such as ``max_batch_tokens``.
             Without a GPU ``num_blocks`` defaults to 64, because transformers derives it from the memory of a GPU.
+
+    Raises:
+        ValueError: an argument does not work with continuous batching.
     """
+
+    _GENERATION_KWARGS = (
+        "suppress_tokens",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "top_h",
+        "renormalize_logits",
+        "remove_invalid_values",
+    )
 
     def __init__(
         self,
@@ -39,6 +58,8 @@ class ContinuousRollout(HFRollout):
         top_k: int = 0,
         min_p: float | None = None,
         return_support: bool = True,
+        stop_strings: Sequence[str] | None = None,
+        generation_kwargs: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(
@@ -49,7 +70,15 @@ class ContinuousRollout(HFRollout):
             top_k=top_k,
             min_p=min_p,
             return_support=return_support,
+            stop_strings=stop_strings,
+            generation_kwargs=generation_kwargs,
         )
+        for name in self.generation_kwargs:
+            if name not in self._GENERATION_KWARGS:
+                raise ValueError(
+                    f"generation_kwargs: {name!r} does not work with rollout_engine='continuous', which has only "
+                    f"{', '.join(self._GENERATION_KWARGS)}; use rollout_engine='hf' or 'vllm'"
+                )
         ContinuousBatchingConfig(**settings)  # raises now if it has no such setting
         if self.records_support and settings.get("use_async_batching"):
             raise ValueError(
@@ -68,14 +97,20 @@ class ContinuousRollout(HFRollout):
         encoded = [encode(prompt, self.tokenizer) for prompt in prompts]
         generation = self._settings(temperature)
         recorder = SupportRecorder() if self.records_support and temperature > 0 else None
-        with self.sampling(seed, generation), _recording(self.policy, recorder):
+        ending = self.ending()
+        with (
+            self.sampling(seed, generation),
+            _hooked(self.policy, recorder, self.on_progress, len(encoded)),
+            _stopping(ending) if ending.stop_strings else nullcontext(),
+        ):
             outputs = self._run(encoded, generation, seed, batch_size)
-        responses = [until_end(output.generated_tokens, self.eos_ids) for output in outputs]
-        logprobs = [output.logprobs[: len(response)] for output, response in zip(outputs, responses, strict=True)]
+        responses = [ending.cut(output.generated_tokens) for output in outputs]
+        lengths = [len(response.tokens) for response in responses]
+        logprobs = [output.logprobs[:length] for output, length in zip(outputs, lengths, strict=True)]
         supports = None
         if recorder is not None:
-            supports = recorder.supports({o.request_id: len(r) for o, r in zip(outputs, responses, strict=True)})
-        return make_samples(prompts, encoded, responses, self.tokenizer, self.eos_ids, logprobs, supports)
+            supports = recorder.supports({o.request_id: n for o, n in zip(outputs, lengths, strict=True)})
+        return samples_of(prompts, encoded, responses, self.tokenizer, logprobs, supports)
 
     def _run(self, encoded: list[list[int]], generation: GenerationConfig, seed: int, batch_size: int) -> list[Any]:
         on_gpu = self.policy.device.type == "cuda"
@@ -137,30 +172,87 @@ class _StepRecorder:
 
 
 @contextmanager
-def _recording(policy: PreTrainedModel, recorder: SupportRecorder | None) -> Iterator[None]:
-    """Record what the policy's continuous batching keeps within a context.
+def _hooked(
+    policy: PreTrainedModel,
+    recorder: SupportRecorder | None,
+    on_progress: Callable[[int, int], None] | None,
+    num_requests: int,
+) -> Iterator[None]:
+    """Record what the policy's continuous batching keeps, and report finished requests, within a context.
 
     Raises:
         RuntimeError: transformers has other internals than those this requires.
     """
-    if recorder is None:
+    if recorder is None and on_progress is None:
         yield
         return
     model = cast(Any, policy)
     init, steps = model.init_continuous_batching, []
 
-    def init_with_recorder(*args: Any, **kwargs: Any) -> Any:
+    def init_with_hooks(*args: Any, **kwargs: Any) -> Any:
         manager = init(*args, **kwargs)
-        steps.append(_append_recorder(manager, recorder))
+        if recorder is not None:
+            steps.append(_append_recorder(manager, recorder))
+        if on_progress is not None:
+            manager.get_result = _counting(manager.get_result, on_progress, num_requests)
         return manager
 
-    model.init_continuous_batching = init_with_recorder
+    model.init_continuous_batching = init_with_hooks
     try:
         yield
         for step in steps:
             step.flush()
     finally:
         del model.init_continuous_batching
+
+
+def _counting(
+    get_result: Callable[..., Any], on_progress: Callable[[int, int], None], num_requests: int
+) -> Callable[..., Any]:
+    """Return ``get_result`` of a manager such that it reports how many requests are finished."""
+    done = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        result = get_result(*args, **kwargs)
+        if result is not None and result.is_finished():
+            done += 1
+            on_progress(done, num_requests)
+        return result
+
+    return counted
+
+
+@contextmanager
+def _stopping(ending: Ending) -> Iterator[None]:
+    """Finish requests of continuous batching at stop strings within a context.
+
+    Raises:
+        RuntimeError: transformers has other internals than those this requires.
+    """
+    try:
+        from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+
+        state_class = cast(Any, RequestState)
+        update = state_class.update_and_check_completion
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"rollout_engine='continuous' cannot stop at stop_strings with transformers {transformers.__version__} "
+            f"({error}); use rollout_engine='hf'"
+        ) from error
+
+    def update_and_check_completion(state: Any, *args: Any, **kwargs: Any) -> bool:
+        finished = update(state, *args, **kwargs)
+        if not finished and ending.has_stop_string(state.generated_tokens[-ending.window :]):
+            state.status = RequestStatus.FINISHED
+            finished = True
+        return finished
+
+    state_class.update_and_check_completion = update_and_check_completion
+    try:
+        yield
+    finally:
+        state_class.update_and_check_completion = update
 
 
 def _append_recorder(manager: Any, recorder: SupportRecorder) -> _StepRecorder:

@@ -96,7 +96,12 @@ class Sample:
 
 
 class RolloutEngine(Protocol):
-    """Samples completions from the current policy."""
+    """Samples completions from the current policy.
+
+    An engine may have an attribute ``on_progress``, a function that it calls with the number of finished completions
+    and their total as completions finish, or None. It may also have a method ``skip()``: in a run of several processes,
+    one that has no prompts calls it where the others call :meth:`generate`.
+    """
 
     def generate(self, prompts: Sequence[Prompt], *, seed: int, temperature: float, batch_size: int) -> list[Sample]:
         """Sample one completion of each prompt.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -14,13 +14,16 @@ from transformers import (
     MinPLogitsWarper,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from sppo.models.packed_attention import use_attention
-from sppo.rollout.engine import Prompt, Sample, encode, eos_tokens, make_samples, until_end
+from sppo.rollout.ending import Ending, ReportProgress, Response, StopAtStrings, samples_of
+from sppo.rollout.engine import Prompt, Sample, encode, eos_tokens
+from sppo.rollout.generation import check_known
 from sppo.rollout.support import SupportRecorder, is_truncated
 from sppo_kernels import Support
 
@@ -37,9 +40,16 @@ class HFRollout:
         max_completion_length: maximum number of tokens per completion.
         top_p, top_k, min_p: 1, 0 and None for plain sampling.
         return_support: whether samples from a truncated distribution have ``support``, the tokens that were kept.
+        stop_strings: texts that end a response.
+        generation_kwargs: further arguments of ``transformers.GenerationConfig``.
         cache_implementation: None for a cache that grows, ``"static"`` for one of fixed size, with which transformers
             compiles the decoding step on a GPU (docs/training.md has measurements).
+
+    Raises:
+        ValueError: ``GenerationConfig`` has no such argument.
     """
+
+    on_progress: Callable[[int, int], None] | None = None
 
     def __init__(
         self,
@@ -51,6 +61,8 @@ class HFRollout:
         top_k: int = 0,
         min_p: float | None = None,
         return_support: bool = True,
+        stop_strings: Sequence[str] | None = None,
+        generation_kwargs: Mapping[str, Any] | None = None,
         cache_implementation: str | None = None,
     ) -> None:
         self.policy = policy
@@ -60,6 +72,9 @@ class HFRollout:
         self.top_k = top_k
         self.min_p = min_p
         self.records_support = return_support and is_truncated(top_p, top_k, min_p)
+        self.stop_strings = stop_strings
+        self.generation_kwargs = dict(generation_kwargs or {})
+        check_known(self.generation_kwargs, vars(GenerationConfig()), "transformers' GenerationConfig")
         self.cache_implementation = cache_implementation
         self.attention = policy.config._attn_implementation
         self.eos_ids = eos_tokens(policy, tokenizer)
@@ -68,22 +83,33 @@ class HFRollout:
     def generate(self, prompts: Sequence[Prompt], *, seed: int, temperature: float, batch_size: int) -> list[Sample]:
         """See :class:`sppo.RolloutEngine`. The global random state does not change."""
         encoded = [encode(prompt, self.tokenizer) for prompt in prompts]
-        responses: list[list[int]] = []
+        responses: list[Response] = []
         supports: list[Support] = []
         settings = self._settings(temperature)
         recording = None
         if self.records_support and temperature > 0:
             recording = RecordingWarper(settings)
             settings.update(temperature=1.0, top_k=0, top_p=1.0, min_p=None)  # so that nothing is applied twice
+        ending = self.ending()
         with self.sampling(seed, settings):
             for start in range(0, len(encoded), batch_size):
-                batch = self._generate_batch(encoded[start : start + batch_size], recording)
+                report = self._progress(start, len(encoded))
+                batch = self._generate_batch(encoded[start : start + batch_size], recording, ending, report)
                 responses += batch
                 if recording is not None:
-                    supports += recording.pop([len(response) for response in batch])
-        return make_samples(
-            prompts, encoded, responses, self.tokenizer, self.eos_ids, supports=None if recording is None else supports
-        )
+                    supports += recording.pop([len(response.tokens) for response in batch])
+                if report is not None:
+                    report(len(batch))
+        return samples_of(prompts, encoded, responses, self.tokenizer, supports=None if recording is None else supports)
+
+    def ending(self) -> Ending:
+        """Return what ends responses."""
+        return Ending(self.eos_ids, self.tokenizer, self.stop_strings)
+
+    def _progress(self, before: int, total: int) -> Callable[[int], None] | None:
+        """Return a function that reports how many completions of a batch are finished, after those before it."""
+        on_progress = self.on_progress
+        return None if on_progress is None else lambda done: on_progress(before + done, total)
 
     @contextmanager
     def sampling(self, seed: int, settings: GenerationConfig) -> Iterator[None]:
@@ -100,19 +126,28 @@ class HFRollout:
             self.policy.generation_config = own_settings
             self.policy.train(training)
 
-    def _generate_batch(self, encoded: list[list[int]], recording: RecordingWarper | None) -> list[list[int]]:
+    def _generate_batch(
+        self,
+        encoded: list[list[int]],
+        recording: RecordingWarper | None,
+        ending: Ending,
+        report: Callable[[int], None] | None,
+    ) -> list[Response]:
         width = max(map(len, encoded))
         pad = self.tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded], device=self.policy.device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=self.policy.device)
+        stop = StopAtStrings(ending, width) if ending.stop_strings else None
+        progress = None if report is None else ReportProgress(report, ending, width, stop)
         # synced_gpus=False: each process samples for as long as its own responses take.
         output = cast(Any, self.policy).generate(
             input_ids=input_ids,
             attention_mask=mask,
             logits_processor=LogitsProcessorList([] if recording is None else [recording]),
+            stopping_criteria=StoppingCriteriaList([each for each in (stop, progress) if each is not None]),
             synced_gpus=False,
         )
-        return [until_end(row, self.eos_ids) for row in output[:, width:].tolist()]
+        return [ending.cut(row) for row in output[:, width:].tolist()]
 
     def _settings(self, temperature: float) -> GenerationConfig:
         sampling: dict[str, Any] = {"do_sample": False}
@@ -126,6 +161,7 @@ class HFRollout:
             use_cache=True,
             cache_implementation=self.cache_implementation,
             **sampling,
+            **self.generation_kwargs,
         )
 
 

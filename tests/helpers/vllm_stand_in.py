@@ -1,4 +1,4 @@
-"""What the documentation's example needs of vLLM, without its engine: sampling by transformers, with masks."""
+"""Stand-ins for vLLM: one samples with transformers, for the documentation's example; one records how it is called."""
 
 from __future__ import annotations
 
@@ -48,4 +48,48 @@ def module() -> ModuleType:
     """Return the stand-in as a module."""
     vllm = ModuleType("vllm")
     vllm.LLM, vllm.SamplingParams = LLM, SamplingParams
+    return vllm
+
+
+class RecordingLLM:
+    """Answers each prompt with two tokens, and records the names of the calls with what distinguishes them."""
+
+    def __init__(self, model: str, **settings):
+        self.calls: list[tuple] = []
+        self.settings = settings
+        self.llm_engine = self
+
+    def step(self):
+        return self.finished
+
+    def collective_rpc(self, method, kwargs):
+        self.calls.append((method, len(list(kwargs["weights_iterator"]))))
+
+    def reset_prefix_cache(self):
+        self.calls.append(("reset_prefix_cache",))
+
+    def sleep(self, level):
+        self.calls.append(("sleep", level))
+
+    def wake_up(self, tags):
+        self.calls.append(("wake_up", *tags))
+
+    def generate(self, prompts, params, *, use_tqdm):
+        """Run a step in which nothing finishes, then one in which all but one do, then one in which the last does."""
+        assert not use_tqdm
+        self.calls.append(("generate", len(prompts)))
+        for finished in ([], [True] * (len(prompts) - 1), [True]):
+            self.finished = [SimpleNamespace(finished=each) for each in finished]
+            self.llm_engine.step()
+        logprobs = [{5: SimpleNamespace(logprob=-1.0)}, {1: SimpleNamespace(logprob=-2.0)}]
+        output = SimpleNamespace(token_ids=[5, 1], logprobs=logprobs, finish_reason="stop", sampling_mask=None)
+        return [SimpleNamespace(outputs=[output]) for _ in prompts]
+
+
+def recording_module(*, has_sleep_mode: bool = True) -> ModuleType:
+    """Return the stand-in that records its calls as a module, which is to be ``vllm`` and ``vllm.platforms``."""
+    vllm = ModuleType("vllm")
+    vllm.LLM = RecordingLLM
+    vllm.SamplingParams = type("SamplingParams", (SimpleNamespace,), {"__struct_fields__": ("presence_penalty",)})
+    vllm.current_platform = SimpleNamespace(is_sleep_mode_available=lambda: has_sleep_mode, device_type="cpu")
     return vllm

@@ -194,6 +194,42 @@ def test_adapters_are_merged_when_weights_are_copied():
     assert logits.argmax(-1)[:-1].tolist() == sample.response_ids
 
 
+def test_stop_strings_and_progress():
+    """A response ends where it would if stop strings were searched afterwards."""
+    from sppo.rollout.ending import Ending
+    from sppo.rollout.vllm import VLLMRollout
+
+    given = {"seed": 0, "temperature": 1.5, "batch_size": 16}
+    model, stops, reports = servable(), ["7", "b c", "g h", "e"], []
+    ENGINES.append(plain := VLLMRollout(model, char_tokenizer(), max_completion_length=16, **SMALL))
+    whole = plain.generate(DATASET["prompt"], **given)
+    engine = VLLMRollout(model, char_tokenizer(), max_completion_length=16, stop_strings=stops, **SMALL)
+    ENGINES.append(engine)
+    engine.on_progress = lambda *numbers: reports.append(numbers)
+    stopped = engine.generate(DATASET["prompt"], **given)
+    end = Ending(engine.eos_ids, engine.tokenizer, stops)
+    assert [(s.response_ids, s.truncated) for s in stopped] == [end.cut(s.response_ids) for s in whole]
+    assert all(len(s.logprobs) == len(s.response_ids) for s in stopped)
+    assert sum(len(a.response_ids) < len(b.response_ids) for a, b in zip(stopped, whole, strict=True)) > 4
+    assert len(reports) > 1
+    assert reports == sorted(set(reports))
+    assert reports[-1] == (36, 36)
+
+
+def test_further_arguments_of_the_sampling():
+    from sppo.rollout.vllm import VLLMRollout
+
+    kwargs = {"logit_bias": {5: -100.0}, "structured_outputs": {"regex": "[0-9]*"}}
+    engine = VLLMRollout(servable(), char_tokenizer(), max_completion_length=8, generation_kwargs=kwargs, **SMALL)
+    ENGINES.append(engine)
+    samples = engine.generate(DATASET["prompt"], seed=0, temperature=1.0, batch_size=16)
+    assert {token for s in samples for token in s.response_ids} <= {1, *range(2, 12)} - {5}
+    with pytest.raises(ValueError, match="SamplingParams has no 'logit_bia'; did you mean 'logit_bias'"):
+        VLLMRollout(servable(), char_tokenizer(), max_completion_length=8, generation_kwargs={"logit_bia": 1}, **SMALL)
+    with pytest.raises(ValueError, match="vLLM has no sleep mode on cpu"):
+        VLLMRollout(servable(), char_tokenizer(), max_completion_length=8, enable_sleep_mode=True, **SMALL)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_engine_reports_what_the_trainers_function_computes(dtype, monkeypatch):
     """From the hidden states that the engine had, in another batch, the log-probabilities have the same bits."""
