@@ -83,11 +83,13 @@ _MACHINE_SETTINGS = (
     "reward_workers",
     "accelerator_config",
     "resume_from_checkpoint",
+    "vllm_server_",
     "_n_gpu",
 )
 _MEMORY_SETTINGS = (
     "rollout_batch_size",
     "rollout_engine_kwargs",
+    "vllm_enable_sleep_mode",
     "max_tokens_per_micro_batch",
     "logits_budget_bytes",
     "logprobs_backward",

@@ -16,7 +16,7 @@ from transformers.trainer_utils import HubStrategy
 
 from sppo.algorithms import ALGORITHMS, algorithm_class, readers_of
 from sppo.presets import preset
-from sppo.rollout.generation import check_generation_settings
+from sppo.rollout.generation import VLLM_MODES, check_engine_settings, check_generation_settings
 from sppo.rollout.support import is_truncated
 from sppo.settings import SPPOSettings
 from sppo_kernels.ops.policy_loss import AGGREGATIONS, RATIO_LEVELS, ROLLOUT_CORRECTIONS
@@ -61,6 +61,7 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
         self._check_shapes()
         self._check_readers()
         check_generation_settings(self)
+        check_engine_settings(self)
 
     def _apply_defaults(self, defaults: dict[str, Any]) -> None:
         if self.epsilon is not None and self.epsilon_high is None:
@@ -167,6 +168,7 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "scale_rewards": ("group", "batch", "none"),
             "full_disk": ("stop", "continue"),
             "save_dtype": (None, "float32", "bfloat16"),
+            "vllm_mode": VLLM_MODES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -232,6 +234,7 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "reward_workers",
             "dynamic_sampling_rounds",
             "max_turns",
+            "vllm_server_port",
         )
         not_negative = (
             "learning_rate",
@@ -248,6 +251,7 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "entropy_coef",
             "rollout_floor",
             "overlong_buffer",
+            "vllm_server_timeout",
         )
         positive = (
             "temperature",

@@ -339,6 +339,8 @@ def _digest(rows: Iterable[Any]) -> str:
 def answer_held_out(episodes: Episodes, rows: Sequence[dict[str, Any]], args: SPPOConfig) -> list[Sample]:
     """Answer this process's held-out prompts during training, with the same seed each time."""
     if not rows:
+        if skip := getattr(episodes.engine, "skip", None):  # a part of what other processes do is for all
+            skip()
         return []
     return episodes.play(
         rows,

@@ -100,6 +100,22 @@ class SPPOSettings:
         default=None, metadata={"help": "Arguments of the rollout engine, for example {max_num_seqs: 64} for vllm."}
     )
     use_vllm: bool = field(default=False, metadata={"help": "The same as rollout_engine=vllm."})
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={"help": "vLLM in the training process (colocate), or a server of your own (server)."},
+    )
+    vllm_enable_sleep_mode: bool = field(
+        default=False,
+        metadata={"help": "Free the memory of vLLM's weights and cache while learning; for colocate, on a GPU."},
+    )
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "URL of the vLLM server. None: of vllm_server_host and vllm_server_port."}
+    )
+    vllm_server_host: str = field(default="127.0.0.1", metadata={"help": "Host of the vLLM server."})
+    vllm_server_port: int = field(default=8000, metadata={"help": "Port of the vLLM server."})
+    vllm_server_timeout: float = field(
+        default=240.0, metadata={"help": "How long to wait at the start for the vLLM server to be up, in seconds."}
+    )
     rollout_correction: str = field(
         default="token_truncate",
         metadata={

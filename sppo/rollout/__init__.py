@@ -3,7 +3,7 @@
     name         engine                                               log-probabilities   weights
     hf           transformers' generate(), left-padded batches        the trainer's       the trained model's
     continuous   transformers' continuous batching, paged cache       its own             the trained model's
-    vllm         vLLM in this process                                 its own             copied before each rollout
+    vllm         vLLM in this process, or a server                    its own             copied before each rollout
 
 If an engine computes probabilities with its own kernels, its samples have ``logprobs``, and the policy loss corrects
 for the difference from the trainer's (``rollout_correction``). With top_k, top_p or min_p its samples have

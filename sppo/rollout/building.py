@@ -14,7 +14,7 @@ from sppo.rollout import RolloutEngine, make_engine
 from sppo.rollout.engine import eos_tokens
 from sppo.rollout.environments import ToolEnvironment, as_environment
 from sppo.rollout.episodes import Episodes, MultiTurn, SingleTurn
-from sppo.rollout.generation import check_own_engine, sampling_settings, warn_of_other_distribution
+from sppo.rollout.generation import check_own_engine, engine_settings, sampling_settings, warn_of_other_distribution
 from sppo.rollout.rollout_func import RolloutFunction
 
 
@@ -50,11 +50,9 @@ def build_engine(
         return RolloutFunction(rollout_func, trainer, tokenizer, eos_tokens(policy, tokenizer))
     if given is not None:
         return given
-    settings = dict(args.rollout_engine_kwargs or {})
-    if args.bf16 and args.rollout_engine == "vllm":
-        settings.setdefault("dtype", "bfloat16")  # as the policy computes; its weights are float32
+    name, settings = engine_settings(args, bf16=args.bf16)
     return make_engine(
-        args.rollout_engine,
+        name,
         policy,
         tokenizer,
         settings,
@@ -75,7 +73,14 @@ def build_episodes(
 
     Raises:
         TypeError: what ``environment_factory`` makes is no environment.
+        ValueError: processes cannot play episodes of several turns with this engine.
     """
+    several_turns = environment_factory is not None or tools
+    if several_turns and args.world_size > 1 and hasattr(engine, "skip"):
+        raise ValueError(
+            f"an environment or tools with vllm_mode='server' on {args.world_size} processes: episodes end at different "
+            "turns, and processes wait for each other before each; use one process, or vllm_mode='colocate'"
+        )
     if environment_factory is not None:
         as_environment(environment_factory(), tools)  # fails here rather than in the first rollout
         return MultiTurn(engine, lambda: as_environment(environment_factory(), tools), tokenizer, args)

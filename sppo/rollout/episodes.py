@@ -36,6 +36,8 @@ class Episodes(Protocol):
 
     name: str
     """What returned the samples, for messages."""
+    engine: RolloutEngine
+    """What samples the turns."""
 
     def play(self, rows: Sequence[Row], *, seed: int, temperature: float, batch_size: int) -> list[Sample]:
         """Return one sample per row; see :meth:`sppo.RolloutEngine.generate`."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from transformers.utils import logging
 
 from sppo._utils import suggest
 from sppo.settings import SPPOSettings
+
+VLLM_MODES = ("colocate", "server")
+_VLLM_SERVER = "sppo.rollout.vllm_server:VLLMServerRollout"
 
 logger = logging.get_logger(__name__)
 
@@ -118,14 +121,41 @@ def check_generation_settings(args: SPPOSettings) -> None:
             )
 
 
+def check_engine_settings(args: SPPOSettings) -> None:
+    """Check that no setting is for another engine than the one that is selected.
+
+    Raises:
+        ValueError: one is; the message names it.
+    """
+    for name, value in _changed(args, "vllm_"):
+        if args.rollout_engine != "vllm":
+            raise ValueError(
+                f"{name}={value!r} is for rollout_engine='vllm', got rollout_engine={args.rollout_engine!r}"
+            )
+        if name.startswith("vllm_server_") and args.vllm_mode != "server":
+            raise ValueError(f"{name}={value!r} is for vllm_mode='server', got vllm_mode={args.vllm_mode!r}")
+    if args.vllm_enable_sleep_mode and args.vllm_mode != "colocate":
+        raise ValueError(
+            "vllm_enable_sleep_mode=True is for vllm_mode='colocate': a server does not share the memory of the "
+            "training process; leave it False"
+        )
+
+
+def _changed(args: SPPOSettings, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield the settings with this prefix that do not have their default values."""
+    for name, field in SPPOSettings.__dataclass_fields__.items():
+        if name.startswith(prefix) and getattr(args, name) != field.default:
+            yield name, getattr(args, name)
+
+
 def check_own_engine(args: SPPOSettings) -> None:
     """Check that no setting asks something of an engine that the user made.
 
     Raises:
         ValueError: a setting would be ignored; the message names it.
     """
-    for name in ("stop_strings", "generation_kwargs", "rollout_engine_kwargs"):
-        if value := getattr(args, name):
+    for prefix in ("stop_strings", "generation_kwargs", "rollout_engine_kwargs", "vllm_"):
+        for name, value in _changed(args, prefix):
             raise ValueError(
                 f"{name}={value!r} is for an engine that the trainer makes, and you pass rollout_engine=: give it to "
                 "yours, or name its class as 'module:Class' in the setting rollout_engine"
@@ -143,6 +173,26 @@ def check_known(given: Iterable[str], known: Iterable[str], what: str) -> None:
     for name in given:
         if name not in known:
             raise ValueError(f"generation_kwargs: {what} has no {name!r}{suggest(name, known)}")
+
+
+def engine_settings(args: SPPOSettings, *, bf16: bool) -> tuple[str, dict[str, Any]]:
+    """Return the name of the engine and its own settings.
+
+    Args:
+        args: settings of the run.
+        bf16: whether the policy computes in bfloat16.
+    """
+    settings = dict(args.rollout_engine_kwargs or {})
+    if args.rollout_engine != "vllm":
+        return args.rollout_engine, settings
+    if args.vllm_mode == "server":
+        base_url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        return _VLLM_SERVER, {"base_url": base_url, "timeout": args.vllm_server_timeout, **settings}
+    if bf16:
+        settings.setdefault("dtype", "bfloat16")  # as the policy computes; its weights are float32
+    if args.vllm_enable_sleep_mode:
+        settings["enable_sleep_mode"] = True
+    return args.rollout_engine, settings
 
 
 def sampling_settings(args: SPPOSettings) -> dict[str, Any]:

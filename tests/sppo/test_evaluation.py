@@ -4,13 +4,14 @@ import json
 import math
 from itertools import combinations
 from statistics import fmean
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 from tiny_models import char_tokenizer, tiny_model
 
-from sppo.evaluation import evaluate, model_identity, pass_at, summarize, table
+from sppo.evaluation import answer_held_out, evaluate, model_identity, pass_at, summarize, table
 from sppo.rollout import HFRollout, Sample
 
 PROBLEMS = datasets.Dataset.from_list([{"prompt": f"{i}+{i}=", "answer": "abcde"[i]} for i in range(5)])
@@ -309,3 +310,11 @@ def test_problems_without_a_reward_are_excluded_and_logged(caplog):
     assert evaluation.metrics["problems"] == 4
     assert evaluation.metrics["avg@2"] == 1.0
     assert "'picky' returned None; prompt: '2+2='" in caplog.text
+
+
+def test_a_process_without_prompts_takes_part_where_the_engine_needs_it():
+    """A server's weights are sent when all processes are there."""
+    skipped = []
+    with_skip = SimpleNamespace(skip=lambda: skipped.append(1))
+    assert answer_held_out(with_skip, [], None) == answer_held_out(SimpleNamespace(), [], None) == []
+    assert skipped == [1]

@@ -51,12 +51,15 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(stops):
 
 def test_stop_strings_are_not_searched_in_prompts():
     tokenizer = char_tokenizer()
-    ids = torch.tensor([tokenizer("7373737373")["input_ids"], tokenizer("11111111" + "73")["input_ids"]])
-    assert StopAtStrings(Ending({1}, tokenizer, ["7 3"]), width=2)(ids, None).tolist() == [True, True]
-    assert StopAtStrings(Ending({1}, tokenizer, ["1 7"]), width=8)(ids, None).tolist() == [False, False]
-    stop = StopAtStrings(Ending({1}, tokenizer, ["1 7"]), width=2)
-    assert stop(ids[:, :9], None).tolist() == [False, False]  # no search at this step
-    assert stop(ids, None).tolist() == [False, True]
+    ids = torch.tensor([tokenizer("2222" + "77777777")["input_ids"], tokenizer("1373" + "44444473")["input_ids"]])
+
+    def ended(stop_string, width):
+        return StopAtStrings(Ending({1}, tokenizer, [stop_string]), width)(ids, None).tolist()
+
+    assert ended("7 3", width=4) == [False, True]
+    assert ended("1 3", width=4) == [False, False]  # in a prompt
+    assert ended("2 7", width=4) == [False, False]  # from a prompt into its response
+    assert ended("7 7", width=5) == [False, False]  # no search after seven tokens
 
 
 def engine(kind="hf", model=None, **settings):
