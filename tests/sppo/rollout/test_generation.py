@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from tiny_run import DATASET, has_a, logged, make
+from tiny_run import DATASET, changed, has_a, logged, make, snapshot
 
 from sppo import SPPOConfig, SPPOTrainer
 from sppo.cli.main import main
@@ -75,12 +75,23 @@ def test_training_and_evaluation_use_them(tmp_path):
 
 def test_a_run_resumes_only_with_the_same(tmp_path):
     make(tmp_path, stop_strings=STOPS, max_steps=1, save_strategy="steps", save_steps=1).train()
-    for changed, message in (
+    for other, message in (
         ({"stop_strings": ["g"]}, "stop_strings: .*'g', '7', 'b c'.* there, .*'g'.* here"),
         ({"stop_strings": STOPS, "generation_kwargs": {"suppress_tokens": [5]}}, "generation_kwargs: None there"),
     ):
         with pytest.raises(ValueError, match=message):
-            make(tmp_path, max_steps=2, save_strategy="steps", **changed).train(resume_from_checkpoint=True)
+            make(tmp_path, max_steps=2, save_strategy="steps", **other).train(resume_from_checkpoint=True)
+
+
+def test_a_resumed_run_has_the_same_bits(tmp_path):
+    """Also where the steps of a batch, and so the random numbers of the next, depend on stop strings."""
+    settings = {"stop_strings": STOPS, "generation_kwargs": {"suppress_tokens": [5]}, "max_completion_length": 24}
+    settings |= {"rollout_batch_size": 3, "save_strategy": "steps", "save_steps": 2}
+    (whole := make(tmp_path / "whole", max_steps=4, **settings)).train()
+    make(tmp_path / "parts", max_steps=2, **settings).train()
+    (resumed := make(tmp_path / "parts", max_steps=4, **settings)).train(resume_from_checkpoint=True)
+    assert changed(snapshot(whole.actor_critic), resumed.actor_critic) == []
+    assert [s.response_ids for s in resumed.rollouts.samples] == [s.response_ids for s in whole.rollouts.samples]
 
 
 @pytest.mark.parametrize(

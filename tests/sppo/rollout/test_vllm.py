@@ -1,6 +1,8 @@
 """vLLM samples from the trained policy. Opt-in: `make test-vllm` creates an environment with vLLM."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -262,6 +264,104 @@ def test_the_engine_reports_what_the_trainers_function_computes(dtype, monkeypat
     )
     print(f"\nvLLM's own log-probabilities: {differences.abs().max():.1e} nats off at most")
     assert 0 < differences.abs().max() < (TOLERANCE if dtype == torch.float32 else 0.2)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """URL of a server, started by this package's command, with other weights than those that are trained."""
+    folder = tmp_path_factory.mktemp("served")
+    servable(seed=7).save_pretrained(folder)
+    char_tokenizer().save_pretrained(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = ["--port", port, "--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "16", "--enforce-eager"]
+    command = [sys.executable, "-m", "sppo.rollout.vllm_serve", str(folder), *options]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def on_server(url, model, **settings):
+    from sppo.rollout.vllm_server import VLLMServerRollout
+
+    return VLLMServerRollout(model, char_tokenizer(), base_url=url, timeout=240.0, max_completion_length=16, **settings)
+
+
+def test_training_on_a_server(server, tmp_path):
+    """Two updates that move the policy far; the server's log-probabilities are the trained policy's each time."""
+    args = SPPOConfig(
+        str(tmp_path),
+        use_vllm=True,
+        vllm_mode="server",
+        vllm_server_base_url=server,
+        per_device_train_batch_size=32,
+        max_completion_length=16,
+        temperature=0.7,
+        learning_rate=3e-2,
+        max_steps=2,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = SPPOTrainer(servable(), has_a, args=args, train_dataset=DATASET, processing_class=char_tokenizer())
+    first = answers(trainer)
+    trainer.train()
+    gaps = differences(trainer, answers(trainer))
+    print(f"\nlargest difference {gaps.max():.1e} nats over {len(gaps)} tokens")
+    assert gaps.max() < TOLERANCE
+    assert differences(trainer, first).max() > 1000 * TOLERANCE
+    assert max(map(abs, logged(trainer, "rollout_kl"))) < TOLERANCE
+    texts = [[s.response_ids for s in answers(trainer, seed=seed)] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_server_stops_and_truncates_as_the_engine_in_this_process(server):
+    """With a new connection to its workers, and other weights."""
+    from sppo.rollout.ending import Ending
+
+    model, stops, truncation = servable(seed=3), ["7", "b c", "e"], {"top_k": 5, "top_p": 0.9}
+    given = {"seed": 0, "temperature": 1.5, "batch_size": 16}
+    whole = on_server(server, model, **truncation).generate(DATASET["prompt"], **given)
+    engine, reports = on_server(server, model, stop_strings=stops, **truncation), []
+    engine.on_progress = lambda *numbers: reports.append(numbers)
+    stopped = engine.generate(DATASET["prompt"], **given)
+    end = Ending(engine.eos_ids, engine.tokenizer, stops)
+    assert [(s.response_ids, s.truncated) for s in stopped] == [end.cut(s.response_ids) for s in whole]
+    assert sum(len(a.response_ids) < len(b.response_ids) for a, b in zip(stopped, whole, strict=True)) > 4
+    assert reports == [(i, 36) for i in range(1, 37)]
+    take_supports(stopped, "vllm", SPPOSettings(**truncation), engine.vocab_size)
+    for sample in stopped:
+        ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(sample.prompt_ids) - 1 : -1] / 1.5
+        for i, token in enumerate(sample.response_ids):
+            kept = sample.support.token_ids[sample.support.offsets[i] : sample.support.offsets[i + 1]].long()
+            own = logits[i, token] - logits[i, kept].logsumexp(0)
+            assert abs(own - sample.logprobs[i]) < TOLERANCE
+
+
+def test_a_server_with_another_model_or_arguments_it_does_not_know(server):
+    from sppo.rollout.vllm_server import ServerError
+
+    with pytest.raises(ValueError, match="serves another model: vocab_size is 27 there, 30 here"):
+        on_server(server, servable(vocab_size=30))
+    with pytest.raises(ValueError, match="SamplingParams has no 'logit_bia'; did you mean 'logit_bias'"):
+        on_server(server, servable(), generation_kwargs={"logit_bia": 1})
+    with pytest.raises(ServerError, match=r"answered 400: .*min_tokens must be"):
+        on_server(server, servable(), generation_kwargs={"min_tokens": -1}).generate(
+            ["1+2="], seed=0, temperature=1.0, batch_size=1
+        )
+    engine = on_server(server, servable())
+    engine.policy = servable(vocab_size=30)
+    with pytest.raises(ServerError, match="answered 500"):  # and not a trainer that waits; vLLM has half of the weights
+        engine.sync()
 
 
 def test_the_example_runs(tmp_path):
