@@ -42,8 +42,9 @@ ENGINES = {
 def engine_class(name: str) -> Callable[..., RolloutEngine]:
     """Return the class of an engine by its name, or your own by ``module:Class``.
 
-    Your own must accept the arguments of :class:`HFRollout`, among them ``min_p`` and ``return_support``. Its samples
-    have ``support`` if it truncates the distribution and can tell which tokens it kept.
+    Your own must accept the arguments of :class:`HFRollout`, among them ``min_p`` and ``return_support``, but
+    ``stop_strings`` and ``generation_kwargs`` only if these settings are used. Its samples have ``support`` if it
+    truncates the distribution and can tell which tokens it kept.
 
     Raises:
         ValueError: there is no such engine.

@@ -204,7 +204,7 @@ class VLLMServerRollout(VLLMEngine):
                 self._num_syncs, merged_weights(self.policy), dtype=dtype, check=lambda: _raise_failure(received)
             )
             received.result()
-        if not self.server.call("/reset_prefix_cache", {}).get("success", True):
+        if not (self.server.call("/reset_prefix_cache", {}) or {}).get("success", True):
             raise RuntimeError(
                 f"{self.server.base_url} did not drop what it cached with the old weights, because it still answers "
                 "other requests; use a server that nobody else uses"

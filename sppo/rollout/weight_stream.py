@@ -74,12 +74,14 @@ class WeightStream:
                 check()
                 time.sleep(_POLL)
         i = 0
-        for i, (name, tensor) in enumerate(weights, 1):
-            cast = tensor.to(self.on_device, dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-            header = {"name": name, "dtype": str(cast.dtype).removeprefix("torch."), "shape": list(cast.shape)}
-            self.store.set(f"{number}/{i}", json.dumps(header))
-            self._broadcast(cast)
-        self.store.set(f"{number}/{i + 1}", _END)
+        try:
+            for i, (name, tensor) in enumerate(weights, 1):
+                cast = tensor.to(self.on_device, dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+                header = {"name": name, "dtype": str(cast.dtype).removeprefix("torch."), "shape": list(cast.shape)}
+                self.store.set(f"{number}/{i}", json.dumps(header))
+                self._broadcast(cast)
+        finally:  # also if a weight could not be made: the workers wait for the end
+            self.store.set(f"{number}/{i + 1}", _END)
 
     def receive(self, number: int) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights of a transfer as they arrive; the sender waits until all are read."""

@@ -181,8 +181,21 @@ def test_workers_that_fail_do_not_leave_the_trainer_waiting():
             sample(rollout)
 
 
+def test_a_trainer_that_fails_does_not_leave_the_workers_waiting(monkeypatch):
+    def two_weights(model):
+        yield from list(model.named_parameters())[:2]
+        raise MemoryError("no memory to merge an adapter")
+
+    with serving() as server:
+        sample(rollout := engine(server.url))
+        monkeypatch.setattr("sppo.rollout.vllm_server.merged_weights", two_weights)
+        with pytest.raises(MemoryError, match="no memory to merge"):
+            sample(rollout)
+        assert len(server.workers[0].weights) == 2
+
+
 @pytest.mark.parametrize("after", [0, 3])
-def test_a_worker_that_fails_midway_does_not_either(monkeypatch, after):
+def test_a_worker_that_fails_midway_does_not_either(after):
     def fails(weights_iterator):
         for _ in range(after):
             next(weights_iterator)
