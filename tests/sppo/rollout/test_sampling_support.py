@@ -207,7 +207,7 @@ def test_a_rollout_without_supports(tmp_path, settings):
 
 def test_training_without_replay_is_warned_about(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("sppo.trainer.logger.warning", said.append)
+    monkeypatch.setattr("sppo.rollout.generation.logger.warning", said.append)
     make(tmp_path, top_k=3)
     make(tmp_path, replay_sampling_support=False)
     assert not said
