@@ -78,7 +78,7 @@ def build_episodes(
     several_turns = environment_factory is not None or tools
     if several_turns and args.world_size > 1 and hasattr(engine, "skip"):
         raise ValueError(
-            f"an environment or tools with vllm_mode='server' on {args.world_size} processes: episodes end at different "
+            f"an environment or tools with vllm_mode='server' on {args.world_size} processes: episodes end at other "
             "turns, and processes wait for each other before each; use one process, or vllm_mode='colocate'"
         )
     if environment_factory is not None:

@@ -315,6 +315,6 @@ def test_problems_without_a_reward_are_excluded_and_logged(caplog):
 def test_a_process_without_prompts_takes_part_where_the_engine_needs_it():
     """A server's weights are sent when all processes are there."""
     skipped = []
-    with_skip = SimpleNamespace(skip=lambda: skipped.append(1))
-    assert answer_held_out(with_skip, [], None) == answer_held_out(SimpleNamespace(), [], None) == []
+    engines = [SimpleNamespace(skip=lambda: skipped.append(1)), SimpleNamespace()]
+    assert [answer_held_out(SimpleNamespace(engine=engine), [], None) for engine in engines] == [[], []]
     assert skipped == [1]

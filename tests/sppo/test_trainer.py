@@ -237,7 +237,8 @@ def test_columns_reach_the_reward(tmp_path):
 def test_vllm_samples_in_the_precision_of_training(tmp_path, monkeypatch, settings, dtype):
     """With bf16 the policy's weights are float32, which would be vLLM's default."""
     given = []
-    monkeypatch.setattr("sppo.trainer.make_engine", lambda name, policy, tokenizer, own, **_: given.append((name, own)))
+    record = lambda name, policy, tokenizer, own, **_: given.append((name, own))
+    monkeypatch.setattr("sppo.rollout.building.make_engine", record)
     make(tmp_path, rollout_engine="vllm", **settings)
     assert [(name, own.get("dtype")) for name, own in given] == [("vllm", dtype)]
 
