@@ -61,6 +61,7 @@ _OUTPUT_SETTINGS = (
     "run_name",
     "project",
     "disable_tqdm",
+    "console",
     "num_completions_to_print",
     "save_",
     "push_to_hub",

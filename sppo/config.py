@@ -169,6 +169,7 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "full_disk": ("stop", "continue"),
             "save_dtype": (None, "float32", "bfloat16"),
             "vllm_mode": VLLM_MODES,
+            "console": ("auto", "lines", "raw", "none"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -289,5 +289,12 @@ class SPPOSettings:
         default="stop",
         metadata={"help": "If the disk is full: stop with an error, or continue without the checkpoint (one process)."},
     )
+    console: str = field(
+        default="auto",
+        metadata={
+            "help": "Console output: auto (a live panel on a terminal with rich installed, else lines), lines, raw "
+            "(transformers' progress bar and dicts) or none; see docs/monitoring.md."
+        },
+    )
     log_completions: bool = field(default=False, metadata={"help": "Print sample completions with each log entry."})
     num_completions_to_print: int = field(default=3, metadata={"help": "Number of sample completions to print."})

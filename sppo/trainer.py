@@ -33,6 +33,7 @@ from sppo.models.lora import has_adapter, initial_adapter
 from sppo.models.packed_attention import PACKED_ATTENTION, use_attention
 from sppo.models.policy_io import check_tokenizer, frozen_copy, load_policy, stored_dtype
 from sppo.optimization import clip_gradients, freeze_by_rate, parameter_groups, update_loss
+from sppo.reporting.console import install_console, report_progress
 from sppo.reporting.meter import Meter, gather_lists
 from sppo.reporting.model_card import write_model_card
 from sppo.reporting.trackers import EpochCallback, MetricsFile, SampleCompletions, name_run, prepare_trackers
@@ -155,6 +156,7 @@ class SPPOTrainer(Trainer):
         )
         args.enable_jit_checkpoint = at_sigterm
         prepare_trackers(self.callback_handler.callbacks, args)
+        self.console = install_console(self, args, callbacks or [], lambda: self.rollouts.samples)
         if args.log_completions:
             self.add_callback(SampleCompletions(lambda: self.rollouts.samples, self.callback_handler.callbacks))
         actor_critic.check_packing()
@@ -169,8 +171,9 @@ class SPPOTrainer(Trainer):
         self.episodes = build_episodes(
             self.rollout_engine, tokenizer, args, environment_factory=environment_factory, tools=tools
         )
+        report_progress(self.rollout_engine, self.console)
         self.tokenizer = tokenizer
-        self.meter = Meter()
+        self.meter = Meter(self.console.phase)
         if train_dataset is not None:
             reference, reference_adapter = None, None
             if args.beta > 0 and has_adapter(policy):
@@ -233,6 +236,7 @@ class SPPOTrainer(Trainer):
         with (
             run_lock(self.output_dir) if self.args.should_save else nullcontext(),
             self.termination.handled() if saves else nullcontext(),
+            self.console.shown(),
         ):
             output = self._train(
                 *args, resume_from_checkpoint=resume_from_checkpoint, allow_changes=allow_changes, **kwargs
@@ -354,7 +358,7 @@ class SPPOTrainer(Trainer):
         if isinstance(chosen, dict):
             several = [self.evaluate(each, None, f"{metric_key_prefix}_{name}") for name, each in chosen.items()]
             return {name: value for metrics in several for name, value in metrics.items()}
-        with self.meter.phase("evaluate"):
+        with self.console.shown(), self.meter.phase("evaluate"):
             tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
             metrics = self._held_out_metrics(check_dataset("eval_dataset", chosen, tokenizer))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

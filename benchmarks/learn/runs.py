@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, TrainerCallback
 
 from benchmarks.harness.recipe_trainer import QUIET
 from benchmarks.harness.results import Row
@@ -80,14 +80,13 @@ def train(run: Run, policy: Path) -> Row:
         curve.trainer = trainer = SPPOTrainer(
             load_policy(policy),
             digit_walk.reward,
-            args=SPPOConfig(folder, **config_of(run)),
+            args=SPPOConfig(folder, console="none", **config_of(run)),
             critic=_small_critic() if "critic" in run.settings else None,
             train_dataset=digit_walk.dataset("train", run.task.horizon),
             eval_dataset=digit_walk.dataset("test", run.task.horizon, copies=HELD_OUT_COPIES),
             processing_class=tokenizer(),
             callbacks=[curve],
         )
-        trainer.remove_callback(PrinterCallback)
         trainer.evaluate()
         trainer.train()
     return {

@@ -147,7 +147,7 @@ def make_trainer(
     }
     trainer: Any
     if variant.trainer == "sppo":
-        args = SPPOConfig(**settings, algorithm=variant.algorithm)
+        args = SPPOConfig(**settings, algorithm=variant.algorithm, console="none")
         # Made on the device, unlike the trainer's own copy of the policy: initializing 1.5B on a CPU is slow.
         critic = make_critic(policy, variant.small_critic) if algorithm_class(variant.algorithm).critic else None
         engine = None if live else prepared
@@ -159,6 +159,6 @@ def make_trainer(
         kind, config = trl_trainers.KINDS[variant.algorithm]
         trainer = kind(policy, odd_end, args=config(**settings), **given)
         trainer.prepared = None if live else prepared
+        trainer.remove_callback(PrinterCallback)
     trainer.meter = meter
-    trainer.remove_callback(PrinterCallback)
     return trainer

@@ -24,10 +24,19 @@ def gather_lists(items: list[Any]) -> list[Any]:
     return [item for each in per_process for item in each]
 
 
-class Meter:
-    """Collects weighted means, extremes, sums and phase times; tensors stay on their device until :meth:`read`."""
+_REST = "update"  # the phase outside of all others
 
-    def __init__(self) -> None:
+
+class Meter:
+    """Collects weighted means, extremes, sums and phase times; tensors stay on their device until :meth:`read`.
+
+    Args:
+        on_phase: called with the name of each phase that begins, and of the one around it when it ends.
+    """
+
+    def __init__(self, on_phase: Callable[[str], None] = lambda name: None) -> None:
+        self._on_phase = on_phase
+        self._phases = [_REST]
         self._nested_seconds = 0.0  # of the phases inside the current one
         self.clear()
 
@@ -51,9 +60,13 @@ class Meter:
         """Add the seconds of a block to ``seconds/<name>``, excluding those of phases inside it."""
         start, outer_seconds = time.perf_counter(), self._nested_seconds
         self._nested_seconds = 0.0
+        self._phases.append(name)
+        self._on_phase(name)
         try:
             yield
         finally:
+            self._phases.pop()
+            self._on_phase(self._phases[-1])
             seconds = time.perf_counter() - start
             self.sum(f"seconds/{name}", seconds - self._nested_seconds)
             self._nested_seconds = outer_seconds + seconds
@@ -65,7 +78,7 @@ class Meter:
         """
         elapsed = time.perf_counter() - self._start
         in_phases = sum(value for name, value in self._sums.items() if name.startswith("seconds/"))
-        self._sums["seconds/update"] = elapsed - in_phases
+        self._sums[f"seconds/{_REST}"] = elapsed - in_phases
         self._sums["tokens_per_second"] = self._sums["generated_tokens"] / elapsed
         entries: list[tuple[str, float, float]] = [(name, value, 1.0) for name, value in self._sums.items()]
         for name, pairs in self._means.items():

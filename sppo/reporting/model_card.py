@@ -40,6 +40,7 @@ _OUTPUT_SETTINGS = (
 )
 _MACHINE_SETTINGS = (
     "disable_tqdm",
+    "console",
     "local_rank",
     "resume_from_checkpoint",
     "dataloader_",

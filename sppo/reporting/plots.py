@@ -15,12 +15,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from sppo._utils import METRICS_FILE, atomic_write, read_lines
+from sppo.reporting.text import smooth
 
 Log = Sequence[Mapping[str, Any]]
 """Log entries of the trainer: training metrics and evaluations, each with its ``step``."""
 
 X_AXES = {"tokens": "generated tokens", "updates": "updates", "seconds": "seconds of training"}
-_SMOOTHING = 0.8
 _PHASES = ("rollout", "reward", "critic", "update", "evaluate", "checkpoint")
 _PHASE_COLORS = ("#3b4a6b", "#7a89a6", "#b3bed1", "#8c6d5f", "#c4a797", "#d9cfc4")  # distinct from the colors of runs
 
@@ -176,16 +176,6 @@ def _draw_curve(
     if show_values:
         axes.plot(xs, values, color=color, alpha=0.25, linewidth=0.8)
     axes.plot(xs, smooth(values), color=color, linestyle=linestyle, marker="." if len(xs) == 1 else None)
-
-
-def smooth(values: Sequence[float]) -> list[float]:
-    """Compute the exponential moving average, corrected for its start-up bias."""
-    total = weight = 0.0
-    means = []
-    for value in values:
-        total, weight = _SMOOTHING * total + value, _SMOOTHING * weight + 1
-        means.append(total / weight)
-    return means
 
 
 def _draw_evaluations(axes: Axes, log: Log, positions: Sequence[float], metric: str, color: str) -> None:

@@ -55,3 +55,13 @@ def test_log_probabilities_are_a_phase_of_several_updates(tmp_path):
     once = make(tmp_path, max_steps=1)
     once.train()
     assert "seconds/log-probabilities" not in once.state.log_history[0]
+
+
+def test_phases_are_announced_with_the_one_around_them():
+    names = []
+    meter = Meter(names.append)
+    with meter.phase("evaluate"), meter.phase("rollout"):
+        pass
+    with pytest.raises(KeyError), meter.phase("reward"):
+        raise KeyError
+    assert names == ["evaluate", "rollout", "evaluate", "update", "reward", "update"]
