@@ -6,6 +6,8 @@ import argparse
 import json
 import math
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +48,7 @@ def train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
             f"{folder} holds a finished run (see {folder / SUMMARY_FILE}); to start over, delete it or name another "
             "folder:"
         )
-        print(f"  {' '.join(['sppo train', name, '--output_dir'])} {folder}-2")
+        print(f"  {' '.join([program(), 'train', name, '--output_dir'])} {folder}-2")
         return 0
     checkpoints = list(folder.glob("checkpoint-*"))
     if arguments.resume and not checkpoints:
@@ -70,11 +72,21 @@ def train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if trainer.is_world_process_zero():
         command = _command_line(name, overrides, without=("output_dir", "seed"))
-        write_report(trainer, before, after, recipe=command, evaluation=_eval_command(recipe, name, overrides))
+        evaluation = _eval_command(recipe, name, overrides)
+        write_report(trainer, before, after, program=program(), recipe=command, evaluation=evaluation)
         trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return 0
+
+
+def program() -> str:
+    """Return the command by which this process was started, or ``sppo`` if the shell finds it."""
+    script = Path(sys.argv[0])
+    if script.name == "__main__.py":
+        python = "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)
+        return f"{python} -m sppo.cli"
+    return "sppo" if shutil.which("sppo") else shlex.quote(str(script))  # the environment may not be activated
 
 
 def _command_line(name: str, overrides: dict[str, str], without: Sequence[str]) -> str:

@@ -6,10 +6,9 @@ All totals come from the trainer's state, which checkpoints contain, so the tota
 from __future__ import annotations
 
 import json
-import shutil
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from sppo._utils import LEARNING_CURVE_FILE, SUMMARY_FILE, atomic_write
@@ -18,12 +17,15 @@ from sppo.reporting.plots import draw
 if TYPE_CHECKING:
     from sppo import SPPOTrainer
 
+_HELP = 'see "When nothing is learned" in docs/monitoring.md'
+
 
 def write_report(
     trainer: SPPOTrainer,
     before: Mapping[str, float],
     after: Mapping[str, float],
     *,
+    program: str = "sppo",
     recipe: str = "RECIPE",
     evaluation: str = "RUN",
 ) -> Path:
@@ -32,6 +34,7 @@ def write_report(
     Args:
         trainer: a trainer after ``train()``.
         before, after: metrics of ``trainer.evaluate()`` before and after training; empty without held-out prompts.
+        program: how the ``sppo`` command is called, for the suggested commands.
         recipe: arguments of ``sppo train`` that repeat the run, without ``--seed`` and ``--output_dir``, for the
             suggested commands.
         evaluation: arguments of ``sppo eval`` that evaluate its model, for the suggested commands.
@@ -47,7 +50,7 @@ def write_report(
         staged.write_text(json.dumps(summary, indent=1) + "\n")
     print(_table(summary))
     print(f"\nLearning curves: {folder / LEARNING_CURVE_FILE}\nThese numbers: {folder / SUMMARY_FILE}\n")
-    print(_next_steps(recipe, evaluation, folder, trainer.args.seed))
+    print(_next_steps(program, recipe, evaluation, folder, trainer.args.seed))
     return folder / SUMMARY_FILE
 
 
@@ -59,6 +62,8 @@ def summarize(trainer: SPPOTrainer, before: Mapping[str, float], after: Mapping[
         - ``accuracy_before``, ``accuracy_after``: fraction of held-out prompts answered with full reward; None without
           held-out prompts.
         - ``reward_before``, ``reward_after``: mean reward of the held-out prompts, or None.
+        - ``training_reward_first``, ``training_reward_last``: mean of the logged rewards of training over the first and
+          the last quarter of the log entries; None with fewer than two entries.
         - ``updates``: optimizer steps.
         - ``generated_tokens``: tokens of all rollouts.
         - ``seconds``, ``seconds_by_phase``: training time up to the last logged update, including the evaluations and
@@ -70,12 +75,15 @@ def summarize(trainer: SPPOTrainer, before: Mapping[str, float], after: Mapping[
             if name.startswith("seconds/"):
                 phase = name.removeprefix("seconds/")
                 phases[phase] = phases.get(phase, 0.0) + value
+    first, last = _quarters([entry["reward"] for entry in trainer.state.log_history if "reward" in entry])
     return {
         "algorithm": trainer.args.algorithm,
         "accuracy_before": before.get("eval_success_rate"),
         "accuracy_after": after.get("eval_success_rate"),
         "reward_before": before.get("eval_reward"),
         "reward_after": after.get("eval_reward"),
+        "training_reward_first": first,
+        "training_reward_last": last,
         "updates": trainer.state.global_step,
         "generated_tokens": trainer.rollouts.progress.generated_tokens,
         "seconds": round(sum(phases.values()), 2),
@@ -83,31 +91,58 @@ def summarize(trainer: SPPOTrainer, before: Mapping[str, float], after: Mapping[
     }
 
 
+def _quarters(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Compute the means of the first and the last quarter of the values, or None if there are fewer than two."""
+    size = max(1, len(values) // 4)
+    return (fmean(values[:size]), fmean(values[-size:])) if len(values) > 1 else (None, None)
+
+
 def _table(summary: Mapping[str, Any]) -> str:
     phases = sorted(summary["seconds_by_phase"].items(), key=lambda phase: -phase[1])
     rows = [
-        ("accuracy", _change(summary["accuracy_before"], summary["accuracy_after"])),
-        ("mean reward", _change(summary["reward_before"], summary["reward_after"])),
+        ("accuracy", _change(summary["accuracy_before"], summary["accuracy_after"], "held-out prompts")),
+        ("mean reward", _change(summary["reward_before"], summary["reward_after"], "held-out prompts")),
+        (
+            "training reward",
+            _change(
+                summary["training_reward_first"], summary["training_reward_last"], "first and last quarter of the log"
+            ),
+        ),
         ("updates", f"{summary['updates']:,}"),
         ("generated tokens", f"{summary['generated_tokens']:,}"),
         ("seconds of training", f"{summary['seconds']:.1f}"),
         *((f"  {name}", f"{seconds:.1f}") for name, seconds in phases),
     ]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows if value)])
+    table = "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows if value)])
+    return f"{table}\n\n{note}" if (note := _failure_to_learn(summary)) else table
 
 
-def _change(before: float | None, after: float | None) -> str:
+def _change(before: float | None, after: float | None, of: str) -> str:
     if before is None and after is None:
         return ""
-    return " -> ".join("?" if value is None else f"{value:.3f}" for value in (before, after)) + "  (held-out prompts)"
+    return " -> ".join("?" if value is None else f"{value:.3f}" for value in (before, after)) + f"  ({of})"
 
 
-def _next_steps(recipe: str, evaluation: str, folder: Path, seed: int) -> str:
-    sppo = "sppo" if shutil.which("sppo") else sys.argv[0]  # the environment may not be activated
+def _failure_to_learn(summary: Mapping[str, Any]) -> str:
+    """Say that the mean reward did not rise, of held-out prompts if there are any, or return an empty text."""
+    for source, before, after in (
+        ("of held-out prompts", summary["reward_before"], summary["reward_after"]),
+        ("of training", summary["training_reward_first"], summary["training_reward_last"]),
+    ):
+        if before is not None and after is not None:
+            return "" if after > before else f"The mean reward {source} did not rise: {_HELP}."
+    return f"The log has too few rewards to say whether the mean reward rose: {_HELP}."
+
+
+def _next_steps(program: str, recipe: str, evaluation: str, folder: Path, seed: int) -> str:
     return (
         "Next steps:\n"
-        f"  {sppo} eval {evaluation} --temperature 0     greedy answers to the held-out prompts\n"
-        f"  {sppo} train {recipe} --seed {seed + 1} --output_dir {folder}-{seed + 1}     the same with another seed\n"
-        f"  {sppo} train --help     train your own model on your own prompts"
+        "  greedy answers to the held-out prompts:\n"
+        f"    {program} eval {evaluation} --temperature 0\n"
+        "  the same with another seed, and the comparison:\n"
+        f"    {program} train {recipe} --seed {seed + 1} --output_dir {folder}-{seed + 1}\n"
+        f"    {program} compare {folder} {folder}-{seed + 1}\n"
+        "  train your own model on your own prompts:\n"
+        f"    {program} train --help"
     )

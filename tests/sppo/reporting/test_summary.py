@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,8 +45,7 @@ def finished(folder, log=LOG):
     )
 
 
-def test_the_report_is_printed_and_written(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+def test_the_report_is_printed_and_written(tmp_path, capsys):
     path = write_report(finished(tmp_path / "runs" / "quickstart"), BEFORE, AFTER, recipe="quickstart")
     summary = json.loads(path.read_text())
     assert summary == {
@@ -53,6 +53,8 @@ def test_the_report_is_printed_and_written(tmp_path, capsys, monkeypatch):
         "accuracy_after": 0.75,
         "reward_before": 0.3,
         "reward_after": 0.8,
+        "training_reward_first": 0.1,
+        "training_reward_last": 0.2,
         "updates": 2,
         "algorithm": "sppo",
         "generated_tokens": 200,
@@ -64,6 +66,32 @@ def test_the_report_is_printed_and_written(tmp_path, capsys, monkeypatch):
     output = capsys.readouterr().out
     for text in ("0.250 -> 0.750", "seconds of training  6.5", "sppo train quickstart --seed 4 --output_dir"):
         assert text in output
+    assert "did not rise" not in output
+
+
+def rewards(*values):
+    return [step(i, reward=value) for i, value in enumerate(values, 1)]
+
+
+@pytest.mark.parametrize(
+    ("log", "before", "after", "expected"),
+    [
+        (rewards(0, 0.2, 0.3, 0.5, 0.3, 0.6, 0.7, 0.9), {}, {}, ["training reward      0.100 -> 0.800", "quarter"]),
+        (rewards(0.3, 0.3, 0.3), {}, {}, ["0.300 -> 0.300", "The mean reward of training did not rise: see"]),
+        (rewards(0.4, 0.3), {}, {}, ["The mean reward of training did not rise"]),
+        (rewards(0.1, 0.3), AFTER, BEFORE, ["0.100 -> 0.300", "reward of held-out prompts did not rise"]),
+        (rewards(0.1), {}, {}, ["too few rewards to say whether the mean reward rose"]),
+        ([step(1)], BEFORE, AFTER, ["mean reward          0.300 -> 0.800"]),
+    ],
+)
+def test_the_report_says_what_happened_to_the_reward(tmp_path, capsys, log, before, after, expected):
+    write_report(finished(tmp_path, log), before, after)
+    output = capsys.readouterr().out
+    for text in expected:
+        assert text in output
+    rose = any("rise" in text or "rose" in text for text in expected)
+    assert ('"When nothing is learned" in docs/monitoring.md' in output) is rose
+    assert "## When nothing is learned" in (Path(__file__).parents[3] / "docs/monitoring.md").read_text()
 
 
 def test_suggestions_without_a_recipe_have_a_placeholder(tmp_path, capsys):
