@@ -7,14 +7,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-
-from sppo.settings import SPPOSettings
 
 try:
     from sppo.cli.evaluate import evaluate as run_evaluate
     from sppo.cli.recipes import KEYS, RECIPES, shipped_recipes
+    from sppo.cli.settings_help import settings_help
     from sppo.cli.train import train as run_train
 except ModuleNotFoundError as error:
     sys.exit(f"sppo: {error.name} is missing; install the trainer's packages: pip install 'sppo-kernels[train]'")
@@ -75,8 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         "Options override any value of the recipe; without a recipe they give all of them:\n"
         "  sppo train quickstart --learning_rate 1e-5 --train_dataset.size 500 --output_dir runs/mine\n"
         "  sppo train --model Qwen/Qwen2.5-1.5B-Instruct --train_dataset mine.jsonl --reward my_reward.py:score\n\n"
-        f"A recipe's keys: {', '.join(KEYS)}; see the recipes in {RECIPES}.\n"
-        f"Settings (in addition to those of transformers.TrainingArguments):\n{_settings_help()}",
+        f"A recipe's keys: {', '.join(KEYS)}; see the recipes in {RECIPES}.\n\n"
+        f"{settings_help()}",
     )
     train.add_argument("--resume", action="store_true", help="resume from the last checkpoint in output_dir, if any")
     train.add_argument(
@@ -174,11 +172,6 @@ def _parser() -> argparse.ArgumentParser:
             "--traceback", action="store_true", help="show the traceback of an error (also with SPPO_DEBUG=1)"
         )
     return parser
-
-
-def _settings_help() -> str:
-    """Describe the fields of SPPOConfig, one per line."""
-    return "\n".join(f"  --{each.name:<27} {each.metadata['help']} [{each.default!r}]" for each in fields(SPPOSettings))
 
 
 def _configure_logging() -> None:
