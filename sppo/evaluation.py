@@ -33,6 +33,7 @@ from sppo._utils import lock_file
 from sppo.config import SPPOConfig
 from sppo.data import text_of
 from sppo.reporting.meter import Gather, Meter
+from sppo.reporting.text import aligned
 from sppo.rewards import BUILTIN, Reward, resolve, score
 from sppo.rewards.builtin import short_answer
 from sppo.rewards.samples import grade, score_samples
@@ -213,12 +214,7 @@ def table(metrics: Mapping[str, Mapping[str, float]], k: int) -> str:
         cells = [f"{values[column]:.3f}" if column in values else "-" for column in columns]
         tokens = f"{values['tokens']:.0f}" if "tokens" in values else "-"
         rows.append([name, f"{values['problems']:.0f}", *cells, tokens])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = (
-        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        for row in rows
-    )
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+    return aligned(rows)
 
 
 def model_identity(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

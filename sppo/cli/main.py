@@ -152,6 +152,21 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--x", choices=("tokens", "updates", "seconds"), default="tokens", help="x axis (%(default)s)")
     plot.set_defaults(run=_plot)
 
+    compare = commands.add_parser(
+        "compare",
+        help="compare runs at equal tokens, updates and seconds",
+        formatter_class=keep_line_breaks,
+        description="Print the mean reward of finished or running runs, in training and on held-out prompts, at the\n"
+        "largest number of tokens, updates and seconds that all of them reached, and plot it over the three.",
+        epilog="Example:\n  sppo compare runs/sppo runs/grpo --json comparison.json",
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run's output_dir, or a checkpoint")
+    compare.add_argument(
+        "--output", type=Path, default=Path("compare.png"), metavar="FILE", help="image file to write (%(default)s)"
+    )
+    compare.add_argument("--json", type=Path, metavar="FILE", help="file to write the numbers to")
+    compare.set_defaults(run=_compare)
+
     doctor = commands.add_parser(
         "doctor",
         help="check the installation: versions, hardware, kernels",
@@ -167,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
             help="import any function that the recipe names, with your rights; without it, only those of the package "
             "and of .py files beside the recipe",
         )
-    for command in (train, evaluate, value, plot, doctor):
+    for command in (train, evaluate, value, plot, compare, doctor):
         command.add_argument(
             "--traceback", action="store_true", help="show the traceback of an error (also with SPPO_DEBUG=1)"
         )
@@ -232,6 +247,14 @@ def _plot(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
 
     plot(arguments.runs, arguments.output, arguments.x)
     print(arguments.output)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+    _reject(overrides, "compare")
+    from sppo.reporting.compare import compare
+
+    print(compare(arguments.runs, arguments.output, arguments.json))
     return 0
 
 

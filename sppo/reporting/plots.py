@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,15 @@ def plot(folders: Sequence[Path], output: Path, x: str = "tokens") -> None:
     Raises:
         ValueError: a folder holds no run, a run has not logged an update yet, or the format is unknown.
     """
-    figure = draw({name: read_log(folder) for name, folder in _short_names(folders).items()}, x)
+    save(draw({name: read_log(folder) for name, folder in short_names(folders).items()}, x), output)
+
+
+def save(figure: Figure, output: Path) -> None:
+    """Write a figure to an image file.
+
+    Raises:
+        ValueError: the format is unknown.
+    """
     formats = figure.canvas.get_supported_filetypes()
     if output.suffix.removeprefix(".") not in formats:
         raise ValueError(f"output must end in one of .{', .'.join(formats)}, got {str(output)!r}")
@@ -53,7 +61,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the folder has no log, or the log has no update yet.
     """
-    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=_checkpoint_number)
+    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=checkpoint_number)
     state = [*states, *folder.glob("trainer_state.json")][-1:]
     if (folder / METRICS_FILE).is_file():
         log = read_lines(folder / METRICS_FILE)
@@ -69,12 +77,13 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return log
 
 
-def _checkpoint_number(state: Path) -> int:
-    number = state.parent.name.rpartition("-")[2]
+def checkpoint_number(file: Path) -> int:
+    """Return the number of the checkpoint that a file is in, or -1."""
+    number = file.parent.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 
 
-def _short_names(folders: Sequence[Path]) -> dict[str, Path]:
+def short_names(folders: Sequence[Path]) -> dict[str, Path]:
     """Return folders by the shortest distinct ends of their paths."""
     paths = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
     for depth in range(1, max(len(path.parts) for path in paths)):
@@ -96,29 +105,44 @@ def draw(runs: Mapping[str, Log], x: str = "tokens") -> Figure:
         [["reward", "brier"], ["length", "calibration"], ["truncated", "entropy"], ["phases", "phases"]],
         height_ratios=[3, 3, 3, 0.6 + 0.5 * len(runs)],
     )
-    colors = {name: f"C{i % 10}" for i, name in enumerate(runs)}
+    colors = run_colors(runs)
     for name, log in runs.items():
-        positions = _x_positions(log, x)
+        positions = x_positions(log, x)
         for panel, metric in _CURVES.items():
-            _draw_curve(panels[panel], log, positions, metric, colors[name])
-        _draw_curve(panels["brier"], log, positions, "brier_baseline", colors[name], linestyle=":", show_values=False)
-        _draw_evaluations(panels["reward"], log, positions, "reward", colors[name])
-        _draw_evaluations(panels["length"], log, positions, "response_length", colors[name])
-        _draw_evaluations(panels["truncated"], log, positions, "truncated", colors[name])
+            draw_curve(panels[panel], log, positions, metric, colors[name])
+        draw_curve(panels["brier"], log, positions, "brier_baseline", colors[name], linestyle=":", show_values=False)
+        draw_evaluations(panels["reward"], log, positions, "reward", colors[name])
+        draw_evaluations(panels["length"], log, positions, "response_length", colors[name])
+        draw_evaluations(panels["truncated"], log, positions, "truncated", colors[name])
     for panel, (label, limits) in _LABELS.items():
         if panel != "reward":
             panels[panel].sharex(panels["reward"])
-        _format_axes(panels[panel], label, limits, X_AXES[x])
-    panels["reward"].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=x != "seconds"))
-    _add_style_legend(panels["reward"], {"rollouts": "-", "held-out prompts": "--"})
-    _add_style_legend(panels["brier"], {"critic": "-", "mean success rate so far": ":"})
+        format_axes(panels[panel], label, limits, X_AXES[x])
+    panels["reward"].xaxis.set_major_locator(tick_locator(x))
+    add_style_legend(panels["reward"], {"rollouts": "-", "held-out prompts": "--"})
+    add_style_legend(panels["brier"], {"critic": "-", "mean success rate so far": ":"})
     _draw_phases(panels["phases"], runs)
     if len(runs) > 1:
-        lines = [Line2D([], [], color=color, linewidth=3, label=name) for name, color in colors.items()]
-        figure.legend(handles=lines, loc="outside upper center", ncols=min(len(lines), 4), frameon=False)
+        add_run_legend(figure, colors)
     else:
         figure.suptitle(next(iter(runs)))
     return figure
+
+
+def run_colors(names: Iterable[str]) -> dict[str, str]:
+    """Return the color of each run."""
+    return {name: f"C{i % 10}" for i, name in enumerate(names)}
+
+
+def tick_locator(x: str) -> MaxNLocator:
+    """Make a locator of the ticks of an x axis, a key of ``X_AXES``; there are no fractions of updates and tokens."""
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=x != "seconds")
+
+
+def add_run_legend(figure: Figure, colors: Mapping[str, str]) -> None:
+    """Add a legend of the runs above a figure."""
+    lines = [Line2D([], [], color=color, linewidth=3, label=name) for name, color in colors.items()]
+    figure.legend(handles=lines, loc="outside upper center", ncols=min(len(lines), 4), frameon=False)
 
 
 _CURVES = {
@@ -139,7 +163,7 @@ _LABELS: dict[str, tuple[str, tuple[float | None, float | None]]] = {
 }
 
 
-def _x_positions(log: Log, x: str) -> list[float]:
+def x_positions(log: Log, x: str) -> list[float]:
     """Return the position of each log entry on the x axis."""
     position = 0.0
     positions = []
@@ -158,7 +182,7 @@ def _phases(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     return ((name.removeprefix("seconds/"), value) for name, value in entry.items() if name.startswith("seconds/"))
 
 
-def _draw_curve(
+def draw_curve(
     axes: Axes,
     log: Log,
     positions: Sequence[float],
@@ -178,7 +202,7 @@ def _draw_curve(
     axes.plot(xs, smooth(values), color=color, linestyle=linestyle, marker="." if len(xs) == 1 else None)
 
 
-def _draw_evaluations(axes: Axes, log: Log, positions: Sequence[float], metric: str, color: str) -> None:
+def draw_evaluations(axes: Axes, log: Log, positions: Sequence[float], metric: str, color: str) -> None:
     """Draw a metric of the evaluations, with one line per set of held-out prompts."""
     names = {name for entry in log for name in entry if name.startswith("eval_") and "/" not in name}
     for name in sorted(name for name in names if name.endswith(f"_{metric}")):
@@ -186,7 +210,8 @@ def _draw_evaluations(axes: Axes, log: Log, positions: Sequence[float], metric: 
         axes.plot(*zip(*points, strict=True), "o--", color=color, markersize=5, markeredgecolor="white", linewidth=1)
 
 
-def _format_axes(axes: Axes, label: str, limits: tuple[float | None, float | None], x_label: str) -> None:
+def format_axes(axes: Axes, label: str, limits: tuple[float | None, float | None], x_label: str) -> None:
+    """Label axes, and say so if nothing is drawn in them."""
     axes.set(xlabel=x_label, ylabel=label)
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
     axes.grid(alpha=0.3)
@@ -207,7 +232,7 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _add_style_legend(axes: Axes, styles: Mapping[str, Any]) -> None:
+def add_style_legend(axes: Axes, styles: Mapping[str, Any]) -> None:
     """Add a legend of the line styles, in grey because colors stand for runs."""
     drawn = {line.get_linestyle() for line in axes.lines}
     handles = [

@@ -71,6 +71,16 @@ def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) 
     return "".join(bars[round((mean - low) / span * (len(bars) - 1))] for mean in means)
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Align the cells of a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        for row in rows
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)
+
+
 def terminal_width() -> int:
     """Return the width of the terminal, or 100 without one."""
     return shutil.get_terminal_size((_WIDTH_WITHOUT_TERMINAL, 24)).columns

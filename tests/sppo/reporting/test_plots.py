@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sppo.cli.main import main
-from sppo.reporting.plots import draw, read_log, smooth
+from sppo.reporting.plots import draw, read_log, short_names, smooth
 
 BEFORE = {"eval_reward": 0.3, "eval_response_length": 8.0, "eval_rewards/format_reward": 0.9, "step": 0}
 
@@ -153,8 +153,6 @@ def test_invalid_arguments_raise(arguments, message, tmp_path, monkeypatch, caps
 
 
 def test_runs_of_the_same_name_are_named_by_their_folders(tmp_path):
-    from sppo.reporting.plots import _short_names
-
     paths = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
-    assert list(_short_names(paths)) == ["a/run", "b/run"]
-    assert list(_short_names(paths[:1])) == ["run"]
+    assert list(short_names(paths)) == ["a/run", "b/run"]
+    assert list(short_names(paths[:1])) == ["run"]
