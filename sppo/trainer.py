@@ -156,7 +156,9 @@ class SPPOTrainer(Trainer):
         )
         args.enable_jit_checkpoint = at_sigterm
         prepare_trackers(self.callback_handler.callbacks, args)
-        self.console = install_console(self, args, callbacks or [], lambda: self.rollouts.samples)
+        self.console = install_console(
+            self, args, callbacks or [], lambda: [] if self.train_dataset is None else self.rollouts.samples
+        )
         if args.log_completions:
             self.add_callback(SampleCompletions(lambda: self.rollouts.samples, self.callback_handler.callbacks))
         actor_critic.check_packing()

@@ -9,8 +9,11 @@ from sppo.reporting.text import duration, number, smooth
 
 Entry = Mapping[str, Any]
 
+SERIES = ("reward", "response_length", "entropy", "brier")
+
 _CHANGE_OVER = 10  # entries
 _PACE_OVER = 20  # entries
+_SMOOTHED = 200  # entries, the earlier of which have a weight of 0.8**190 or less in the running means compared
 _NOT_UPDATES = ("evaluate", "checkpoint")  # phases between updates
 
 
@@ -21,6 +24,7 @@ class RunHistory:
         total: updates of the complete run.
         step: last logged update.
         entries: log entries of updates.
+        series: values of each metric of ``SERIES``, without the entries that lack it.
         scores: last mean reward of each set of held-out prompts.
         held_out: mean over these sets after each evaluation.
     """
@@ -35,6 +39,7 @@ class RunHistory:
         self.total = total
         self.step = 0
         self.entries: list[Entry] = []
+        self.series: dict[str, list[float]] = {name: [] for name in SERIES}
         self._paces: list[tuple[int, float]] = []  # updates and seconds of each entry
 
     def add(self, entry: Entry) -> None:
@@ -43,6 +48,9 @@ class RunHistory:
             self._paces.append((max(1, entry["step"] - self.step), sum(seconds_by_phase(entry).values())))
             self.step = entry["step"]
             self.entries.append(entry)
+            for metric in SERIES:
+                if metric in entry:
+                    self.series[metric].append(entry[metric])
         elif (name := evaluation_prefix(entry)) is not None and name.startswith("eval"):
             self.scores[name] = entry[f"{name}_reward"]
             self.held_out.append(sum(self.scores.values()) / len(self.scores))
@@ -52,14 +60,10 @@ class RunHistory:
         self.step = step
         self._paces = []
 
-    def series(self, name: str) -> list[float]:
-        """Return the values of a metric, without the entries that lack it."""
-        return [entry[name] for entry in self.entries if name in entry]
-
     @property
     def reward_change(self) -> float:
         """Running mean of the reward minus the one ten entries ago, or that of the first."""
-        means = smooth(self.series("reward"))
+        means = smooth(self.series["reward"][-_SMOOTHED:])
         return means[-1] - means[max(0, len(means) - 1 - _CHANGE_OVER)] if means else 0.0
 
     @property

@@ -109,8 +109,9 @@ class LineConsole(SilentConsole):
 
     def status(self) -> str:
         """Describe the activity, such as ``sampling 96/256, 41 s``."""
-        counts = "" if self.counts is None else " {}/{}".format(*self.counts)
-        return f"{self.activity}{counts}, {duration(time.monotonic() - self._began)}"
+        counts = self.counts  # a panel reads it in another thread
+        progress = "" if counts is None else f" {counts[0]}/{counts[1]}"
+        return f"{self.activity}{progress}, {duration(time.monotonic() - self._began)}"
 
     def print(self, text: str) -> None:
         """Print complete lines."""

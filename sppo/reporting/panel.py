@@ -163,18 +163,19 @@ class RunPanel:
 
     def _curves(self, width: int, options: ConsoleOptions) -> Iterator[RenderableType]:
         history = self.history
-        if not history.entries:
+        entries = history.entries  # the thread of the run may replace it
+        if not entries:
             return
-        last = history.entries[-1]
+        last = entries[-1]
         change = f" {number(history.reward_change, signed=True)}"
         cut_off = f", {last['truncated']:.0%} cut" if "truncated" in last else ""
         base = f" / {number(last['brier_baseline'])}" if "brier_baseline" in last else ""
         rows = [
-            ("reward", history.series("reward"), number, change, "green"),
+            ("reward", history.series["reward"], number, change, "green"),
             ("held-out", history.held_out, number, "", "green"),
-            ("tokens", history.series("response_length"), "{:.0f}".format, cut_off, "blue"),
-            ("entropy", history.series("entropy"), number, "", "magenta"),
-            ("brier/base", history.series("brier"), number, base, "yellow"),
+            ("tokens", history.series["response_length"], "{:.0f}".format, cut_off, "blue"),
+            ("entropy", history.series["entropy"], number, "", "magenta"),
+            ("brier/base", history.series["brier"], number, base, "yellow"),
         ]
         columns = 2 if width >= 2 * (_LABEL + _VALUE + 14) else 1
         length = width // columns - _LABEL - _VALUE - 5

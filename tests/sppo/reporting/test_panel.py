@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from terminal import draw, run_in_terminal
+from tiny_run import DATASET, make
 
 pytest.importorskip("rich")
 
@@ -134,6 +135,17 @@ def test_an_error_restores_the_terminal(terminal):
     assert output.count(HIDE) == output.count(SHOW) == 1
     assert output.rindex(SHOW) > output.rindex(HIDE)
     assert "update 1/10" in draw(output)[1]  # the last state remains
+
+
+def test_a_trainer_without_training_data_evaluates_in_a_panel(terminal, tmp_path):
+    file = terminal()
+    trainer = make(tmp_path, dataset=None, eval_dataset=DATASET.select(range(3)), disable_tqdm=False)
+    assert isinstance(trainer.console, PanelConsole)
+    trainer.evaluate()
+    assert HIDE in file.getvalue()
+    assert [line for line in draw(file.getvalue()) if line] == [
+        "evaluation before training: reward 0.000, 0.0% solved, 4 tokens, 100% cut off"
+    ]
 
 
 @pytest.mark.slow
