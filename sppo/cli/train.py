@@ -8,6 +8,7 @@ import math
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,7 +147,15 @@ def _print_plan(recipe: Recipe, trainer: Any, *, resumes: bool) -> None:
         "output": f"{args.output_dir}{', resuming' if resumes else ''}",
     }
     for name, text in plan.items():
-        print(f"{name:<11} {text}")
+        print(_hanging(f"{name:<11} {text}"))
+
+
+def _hanging(line: str) -> str:
+    """Break a line of the plan at the width of a terminal, with its text below each other."""
+    if not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, subsequent_indent=" " * 12, break_on_hyphens=False)
 
 
 def _describe_source(source: Any) -> str:

@@ -84,6 +84,14 @@ class LineConsole(SilentConsole):
         elif "train_runtime" in entry:
             self.print(f"{entry['step']} updates finished; training took {duration(entry['train_runtime'])}")
 
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Remove at the end of a context what is shown in place."""
+        try:
+            yield
+        finally:
+            self._clear_status()
+
     def phase(self, name: str) -> None:
         """Show the activity that begins."""
         self.activity = _ACTIVITIES.get(name, "preparing the update")
@@ -115,10 +123,14 @@ class LineConsole(SilentConsole):
 
     def print(self, text: str) -> None:
         """Print complete lines."""
+        self._clear_status()
+        print(encodable(text), flush=True)
+
+    def _clear_status(self) -> None:
         if self._status_width:
             sys.stdout.write(" " * self._status_width + "\r")
+            sys.stdout.flush()
             self._status_width = 0
-        print(encodable(text), flush=True)
 
     def _print_update(self) -> None:
         values = columns(self.history)

@@ -26,6 +26,7 @@ from sppo.rollout.engine import Sample
 
 _SECONDS_BETWEEN_REFRESHES = 0.5
 _MOST_COLUMNS = 120  # of the panel
+_ROOM = 3  # cells to the right of the panel: the ^C that a terminal echoes must not begin a line
 _LABEL = 10  # cells
 _VALUE = 15  # cells
 
@@ -137,17 +138,17 @@ class RunPanel:
         self.history: RunHistory = console.history
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        width = min(_MOST_COLUMNS, options.max_width)
+        width = min(_MOST_COLUMNS, max(1, options.max_width - _ROOM))
         inner = width - 4
         parts = [self._progress(inner), *self._curves(inner, options), *self._sample(inner, options)]
-        title = Text(encodable(f" {cut(self.console.title, inner - 4)} ", options.encoding), style="bold")
+        title = Text(encodable(cut(self.console.title, inner - 4), options.encoding), style="bold")
         yield Panel(Group(*parts), title=title, title_align="left", width=width, border_style="bright_black")
 
     def _progress(self, width: int) -> RenderableType:
         history = self.history
-        status = cut(self.console.status(), width // 2)
+        status = self.console.status()
         if not history.total:
-            return Text(status)
+            return Text(cut(status, width))
         counts = f"update {history.step}/{history.total}"
         if history.step == history.total:
             status = "finished"
@@ -158,7 +159,8 @@ class RunPanel:
         grid.add_column(ratio=1)
         grid.add_column(no_wrap=True, justify="right")
         bar = ProgressBar(total=history.total, completed=history.step, complete_style="cyan", finished_style="cyan")
-        grid.add_row(Text(counts), bar, Text(status, style="bright_black"))
+        rest = max(3, width - len(counts) - 6)  # with at least four cells for the bar
+        grid.add_row(Text(counts), bar, Text(cut(status, rest), style="bright_black"))
         return grid
 
     def _curves(self, width: int, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -177,17 +179,17 @@ class RunPanel:
             ("entropy", history.series["entropy"], number, "", "magenta"),
             ("brier/base", history.series["brier"], number, base, "yellow"),
         ]
-        columns = 2 if width >= 2 * (_LABEL + _VALUE + 14) else 1
-        length = width // columns - _LABEL - _VALUE - 5
+        columns = 2 if width >= 2 * (_LABEL + _VALUE + 11) else 1
+        length = max(4, (width + 1) // columns - _LABEL - _VALUE - 3)
         table = Table.grid(padding=(0, 1))
         for _ in range(columns):
             table.add_column(width=_LABEL, no_wrap=True)
-            table.add_column(width=max(4, length), no_wrap=True)
+            table.add_column(width=length, no_wrap=True)
             table.add_column(width=_VALUE, no_wrap=True)
         cells = [
             (
                 Text(label, style="bright_black"),
-                Text(sparkline(values, max(4, length), ascii_only=options.ascii_only), style=color),
+                Text(sparkline(values, length, ascii_only=options.ascii_only), style=color),
                 Text(f"{form(values[-1])}{more}"),
             )
             for label, values, form, more, color in rows

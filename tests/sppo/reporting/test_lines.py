@@ -174,6 +174,19 @@ def test_on_a_terminal_progress_is_overwritten(capsys):
     assert screen[0] == "a line"
 
 
+def test_an_interrupted_rollout_leaves_nothing_in_its_line(capsys):
+    console = LineConsole(in_place=True)
+
+    def interrupted():
+        with console.shown():
+            console.phase("rollout")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert capsys.readouterr().out.endswith(" " * len("sampling, 0 s") + "\r")
+
+
 def test_a_narrow_terminal_leaves_out_columns(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):

@@ -52,12 +52,17 @@ def drawn(console, width, **settings):
 @pytest.mark.parametrize("width", [40, 80, 140])
 def test_the_panel_fits_the_width(width):
     lines = drawn(console_after([entry(i) for i in range(1, 6)], completion="long " * 100), width)
-    assert {len(line) for line in lines} == {min(width, 120)}
+    assert {len(line) for line in lines} == {min(width - 3, 120)}
     text = "\n".join(lines)
     assert "update 5/10, 5 s left" in text
     assert "brier/base" in text
     assert "sample     reward 1.00: 2+2=" in text
     assert "..." in lines[-2]
+
+
+def test_a_terminal_that_is_too_narrow_does_not_end_the_run():
+    console = console_after([entry(i) for i in range(1, 6)])
+    assert all(drawn(console, width) for width in range(1, 30))
 
 
 def test_curves_of_metrics_that_the_run_lacks_are_left_out():
@@ -111,13 +116,14 @@ def test_the_log_is_written_above_the_panel_and_restored(terminal):
         with console.shown(), console.shown():
             assert handler.stream is sys.stderr is not own
             logger.warning("[/b] a warning")
+            print("[/b] half a line", end="", flush=True)
     finally:
         logger.removeHandler(handler)
     assert handler.stream is own
     assert sys.stderr is own
     screen = draw(file.getvalue())
-    assert screen[0] == "[/b] a warning"
-    assert [line for line in screen[1:] if line] == []  # nothing was logged, so no panel remains
+    assert screen[:2] == ["[/b] a warning", "[/b] half a line"]
+    assert [line for line in screen[2:] if line] == []  # nothing was logged, so no panel remains
 
 
 def test_an_error_restores_the_terminal(terminal):
