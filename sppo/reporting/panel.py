@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -31,6 +31,35 @@ _LABEL = 10  # cells
 _VALUE = 15  # cells
 
 
+class LockedConsole(Console):
+    """A console that one thread at a time writes to.
+
+    rich computes where a panel begins and writes it under separate locks, so that a line of one thread could be erased
+    by the redraw of another.
+
+    Args:
+        lock: held from when output is computed until it is written.
+    """
+
+    def __init__(self, lock: AbstractContextManager[Any]) -> None:
+        # Without markup, because rich would also interpret what others print.
+        super().__init__(file=sys.stdout, markup=False, highlight=False, emoji=False)
+        self._writing = lock
+
+    def __enter__(self) -> LockedConsole:
+        """Begin output."""
+        self._writing.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Write the output."""
+        try:
+            super().__exit__(*error)
+        finally:
+            self._writing.__exit__(*error)
+
+
 class PanelConsole(LineConsole):
     """Shows sparklines, progress and the last sample below the lines, while :meth:`shown` is entered.
 
@@ -47,12 +76,12 @@ class PanelConsole(LineConsole):
         self.title = title
         self.samples = samples
         self._live: Live | None = None
-        self._redrawing = threading.Lock()
+        self._writing = threading.RLock()
         self._moved: list[tuple[logging.StreamHandler[Any], Any]] = []
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(
-                before=self._redrawing.acquire,
-                after_in_parent=self._redrawing.release,
+                before=self._writing.acquire,
+                after_in_parent=self._writing.release,
                 after_in_child=self._leave_to_parent,
             )
 
@@ -62,8 +91,7 @@ class PanelConsole(LineConsole):
         if self._live is not None:
             yield
             return
-        # Without markup, because rich would also interpret what others print.
-        console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
+        console = LockedConsole(self._writing)
         live = Live(console=console, auto_refresh=False, get_renderable=self.render, transient=True)
         updates = len(self.history.entries)
         stop = threading.Event()
@@ -72,7 +100,8 @@ class PanelConsole(LineConsole):
         transformers_logging.disable_progress_bar()
         out, err = sys.stdout, sys.stderr
         try:
-            live.start(refresh=True)
+            with self._writing:
+                live.start(refresh=True)
             self._move_log(out, err)
             self._live = live
             thread.start()
@@ -81,9 +110,10 @@ class PanelConsole(LineConsole):
             self._live = None
             stop.set()
             if thread.is_alive():
-                thread.join()
+                thread.join(timeout=2.0)  # an interrupted output may not have released the lock
             live.transient = len(self.history.entries) == updates  # what remains shows how the run ended
-            live.stop()
+            with self._writing:
+                live.stop()
             self._restore_log()
             if has_bars:
                 transformers_logging.enable_progress_bar()
@@ -95,7 +125,8 @@ class PanelConsole(LineConsole):
         """Print the newest log entry, and redraw the panel."""
         super().on_log(args, state, control, **kwargs)
         if self._live is not None:
-            self._live.refresh()
+            with self._writing:
+                self._live.refresh()
 
     def render(self) -> RenderableType:
         """Draw the panel."""
@@ -103,7 +134,7 @@ class PanelConsole(LineConsole):
 
     def _redraw(self, live: Live, stop: threading.Event) -> None:
         while not stop.wait(_SECONDS_BETWEEN_REFRESHES):
-            with self._redrawing:
+            with self._writing:
                 live.refresh()
 
     def _move_log(self, out: Any, err: Any) -> None:
@@ -122,7 +153,7 @@ class PanelConsole(LineConsole):
 
     def _leave_to_parent(self) -> None:
         """In a forked child, write to the streams themselves: the panel belongs to the parent."""
-        self._redrawing.release()
+        self._writing.release()
         if self._live is not None:
             self._live = None
             sys.stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)

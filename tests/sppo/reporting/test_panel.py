@@ -13,6 +13,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
+from sppo.reporting import panel
 from sppo.reporting.panel import PanelConsole
 from sppo.rollout import Sample
 
@@ -124,6 +125,28 @@ def test_the_log_is_written_above_the_panel_and_restored(terminal):
     screen = draw(file.getvalue())
     assert screen[:2] == ["[/b] a warning", "[/b] half a line"]
     assert [line for line in screen[2:] if line] == []  # nothing was logged, so no panel remains
+
+
+def test_redraws_leave_every_line_on_the_screen(terminal, monkeypatch):
+    """Print while another thread redraws all the time, and while the panel changes its height."""
+    monkeypatch.setattr(panel, "_SECONDS_BETWEEN_REFRESHES", 1e-5)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(5):
+            file = terminal()
+            console = console_after([])
+            with console.shown():
+                for i in range(60):
+                    if i % 3 == 0:
+                        console.history.restart(total=i % 2 * 10)
+                    elif console.history.total:
+                        console.history.add(entry(1))
+                    print(f"line {i}")
+            lines = [line for line in draw(file.getvalue()) if line.startswith("line")]
+            assert lines == [f"line {i}" for i in range(60)]
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_an_error_restores_the_terminal(terminal):
