@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -183,3 +183,12 @@ def clip_gradients(
     if not finite:
         model.zero_grad(set_to_none=True)
     return norms, finite
+
+
+def loss_already_normalized(*_: Any, **__: Any) -> NoReturn:
+    """Stand in for a loss function that Trainer never calls.
+
+    If ``compute_loss_func`` is given, Trainer assumes that the loss is divided by the size of the whole update, and
+    does not divide it by ``gradient_accumulation_steps``. SPPOTrainer overrides ``compute_loss`` and divides there.
+    """
+    raise RuntimeError("SPPOTrainer.compute_loss computes the loss; compute_loss_func must not be called")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import datasets
 import torch
@@ -32,7 +32,13 @@ from sppo.models.fsdp import gathered
 from sppo.models.lora import has_adapter, initial_adapter
 from sppo.models.packed_attention import PACKED_ATTENTION, use_attention
 from sppo.models.policy_io import check_tokenizer, frozen_copy, load_policy, stored_dtype
-from sppo.optimization import clip_gradients, freeze_by_rate, parameter_groups, update_loss
+from sppo.optimization import (
+    clip_gradients,
+    freeze_by_rate,
+    loss_already_normalized,
+    parameter_groups,
+    update_loss,
+)
 from sppo.reporting.console import install_console, report_progress
 from sppo.reporting.meter import Meter, gather_lists
 from sppo.reporting.model_card import write_model_card
@@ -152,7 +158,7 @@ class SPPOTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=[EpochCallback(), MetricsFile(), self.termination, *(callbacks or [])],
-            compute_loss_func=_loss_already_normalized,
+            compute_loss_func=loss_already_normalized,
         )
         args.enable_jit_checkpoint = at_sigterm
         prepare_trackers(self.callback_handler.callbacks, args)
@@ -493,12 +499,3 @@ class SPPOTrainer(Trainer):
     def actor_critic(self) -> ActorCritic:
         """The module that is trained, without the wrappers of accelerate."""
         return self.accelerator.unwrap_model(self.model)
-
-
-def _loss_already_normalized(*_: Any, **__: Any) -> NoReturn:
-    """Stand in for a loss function that Trainer never calls.
-
-    If ``compute_loss_func`` is given, Trainer assumes that the loss is divided by the size of the whole update, and
-    does not divide it by ``gradient_accumulation_steps``. SPPOTrainer overrides ``compute_loss`` and divides there.
-    """
-    raise RuntimeError("SPPOTrainer.compute_loss computes the loss; compute_loss_func must not be called")
