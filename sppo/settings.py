@@ -21,7 +21,7 @@ class SPPOSettings:
     algorithm: str = field(
         default="sppo",
         metadata={
-            "help": "Training algorithm: sppo, ppo, grpo, dr_grpo, dapo, cispo, gspo, rloo, opo, spo, "
+            "help": "Training algorithm: sppo, poise, ppo, grpo, dr_grpo, dapo, cispo, gspo, rloo, opo, spo, "
             "reinforce_plus_plus, reinforce, remax, or module:Class. It gives the settings below that are None their "
             "values."
         },

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from sppo import checkpointing
+from sppo import checkpointing, optimization
 from sppo._utils import run_lock
 from sppo.algorithms import algorithm_class
 from sppo.config import SPPOConfig
@@ -32,13 +32,6 @@ from sppo.models.fsdp import gathered
 from sppo.models.lora import has_adapter, initial_adapter
 from sppo.models.packed_attention import PACKED_ATTENTION, use_attention
 from sppo.models.policy_io import check_tokenizer, frozen_copy, load_policy, stored_dtype
-from sppo.optimization import (
-    clip_gradients,
-    freeze_by_rate,
-    loss_already_normalized,
-    parameter_groups,
-    update_loss,
-)
 from sppo.reporting.console import install_console, report_progress
 from sppo.reporting.meter import Meter, gather_lists
 from sppo.reporting.model_card import write_model_card
@@ -158,7 +151,7 @@ class SPPOTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=[EpochCallback(), MetricsFile(), self.termination, *(callbacks or [])],
-            compute_loss_func=loss_already_normalized,
+            compute_loss_func=optimization.loss_already_normalized,
         )
         args.enable_jit_checkpoint = at_sigterm
         prepare_trackers(self.callback_handler.callbacks, args)
@@ -304,7 +297,7 @@ class SPPOTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return a micro-batch's share of the update's loss."""
-        loss, output = update_loss(
+        loss, output = optimization.update_loss(
             model, inputs, update=self.rollouts.update, algorithm=self.algorithm, args=self.args, meter=self.meter
         )
         return (loss, output) if return_outputs else loss
@@ -315,9 +308,9 @@ class SPPOTrainer(Trainer):
             actor_critic = self.actor_critic
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, actor_critic))
             decay_names = set(self.get_decay_parameter_names(actor_critic))
-            self.optimizer = kind(parameter_groups(actor_critic, self.args, decay_names), **settings)
+            self.optimizer = kind(optimization.parameter_groups(actor_critic, self.args, decay_names), **settings)
             if self.is_deepspeed_enabled:
-                freeze_by_rate(self.optimizer, lambda: self.rollouts.learns)
+                optimization.freeze_by_rate(self.optimizer, lambda: self.rollouts.learns)
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -325,7 +318,7 @@ class SPPOTrainer(Trainer):
         if self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         max_norms = {"policy": self.args.max_grad_norm, "critic": self.args.critic_max_grad_norm}
-        norms, finite = clip_gradients(self.actor_critic, max_norms=max_norms, learns=self.rollouts.learns)
+        norms, finite = optimization.clip_gradients(self.actor_critic, max_norms=max_norms, learns=self.rollouts.learns)
         self.meter.sum("skipped_updates", not finite)
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         if self._skipped_in_a_row == _MOST_SKIPPED_UPDATES:

@@ -2,6 +2,7 @@
 
     name                 critic   advantage of a response                  ratio          mean over         responses
     sppo                 prompt   R - V(prompt)                            token          token means       1
+    poise                probe    R - V(prompt)                            token          tokens            1
     ppo                  token    GAE over V(prompt + tokens), whitened    token          tokens            1
     grpo                          (R - group mean) / group std             token          token means       8
     dr_grpo                       R - group mean                           token          token sums        8
@@ -26,7 +27,7 @@ import difflib
 
 from sppo._utils import import_object
 from sppo.algorithms.base import Algorithm, AlgorithmSettings, RolloutBatch
-from sppo.algorithms.critics import PPO, SPPO
+from sppo.algorithms.critics import POISE, PPO, SPPO
 from sppo.algorithms.groups import CISPO, DAPO, GRPO, GSPO, OPO, RLOO, DrGRPO
 from sppo.algorithms.single_response import SPO, Reinforce, ReinforcePlusPlus, ReMax
 
@@ -34,6 +35,7 @@ __all__ = ["ALGORITHMS", "Algorithm", "AlgorithmSettings", "RolloutBatch", "algo
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "sppo": SPPO,
+    "poise": POISE,
     "ppo": PPO,
     "grpo": GRPO,
     "dr_grpo": DrGRPO,
@@ -75,8 +77,8 @@ def readers_of(setting: str) -> list[str]:
 
 
 def _checked(found: type[Algorithm]) -> type[Algorithm]:
-    if found.critic not in (None, "prompt", "token"):
-        raise ValueError(f"{found.__name__}.critic must be 'prompt', 'token' or None, got {found.critic!r}")
+    if found.critic not in (None, "prompt", "probe", "token"):
+        raise ValueError(f"{found.__name__}.critic must be 'prompt', 'probe', 'token' or None, got {found.critic!r}")
     if found.defaults.keys() != Algorithm.defaults.keys():
         raise ValueError(
             f"{found.__name__}.defaults must have the keys {', '.join(Algorithm.defaults)}, got "

@@ -39,8 +39,8 @@ class RolloutBatch:
         prompts: B names; a prompt has the same name in every rollout.
         lengths: int64 ``[B]``, numbers of response tokens that the policy wrote.
         mean_reward: mean reward of all earlier rollouts, or of this one if it is the first.
-        values: float32, predicted before the update; None without a critic. Of a prompt critic ``[B]``, P(success); of
-            a token critic ``[B, T]``, the value before each response token, 0 after the last.
+        values: float32, predicted before the update; None without a critic. Of a prompt critic or probe ``[B]``,
+            P(success); of a token critic ``[B, T]``, the value before each response token, 0 after the last.
         greedy_rewards: float32 ``[B]``, reward of the greedy response to each prompt, if the algorithm needs it.
         drifts: float32 ``[B]``, mean absolute change of the log-probabilities of the prompt's previous response since
             it was sampled, 0 for the first one, in nats per token; if the algorithm tracks it.
@@ -62,7 +62,7 @@ class Algorithm:
     """Base class of algorithms; a subclass overrides :meth:`advantages` and whatever else it changes.
 
     Attributes:
-        critic: ``"prompt"``, ``"token"`` or None.
+        critic: ``"prompt"``, ``"token"``, ``"probe"`` (reads the policy's hidden states of the prompt) or None.
         uses_groups: whether a response is compared with others to its prompt, so that ``num_generations`` must be at
             least 2.
         needs_greedy_baseline: whether each prompt is also answered greedily, which costs one more response per prompt.

@@ -1,4 +1,4 @@
-"""Algorithms with a critic: SPPO reads the prompt, PPO each token."""
+"""Algorithms with a critic: those of SPPO and POISE read the prompt, PPO's each token."""
 
 from __future__ import annotations
 
@@ -27,6 +27,24 @@ class SPPO(Algorithm):
         if self.args.standardize_advantages:
             return standardized(advantages)
         return advantages - advantages.mean() if self.args.center_advantages else advantages
+
+
+class POISE(Algorithm):
+    """Policy Optimization with Internal State value Estimation (arXiv 2605.07579): ``A = R - V(prompt)``.
+
+    The value is read by one linear layer off the policy's own hidden states at the end of the prompt, which costs no
+    second model. The paper's probe also reads the states and entropies of another response to the prompt; here it reads
+    the prompt alone, so that one response per prompt is enough and the baseline does not depend on the response.
+    """
+
+    critic = "probe"
+    rewards_are_probabilities = True
+    defaults = Algorithm.defaults | {"aggregation": "token-mean"}
+
+    def advantages(self, batch: RolloutBatch) -> Tensor:
+        """See :class:`Algorithm`."""
+        assert batch.values is not None
+        return batch.rewards - batch.values
 
 
 class PPO(Algorithm):

@@ -231,7 +231,8 @@ def _value(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     kind = getattr(critic.config, "critic_kind", "prompt")
     if kind != "prompt":
         raise ValueError(
-            f"{str(folder)!r} is a {kind} critic, which predicts returns; only a prompt critic predicts a probability"
+            f"{str(folder)!r} is a {kind} critic; only a prompt critic predicts the probability of success of a prompt "
+            "by itself"
         )
     is_chat = bool(tokenizer.chat_template) if arguments.chat is None else arguments.chat
     prompts = [[{"role": "user", "content": text}] if is_chat else text for text in arguments.prompts]

@@ -17,6 +17,7 @@ from sppo.models.lm_head import lm_head
 from sppo.models.lora import add_adapter, continue_adapter, has_adapter
 from sppo.models.packed_attention import PACKED_ATTENTION, Packed, pack, packed_hidden, use_attention
 from sppo.models.policy_io import ensure_fp32_weights
+from sppo.models.probe import ProbeCritic
 from sppo.models.quantization import check_quantized, has_outliers, keep_layout
 from sppo_kernels import linear_logprobs
 
@@ -68,16 +69,15 @@ class ActorCritic(nn.Module):
             temperature: sampling temperature.
             max_length: number of tokens of the longest packed sequence, or more.
             critic_normalizer: divisor of the critic's summed loss.
-            logprob_settings: settings of :func:`policy_logprobs`.
+            logprob_settings: settings of :func:`logprobs_of_states`.
         """
-        logprobs, entropy = policy_logprobs(
-            self.policy,
-            batch,
-            temperature=temperature,
-            max_length=max_length,
-            **logprob_settings,
-        )
-        loss = self.critic.loss(batch, max_length, critic_normalizer) if self.critic is not None else None
+        states = policy_states(self.policy, batch, max_length)
+        logprobs, entropy = logprobs_of_states(self.policy, states, batch, temperature=temperature, **logprob_settings)
+        loss = None
+        if isinstance(self.critic, ProbeCritic):
+            loss = self.critic.loss_of_states(states, batch, critic_normalizer)
+        elif self.critic is not None:
+            loss = self.critic.loss(batch, max_length, critic_normalizer)
         return ActorCriticOutput(logprobs, entropy, loss)
 
     def parts(self) -> dict[str, nn.Module]:
@@ -85,8 +85,10 @@ class ActorCritic(nn.Module):
         return dict(self.named_children())
 
     def models(self) -> dict[str, PreTrainedModel]:
-        """Return the pretrained models by the name of the trainer's argument: ``"model"``, and ``"critic"`` if any."""
-        return {"model": self.policy} | ({"critic": self.critic.model} if self.critic is not None else {})
+        """Return the models with a backbone by the name of the trainer's argument: ``"model"``, ``"critic"``."""
+        if self.critic is None or isinstance(self.critic, ProbeCritic):
+            return {"model": self.policy}
+        return {"model": self.policy, "critic": self.critic.model}
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
         """Enable activation checkpointing in both models; called for ``TrainingArguments.gradient_checkpointing``."""
@@ -150,12 +152,32 @@ class ActorCritic(nn.Module):
         _check_close(f"model={type(self.policy).__name__}: log-probabilities", ours - ours.mean(), own - own.mean())
 
 
+def policy_states(policy: PreTrainedModel, batch: dict[str, Tensor], max_length: int) -> Tensor:
+    """Compute the last hidden states ``[N, H]`` of the packed sequences of a micro-batch.
+
+    Args:
+        policy: the policy, with packed attention in use.
+        batch: a micro-batch of :mod:`sppo.rollout.batching`.
+        max_length: number of tokens of the longest packed sequence, or more.
+    """
+    packed = Packed(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"])
+    return packed_hidden(policy, packed, max_length)
+
+
 def policy_logprobs(
+    policy: PreTrainedModel, batch: dict[str, Tensor], *, temperature: float, max_length: int, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """Compute the log-probability and entropy ``[R]`` of each response token; see :func:`logprobs_of_states`."""
+    states = policy_states(policy, batch, max_length)
+    return logprobs_of_states(policy, states, batch, temperature=temperature, **settings)
+
+
+def logprobs_of_states(
     policy: PreTrainedModel,
+    states: Tensor,
     batch: dict[str, Tensor],
     *,
     temperature: float,
-    max_length: int,
     backward: str = "cache",
     projection: str = "vendor",
     logits_budget_bytes: int | None = None,
@@ -170,20 +192,18 @@ def policy_logprobs(
     on earlier calls and settings of the process.
 
     Args:
-        policy: the policy, with packed attention in use.
+        policy: the policy.
+        states: its hidden states ``[N, H]``, of :func:`policy_states`.
         batch: a micro-batch of :mod:`sppo.rollout.batching`.
         temperature: sampling temperature.
-        max_length: number of tokens of the longest packed sequence, or more.
         backward: see above.
         projection: see above.
         logits_budget_bytes: see above.
         mass_tolerance: see above.
     """
-    packed = Packed(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"])
-    hidden = packed_hidden(policy, packed, max_length)[batch["response_index"]]
     head = lm_head(policy)
     return linear_logprobs(
-        hidden,
+        states[batch["response_index"]],
         head.weight,
         batch["response_ids"],
         bias=head.bias,
@@ -236,7 +256,7 @@ def build_actor_critic(
     Args:
         policy: the policy.
         critic: see :func:`build_critic`.
-        kind: ``"prompt"``, ``"token"``, or None for no critic.
+        kind: ``"prompt"``, ``"token"``, ``"probe"``, or None for no critic.
         tokenizer: tokenizer of both.
         peft_config: a ``peft.LoraConfig`` or None.
         args: settings of the run.
@@ -249,7 +269,9 @@ def build_actor_critic(
     keep_layout(policy)
     if trains:
         check_quantized("model", policy, has_adapter=learns_adapter, args=args)
-    classifier = build_critic(critic, policy, tokenizer, kind) if kind is not None else None
+    if kind == "probe" and critic is not None:
+        raise ValueError("this algorithm's critic reads the policy's own hidden states; leave critic= out")
+    classifier = build_critic(critic, policy, tokenizer, kind) if kind in ("prompt", "token") else None
     if classifier is not None:
         keep_layout(classifier)
         check_quantized("critic", classifier, has_adapter=learns_adapter and args.critic_adapter, args=args)
@@ -260,7 +282,7 @@ def build_actor_critic(
     else:
         policy = ensure_fp32_weights(policy, args)
     if classifier is None:
-        return ActorCritic(policy)
+        return ActorCritic(policy, ProbeCritic(policy) if kind == "probe" else None)
     if has_adapter(policy) and args.critic_adapter:
         config: Any = copy.copy(peft_config or policy.peft_config["default"])
         config.task_type = "SEQ_CLS"  # tells PEFT which layer is the head

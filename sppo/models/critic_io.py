@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from sppo.models.critics import set_head, value_head
 from sppo.models.lora import has_adapter, merged_weights
 from sppo.models.policy_io import embedding_rows
+from sppo.models.probe import ProbeForSequenceClassification  # noqa: F401 - registers it, so that it can be loaded
 from sppo.models.quantization import plain_config, quantizer, with_backbone
 
 

@@ -94,7 +94,7 @@ class TokenCritic(Critic):
         sequences = [s.prompt_ids + s.response_ids[:-1] for s in samples]
         return [
             self._read(hidden, torch.tensor(s.policy_positions) + len(s.prompt_ids) - 1).cpu()
-            for hidden, s in zip(_packed_states(self.model, sequences), samples, strict=True)
+            for hidden, s in zip(packed_states(self.model, sequences), samples, strict=True)
         ]
 
     def loss(self, batch: dict[str, Tensor], max_length: int, normalizer: float) -> Tensor:
@@ -195,7 +195,7 @@ def _set_constant(critic: PreTrainedModel, output: float) -> None:
 def prompt_values(critic: PreTrainedModel, prompts: Sequence[list[int]]) -> list[float]:
     """Predict P(success) for each prompt; each distinct prompt is read once, packed without padding."""
     distinct = list(dict.fromkeys(map(tuple, prompts)))
-    ends = [hidden[-1].clone() for hidden in _packed_states(critic, distinct)]  # a view would keep its chunk alive
+    ends = [hidden[-1].clone() for hidden in packed_states(critic, distinct)]  # a view would keep its chunk alive
     if not ends:
         return []
     states = torch.stack(ends)
@@ -205,7 +205,7 @@ def prompt_values(critic: PreTrainedModel, prompts: Sequence[list[int]]) -> list
     return [values[tuple(prompt)] for prompt in prompts]
 
 
-def _packed_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+def packed_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """Yield the last hidden states ``[T, H]`` of each sequence, computed in chunks to bound the memory."""
     for chunk in _chunks(sequences):
         packed = Packed(*(x.to(model.device) for x in pack(chunk)))

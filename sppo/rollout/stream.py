@@ -247,10 +247,10 @@ class RolloutStream(IterableDataset):
                 max_length=max([1, *(length(s) for s in learned[i])]),
                 # The gradient is averaged over processes, so each divides by its share of the total.
                 policy_normalizer=self._policy_normalizer(total) / world_size,
-                critic_normalizer=max(1, total.num_tokens if critic == "token" else total.num_outcomes) / world_size,
+                critic_normalizer=max(1, total.num_units(critic)) / world_size,
                 num_tokens=max(1, total.num_tokens) / world_size,
                 policy_learns=policy_learns and total.num_sequences > 0,
-                critic_learns=total.num_outcomes > 0,
+                critic_learns=total.num_units(critic) > 0,
             )
             self._add_logprobs(update)
             updates.append(update)

@@ -74,6 +74,11 @@ def test_sppo_is_outcome_minus_value():
     assert make("sppo").advantages(outcomes(values=values)).tolist() == [0.5, -0.25, 0.5, -0.75, 0.5, 0.0]
 
 
+def test_poise_is_outcome_minus_the_value_of_the_probe():
+    values = tensor([0.5, 0.25, 0.0, 0.75, 0.5, 1.0])
+    assert make("poise").advantages(outcomes(values=values)).tolist() == [0.5, -0.25, 0.5, -0.75, 0.5, 0.0]
+
+
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.5)])
 def test_ppo_is_whitened_gae_and_its_critic_predicts_the_return(gamma, lam):
     algorithm, given = make("ppo", gamma=gamma, lam=lam), outcomes(values=token_values())
@@ -199,7 +204,7 @@ def test_reinforce_against_each_baseline():
     assert algorithm.state["a"] == (4, 2.0)
 
 
-TOKEN_MEANS = ("ppo", "dapo", "cispo", "spo", "reinforce_plus_plus")
+TOKEN_MEANS = ("ppo", "poise", "dapo", "cispo", "spo", "reinforce_plus_plus")
 
 
 def published_loss(name, advantages, longest):
@@ -319,7 +324,7 @@ def test_dr_grpo_divides_only_sums_by_the_maximum_length():
 @pytest.mark.parametrize(
     ("attributes", "says"),
     [
-        ({"critic": "prompts"}, "Mine.critic must be 'prompt', 'token' or None, got 'prompts'"),
+        ({"critic": "prompts"}, "Mine.critic must be 'prompt', 'probe', 'token' or None, got 'prompts'"),
         ({"defaults": {"epsilon": 0.1}}, "Mine.defaults must have the keys num_generations, .*, got epsilon; write"),
         ({"defaults": Algorithm.defaults | {"beta": 0.1}}, "Mine.defaults must have the keys"),
     ],

@@ -8,6 +8,7 @@ from sppo.algorithms import ALGORITHMS
 
 VARIANTS = [
     {"algorithm": "ppo"},
+    {"algorithm": "poise"},
     {"algorithm": "ppo", "lam": 0.9, "num_iterations": 2},
     {"algorithm": "grpo"},
     {"algorithm": "dr_grpo"},
@@ -31,7 +32,7 @@ def test_every_algorithm_learns(tmp_path, settings):
     trainer.train()
     reward = logged(trainer, "reward")
     assert sum(reward[-5:]) > sum(reward[:5]) + 1.5
-    assert (trainer.model.critic is not None) == (settings["algorithm"] in ("sppo", "ppo"))
+    assert (trainer.model.critic is not None) == (settings["algorithm"] in ("sppo", "poise", "ppo"))
     assert ("brier" in trainer.state.log_history[0]) == (trainer.model.critic is not None)
 
 

@@ -366,7 +366,7 @@ def test_value_without_a_prompt_critic_raises(recipe, capsys):
     assert "there is no critic in 'grpo', nor in a folder 'critic' inside" in capsys.readouterr().err
     assert main(["train", recipe, "--output_dir", "ppo", "--algorithm", "ppo"]) == 0
     assert main(["value", "2+2=", "--critic", "ppo"]) == 2
-    assert "is a token critic, which predicts returns" in capsys.readouterr().err
+    assert "is a token critic; only a prompt critic" in capsys.readouterr().err
 
 
 @pytest.mark.slow
