@@ -1,0 +1,53 @@
+"""Generated tokens that each algorithm needs to learn a recipe, at the settings that the recipe has for SPPO.
+
+It shows that every algorithm learns, not which one is best: learning rates are not tuned for each. SPPO is also trained
+with advantages centered and standardized, and on prompts that its critic chooses before they are sampled. The suite
+learn compares algorithms with tuned settings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.harness import recipe_comparison, results
+from benchmarks.harness.recipe_comparison import Comparison
+from benchmarks.harness.results import Row
+from benchmarks.harness.suite import Suite
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sppo": {},
+    "sppo, prompts chosen": {"prompt_value_range": [0.1, 0.9]},
+    "sppo, centered": {"center_advantages": True},
+    "sppo, standardized": {"standardize_advantages": True},
+    "poise": {"algorithm": "poise", "critic_learning_rate": 1e-2},
+    "spo": {"algorithm": "spo"},
+    "reinforce_plus_plus": {"algorithm": "reinforce_plus_plus"},
+    "grpo": {"algorithm": "grpo"},
+    "dapo": {"algorithm": "dapo", "overlong_buffer": 0},
+    "cispo": {"algorithm": "cispo"},
+    "opo": {"algorithm": "opo"},
+}
+
+
+def _thousands(row: Row) -> str:
+    if not row["tokens"]:
+        return "not reached"
+    spread = f" ± {row['tokens_error'] / 1e3:.0f}k" if row["seeds"] > 1 else ""
+    return f"{row['tokens'] / 1e3:.0f}k{spread}"
+
+
+COLUMNS: results.Columns = {
+    "algorithm": lambda row: row["variant"],
+    "seeds": lambda row: row["seeds"],
+    "accuracy before": lambda row: f"{row['before']:.3f}",
+    "reached": lambda row: row["reached"],
+    "tokens to the threshold": _thousands,
+}
+COMPARISON = Comparison("recipe_algorithms", VARIANTS, COLUMNS, stop_at_threshold=True)
+SUITE = Suite(
+    recipe_comparison.add_arguments,
+    COMPARISON.run,
+    tables={"recipe_algorithms": COMPARISON.published_table},
+    draw=results.draw_bars(recipe_comparison.chart),
+    needs="the trainer",
+)
