@@ -26,15 +26,19 @@ VARIANTS = {
 }
 
 
-def _thousands(row: Row) -> str:
-    return f"{row['tokens'] / 1e3:.0f}k ± {row['tokens_error'] / 1e3:.0f}k" if row["tokens"] else "not reached"
+def thousands(row: Row) -> str:
+    """Format the mean number of tokens to the threshold, with its standard error over several seeds."""
+    if not row["tokens"]:
+        return "not reached"
+    spread = f" ± {row['tokens_error'] / 1e3:.0f}k" if row["reached"] > 1 else ""
+    return f"{row['tokens'] / 1e3:.0f}k{spread}"
 
 
 COLUMNS: results.Columns = {
     "ratio": lambda row: row["variant"],
     "seeds": lambda row: row["seeds"],
     "reached": lambda row: row["reached"],
-    "tokens to the threshold": _thousands,
+    "tokens to the threshold": thousands,
 }
 COMPARISON = Comparison("ratio_levels", VARIANTS, COLUMNS, stop_at_threshold=True)
 SUITE = Suite(

@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.harness import recipe_comparison, results
 from benchmarks.harness.recipe_comparison import Comparison
-from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
+from benchmarks.ratio_levels import thousands
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sppo": {},
@@ -29,19 +29,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _thousands(row: Row) -> str:
-    if not row["tokens"]:
-        return "not reached"
-    spread = f" ± {row['tokens_error'] / 1e3:.0f}k" if row["seeds"] > 1 else ""
-    return f"{row['tokens'] / 1e3:.0f}k{spread}"
-
-
 COLUMNS: results.Columns = {
     "algorithm": lambda row: row["variant"],
     "seeds": lambda row: row["seeds"],
     "accuracy before": lambda row: f"{row['before']:.3f}",
     "reached": lambda row: row["reached"],
-    "tokens to the threshold": _thousands,
+    "tokens to the threshold": thousands,
 }
 COMPARISON = Comparison("recipe_algorithms", VARIANTS, COLUMNS, stop_at_threshold=True)
 SUITE = Suite(

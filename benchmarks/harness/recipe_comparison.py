@@ -129,7 +129,7 @@ def train(
     trainer = build_quiet_trainer(recipe_name, {**of_run, **evaluated, **settings})
     trainer.add_callback(StopAtThreshold())
     if reward is not None:
-        trainer.rollouts.reward_funcs = [resolve(reward)]
+        trainer.rollouts.sampler.reward_funcs = [resolve(reward)]
     before = trainer.evaluate()
     trainer.state.log_history.clear()
     trainer.train()

@@ -15,6 +15,6 @@ def build_quiet_trainer(recipe_name: str, settings: dict[str, Any]) -> SPPOTrain
     from sppo.cli.recipes import build_trainer, override, read_recipe
 
     recipe = read_recipe(recipe_name)
-    for name, value in {**QUIET, **settings}.items():
+    for name, value in {"console": "none", **QUIET, **settings}.items():
         override(recipe, name, str(value))
     return build_trainer(recipe)

@@ -152,7 +152,7 @@ def make_trainer(
         critic = make_critic(policy, variant.small_critic) if algorithm_class(variant.algorithm).critic else None
         engine = None if live else prepared
         trainer = SPPOTrainer(policy, odd_end, args=args, critic=critic, rollout_engine=engine, **given)
-        trainer.rollouts.meter = meter
+        trainer.rollouts.meter = trainer.rollouts.sampler.meter = meter
     else:
         from benchmarks.step import trl_trainers
 

@@ -98,7 +98,7 @@ class Step:
     def _trainer(self) -> SPPOTrainer:
         algorithm = algorithm_class(self.args.algorithm)(self.args)
         trainer = SPPOTrainer.__new__(SPPOTrainer)
-        update = Update([self.batch], self.length, 1.0, 1.0, policy_learns=True, critic_learns=True)
+        update = Update([self.batch], self.length, 1.0, 1.0, 1.0, policy_learns=True, critic_learns=True)
         trainer.args, trainer.algorithm, trainer.model, trainer.optimizer = self.args, algorithm, self.model, None
         trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
         trainer.rollouts = SimpleNamespace(update=update)

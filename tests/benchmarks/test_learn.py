@@ -27,6 +27,7 @@ from sppo import SPPOConfig
 from sppo._utils import run_lock
 from sppo.algorithms import RolloutBatch
 from sppo.rollout.prompts import prompt_hash
+from sppo.settings import SPPOSettings
 
 # The task
 
@@ -246,7 +247,7 @@ def test_what_the_variants_make_of_values():
     )
     assert OtherPrompts(None).advantages(outcomes).tolist() == pytest.approx([0.5, -0.9, 0.9])
     mean = (0.1 - 0.1 + 0.5) / 3
-    assert Centred(None).advantages(outcomes).tolist() == pytest.approx([0.1 - mean, -0.1 - mean, 0.5 - mean])
+    assert Centred(SPPOSettings()).advantages(outcomes).tolist() == pytest.approx([0.1 - mean, -0.1 - mean, 0.5 - mean])
 
 
 def test_a_mean_a_rule_is_of_the_rewards_before():
