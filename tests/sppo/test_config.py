@@ -75,7 +75,7 @@ def test_paper_takes_overrides():
     [
         (
             {"algorithm": "pppo"},
-            "algorithm must be one of sppo, ppo, grpo.*, or module:Class .*, got 'pppo'; did you mean 'ppo'",
+            "algorithm must be one of sppo, poise, ppo, grpo.*, or module:Class .*, got 'pppo'; did you mean 'ppo'",
         ),
         ({"algorithm": "sppo.nothing:X"}, "cannot import 'sppo.nothing:X'"),
         ({"algorithm": "sppo:SPPOConfig"}, "name a subclass of sppo.Algorithm"),

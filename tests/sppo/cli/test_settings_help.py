@@ -30,7 +30,8 @@ def test_common_settings_come_first_and_each_setting_once():
 def test_groups_are_those_of_the_settings_module():
     groups = parts()
     assert list(groups)[2:] == ["Rollout", "Reward", "Loss", "Critic", "Evaluation and log"]
-    assert groups["Reward"] == ["reward_weights", "reward_timeout", "reward_workers", "mask_truncated_completions"]
+    names = ["reward_weights", "reward_timeout", "reward_workers", "mask_truncated_completions", "overlong_buffer"]
+    assert groups["Reward"] == names
     assert groups["Critic"][0] == "critic_learning_rate"
 
 

@@ -260,7 +260,7 @@ def test_vllm_starts_with_plain_weights(monkeypatch):
     started = lambda model, **_: json.loads(Path(model, "config.json").read_text())
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=started))
     policy = stand_in("bitsandbytes")
-    assert "quantization_config" not in _start(policy, {})
+    assert "quantization_config" not in _start(policy, None, {"skip_tokenizer_init": True})
     assert policy.config.quantization_config.quant_method == "bitsandbytes"
 
 

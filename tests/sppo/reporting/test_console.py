@@ -152,7 +152,11 @@ class Engine(HFRollout):
     def generate(self, prompts, **settings):
         for i in range(len(prompts)):
             self.on_progress(i + 1, len(prompts))
-        return super().generate(prompts, **settings)
+        report, self.on_progress = self.on_progress, None  # the engine itself would report too
+        try:
+            return super().generate(prompts, **settings)
+        finally:
+            self.on_progress = report
 
 
 def test_a_run_prints_each_entry_once_with_the_progress_of_its_rollouts(tmp_path, capsys, monkeypatch):

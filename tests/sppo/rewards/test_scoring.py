@@ -179,7 +179,7 @@ def test_slow_samples_cost_no_other_its_reward():
         start = time.monotonic()
         scores = score([spec("hang_on")], ["p"] * 128, given, {}, timeout=4, workers=workers)
         assert [x is None for x in scores.rewards] == [text == "hang" for text in given]
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 30  # three times the limit, and the time to restart the worker 16 times
         assert len(scores.failures) == 16
 
 
