@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from sppo.algorithms import ALGORITHMS, algorithm_class, readers_of
-from sppo.presets import preset
+from sppo.presets import SETTINGS_OF_TRL, preset
 from sppo.rollout.generation import VLLM_MODES, check_engine_settings, check_generation_settings
 from sppo.rollout.support import is_truncated
 from sppo.settings import SPPOSettings
@@ -37,6 +37,17 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
     Differences from ``TrainingArguments``: every update is logged, the learning rate is constant by default, and the
     trainer itself restores the position in the data (``ignore_data_skip`` is always True).
     """
+
+    def __new__(cls, *args: Any, **settings: Any) -> SPPOConfig:
+        """Name the replacement of a setting of TRL that has another name here.
+
+        Raises:
+            TypeError: there is such a setting.
+        """
+        for name in settings:
+            if name in SETTINGS_OF_TRL:
+                raise TypeError(f"{cls.__name__} has no setting {name!r}: {SETTINGS_OF_TRL[name]}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.bf16 and not torch.accelerator.is_available():
@@ -64,8 +75,8 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
         check_engine_settings(self)
 
     def _apply_defaults(self, defaults: dict[str, Any]) -> None:
-        if self.epsilon is not None and self.epsilon_high is None:
-            self.epsilon_high = self.epsilon
+        if self.epsilon is not None and self.epsilon_high is None and self.algorithm not in ("dapo", "cispo"):
+            self.epsilon_high = self.epsilon  # those two have an upper bound of their own
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -263,6 +274,7 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
             "cliprange_value",
         )
         rules = [(name, lambda x: x >= 1, "at least 1") for name in at_least_one]
+        rules += [(name, lambda x: x == int(x), "a whole number") for name in at_least_one]
         rules += [(name, lambda x: x >= 0, "0 or more") for name in not_negative]
         rules += [(name, lambda x: x > 0, "greater than 0 (float('inf') for no limit)") for name in positive]
         rules += [
@@ -281,9 +293,15 @@ class SPPOConfig(SPPOSettings, TrainingArguments):
                 raise ValueError(f"{name} must be {description}, got {value}")
 
         window = self.prompt_value_range
-        if window is not None and not (len(window) == 2 and 0 <= window[0] < window[1] <= 1):
+        numbers = isinstance(window, list | tuple) and all(isinstance(each, int | float) for each in window)
+        if window is not None and not (numbers and len(window) == 2 and 0 <= window[0] < window[1] <= 1):
             raise ValueError(
                 f"prompt_value_range must be two rising numbers in [0, 1], such as [0.1, 0.9], got {window}"
+            )
+        if window is not None and algorithm_class(self.algorithm).critic != "prompt":
+            raise ValueError(
+                f"prompt_value_range={window} needs a prompt critic, and algorithm={self.algorithm!r} has none; leave "
+                "it out, or use sppo"
             )
         masks = self.rollout_correction.endswith("_mask")
         if self.rollout_floor and not (masks and self.rollout_floor < self.rollout_cap):

@@ -52,6 +52,26 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Settings that depend on the size of the model, by its name."""
 
+SETTINGS_OF_TRL = {
+    "loss_type": "set algorithm= (grpo, dr_grpo, dapo, cispo), or aggregation= for the mean alone",
+    "importance_sampling_level": "set ratio_level='sequence_mean', or algorithm='gspo'",
+    "generation_batch_size": "set steps_per_generation=; a rollout has per_device_train_batch_size times as many",
+    "vllm_importance_sampling_correction": "set rollout_correction= and rollout_cap=",
+    "vllm_importance_sampling_mode": "set rollout_correction= and rollout_cap=",
+    "vllm_importance_sampling_cap": "set rollout_cap=",
+    "vllm_gpu_memory_utilization": "set rollout_engine_kwargs={'gpu_memory_utilization': ...}",
+    "vllm_tensor_parallel_size": "use vllm_mode='server', and give it to the server",
+    "max_tool_calling_iterations": "set max_turns=",
+    "repetition_penalty": "set generation_kwargs={'repetition_penalty': ...}",
+    "cache_implementation": "set rollout_engine_kwargs={'cache_implementation': ...}",
+    "model_init_kwargs": "load the model, and pass it to the trainer",
+    "disable_dropout": "dropout is always off",
+    "num_generations_eval": "use sppo eval --k",
+    "sync_ref_model": "not available",
+    "top_entropy_quantile": "not available",
+}
+"""What to set here instead of settings of TRL's GRPOConfig that have another name or do not exist."""
+
 _CHECKPOINTING_NAMES = ("activation_checkpointing", "gradient_checkpointing")  # transformers renamed it
 
 

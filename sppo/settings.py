@@ -150,7 +150,11 @@ class SPPOSettings:
 
     # Reward
     reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each reward function. None: all 1. The sum must stay in [0, 1]."}
+        default=None,
+        metadata={
+            "help": "Weight of each reward function. None: all 1. With sppo, poise and spo the weighted sum must be in "
+            "[0, 1]."
+        },
     )
     reward_timeout: float = field(
         default=30.0,

@@ -38,7 +38,7 @@ from sppo.reporting.model_card import write_model_card
 from sppo.reporting.trackers import EpochCallback, MetricsFile, SampleCompletions, name_run, prepare_trackers
 from sppo.rewards.samples import RewardFunction, resolve_rewards
 from sppo.rollout import RolloutEngine, encode
-from sppo.rollout.building import build_engine, build_episodes, with_environment
+from sppo.rollout.building import build_engine, build_episodes, described_tools, with_environment
 from sppo.rollout.prompts import Prompts, check_template_settings, prompt_of
 from sppo.rollout.records import ProcessContext, Progress
 from sppo.rollout.stream import RolloutStream
@@ -115,17 +115,18 @@ class SPPOTrainer(Trainer):
         self._stored_dtype = stored_dtype(policy)
         tokenizer = check_tokenizer(policy, processing_class)
         self.reward_funcs = resolve_rewards(with_environment(reward_funcs, environment_factory), args.reward_weights)
+        described = described_tools(environment_factory, tools, tokenizer)
 
         def encode_row(row: Mapping[str, Any]) -> list[int]:
-            return encode(prompt_of(row, args, tools), tokenizer)
+            return encode(prompt_of(row, args, described), tokenizer)
 
         if train_dataset is not None:
             check_dataset("train_dataset", train_dataset, tokenizer)
-            check_template_settings(train_dataset, args, tools)
+            check_template_settings(train_dataset, args, described)
             train_dataset = drop_long_prompts(train_dataset, encode_row, args.max_prompt_length)
         for name, dataset in named(eval_dataset).items():
             check_dataset(f"eval_dataset {name}".strip(), dataset, tokenizer)
-            check_template_settings(dataset, args, tools)
+            check_template_settings(dataset, args, described)
 
         self.algorithm = algorithm_class(args.algorithm)(args)
         if critic is not None and self.algorithm.critic is None and train_dataset is not None:
@@ -167,6 +168,7 @@ class SPPOTrainer(Trainer):
             tokenizer,
             given=rollout_engine,
             rollout_func=rollout_func,
+            several_turns=environment_factory is not None or bool(tools),
             trains=train_dataset is not None,
         )
         self.episodes = build_episodes(
@@ -250,7 +252,7 @@ class SPPOTrainer(Trainer):
         self, *args: Any, resume_from_checkpoint: str | bool | None, allow_changes: Sequence[str], **kwargs: Any
     ) -> TrainOutput:
         folder = checkpointing.find_checkpoint(self.output_dir, resume=resume_from_checkpoint)
-        rewards = [reward.identity() for reward in self.reward_funcs]
+        rewards = [*(reward.identity() for reward in self.reward_funcs), self.episodes.identity]
         self.identity = checkpointing.identity(self.args, self.actor_critic, self.train_dataset, rewards)
         if folder is not None:
             checkpointing.check_identity(self.identity, folder, allow_changes=allow_changes)

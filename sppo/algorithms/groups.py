@@ -36,7 +36,9 @@ class GRPO(GroupAlgorithm):
         if self.args.scale_rewards == "group":
             return group_advantages(batch.rewards, batch.group_ids, estimator="grpo")
         centered = group_advantages(batch.rewards, batch.group_ids, estimator="dr_grpo")
-        return centered / (batch.rewards.std() + 1e-6) if self.args.scale_rewards == "batch" else centered
+        if self.args.scale_rewards == "batch" and len(centered) > 1:
+            return centered / (batch.rewards.std() + 1e-6)
+        return centered
 
 
 class DrGRPO(GRPO):

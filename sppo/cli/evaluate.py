@@ -114,7 +114,7 @@ def _resolve_target(arguments: argparse.Namespace, overrides: dict[str, str]) ->
         ("eval_dataset", sources[0], "--dataset"),
         ("reward", recipe["reward"], "--reward"),
     ):
-        if not value:
+        if not value and not (key == "reward" and recipe.get("environment")):
             raise ValueError(f"no {key} to use; give {option}, or a recipe that has it")
     if arguments.output and len(sources) > 1:
         raise ValueError(f"--output names one file for {len(sources)} datasets; omit it, or give --output_dir")

@@ -190,10 +190,13 @@ def config_from(values: dict[str, Any]) -> SPPOConfig:
         ValueError: an unknown field, or a value of the wrong type.
     """
     from sppo import SPPOConfig
+    from sppo.presets import SETTINGS_OF_TRL
 
     types_of_fields = typing.get_type_hints(SPPOConfig)
     fields = [name for name, field in SPPOConfig.__dataclass_fields__.items() if field.init]
     for name in values:
+        if name in SETTINGS_OF_TRL:
+            raise ValueError(f"no setting {name!r}: {SETTINGS_OF_TRL[name]}")
         if name not in fields:
             raise ValueError(f"no setting or recipe key {name!r}{suggest(name, [*fields, *KEYS])}")
     return SPPOConfig(**{name: convert(name, value, types_of_fields[name]) for name, value in values.items()})

@@ -103,7 +103,8 @@ def _eval_command(recipe: Recipe, name: str, overrides: dict[str, str]) -> str:
     """
     folder = str(recipe["args"]["output_dir"])
     if not recipe.get("eval_dataset"):
-        return f"{folder} --dataset FILE --reward {shlex.quote(str(recipe['reward']))}"
+        reward = f" --reward {shlex.quote(str(recipe['reward']))}" if recipe.get("reward") else ""
+        return f"{folder} --dataset FILE{reward}"
     base = () if Path(folder, ADAPTER_CONFIG).is_file() else ("model", "model_kwargs")
     command = _command_line(name, overrides, without=(*base, "critic", "train_dataset", "max_steps", "output_dir"))
     return f"{command} --output_dir {folder}"
@@ -132,9 +133,10 @@ def _print_plan(recipe: Recipe, trainer: Any, *, resumes: bool) -> None:
         updates = math.ceil(args.num_train_epochs * trainer.rollouts.updates_per_epoch)
     per_update = args.rollout_size * args.world_size / args.updates_per_rollout
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
+    critic = "with its critic " if trainer.algorithm.critic else ""
     plan = {
         "algorithm": f"{args.algorithm}, {args.num_generations} per prompt, {args.ratio_level} ratio",
-        "model": f"{recipe['model']} (with its critic {size / 1e6:.3g}M parameters, on {args.device})",
+        "model": f"{recipe['model']} ({critic}{size / 1e6:.3g}M parameters, on {args.device})",
         "prompts": f"{len(trainer.train_dataset)} from {_describe_source(recipe['train_dataset'])}",
         "evaluation": f"{len(trainer.eval_dataset)} from {_describe_source(recipe['eval_dataset'])}, before and after"
         if trainer.eval_dataset is not None

@@ -35,6 +35,9 @@ _SETTINGS = "training_args.json"
 _SCORES = {"reward": "mean reward of training (running mean)", "held_out": "mean reward of held-out prompts"}
 
 
+_TOLERANCE = 1.01  # entries of two runs seldom fall on the same number of tokens
+
+
 @dataclass
 class Run:
     """A run to compare.
@@ -74,7 +77,8 @@ class Run:
         for axis, limit in equal.items():
             positions = x_positions(self.log, axis)
             for name, points in series.items():
-                scores[name][axis] = next((value for i, value in reversed(points) if positions[i] <= limit), None)
+                reached = (value for i, value in reversed(points) if positions[i] <= limit * _TOLERANCE)
+                scores[name][axis] = next(reached, None)
         for name, points in series.items():
             scores[name][END] = points[-1][1] if points else None
         return scores

@@ -92,9 +92,10 @@ class Meter:
 
 
 def _reduce(name: str, pairs: list[tuple[float, float]]) -> float:
-    if name.endswith("_min"):
+    is_named_by_user = name.removeprefix("eval_").startswith(("rewards/", "custom/"))
+    if name.endswith("_min") and not is_named_by_user:
         return min(value for value, _ in pairs)
-    if name.endswith("_max"):
+    if name.endswith("_max") and not is_named_by_user:
         return max(value for value, _ in pairs)
     weights = sum(weight for _, weight in pairs)
     return sum(value * weight for value, weight in pairs) / weights if weights else 0.0

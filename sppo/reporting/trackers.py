@@ -99,6 +99,7 @@ class SampleCompletions(TrainerCallback):
             return
         samples = self._samples()[: args.num_completions_to_print]
         print_completions(samples, state.global_step)
+        logged = {name: None for sample in samples for name in sample.logged if name not in _OWN_COLUMNS}
         rows = [
             {
                 "step": state.global_step,
@@ -106,7 +107,7 @@ class SampleCompletions(TrainerCallback):
                 "completion": as_text(sample.completion),
                 "reward": sample.reward,
                 "advantage": None if sample.advantage is None else sample.advantage.mean().item(),
-                **{name: value for name, value in sample.logged.items() if name not in _OWN_COLUMNS},
+                **{name: sample.logged.get(name) for name in logged},
             }
             for sample in samples
         ]

@@ -90,12 +90,16 @@ def _score_one_by_one(
     reward: BatchReward, batch: Batch, indices: list[int], results: list[SampleResult], timeout: float, workers: int
 ) -> None:
     """Set the results of some samples, by a call for each."""
+    workers = min(workers, len(indices))
     shared = _SharedTime(reward, 2 * timeout * workers, least=timeout / 20)
     # A share may be shorter than the first call in a new process, which imports what the reward uses.
     share = max(timeout * workers / len(indices), min(timeout / 10, _LEAST_SECONDS))
     for i in indices:
         results[i] = "was not called: other samples of the batch used up the time limit"
-    for limit in (lambda: shared.unless_used_up(share), lambda: shared.unless_used_up(shared.left / 4)):
+    for limit in (
+        lambda: shared.unless_used_up(share),
+        lambda: shared.unless_used_up(min(timeout, shared.left / 4)),
+    ):
         late = []
         found = _side_by_side(shared, [batch.part(i, i + 1) for i in indices], limit, workers)
         for i, part in zip(indices, found, strict=True):

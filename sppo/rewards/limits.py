@@ -72,7 +72,7 @@ class Worker:
         cwd = os.getcwd()  # paths of files are relative to it, and it may have changed
         if spec not in self.loaded or self.loaded[spec][0] != cwd:
             reply = self.request({"load": spec, "cwd": cwd}, LOAD_TIMEOUT)
-            self.loaded[spec] = cwd, Parameters(tuple(reply["names"]), reply["takes_all"])
+            self.loaded[spec] = cwd, Parameters(**reply)
         return self.loaded[spec][1]
 
     def request(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:

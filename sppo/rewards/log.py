@@ -52,7 +52,7 @@ class RewardLog:
         values = list(values)
         if len(values) != self.size:
             raise ValueError(f"log_extra: column {column!r} has {len(values)} values for {self.size} samples")
-        self.columns[str(column)].update(enumerate(json.loads(json.dumps(values, default=str))))
+        self.columns[str(column)].update(enumerate(map(_as_json, values)))
 
     def one_sample(self, index: int) -> OneSampleLog:
         """Return the log of a reward that is called for one sample."""
@@ -97,4 +97,12 @@ class OneSampleLog:
 
     def log_extra(self, column: str, value: Any) -> None:
         """Add a value to a column of ``completions.jsonl``."""
-        self._log.columns[str(column)][self._index] = json.loads(json.dumps(value, default=str))
+        self._log.columns[str(column)][self._index] = _as_json(value)
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value as JSON values; as text where JSON has no form for it."""
+    try:
+        return json.loads(json.dumps(value, default=str))
+    except (TypeError, ValueError):
+        return str(value)

@@ -80,7 +80,7 @@ class RewardModel:
         width, device = max(map(len, rows)), self.model.device
         # The last token that is no padding is the one that classifiers read.
         pad = self.model.config.get_text_config().pad_token_id
-        if pad is None and len({len(row) for row in rows}) > 1:
+        if pad is None and len(rows) > 1:
             return [value for row in rows for value in self._score([row])]
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)

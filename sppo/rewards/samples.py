@@ -40,21 +40,22 @@ def grade(
         max_failures_shown: how many failures to log one by one, so that a reward that always fails does not flood the
             log.
     """
+    usable = [(sample, row) for sample, row in zip(samples, rows, strict=True) if sample.error is None]
+    graded = [sample for sample, _ in usable]
     scores = score(
         reward_funcs,
-        [sample.prompt for sample in samples],
-        [sample.completion for sample in samples],
-        _columns(samples, rows),
+        [sample.prompt for sample in graded],
+        [sample.completion for sample in graded],
+        _columns(graded, [row for _, row in usable]),
         weights=weights,
         timeout=timeout,
         workers=workers,
         trainer_state=trainer_state,
     )
-    errors = [f"{sample.error}; prompt: {excerpt(sample.prompt)}" for sample in samples if sample.error]
+    errors = [f"{sample.error}; prompt: {excerpt(sample.prompt)}" for sample in samples if sample.error is not None]
     failures = errors + scores.failures
-    for i, (sample, reward) in enumerate(zip(samples, scores.rewards, strict=True)):
-        sample.reward = None if sample.error else reward
-        sample.logged = scores.log.of_sample(i)
+    for i, (sample, reward) in enumerate(zip(graded, scores.rewards, strict=True)):
+        sample.reward, sample.logged = reward, scores.log.of_sample(i)
     for failure in failures[:max_failures_shown]:
         logger.warning("%s", printable(failure))
     if len(failures) > max_failures_shown:
@@ -64,7 +65,7 @@ def grade(
 
 def _columns(samples: Sequence[Sample], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return the columns of the dataset, of the samples, and those that the trainer adds."""
-    of_dataset = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    of_dataset = {name: [row[name] for row in rows] for name in (rows[0] if rows else ()) if name != "prompt"}
     names = {name for sample in samples for name in sample.columns}
     of_samples = {name: [sample.columns.get(name) for sample in samples] for name in sorted(names)}
     return {
@@ -118,9 +119,9 @@ def score_samples(
             sample.reward = min(1.0, max(0.0, reward))
         else:
             raise ValueError(
-                f"reward must be in [0, 1], because the critic predicts it as a probability; got {reward} for the "
-                f"prompt {sample.prompt!r}. Rescale the reward functions, or set reward_weights to bring their sum "
-                "into that range."
+                f"reward must be in [0, 1], because algorithm={args.algorithm!r} takes it as a probability; got "
+                f"{reward} for the prompt {sample.prompt!r}. Rescale the reward functions, or set reward_weights to "
+                "bring their sum into that range."
             )
     return scores.metrics()
 

@@ -179,10 +179,24 @@ def resolve(spec: Reward | Callable[..., Any] | str) -> Reward:
     target = BUILTIN.get(base, base)
     reward = Reward(target.rpartition(":")[2], target, options)
     try:
-        reward.load()
+        parameters = reward.load()
     except RewardError as error:
         raise ValueError(f"reward {spec!r}: {error}") from error
+    assert parameters is not None
+    _check_options(spec, reward, parameters)
     return reward
+
+
+def _check_options(spec: str, reward: Reward, parameters: Parameters) -> None:
+    """Raise ValueError for an option that the function does not take, or one that a built-in reward needs."""
+    options = sorted(BUILTIN_OPTIONS & {*parameters.names} if reward.is_builtin else {*parameters.names})
+    for name in () if parameters.takes_all and not reward.is_builtin else reward.options:
+        if name not in options:
+            raise ValueError(f"reward {spec!r} has no option {name!r}{suggest(name, options)}; it takes {options}")
+    missing = [name for name in parameters.required if name in BUILTIN_OPTIONS and name not in reward.options]
+    if reward.is_builtin and missing:
+        example = "&".join(f"{name}=..." for name in missing)
+        raise ValueError(f"reward {spec!r} needs {', '.join(missing)}: {reward.name}?{example}")
 
 
 def _resolve_model(spec: Any) -> Reward:

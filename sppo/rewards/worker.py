@@ -3,7 +3,8 @@
 The worker process reads one request per line of JSON from standard input and writes one reply per line of JSON to
 standard output:
 
-    {"load": spec, "cwd": folder}                  -> {"names": [...], "takes_all": bool} or {"error": text}
+    {"load": spec, "cwd": folder}
+                               -> {"names": [...], "takes_all": bool, "required": [...]} or {"error": text}
     {"call": spec, "options", "prompts", "completions", "columns", "state"}
                                                    -> {"values": [...], "log": {...}} or {"error": text}
 """
@@ -60,9 +61,9 @@ class Parameters:
         required: parameters without a default.
     """
 
-    names: tuple[str, ...]
+    names: Sequence[str]
     takes_all: bool
-    required: tuple[str, ...] = ()
+    required: Sequence[str]
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Parameters:
@@ -268,7 +269,7 @@ def _handle(request: dict[str, Any], functions: dict[str, Callable[..., Any]]) -
             os.chdir(request["cwd"])
             function = functions[request["load"]] = import_object(request["load"])
             parameters = Parameters.of(function)
-            return {"names": parameters.names, "takes_all": parameters.takes_all}
+            return vars(parameters)
         function, state = functions[request.pop("call")], request.pop("state")
         log = RewardLog(len(request["completions"]))
         values = call(function, **request, state=None if state is None else SimpleNamespace(**state), log=log)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from sppo.config import SPPOConfig
 from sppo.rewards import Reward
@@ -17,6 +18,8 @@ from sppo.rollout.episodes import Episodes, MultiTurn, SingleTurn
 from sppo.rollout.generation import check_own_engine, engine_settings, sampling_settings, warn_of_other_distribution
 from sppo.rollout.rollout_func import RolloutFunction
 
+logger = logging.get_logger(__name__)
+
 
 def build_engine(
     trainer: Any,
@@ -25,6 +28,7 @@ def build_engine(
     *,
     given: RolloutEngine | None,
     rollout_func: Callable[..., Any] | None,
+    several_turns: bool,
     trains: bool,
 ) -> RolloutEngine:
     """Build the rollout engine, and warn where it samples from another distribution than the one that is trained.
@@ -34,12 +38,15 @@ def build_engine(
         policy, tokenizer: the policy and its tokenizer.
         given: an engine to use as it is.
         rollout_func: a function to use as the engine.
+        several_turns: whether there is an environment or tools.
         trains: whether there is a training dataset.
 
     Raises:
         ValueError: both an engine and a function are given, or the settings name no engine.
     """
     args: SPPOConfig = trainer.args
+    if rollout_func is not None and several_turns:
+        raise ValueError("rollout_func samples complete responses; leave environment_factory and tools out")
     if given is not None and rollout_func is not None:
         raise ValueError("rollout_engine and rollout_func are both given; give one of them")
     if given is not None or rollout_func is not None:
@@ -89,6 +96,25 @@ def build_episodes(
     return SingleTurn(engine, args)
 
 
+def described_tools(
+    environment_factory: Callable[[], Any] | None,
+    tools: Sequence[Callable[..., Any]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Any]:
+    """Return the tools that the chat template describes, those of the environment included; warn if it does not."""
+    described: list[Any] = list(tools)
+    if environment_factory is not None:
+        described = list(getattr(as_environment(environment_factory(), tools), "tools", ()))
+    if described and tokenizer.chat_template:
+        asked = [{"role": "user", "content": "?"}]
+        without = tokenizer.apply_chat_template(asked, tokenize=False)
+        if tokenizer.apply_chat_template(asked, tokenize=False, tools=described) == without:
+            logger.warning(
+                "the chat template leaves out tools: the policy does not learn from its prompt that it has any"
+            )
+    return described
+
+
 def with_environment(
     reward_funcs: RewardFunction | Sequence[RewardFunction], environment_factory: Callable[[], Any] | None
 ) -> list[RewardFunction]:
@@ -96,8 +122,14 @@ def with_environment(
 
     Raises:
         ValueError: there is no reward.
+        TypeError: ``environment_factory`` cannot be called.
     """
     rewards = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [cast(RewardFunction, reward_funcs)]
+    if environment_factory is not None and not callable(environment_factory):
+        raise TypeError(
+            f"environment_factory={environment_factory!r} cannot be called; pass the class, or a function that returns "
+            "a new environment"
+        )
     if environment_factory is not None:
         environment = environment_factory()
         if hasattr(environment, "reward") or hasattr(environment, "get_reward") or hasattr(environment, "rubric"):

@@ -13,7 +13,6 @@ from sppo.models.actor_critic import policy_logprobs
 from sppo.models.packed_attention import PACKED_ATTENTION, use_attention
 from sppo.rollout.batching import length, pack_policy_batch
 from sppo.rollout.engine import Sample
-from sppo.rollout.prompts import prompt_hash
 
 TRACE_TOKENS = 128
 """Number of tokens at the start of a response that are kept to measure the drift."""
@@ -30,7 +29,7 @@ def measure_drifts(samples: Sequence[Sample], algorithm: Algorithm, policy: PreT
         policy: the policy, before the update.
         args: settings of the run.
     """
-    earlier = [algorithm.trace(prompt_hash(sample.prompt_ids)) for sample in samples]
+    earlier = [algorithm.trace(sample.name) for sample in samples]
     seen = [(sample, trace) for sample, trace in zip(samples, earlier, strict=True) if trace is not None]
     responses = [(s.prompt_ids, s.response_ids[:TRACE_TOKENS]) for s in samples]
     responses += [(s.prompt_ids, tokens) for s, (tokens, _) in seen]

@@ -45,6 +45,7 @@ class Sample:
             vocabulary. None if sampling is not truncated, or the engine cannot tell.
         columns: further columns for the rewards.
         error: why it has no reward, if sampling it failed.
+        name: name of the row's prompt, the same in each rollout.
         group: number shared by completions that were sampled together for one prompt.
         reward: None if the completion could not be scored.
         logged: what rewards logged for it, by column of ``completions.jsonl``.
@@ -65,6 +66,7 @@ class Sample:
     support: tuple[Tensor, Tensor] | list[list[int]] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    name: str = ""
     group: int = 0
     reward: float | None = None
     logged: dict[str, Any] = field(default_factory=dict)

@@ -125,7 +125,7 @@ class ToolEnvironment:
             if inspect.isawaitable(result):
                 result = await result
             return str(result)[:_MAX_RESULT_CHARS]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return f"error: {type(error).__name__}: {error}"[:_MAX_RESULT_CHARS]
 
 

@@ -36,6 +36,10 @@ class Episodes(Protocol):
 
     name: str
     """What returned the samples, for messages."""
+    tools: list[Any]
+    """What the chat template describes to the policy."""
+    identity: dict[str, Any]
+    """What a resumed run compares: the environment and the tools, if there are any."""
     engine: RolloutEngine
     """What samples the turns."""
 
@@ -49,6 +53,8 @@ class SingleTurn:
     def __init__(self, engine: RolloutEngine, args: SPPOConfig) -> None:
         self.engine, self.args = engine, args
         self.name = type(engine).__name__
+        self.tools: list[Any] = []
+        self.identity: dict[str, Any] = {}
 
     def play(self, rows: Sequence[Row], *, seed: int, temperature: float, batch_size: int) -> list[Sample]:
         """See :class:`Episodes`."""
@@ -78,6 +84,11 @@ class MultiTurn:
     ) -> None:
         self.engine, self.make_environment, self.tokenizer, self.args = engine, make_environment, tokenizer, args
         self.name = type(engine).__name__
+        example = make_environment()
+        self.tools = list(getattr(example, "tools", ()))
+        kind = type(getattr(example, "environment", example))
+        names = [str(getattr(tool, "__name__", tool)) for tool in self.tools]
+        self.identity = {"environment": f"{kind.__module__}.{kind.__qualname__}", "tools": names}
 
     def play(self, rows: Sequence[Row], *, seed: int, temperature: float, batch_size: int) -> list[Sample]:
         """See :class:`Episodes`."""
@@ -96,7 +107,7 @@ class MultiTurn:
                 batch_size=batch_size,
             )
             for episode, sample in zip(active, turns, strict=True):
-                episode.add_turn(sample, self.args.max_completion_length)
+                episode.add_turn(sample, self.tokenizer, self.args.max_completion_length)
             active = [episode for episode in active if not episode.ended]
             answers = self._call_each(active, lambda episode: episode.environment.step(episode.last_text))
             is_last = turn == self.args.max_turns - 1
@@ -114,10 +125,8 @@ class MultiTurn:
         results: list[Any] = []
         for episode in episodes:
             try:
-                results += run_within(self.args.reward_timeout, lambda episode=episode: [function(episode)])  # type: ignore[misc]
+                results += run_within(self.args.reward_timeout, lambda episode=episode: [_attempt(function, episode)])  # type: ignore[misc]
             except RewardError as error:
-                results.append(error)
-            except Exception as error:
                 results.append(error)
         waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
         if waiting:
@@ -129,6 +138,14 @@ class MultiTurn:
     async def _gather(self, results: Sequence[Any]) -> list[Any]:
         limited = (asyncio.wait_for(result, self.args.reward_timeout) for result in results)
         return await asyncio.gather(*limited, return_exceptions=True)
+
+
+def _attempt(function: Callable[[Episode], Any], episode: Episode) -> Any:
+    """Return the result of a call, or the error that it raises."""
+    try:
+        return function(episode)
+    except (Exception, SystemExit) as error:
+        return error
 
 
 def _in_own_loop(work: Any) -> list[Any]:
@@ -164,10 +181,15 @@ class Episode:
 
     def start(self, first: Any, tokenizer: PreTrainedTokenizerBase, args: SPPOConfig) -> None:
         """Begin with the prompt that the environment returned, or with the row's."""
-        if self._failed("reset", first):
-            first = None
-        row = self.row if first is None else {**self.row, "prompt": first}
-        self.prompt = prompt_of(row, args, tools=getattr(self.environment, "tools", ()))
+        tools = getattr(self.environment, "tools", ())
+        if first is not None and not self._failed("reset", first):
+            try:
+                self.prompt = prompt_of({**self.row, "prompt": _checked_prompt(first)}, args, tools=tools)
+                self.prompt_ids = encode(self.prompt, tokenizer)
+                return
+            except Exception as error:
+                self._failed("reset", error)
+        self.prompt = prompt_of(self.row, args, tools=tools)
         self.prompt_ids = encode(self.prompt, tokenizer)
 
     @property
@@ -175,17 +197,19 @@ class Episode:
         """The prompt of the next turn: the first one as it is, later ones as token ids."""
         return self.prompt_ids + self.response_ids if self.response_ids else self.prompt
 
-    def add_turn(self, turn: Sample, limit: int) -> None:
+    def add_turn(self, turn: Sample, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
         """Add a turn of the policy, cut at ``limit`` tokens of the whole response."""
         room = limit - len(self.response_ids)
         tokens = turn.response_ids[:room]
         self._add_engine_results(turn, len(tokens))
         self.response_ids += tokens
         self.mask += [True] * len(tokens)
+        is_cut = len(tokens) < len(turn.response_ids)
         text = turn.completion if isinstance(turn.completion, str) else turn.completion[-1]["content"]
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True)) if is_cut else text
         self.last_text = text
         self.messages.append({"role": "assistant", "content": text})
-        if turn.truncated or len(tokens) < len(turn.response_ids):
+        if turn.truncated or is_cut:
             self.truncated = self.ended = True
 
     def add_answer(self, answer: Any, tokenizer: PreTrainedTokenizerBase, limit: int, *, is_last: bool) -> None:
@@ -193,13 +217,11 @@ class Episode:
         if self._failed("step", answer) or answer is None:
             self.ended = True
             return
-        is_chat = not isinstance(self.prompt, str)
-        messages = [{"role": "user", "content": answer}] if isinstance(answer, str) else list(answer)
-        if is_chat:
-            tokens = answer_tokens(messages, tokenizer, ended_by=self.response_ids[-1], prompt=self.prompt)
-        else:
-            text = "".join(message["content"] for message in messages)
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            messages, tokens = self._encoded(answer, tokenizer)
+        except Exception as error:
+            self._failed("step", error)
+            return
         if is_last or len(self.response_ids) + len(tokens) >= limit:
             self.truncated = self.ended = True  # the response ends with what the policy wrote
             return
@@ -210,6 +232,16 @@ class Episode:
             self.logprobs += [0.0] * len(tokens)
         if self.supports is not None:
             self.supports.append(Support.of([[]] * len(tokens)))
+
+    def _encoded(self, answer: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[Messages, list[int]]:
+        """Return the messages of an answer, and the tokens from the end of the turn to the next one."""
+        messages = [{"role": "user", "content": answer}] if isinstance(answer, str) else answer
+        if not isinstance(messages, list) or not all(isinstance(each, dict) and "content" in each for each in messages):
+            raise TypeError(f"it returned {answer!r}; return text, a list of messages with 'content', or None")
+        if not isinstance(self.prompt, str):
+            return messages, answer_tokens(messages, tokenizer, ended_by=self.response_ids[-1], prompt=self.prompt)
+        text = "".join(message["content"] for message in messages)
+        return messages, tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def finish(self, reward: Any) -> None:
         """Set the reward of the environment."""
@@ -257,6 +289,12 @@ class Episode:
         self.error = f"environment {type(self.environment).__name__}: {call} {kind}{text}{where}"
         self.ended = True
         return True
+
+
+def _checked_prompt(prompt: Any) -> Prompt:
+    if not prompt or not isinstance(prompt, str | list):
+        raise TypeError(f"it returned {prompt!r}; return text or chat messages that are not empty, or None")
+    return prompt
 
 
 def answer_tokens(

@@ -91,7 +91,7 @@ class CompletionStats:
     group: int
     num_tokens: int
     num_environment_tokens: int
-    num_turns: int
+    num_turns: int | None
     truncated: bool
     reward: float | None
     support: SupportStats | None
@@ -121,7 +121,7 @@ class SampleFacts:
         return cls(
             reward=sample.reward,
             group=sample.group,
-            prompt_hash=prompt_hash(sample.prompt_ids),
+            prompt_hash=sample.name or prompt_hash(sample.prompt_ids),
             num_tokens=sample.num_policy_tokens,
             is_masked=is_masked,
             value=sample.value,

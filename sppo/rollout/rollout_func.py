@@ -61,15 +61,20 @@ class RolloutFunction:
         samples = []
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             given: dict[str, Any] = {name: None if values is None else values[i] for name, values in own.items()}
-            response_ids = list(given["completion_ids"])
+            response_ids = [int(token) for token in given["completion_ids"]]
             if not response_ids:
                 raise ValueError(f"rollout_func: completion_ids of sample {i} is empty; give at least one token")
             mask = given["env_mask"]
+            if given["logprobs"] is not None and len(given["logprobs"]) != len(response_ids):
+                raise ValueError(
+                    f"rollout_func: logprobs of sample {i} has {len(given['logprobs'])} values for "
+                    f"{len(response_ids)} tokens"
+                )
             samples.append(
                 Sample(
                     prompt=prompt,
                     completion=text if isinstance(prompt, str) else [{"role": "assistant", "content": text}],
-                    prompt_ids=list(given["prompt_ids"]),
+                    prompt_ids=[int(token) for token in given["prompt_ids"]],
                     response_ids=response_ids,
                     truncated=response_ids[-1] not in self.eos,
                     mask=None if mask is None else [bool(written) for written in mask],

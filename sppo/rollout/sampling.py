@@ -17,7 +17,7 @@ from sppo.rewards.lengths import overlong
 from sppo.rewards.samples import score_samples
 from sppo.rollout.engine import Sample, rollout_seed
 from sppo.rollout.episodes import Episodes
-from sppo.rollout.prompts import Prompts
+from sppo.rollout.prompts import Prompts, prompt_hash
 from sppo.rollout.records import CompletionStats, ProcessContext, Progress
 from sppo.rollout.rollout_func import check_masks
 from sppo.rollout.support import SupportStats, support_metrics, take_supports
@@ -166,6 +166,7 @@ class RolloutSampler:
             batch_size = self.args.rollout_batch_size or len(rows)
             samples = self.episodes.play(rows, seed=seed, temperature=temperature, batch_size=batch_size)
             check_masks(samples, self.episodes.name)
+            self._name(samples, rows)
             if temperature > 0:
                 take_supports(samples, self.episodes.name, self.args, self.vocab_size)
         with self.meter.phase("reward"):
@@ -181,6 +182,16 @@ class RolloutSampler:
             if temperature > 0:
                 self.meter.mean(means)
         return samples
+
+    def _name(self, samples: Sequence[Sample], rows: Sequence[Row]) -> None:
+        """Give each sample the name of its row's prompt, which an environment may have replaced."""
+        for sample, row in zip(samples, rows, strict=True):
+            sample.name = prompt_hash(self.prompts.encode(row))
+            if self.args.prompt_value_range is not None and sample.name != prompt_hash(sample.prompt_ids):
+                raise ValueError(
+                    "prompt_value_range chooses prompts before they are sampled, and the environment replaced one in "
+                    "reset(); put its text into the dataset, or leave prompt_value_range out"
+                )
 
     def _penalize_length(self, samples: Sequence[Sample]) -> None:
         """Reduce the reward of completions that are nearly too long, after it was recorded."""
@@ -201,7 +212,7 @@ class RolloutSampler:
                     group=s.group,
                     num_tokens=s.num_policy_tokens,
                     num_environment_tokens=len(s.response_ids) - s.num_policy_tokens,
-                    num_turns=s.num_turns,
+                    num_turns=None if s.mask is None else s.num_turns,
                     truncated=s.truncated,
                     reward=s.reward if has_rewards(s, self.algorithm) else None,
                     support=SupportStats.of(s, self.vocab_size),
@@ -212,9 +223,9 @@ class RolloutSampler:
         rewards = [each.reward for each in stats if each.reward is not None]
         self.meter.mean({"response_length": _mean([each.num_tokens for each in stats])})
         self.meter.mean({"truncated": _mean([each.truncated for each in stats])})
-        if any(each.num_environment_tokens for each in stats):
+        if any(each.num_turns is not None for each in stats):
             self.meter.mean({"environment_tokens": _mean([each.num_environment_tokens for each in stats])})
-            self.meter.mean({"turns": _mean([each.num_turns for each in stats])})
+            self.meter.mean({"turns": _mean([each.num_turns or 1 for each in stats])})
         self.meter.mean(support_metrics([each.support for each in stats]))
         self.meter.sum("rejected_rewards", len(stats) - len(rewards))
         if self.algorithm.uses_groups and stats:

@@ -133,6 +133,15 @@ def test_grpo_can_divide_by_the_standard_deviation_of_the_batch_or_by_nothing():
     assert whole.equal(make("grpo").advantages(outcomes()))
 
 
+def test_the_standard_deviation_of_a_batch_of_one_is_not_used():
+    one = RolloutBatch(tensor([1.0]), tensor([0]), ["a"], tensor([3]), 0.3)
+    assert make("grpo", scale_rewards="batch").advantages(one).tolist() == [0.0]
+
+
+def test_dapo_and_cispo_keep_their_upper_bound():
+    assert [config(algorithm=name, epsilon=0.1).epsilon_high for name in ("dapo", "cispo", "grpo")] == [0.28, 5.0, 0.1]
+
+
 def test_opo_subtracts_the_length_weighted_mean_of_the_group():
     expected = []
     for group in (0, 1):

@@ -122,6 +122,12 @@ def test_paper_takes_overrides():
             "multiple of gradient_accumulation_steps=2, got 3",
         ),
         ({"num_generations": 3}, "num_generations must divide"),
+        ({"max_turns": 1.5}, "max_turns must be a whole number, got 1.5"),
+        ({"prompt_value_range": 0.5}, "prompt_value_range must be two rising numbers"),
+        (
+            {"algorithm": "spo", "prompt_value_range": [0.1, 0.9]},
+            "prompt_value_range=.* needs a prompt critic",
+        ),
         ({"lam": 0.9}, "lam=0.9 has no effect with algorithm='sppo'; leave it out, or use one of ppo"),
         ({"scale_rewards": "batch"}, "scale_rewards='batch' has no effect .* one of grpo, dr_grpo, dapo, cispo, gspo"),
         ({"scale_rewards": "all"}, "scale_rewards must be one of group, batch, none, got 'all'"),
@@ -171,3 +177,8 @@ def test_continuing_on_a_full_disk_is_for_one_process(monkeypatch):
     monkeypatch.setattr(SPPOConfig, "world_size", property(lambda self: 2))
     with pytest.raises(ValueError, match="full_disk='continue' is for one process, this run has 2"):
         args.check_processes()
+
+
+def test_settings_of_trl_name_their_replacement():
+    with pytest.raises(TypeError, match="has no setting 'loss_type': set algorithm="):
+        SPPOConfig("unused", loss_type="dapo")

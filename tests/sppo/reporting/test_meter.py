@@ -65,3 +65,11 @@ def test_phases_are_announced_with_the_one_around_them():
     with pytest.raises(KeyError), meter.phase("reward"):
         raise KeyError
     assert names == ["evaluate", "rollout", "evaluate", "update", "reward", "update"]
+
+
+def test_names_of_rewards_do_not_make_extremes():
+    meter = Meter()
+    for value in (1.0, 3.0):
+        meter.mean({"custom/len_max": value, "rewards/x_min": value, "ratio_max": value})
+    read = meter.read(list)
+    assert (read["custom/len_max"], read["rewards/x_min"], read["ratio_max"]) == (2.0, 2.0, 3.0)

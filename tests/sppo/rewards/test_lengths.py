@@ -5,7 +5,7 @@ from reward_batches import score_batch
 from tiny_run import has_a, logged, make
 from trl.rewards import get_soft_overlong_punishment
 
-from sppo.rewards import score
+from sppo.rewards import resolve, score
 
 
 def values(reward, lengths):
@@ -31,16 +31,28 @@ def test_length_is_the_factor_of_lcpo_max():
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("overlong?max_tokens=10", "needs 'buffer'"),
         ("overlong?max_tokens=10&buffer=11", "buffer must be in [1, max_tokens=10], got 11"),
         ("length?target=0", "target must be at least 1 and alpha greater than 0, got 0 and 0.0003"),
-        ("length", "needs 'target'"),
     ],
 )
 def test_wrong_options_are_named(reward, message):
     failures = score_batch(reward, {"completion_lengths": [1, 2, 3]}).failures
     assert all(message in failure for failure in failures)
     assert len(failures) == 3
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("overlong?max_tokens=10", r"needs buffer: overlong\?buffer=..."),
+        ("length", r"needs target: length\?target=..."),
+        ("length?targets=3", "has no option 'targets'; did you mean 'target'.*it takes"),
+        ("math?tolerence=1", "has no option 'tolerence'; did you mean 'tolerance'"),
+    ],
+)
+def test_options_are_checked_before_training(reward, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(reward)
 
 
 def test_they_need_the_numbers_of_tokens():

@@ -88,7 +88,8 @@ def test_wrong_use_is_a_failure_with_the_reason(wrong, message):
 def test_columns_that_json_cannot_represent_are_logged_as_text():
     log = RewardLog(1)
     log.log_extra("set", [{1}])
-    assert RewardLog.from_json(1, log.to_json()).of_sample(0) == {"set": "{1}"}
+    log.log_extra("keys", [{(1, 2): 3}])
+    assert RewardLog.from_json(1, log.to_json()).of_sample(0) == {"set": "{1}", "keys": "{(1, 2): 3}"}
 
 
 def test_a_reward_that_returns_none_does_not_apply_to_the_sample():

@@ -54,6 +54,7 @@ def test_a_model_without_a_padding_token_reads_rows_alone():
     expected = one_by_one(classifier(), [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
     model = RewardModel(classifier(pad_token_id=None), char_tokenizer())
     assert model(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-5)
+    assert model(PROMPTS[:1] * 2, ["a", "b"]) == pytest.approx(one_by_one(model.model, ["1+1=a", "1+1=b"]), abs=1e-5)
 
 
 def test_chat_messages_go_through_the_models_own_template(folder):

@@ -186,13 +186,58 @@ def test_a_failure_of_an_environment_costs_only_its_sample(method, hangs):
         raise KeyError("lost")
 
     setattr(Broken, method, fail)
-    made = [Echo(), Broken()]
+    made = [Echo(), Echo(), Broken()]  # the first one shows what kind they are
     settings = {"reward_timeout": 0.3} if hangs else {}
     good, bad = play(Script("a", "b", "c"), lambda: made.pop(0), rows=[{"prompt": "1="}] * 2, **settings)
     assert good.error is None
     reason = "took longer than 0.3 s" if hangs else "raised KeyError: 'lost' (test_episodes.py:"
     assert f"environment Broken: {method} {reason}" in bad.error
     assert any(bad.mask)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (5, "it returned 5; return text, a list of messages with 'content', or None"),
+        ({"role": "user", "content": "x"}, "return text, a list of messages"),
+        ([{"role": "user"}], "return text, a list of messages"),
+    ],
+)
+def test_an_answer_of_another_kind_costs_only_its_sample(answer, reason):
+    class Wrong(Echo):
+        def step(self, completion):
+            return answer
+
+    (sample,) = play(Script("a"), Wrong)
+    assert sample.error.startswith("environment Wrong: step raised TypeError: ")
+    assert reason in sample.error
+
+
+@pytest.mark.parametrize("prompt", ["", 3])
+def test_a_prompt_of_another_kind_costs_only_its_sample(prompt):
+    class Wrong(Echo):
+        def reset(self, row):
+            return prompt
+
+    (sample,) = play(Script("a"), Wrong)
+    assert "reset raised TypeError: it returned" in sample.error
+
+
+def test_an_environment_that_exits_does_not_end_the_run():
+    class Leaving(Echo):
+        def step(self, completion):
+            raise SystemExit(3)
+
+    (sample,) = play(Script("a"), Leaving)
+    assert "step raised SystemExit: 3" in sample.error
+
+
+def test_a_turn_that_is_cut_has_the_text_of_the_tokens_that_are_left():
+    rows = [{"prompt": [{"role": "user", "content": "hi"}]}]
+    engine = Script("ab", "0123456789")
+    (sample,) = play(engine, tokenizer=chat_tokenizer(), rows=rows, max_completion_length=18)
+    assert sample.truncated
+    assert sample.completion[-1]["content"].replace(" ", "") == text(sample.response_ids)[-5:] == "01234"
 
 
 # In training
@@ -316,3 +361,32 @@ def test_a_prompts_length_includes_the_tools(tmp_path):
 def test_tools_of_an_environment_without_calls_end_the_episode():
     (sample,) = play(Script("ab"), lambda: ToolEnvironment([]))
     assert (sample.num_turns, sample.truncated) == (1, False)
+
+
+def test_a_resumed_run_has_the_same_environment(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_completion_length": 12}
+    with_environment(make, tmp_path, Echo, max_steps=1, **settings).train()
+    other = type("Other", (Echo,), {})
+    with pytest.raises(ValueError, match="is a checkpoint of another run"):
+        with_environment(make, tmp_path, other, max_steps=2, **settings).train(resume_from_checkpoint=True)
+
+
+def test_prompts_of_an_environment_are_named_by_their_row(tmp_path):
+    """So that SPO draws by what it learned of a row, although reset() changes its text."""
+
+    class Longer(Echo):
+        def reset(self, row):
+            self.heard = []
+            return row["prompt"] + "1"
+
+    trainer = with_environment(make, tmp_path, Longer, algorithm="spo", max_steps=2, max_completion_length=12)
+    trainer.train()
+    assert set(trainer.algorithm.state) <= set(trainer.rollouts.sampler.prompts._names)
+    choosing = with_environment(make, tmp_path, Longer, max_steps=1, prompt_value_range=[0.1, 0.9])
+    with pytest.raises(ValueError, match="the environment replaced one in reset"):
+        choosing.train()
+
+
+def test_a_factory_that_is_no_function_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="cannot be called; pass the class, or a function that returns a new env"):
+        with_environment(make, tmp_path, Echo())

@@ -6,6 +6,7 @@ from tiny_models import char_tokenizer, tiny_model
 from tiny_run import DATASET, logged, make
 
 from sppo import SPPOTrainer
+from sppo.tasks.calculator import Calculator
 
 SIZE = len(char_tokenizer())
 
@@ -61,6 +62,7 @@ def test_a_resumed_run_samples_the_same(tmp_path):
     [
         ({"completion_ids": None}, "must return a dict with prompt_ids, completion_ids; completion_ids is missing"),
         ({"score": [1.0]}, "score must be a list of 8 values, one per prompt"),
+        ({"logprobs": [[-1.0] * 2] * 8}, "logprobs of sample 0 has 2 values for 3 tokens"),
         ({"completion_ids": [[]] * 8}, "completion_ids of sample 0 is empty"),
         ({"env_mask": [[1, 0]] * 8}, "the mask of sample 0 has 2 values, 1 of them true, for a response of 3 tokens"),
         ({"env_mask": [[0, 0, 0]] * 8}, "the mask of sample 0 has 3 values, 0 of them true"),
@@ -83,3 +85,22 @@ def test_an_engine_and_a_function_exclude_each_other(tmp_path):
             rollout_func=rollout,
             rollout_engine=object(),
         )
+
+
+def test_tensors_are_read_as_numbers(tmp_path):
+    as_tensors = lambda prompts, trainer: {
+        "prompt_ids": [torch.tensor([5])] * len(prompts),
+        "completion_ids": [torch.tensor([6, 1])] * len(prompts),
+        "score": [1.0] * len(prompts),
+    }
+    trainer = trainer_with(tmp_path, as_tensors)
+    trainer.train()
+    sample = trainer.rollouts.samples[0]
+    assert (sample.response_ids, sample.truncated) == ([6, 1], False)
+
+
+def test_a_function_and_an_environment_exclude_each_other(tmp_path):
+    args = make(tmp_path).args
+    common = {"args": args, "train_dataset": DATASET, "processing_class": char_tokenizer()}
+    with pytest.raises(ValueError, match="rollout_func samples complete responses"):
+        SPPOTrainer(tiny_model(), score, rollout_func=rollout, environment_factory=Calculator, **common)
