@@ -185,8 +185,9 @@ class RolloutSampler:
 
     def _name(self, samples: Sequence[Sample], rows: Sequence[Row]) -> None:
         """Give each sample the name of its row's prompt, which an environment may have replaced."""
+        names = {id(row): prompt_hash(self.prompts.encode(row)) for row in {id(row): row for row in rows}.values()}
         for sample, row in zip(samples, rows, strict=True):
-            sample.name = prompt_hash(self.prompts.encode(row))
+            sample.name = names[id(row)]
             if self.args.prompt_value_range is not None and sample.name != prompt_hash(sample.prompt_ids):
                 raise ValueError(
                     "prompt_value_range chooses prompts before they are sampled, and the environment replaced one in "
