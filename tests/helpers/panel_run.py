@@ -37,6 +37,7 @@ class Engine(HFRollout):
 
 if __name__ == "__main__":
     folder, event = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background jobs ignore it
     print("before the run")
     trainer = make(
         folder,
