@@ -72,11 +72,11 @@ class CISPO(GRPO):
     """Clipped importance weights (arXiv 2506.13585): no token loses its gradient, its weight is bounded instead.
 
     ``-sg[min(r, 1 + epsilon_high)] A log p`` per token, with GRPO's advantage, in a mean over all tokens. The bound of
-    6 is that of arXiv 2510.13786.
+    5 is the one that TRL documents for arXiv 2510.13786.
     """
 
     objective = "cispo"
-    defaults = GRPO.defaults | {"aggregation": "token-mean", "epsilon": float("inf"), "epsilon_high": 5.0}
+    defaults = GRPO.defaults | {"aggregation": "token-mean", "epsilon": float("inf"), "epsilon_high": 4.0}
 
 
 class GSPO(GRPO):

@@ -139,7 +139,7 @@ def test_the_standard_deviation_of_a_batch_of_one_is_not_used():
 
 
 def test_dapo_and_cispo_keep_their_upper_bound():
-    assert [config(algorithm=name, epsilon=0.1).epsilon_high for name in ("dapo", "cispo", "grpo")] == [0.28, 5.0, 0.1]
+    assert [config(algorithm=name, epsilon=0.1).epsilon_high for name in ("dapo", "cispo", "grpo")] == [0.28, 4.0, 0.1]
 
 
 def test_opo_subtracts_the_length_weighted_mean_of_the_group():
@@ -231,7 +231,7 @@ def published_loss(name, advantages, longest):
         else:
             ratio = torch.exp(difference)
         if name == "cispo":  # arXiv 2506.13585, equation 4, with the bound of arXiv 2510.13786
-            total = total - (ratio.clamp(max=6.0).detach() * a * NEW[part]).sum()
+            total = total - (ratio.clamp(max=5.0).detach() * a * NEW[part]).sum()
             tokens += n
             continue
         surrogate = torch.minimum(ratio * a, ratio.clamp(1 - clip[0], 1 + clip[1]) * a)
