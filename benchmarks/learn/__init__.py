@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -26,6 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.harness import results
+from benchmarks.harness.jobs import finished, worker_pool
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
 from benchmarks.learn import figures
@@ -86,49 +85,26 @@ def _policy(folder: Path, task: Task, quick: bool) -> Path:
 
 def _rows(planned: list[Plan], files: dict[str, Path], workers: int, failures: list[str]) -> Iterator[tuple[Plan, Row]]:
     """Yield the rows of all remaining runs as they finish."""
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
-    try:
+    with worker_pool(workers) as pool:
         for plan in planned:
             for runs in (plan.tuning, plan.counting):
                 for row in _finished(pool, plan.left(runs()), files[plan.task.name], failures):
                     yield plan, row
                 if failures:
                     return  # without all tuning runs no rates can be chosen
-    finally:
-        for worker in multiprocessing.active_children():
-            worker.terminate()  # idle at the end; after an interruption their runs are not needed
-        pool.shutdown(cancel_futures=True)
 
 
 def _finished(pool: ProcessPoolExecutor, runs: list[Run], policy: Path, failures: list[str]) -> Iterator[Row]:
     """Yield rows as runs finish; a run that raises is a failure, and the others continue."""
-    if not runs:
-        return
-    pending = {pool.submit(train, run, policy): run for run in runs}
-    for future in tqdm(as_completed(pending), total=len(runs), unit="run", desc=runs[0].task.name):
-        run = pending[future]
-        try:
-            row = future.result()
-        except Exception as error:
-            failures.append(f"{run.task.name}, {run.variant}, seed {run.seed}: {type(error).__name__}: {error}")
+    for run, row in tqdm(finished(pool, train, runs, policy), total=len(runs), unit="run", disable=not runs):
+        if isinstance(row, BaseException):
+            failures.append(f"{run.task.name}, {run.variant}, seed {run.seed}: {type(row).__name__}: {row}")
             continue
         tqdm.write(
             f"{run.task.name}, {run.variant}, rate {run.learning_rate:.0e}, seed {run.seed}: "
             f"{row['reward'][0]:.2f} -> {row['reward'][-1]:.2f} in {row['seconds'][-1]:.0f} s"
         )
         yield row
-
-
-def _end_with_parent() -> None:
-    """End this worker when the command is killed, which would otherwise leave its runs on the cores."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def draw(path: Path, report: Row) -> None:

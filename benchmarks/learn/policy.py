@@ -20,8 +20,13 @@ from benchmarks.learn import digit_walk
 from sppo._utils import atomic_write
 from sppo.tasks.chain_model import char_tokenizer
 
-SUCCESS = {"even": (0.3, 0.3), "mixed": (0.9, 0.1)}
-"""Share of right answers with the first and the second half of the rules when the policy has learned the slips."""
+SUCCESS: dict[str, tuple[float, ...]] = {
+    "even": (0.3,),
+    "mixed": (0.9, 0.1),
+    "extreme": (0.98, 0.02),
+    "graded": (0.98, 0.84, 0.71, 0.57, 0.43, 0.29, 0.16, 0.02),
+}
+"""Shares of right answers when the policy has learned the slips, each for an equal number of successive rules."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -30,13 +35,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def slips(difficulty: str, horizon: int) -> dict[str, float]:
     """Return for each rule the rate of random steps that gives the required share of right answers."""
-    halves = (digit_walk.RULES[: len(digit_walk.RULES) // 2], digit_walk.RULES[len(digit_walk.RULES) // 2 :])
+    successes = SUCCESS[difficulty]
+    of_rule = {name: successes[i * len(successes) // len(digit_walk.RULES)] for i, name in enumerate(digit_walk.RULES)}
     # One of ten random steps is right by chance.
-    return {
-        name: (1 - success ** (1 / horizon)) / 0.9
-        for names, success in zip(halves, SUCCESS[difficulty], strict=True)
-        for name in names
-    }
+    return {name: (1 - success ** (1 / horizon)) / 0.9 for name, success in of_rule.items()}
 
 
 def new_config(hidden_size: int = 64, layers: int = 2) -> LlamaConfig:
