@@ -111,11 +111,12 @@ def render(page: str, folder: Path) -> str:
 
 
 def draw_charts(folder: Path) -> None:
-    """Draw the chart of each report next to it."""
+    """Draw the charts of each report next to it."""
     for path in sorted(folder.glob("*/*.json")):
         report = json.loads(path.read_text())
-        if report.get("suite") in suite.names() and (draw := suite.load(report["suite"]).draw):
-            draw(path.with_suffix(".png"), report)
+        if report.get("suite") in suite.names():
+            for chart, draw in suite.load(report["suite"]).charts(path).items():
+                draw(chart, report)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -214,16 +214,33 @@ def draw_bars(chart: Callable[[list[Row]], Chart]) -> Callable[[Path, Row], None
     return lambda path, report: draw(path, chart(report["rows"]))
 
 
-def save_figure(path: Path, size: tuple[float, float], fill: Callable[[Figure], None]) -> None:
-    """Draw and save a PNG of the given size in inches; print a notice if matplotlib is missing."""
+def save_figure(
+    path: Path,
+    size: tuple[float, float],
+    fill: Callable[[Figure], None],
+    *,
+    dpi: int = 100,
+    style: Mapping[str, Any] | None = None,
+) -> None:
+    """Draw and save a PNG; print a notice if matplotlib is missing.
+
+    Args:
+        path: the file.
+        size: width and height in inches.
+        fill: draws the axes of a figure.
+        dpi: dots per inch.
+        style: matplotlib's rcParams for this figure.
+    """
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         print("no chart: matplotlib is not installed (pip install 'sppo-kernels[bench]')", file=sys.stderr)
         return
-    figure = Figure(figsize=size, layout="constrained")
-    fill(figure)
-    _replace(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    with matplotlib.rc_context(dict(style or {})):
+        figure = Figure(figsize=size, layout="constrained")
+        fill(figure)
+        _replace(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def table(rows: Iterable[Row], columns: Columns) -> str:

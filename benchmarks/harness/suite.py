@@ -29,7 +29,8 @@ class Suite:
         run: runs the suite with the parsed options and returns its exit code.
         tables: functions from a folder of results to a Markdown table, by the name that pages use in
             ``<!-- table: NAME DEVICE -->``.
-        draw: saves the chart of a report (the parsed JSON) to a path; None if the suite has no chart.
+        draw: saves the chart of a report (the parsed JSON) to a path; None if the suite has no chart of that kind.
+        figures: functions like ``draw`` for further charts, by the names that their files have after the report's.
         needs: what the suite requires beyond torch, triton and numpy.
     """
 
@@ -37,7 +38,13 @@ class Suite:
     run: Callable[[argparse.Namespace], int]
     tables: Mapping[str, Callable[[Path], str]] = field(default_factory=dict)
     draw: Callable[[Path, dict[str, Any]], None] | None = None
+    figures: Mapping[str, Callable[[Path, dict[str, Any]], None]] = field(default_factory=dict)
     needs: str = ""
+
+    def charts(self, report: Path) -> dict[Path, Callable[[Path, dict[str, Any]], None]]:
+        """Return what draws each chart of a report, by the chart's path: ``REPORT.png`` and ``REPORT-FIGURE.png``."""
+        named = {report.with_name(f"{report.stem}-{name}.png"): figure for name, figure in self.figures.items()}
+        return ({report.with_suffix(".png"): self.draw} if self.draw else {}) | named
 
 
 def names() -> list[str]:
