@@ -31,7 +31,7 @@ from benchmarks.learn import figures
 from benchmarks.learn.policy import greedy_accuracy, lessons, make_policy
 from benchmarks.learn.run_plan import SEEDS, Plan, plans
 from benchmarks.learn.runs import Run, train
-from benchmarks.learn.table import COLUMNS, SPEEDUP, compared
+from benchmarks.learn.table import COLUMNS, OF_PAPER, SPEEDUP, compared
 from benchmarks.learn.variants import ALGORITHMS, QUICK, TASKS, Task
 from sppo._utils import run_lock
 
@@ -135,8 +135,8 @@ def variants_table(folder: Path) -> str:
 
 
 def speedup_table(folder: Path) -> str:
-    """Return one line per task for GRPO with as many responses as SPPO, and with as many prompts."""
-    return results.markdown([line for line in _published(folder) if line["variant"].startswith("grpo")], SPEEDUP)
+    """Return one line per task for the algorithms of SPPO's paper, and SPPO with centred advantages."""
+    return results.markdown([line for line in _published(folder) if line["variant"] in OF_PAPER], SPEEDUP)
 
 
 SUITE = Suite(

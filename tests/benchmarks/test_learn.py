@@ -291,6 +291,18 @@ def test_costs_stand_beside_sppos_seed_by_seed():
     assert grpo["after"].value == pytest.approx(0.9)
 
 
+def test_seconds_per_update_are_those_of_whole_runs():
+    plan = tuned(seeds=2)
+    for run in plan.counting():
+        if run.variant in ("sppo", "grpo"):
+            plan.done[run.key] = finished(run, FAST)
+        if run.variant == "grpo":
+            plan.done[run.key] |= {"seconds": [0, 100, 300, 900], "updates": [0, 10, 20, 100]}
+    lines = {line["variant"]: line for line in compared([plan])}
+    assert lines["grpo"]["update_to_sppo"].value == pytest.approx(9)  # 9 seconds over 1
+    assert lines["sppo"]["update_to_sppo"] is None
+
+
 def test_what_never_arrives_is_a_bound():
     lines = lines_of({"sppo": [FAST, FAST], "grpo": [SLOW, NEVER]})
     assert str(lines["grpo"]["tokens"]) == "at least 274"  # the mean of 250 and all of 300
