@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
             results.write(path, "learn", **about, failures=failures, rows=rows)
     except KeyboardInterrupt:
         failures.append("interrupted; the same command resumes from here")
-    figures.draw(path.with_suffix(".png"), planned)
+    figures.draw_all(path, planned)
     return results.conclude(results.table(compared(planned), COLUMNS), failures, path)
 
 
@@ -107,9 +107,9 @@ def _finished(pool: ProcessPoolExecutor, runs: list[Run], policy: Path, failures
         yield row
 
 
-def draw(path: Path, report: Row) -> None:
-    """Draw the curves of a report."""
-    figures.draw(path, reported(report))
+def _of_report(figure: Callable[[Path, Sequence[Plan]], None]) -> Callable[[Path, Row], None]:
+    """Return a function that draws a figure of a report."""
+    return lambda path, report: figure(path, reported(report))
 
 
 def reported(report: Row) -> list[Plan]:
@@ -143,6 +143,6 @@ SUITE = Suite(
     add_arguments,
     run,
     tables={"learn": algorithms_table, "learn-variants": variants_table, "learn-speedup": speedup_table},
-    draw=draw,
+    figures={name: _of_report(figure) for name, figure in figures.FIGURES.items()},
     needs="the trainer",
 )

@@ -1,41 +1,297 @@
-"""Learning curves: reward against tokens, updates and seconds, one row of panels per task."""
+"""Figures of the study, one per question: curves over tokens, ratios to SPPO's costs, differences from its rewards.
+
+Colours are Paul Tol's vibrant ones; variants also differ in their markers or lines.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.harness.results import save_figure
-from benchmarks.learn.intervals import COSTS
+from benchmarks.harness.results import Row, save_figure
+from benchmarks.learn.intervals import Cost, mean, mean_reward
 from benchmarks.learn.run_plan import Plan
-from benchmarks.learn.variants import ALGORITHMS
+from benchmarks.learn.table import compared
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-TITLES = {"tokens": "generated tokens", "updates": "updates", "seconds": "seconds of training, one thread"}
+BLUE, CYAN, TEAL, ORANGE, RED, MAGENTA = "#0077bb", "#33bbee", "#009988", "#ee7733", "#cc3311", "#ee3377"
+GREY = "#777777"
+WIDTH = 7.0  # inches; at 200 dots per inch a page shows half of the pixels or fewer
+RC = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
-def draw(path: Path, plans: Iterable[Plan]) -> None:
-    """Draw the mean over the seeds of each algorithm; the dotted line is the threshold of the task."""
-    shown = [(plan.task, variants) for plan in plans if (variants := plan.counted())]
+class Style(NamedTuple):
+    """How a variant looks."""
+
+    label: str
+    colour: str
+    line: str | tuple[int, tuple[int, ...]] = "-"
+    marker: str = "o"
+
+
+Variants = dict[str, Style]
+
+ALGORITHMS: Variants = {
+    "sppo": Style("SPPO", BLUE),
+    "ppo": Style("PPO", RED, "--"),
+    "ppo, lambda 0.95": Style("PPO, lambda 0.95", ORANGE, "--"),
+    "grpo": Style("GRPO", TEAL, "-."),
+    "rloo": Style("RLOO", MAGENTA, "-."),
+    "remax": Style("ReMax", GREY, (0, (5, 1, 1, 1, 1, 1))),
+    "reinforce, running mean": Style("REINFORCE, running mean", "black", ":"),
+    "reinforce, mean per prompt": Style("REINFORCE, mean per prompt", CYAN, ":"),
+}
+HORIZON: Variants = {
+    "sppo": Style("SPPO", BLUE),
+    "ppo": Style("PPO, lambda 1", RED, "--", "s"),
+    "ppo, lambda 0.95": Style("PPO, lambda 0.95", ORANGE, ":", "D"),
+}
+CENTRING: Variants = {
+    "sppo": Style("SPPO", BLUE),
+    "sppo, centred": Style("SPPO, centred", TEAL, "-."),
+    "ppo": Style("PPO (whitened)", RED, "--"),
+    "reinforce, 0.3": Style("constant 0.3", ORANGE, ":"),
+    "reinforce, running mean": Style("running mean", GREY, (0, (5, 1, 1, 1, 1, 1))),
+}
+DIFFICULTY: Variants = {
+    "reinforce, mean per rule": Style("baseline that knows the rules", TEAL, marker="D"),
+    "sppo, critic reads other prompts": Style("critic reads other prompts", BLUE),
+    "sppo, critic's rate 1e-3": Style("critic's rate 1e-3", BLUE),
+    "sppo, critic's rate 1e-3, alone for 10 rollouts": Style("critic's rate 1e-3, alone at first", BLUE),
+    "sppo, critic of one layer": Style("critic of one layer", BLUE),
+    "reinforce, mean per prompt": Style("mean per prompt, no critic", ORANGE, marker="s"),
+    "reinforce, running mean": Style("running mean, no critic", ORANGE, marker="s"),
+}
+GROUPS: Variants = {
+    "sppo, centred": Style("SPPO, centred: 64 x 1", BLUE),
+    "grpo": Style("GRPO: 8 x 8", BLUE),
+    "rloo": Style("RLOO: 16 x 4", BLUE),
+    "grpo, 64 prompts": Style("GRPO: 64 x 8", BLUE),
+}
+UPDATES: Variants = {
+    "sppo": Style("1 update", BLUE),
+    "sppo, 4 updates, ratio of sum": Style("4, ratio of sum", TEAL, (0, (8, 2))),
+    "sppo, 4 updates, ratio of mean, GSPO's clip": Style(
+        "4, ratio of mean, clip 3e-4", MAGENTA, (0, (5, 1, 1, 1, 1, 1))
+    ),
+    "sppo, 4 updates, clip 0.05": Style("4, ratio per token, clip 0.05", ORANGE, "-."),
+    "sppo, 4 updates per rollout": Style("4, ratio per token, clip 0.2", RED, "--"),
+    "sppo, 4 updates, clip 0.8": Style("4, ratio per token, clip 0.8", GREY, ":"),
+}
+OF_HORIZON = {4: (GREY, "v"), 16: (TEAL, "o"), 64: (BLUE, "s"), 256: (ORANGE, "D")}
+
+
+def draw(path: Path, size: tuple[float, float], fill: Callable[[Figure], None]) -> None:
+    """Save a figure in the study's style."""
+    save_figure(path, size, fill, dpi=200, style=RC)
+
+
+def algorithms(path: Path, plans: Sequence[Plan]) -> None:
+    """Draw rewards of all algorithms on all tasks."""
+    _curves(path, [plan for plan in plans if plan.counted()], ALGORITHMS, intervals=False)
+
+
+def horizon(path: Path, plans: Sequence[Plan]) -> None:
+    """Draw SPPO's and PPO's tokens to the threshold over the length of the chain, and their ratios."""
+    lines = _lines(plans, HORIZON)
+    if not any(name == "ppo" for name, _ in lines):
+        return
+    thresholds = {length: line["threshold"] for (_, length), line in sorted(lines.items(), key=lambda item: item[0][1])}
+
+    def fill(figure: Figure) -> None:
+        panels = figure.subplots(1, 2)
+        for axes, cost, factor in zip(panels, ("tokens", "tokens_to_sppo"), (1e-3, 1.0), strict=True):
+            for i, (name, style) in enumerate(HORIZON.items()):
+                found = {length: line[cost] for (other, length), line in lines.items() if other == name and line[cost]}
+                apart = 1.06 ** (i - 1)  # markers at the same length stand side by side
+                for alike in set(thresholds.values()):  # costs of different thresholds are not connected
+                    joined = sorted(length for length in found if thresholds[length] == alike)
+                    costs = [found[length].value * factor for length in joined]
+                    axes.plot([x * apart for x in joined], costs, linestyle=style.line, color=style.colour)
+                for length, spent in found.items():
+                    _point(axes, length * apart, spent.times(factor), style.colour, style.marker, upright=True)
+            axes.set(xscale="log", yscale="log", xlabel="steps of the chain (reward at the threshold)")
+            _plain_ticks(axes.xaxis, {length: f"{length} ({threshold})" for length, threshold in thresholds.items()})
+            axes.margins(x=0.15)
+        panels[0].set_title("thousands of tokens to the threshold", loc="left")
+        panels[1].set_title("times SPPO's tokens, paired by seed", loc="left")
+        _plain_ticks(panels[0].yaxis, (10, 30, 100, 300, 1000))
+        _plain_ticks(panels[1].yaxis, (0.7, 1, 1.5, 2, 3, 4))
+        panels[1].axhline(1, color=BLUE, linewidth=1)
+        panels[0].legend(handles=[_key(style) for style in HORIZON.values()], loc="upper left", frameon=False)
+        panels[1].legend(handles=[_key(Style("at least", GREY, "", "^"))], loc="upper left", frameon=False)
+
+    draw(path, (WIDTH, 3.2), fill)
+
+
+def centring(path: Path, plans: Sequence[Plan]) -> None:
+    """Draw rewards of SPPO, of SPPO with centred advantages, and of baselines that leave a mean or do not."""
+    _curves(path, [plan for plan in plans if "sppo, centred" in plan.counted()], CENTRING)
+
+
+def updates(path: Path, plans: Sequence[Plan]) -> None:
+    """Draw rewards of one and of four updates per rollout, by level and clip of the ratio."""
+    _curves(path, [plan for plan in plans if "sppo, 4 updates per rollout" in plan.counted()], UPDATES)
+
+
+def difficulty(path: Path, plans: Sequence[Plan]) -> None:
+    """Draw differences of mean rewards from SPPO's where prompts differ in difficulty: each seed, mean and interval."""
+    found = next((plan.counted() for plan in plans if plan.task.difficulty == "mixed"), {})
+    of_sppo = {run["seed"]: mean_reward(run) for run in found.get("sppo", [])}
+    less = {
+        name: [mean_reward(run) - of_sppo[run["seed"]] for run in found.get(name, []) if run["seed"] in of_sppo]
+        for name in DIFFICULTY
+    }
+    shown = [name for name in DIFFICULTY if less[name]]
     if not shown:
         return
 
     def fill(figure: Figure) -> None:
-        panels = figure.subplots(len(shown), len(COSTS), sharey="row", squeeze=False)
-        for (task, variants), line in zip(shown, panels, strict=True):
-            for cost, axes in zip(COSTS, line, strict=True):
-                for name in (name for name in ALGORITHMS if name in variants):
-                    columns = [zip(*(run[key] for run in variants[name]), strict=True) for key in (cost, "reward")]
-                    colour = f"C{list(ALGORITHMS).index(name)}"
-                    axes.plot(*([statistics.fmean(x) for x in column] for column in columns), label=name, color=colour)
-                axes.axhline(task.threshold, color="grey", linestyle=":", linewidth=1)
-                axes.set_xlabel(TITLES[cost])
-            line[0].set_ylabel("held-out reward")
-            line[0].set_title(task.name, loc="left", fontsize=10)
-        panels[0][0].legend(fontsize=7)
+        axes = figure.subplots()
+        for row, name in enumerate(shown):
+            style = DIFFICULTY[name]
+            axes.plot(less[name], [row + 0.22] * len(less[name]), ".", color=style.colour, alpha=0.5, markersize=4)
+            _point(axes, row, mean(less[name]), style.colour, style.marker)
+        _rows(axes, [DIFFICULTY[name].label for name in shown])
+        axes.axvline(0, color=GREY, linewidth=1)
+        axes.set_xlabel("mean reward less SPPO's, paired by seed")
 
-    save_figure(path, (13, 3.2 * len(shown)), fill)
+    draw(path, (WIDTH, 1.0 + 0.32 * len(shown)), fill)
+
+
+def groups(path: Path, plans: Sequence[Plan]) -> None:
+    """Draw costs of groups to the threshold, relative to SPPO's: tokens and updates."""
+    lines = _lines(plans, GROUPS)
+    names = [name for name in GROUPS if any(name == other for other, _ in lines)]
+    lengths = sorted({length for _, length in lines})
+    if not any(line["tokens_to_sppo"] for line in lines.values()):
+        return
+
+    def fill(figure: Figure) -> None:
+        panels = figure.subplots(1, 2, sharex=True, sharey=True)
+        for axes, cost in zip(panels, ("tokens", "updates"), strict=True):
+            for (name, length), line in lines.items():
+                if ratio := line[f"{cost}_to_sppo"]:
+                    row = names.index(name) + 0.22 * (lengths.index(length) - (len(lengths) - 1) / 2)
+                    _point(axes, row, ratio, *OF_HORIZON[length])
+            axes.set_xscale("log")
+            axes.set_xlabel(f"times SPPO's {cost} to the threshold")
+            _plain_ticks(axes.xaxis, (0.3, 0.5, 1, 2, 4))
+            axes.axvline(1, color=GREY, linewidth=1)
+        _rows(panels[0], [GROUPS[name].label for name in names])
+        keys = [_key(Style(f"{length} steps", OF_HORIZON[length][0], "", OF_HORIZON[length][1])) for length in lengths]
+        panels[0].legend(handles=keys, loc="upper left", frameon=False)
+
+    draw(path, (WIDTH, 1.1 + 0.5 * len(names)), fill)
+
+
+FIGURES: Mapping[str, Callable[[Path, Sequence[Plan]], None]] = {
+    "algorithms": algorithms,
+    "horizon": horizon,
+    "centring": centring,
+    "difficulty": difficulty,
+    "groups": groups,
+    "updates": updates,
+}
+"""Figures by name; each draws what the plans hold, and nothing if that does not bear on its question."""
+
+
+def draw_all(results: Path, plans: Sequence[Plan]) -> None:
+    """Draw every figure next to a results file, as ``RESULTS-NAME.png``."""
+    for name, figure in FIGURES.items():
+        figure(results.with_name(f"{results.stem}-{name}.png"), plans)
+
+
+def _lines(plans: Sequence[Plan], variants: Variants) -> dict[tuple[str, int], Row]:
+    """Return the comparison of variants on tasks of one difficulty, by variant and length of the chain."""
+    even = [plan for plan in plans if plan.task.difficulty == "even"]
+    return {
+        (line["variant"], plan.task.horizon): line
+        for plan in even
+        for line in compared([plan])
+        if line["variant"] in variants
+    }
+
+
+def _curves(path: Path, plans: Sequence[Plan], variants: Variants, *, intervals: bool = True) -> None:
+    """Draw rewards over tokens, a panel per task: the mean over the seeds, and its 95% interval."""
+    if not plans:
+        return
+    rows, columns = math.ceil(len(plans) / 2), min(len(plans), 2)
+
+    def fill(figure: Figure) -> None:
+        panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+        for axes, plan in zip(panels.flat, plans, strict=False):
+            _curves_of(axes, plan, variants, intervals)
+        for axes in panels[:, 0]:
+            axes.set_ylabel("held-out reward")
+        for axes in panels[-1]:
+            axes.set_xlabel("thousands of generated tokens")
+        for axes in panels.flat[len(plans) :]:
+            axes.set_axis_off()
+        lines = {line.get_label(): line for axes in panels.flat for line in axes.lines}
+        keys = [lines[style.label] for style in variants.values() if style.label in lines]
+        figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False)
+
+    draw(path, (WIDTH, 0.8 + 2.5 * rows), fill)
+
+
+def _curves_of(axes: Axes, plan: Plan, variants: Variants, intervals: bool) -> None:
+    found = plan.counted()
+    for name in (name for name in variants if name in found):
+        style = variants[name]
+        tokens = [statistics.fmean(x) / 1e3 for x in zip(*(run["tokens"] for run in found[name]), strict=True)]
+        rewards = [mean(y) for y in zip(*(run["reward"] for run in found[name]), strict=True)]
+        means = [y.value for y in rewards]
+        axes.plot(tokens, means, color=style.colour, linestyle=style.line, label=style.label)
+        if intervals and len(found[name]) > 1:
+            ends = [y.low for y in rewards], [y.high for y in rewards]
+            axes.fill_between(tokens, *ends, color=style.colour, alpha=0.1, linewidth=0)
+    axes.axhline(plan.task.threshold, color=GREY, linestyle=":", linewidth=1)
+    axes.set_title(plan.task.name, loc="left")
+    axes.set_ylim(0, 1)
+
+
+def _point(axes: Axes, at: float, cost: Cost, colour: str, marker: str, upright: bool = False) -> None:
+    """Draw a value with its interval; a bound as a hollow triangle that points to larger values."""
+    if cost.is_bound:
+        marker = "^" if upright else ">"
+    elif cost.low is not None:
+        ends, across = [cost.low, cost.high], [at, at]
+        axes.plot(*((across, ends) if upright else (ends, across)), "-", color=colour, linewidth=1.2)
+    position = (at, cost.value) if upright else (cost.value, at)
+    axes.plot(*position, marker, color=colour, markersize=5, markerfacecolor="white" if cost.is_bound else colour)
+
+
+def _rows(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+
+
+def _plain_ticks(axis: Axis, values: Sequence[float] | Mapping[int, str]) -> None:
+    """Label a logarithmic axis with plain numbers, or with the texts of a mapping."""
+    axis.set_ticks(list(values), list(values.values()) if isinstance(values, Mapping) else [f"{x:g}" for x in values])
+    axis.set_ticks([], minor=True)
+
+
+def _key(style: Style) -> Line2D:
+    from matplotlib.lines import Line2D
+
+    hollow = {"markerfacecolor": "white"} if style.marker == "^" else {}
+    return Line2D(
+        [], [], color=style.colour, linestyle=style.line, marker=style.marker, label=style.label, markersize=5, **hollow
+    )

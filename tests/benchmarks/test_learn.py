@@ -14,10 +14,11 @@ from functools import partial
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks import learn
 from benchmarks.__main__ import main
-from benchmarks.learn import digit_walk, intervals, policy
+from benchmarks.learn import digit_walk, figures, intervals, policy
 from benchmarks.learn.run_plan import Plan
 from benchmarks.learn.runs import Run, config_of
 from benchmarks.learn.table import compared
@@ -174,9 +175,9 @@ def finished(run, rewards=(0.3, 0.5)):
     return row(list(rewards), run=run.key, task=run.task.name, critic_learning_rate=None, **fields)
 
 
-def tuned(seeds=5):
+def tuned(seeds=5, task=MIXED):
     """A plan with its rates chosen: the middle one, and the lower one of critics."""
-    plan = Plan([], MIXED, "a", seeds=seeds)
+    plan = Plan([], task, "a", seeds=seeds)
     for run in plan.tuning():
         good = (run.learning_rate, run.critic_learning_rate) == (3e-4, 1e-4)
         plan.done[run.key] = finished(run, (0.3, 0.9 if good else 0.5))
@@ -319,6 +320,62 @@ def test_there_is_a_comparison_without_sppo():
     assert lines["grpo"]["tokens_to_sppo"] is None
 
 
+# The figures
+
+
+def drawn(figure, curves, task, monkeypatch):
+    """Draw a figure of runs with these rewards, by variant and seed -> matplotlib's figure, or None."""
+    plan = tuned(seeds=2, task=task)
+    for run in plan.counting():
+        if run.variant in curves:
+            plan.done[run.key] = finished(run, curves[run.variant][run.seed])
+    made = []
+
+    def keep(path, size, fill, **settings):
+        made.append(Figure(figsize=size))
+        fill(made[0])
+
+    monkeypatch.setattr(figures, "save_figure", keep)
+    figures.FIGURES[figure](None, [plan])
+    return made[0] if made else None
+
+
+def test_a_figure_has_the_values_of_the_table_and_hollow_bounds(monkeypatch):
+    curves = {"sppo": [FAST, FAST], "ppo": [SLOW, SLOW], "ppo, lambda 0.95": [SLOW, NEVER]}
+    tokens, ratios = drawn("horizon", curves, MIDDLE, monkeypatch).axes
+    markers = {line.get_marker(): line for line in ratios.lines if line.get_marker() not in ("None", "")}
+    threshold = 200 + 100 * (0.65 - 0.6) / 0.3, 100 + 100 * (0.65 - 0.6) / 0.3
+    assert markers["s"].get_ydata() == pytest.approx([threshold[0] / threshold[1]])
+    assert markers["^"].get_markerfacecolor() == "white"
+    assert "D" not in markers
+    assert [text.get_text() for text in tokens.get_xticklabels()] == ["64 (0.65)"]
+
+
+def test_differences_are_drawn_seed_by_seed(monkeypatch):
+    curves = {"sppo": [FAST, SLOW], "reinforce, mean per rule": [FAST, FAST]}
+    (axes,) = drawn("difficulty", curves, MIXED, monkeypatch).axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["baseline that knows the rules"]
+    seeds, interval, center, _ = axes.lines
+    assert list(seeds.get_xdata()) == pytest.approx([0, 0.6 / 4])
+    assert list(interval.get_xdata()) == pytest.approx(list(intervals.mean([0, 0.6 / 4])[1:3]))
+    assert list(center.get_xdata()) == pytest.approx([0.6 / 8])
+
+
+@pytest.mark.parametrize("question", [name for name in figures.FIGURES if name != "algorithms"])
+def test_runs_without_an_answer_have_no_figure(question, monkeypatch):
+    assert drawn(question, {"sppo": [FAST, SLOW]}, MIXED, monkeypatch) is None
+
+
+@pytest.mark.parametrize("question", figures.FIGURES)
+def test_a_figure_shows_only_what_the_study_runs(question):
+    shown = getattr(figures, question.upper())
+    known = {name for variants in (ALGORITHMS, *VARIANTS.values()) for name in variants}
+    assert set(shown) <= known
+    looks = [(style.colour, style.line, style.marker) for style in shown.values()]
+    if question not in ("difficulty", "groups"):  # others name each row
+        assert len(set(looks)) == len(looks)
+
+
 # All of it
 
 
@@ -355,7 +412,7 @@ def test_learn_walks_through_all_of_it_and_resumes(tmp_path, capsys, monkeypatch
         assert found["tokens"][0] == 0 < found["tokens"][1] < found["tokens"][2]
         assert found["seconds"][0] == 0 < found["seconds"][1] < found["seconds"][2]
         assert all(0 <= reward <= 1 for reward in found["reward"])
-    assert (tmp_path / "learn-quick.png").exists()
+    assert [chart.name for chart in tmp_path.glob("*.png")] == ["learn-quick-algorithms.png"]
     monkeypatch.setattr(learn, "train", lambda *args: pytest.fail("a run that is done, again"))
     assert main(command) == 0
     assert json.loads((tmp_path / "learn-quick.json").read_text())["rows"] == report["rows"]
