@@ -9,13 +9,11 @@ GPU. First one update by SGD is made with each variant; the exit code is 1 when 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,9 +22,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from benchmarks.harness import results
+from benchmarks.harness.resident import ResidentPeak
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
-from benchmarks.step.models import make_policy
+from benchmarks.step.models import make_policy, numbers
 from benchmarks.step.prepared import KINDS, Prepared, lengths_of
 from benchmarks.step.trainers import Probe, TrainerVariant, make_trainer, settings_of
 from sppo_kernels.integrations import trl as fused
@@ -71,18 +70,11 @@ class Peak(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory is then not resident
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
-            self._before = _resident("VmRSS")
+            self._resident = ResidentPeak()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        highest = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
-        self.peaks.append(highest - self._before)
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+        on_gpu = torch.cuda.is_available()
+        self.peaks.append(torch.cuda.max_memory_allocated() - self._before if on_gpu else self._resident.read())
 
 
 def train(
@@ -100,7 +92,7 @@ def train(
 
 def measure(kind: str, size: dict[str, int], lengths: Sequence[int], rounds: int) -> list[Row]:
     """Return a row for each variant, measured in turns of two updates."""
-    prepared = Prepared(size["vocab_size"], PROMPTS, PROMPT, lengths)
+    prepared = Prepared(numbers(size["vocab_size"]), PROMPTS, PROMPT, lengths)
     moved = {
         variant: train(variant, size, prepared, max_steps=1, optim="sgd", learning_rate=1.0)[0] for variant in VARIANTS
     }

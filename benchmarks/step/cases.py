@@ -16,13 +16,13 @@ from torch import Tensor
 
 from benchmarks.harness import results
 from benchmarks.harness.results import Row
-from benchmarks.step.models import MODELS, entropy_of, make_policy
+from benchmarks.step.models import MODELS, entropy_of
 from benchmarks.step.prepared import Prepared, lengths_of
 from benchmarks.step.trainers import SPPO, Probe, Step, TrainerVariant, make_trainer, settings_of
 
 MOST_GENERATIONS = max(variant.generations for variant in SPPO)
-# Of gradients. TRL adds 1e-4 to the standard deviation of a group, this library 1e-6; on a GPU they are bfloat16.
-TOLERANCES = {"cpu": 1e-3, "cuda": 5e-2}
+# Of gradients. TRL adds 1e-4 to the standard deviation of a group, this library 1e-6.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
 MEASURED, OUT_OF_MEMORY, NO_TIME, DIFFERS = "measured", "out of memory", "no time left", "gradients differ"
 
 
@@ -47,6 +47,11 @@ class Case(NamedTuple):
     responses: int = 32
     updates: int = 1
 
+    @property
+    def precision(self) -> str:
+        """Precision of the matrix products; weights and AdamW's moments are float32."""
+        return "bfloat16" if torch.cuda.is_available() or MODELS[self.model].bf16 else "float32"
+
     def prepared(self, variant: TrainerVariant) -> Prepared:
         """Make prompts and responses for a step; fewer responses are the first of the same ones."""
         count = (
@@ -54,7 +59,7 @@ class Case(NamedTuple):
         )
         lengths = lengths_of(self.lengths, self.responses, self.mean)[:count]
         model = MODELS[self.model]
-        return Prepared(model.size["vocab_size"], count // variant.generations, model.prompt, lengths)
+        return Prepared(model.vocabulary(), count // variant.generations, model.prompt, lengths)
 
     def new_row(self, variant: TrainerVariant) -> Row:
         """Return the row of a variant before it is measured."""
@@ -64,6 +69,7 @@ class Case(NamedTuple):
             "lengths": "live" if self.live else self.lengths,
             "equal": self.equal,
             "updates": self.updates,
+            "precision": self.precision,
             "variant": variant.name,
             "trainer": variant.trainer,
             "algorithm": variant.algorithm,
@@ -118,9 +124,9 @@ def _try(row: Row, end: float, call: Callable[[], None]) -> None:
 
 def _take_turn(case: Case, variant: TrainerVariant, count: int, steps: list[Step], row: Row) -> None:
     """Run some steps after one that warms up, and record them."""
-    policy = make_policy(MODELS[case.model].size, results.this_device())
+    probe = Probe(peaks=True)
+    policy = MODELS[case.model].policy(results.this_device())
     row["entropy"] = entropy_of(policy)
-    probe = Probe(peaks=torch.cuda.is_available())
     _train(case, variant, policy, probe, steps=count + 1)
     steps += whole_steps(probe.steps, case.updates)[1:]
     row |= summary(steps, row["responses"])
@@ -128,9 +134,11 @@ def _take_turn(case: Case, variant: TrainerVariant, count: int, steps: list[Step
 
 def _train(case: Case, variant: TrainerVariant, policy: Any, probe: Probe, steps: int, **changes: Any) -> None:
     prepared = case.prepared(variant)
+    critic = MODELS[case.model].critic(policy, variant.small_critic) if variant.critic else None
+    changes |= {"max_steps": steps * case.updates, "bf16": case.precision == "bfloat16"}
     with tempfile.TemporaryDirectory() as folder:
-        settings = settings_of(variant, prepared, folder, case.updates, max_steps=steps * case.updates, **changes)
-        make_trainer(variant, policy, prepared, settings, probe, live=case.live).train()
+        settings = settings_of(variant, prepared, folder, case.updates, **changes)
+        make_trainer(variant, policy, prepared, settings, probe, critic=critic, live=case.live).train()
 
 
 def whole_steps(parts: Sequence[Step], count: int) -> list[Step]:
@@ -172,13 +180,13 @@ def _check_gradients(case: Case, ours: TrainerVariant, theirs: TrainerVariant, r
     one_update = case._replace(live=False, updates=1)  # TRL divides a rollout differently
     moves = [_moved(one_update, variant) for variant in (ours, theirs)]
     row["gradient_error"] = (_norm([a - b for a, b in zip(*moves, strict=True)]) / _norm(moves[1])).item()
-    if not row["gradient_error"] <= TOLERANCES[results.this_device().type]:
+    if not row["gradient_error"] <= TOLERANCES[case.precision]:
         row["outcome"] = DIFFERS
 
 
 def _moved(case: Case, variant: TrainerVariant) -> list[Tensor]:
     """Return the change of the weights by one update of SGD: the gradient."""
-    policy = make_policy(MODELS[case.model].size, results.this_device())
+    policy = MODELS[case.model].policy(results.this_device())
     before = [p.detach().clone() for p in policy.parameters()]
     _train(case, variant, policy, Probe(), steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=1e9)
     return [p.detach() - b for p, b in zip(policy.parameters(), before, strict=True)]

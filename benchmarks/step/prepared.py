@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from benchmarks.step.models import make_tokenizer
+from benchmarks.step.models import Vocabulary
 from sppo.rollout import Sample
 from sppo.rollout.engine import make_samples
 
@@ -19,21 +19,21 @@ class Prepared:
     """Prompts, and a response for each place in a rollout, the same for every trainer.
 
     Args:
-        vocab: vocabulary size of the model.
+        vocabulary: of the model.
         prompts: number of prompts.
         prompt: mean tokens per prompt.
         lengths: tokens of each response.
     """
 
-    def __init__(self, vocab: int, prompts: int, prompt: int, lengths: Sequence[int]) -> None:
+    def __init__(self, vocabulary: Vocabulary, prompts: int, prompt: int, lengths: Sequence[int]) -> None:
         of_prompts, of_responses = random.Random(0), random.Random(1)  # fewer are the first of the same ones
-        draw = lambda rng, n: [rng.randrange(2, vocab) for _ in range(n)]
+        draw = lambda rng, n: [rng.choice(vocabulary.words) for _ in range(n)]
         around = lambda n: of_prompts.randint(n * 3 // 4, n * 5 // 4)
-        self.tokenizer = make_tokenizer(vocab)
+        self.tokenizer = vocabulary.tokenizer
         texts = self.tokenizer.batch_decode([draw(of_prompts, around(prompt)) for _ in range(prompts)])
         self.dataset = datasets.Dataset.from_dict({"prompt": texts})
         # Alternately wrong and right, so that groups have both and no advantage is 0, which would save work.
-        ends = [[2 + i % 2, self.tokenizer.eos_token_id] for i in range(len(lengths))]
+        ends = [[vocabulary.digits[i % 2], self.tokenizer.eos_token_id] for i in range(len(lengths))]
         self.responses = [draw(of_responses, n - 2) + end for n, end in zip(lengths, ends, strict=True)]
 
     def answer(self, count: int, greedy: bool = False) -> list[list[int]]:
@@ -48,8 +48,8 @@ class Prepared:
 
 
 def odd_end(completions: Sequence[str], **_: Any) -> list[float]:
-    """Reward completions whose last word is an odd number."""
-    return [float(int(words[-1]) % 2) if (words := text.split()) else 0.0 for text in completions]
+    """Reward completions that end in an odd digit."""
+    return [float(text.endswith(tuple("13579"))) for text in completions]
 
 
 def lengths_of(kind: str, count: int, mean: int) -> list[int]:

