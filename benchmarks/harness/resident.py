@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 from pathlib import Path
 
@@ -16,17 +15,17 @@ def measurable() -> bool:
 
 
 class ResidentPeak:
-    """The most memory that was resident beyond what was there at the start; garbage does not count as there.
+    """The most memory that was resident beyond what was there at the start.
 
-    What malloc keeps of freed memory counts as resident until the next start.
+    What malloc keeps of freed memory counts as resident until the next start. Garbage in cycles counts as there at the
+    start, and makes room when it is collected: collect it before.
     """
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        """Count from what is resident now, after freeing what can be."""
-        gc.collect()  # trainers and their models are in cycles
+        """Count from what is resident now."""
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory is then not resident
         self.reset()
         self._before = _resident("VmRSS")

@@ -117,8 +117,8 @@ def _try(row: Row, end: float, call: Callable[[], None]) -> None:
     except Exception as error:
         traceback.print_exc()
         row["outcome"] = f"failed: {type(error).__name__}: {error}"
+    gc.collect()  # trainers and their models are in cycles
     if torch.cuda.is_available():
-        gc.collect()  # trainers and their models are in cycles
         torch.cuda.empty_cache()
 
 

@@ -1,8 +1,10 @@
 """The suite step: short runs of it, what it counts, and what it would say of worse ones."""
 
 import argparse
+import gc
 import json
 import time
+import weakref
 from importlib.util import find_spec
 
 import pytest
@@ -161,6 +163,27 @@ def test_another_error_is_a_failure_and_the_rest_go_on(monkeypatch):
         "ppo, tiny, mixed, 16 responses: failed: ValueError: no such attention"
     ]
     assert rows["reinforce"]["outcome"] == MEASURED
+
+
+def test_a_turn_leaves_no_memory_to_the_next(monkeypatch):
+    left, found = [], []
+
+    class Trainer:
+        def __init__(self):
+            self.itself = self
+
+    def train(case, variant, policy, probe, steps):
+        found.extend(each() for each in left)
+        left.append(weakref.ref(Trainer()))
+        raise ValueError("no such attention")
+
+    monkeypatch.setattr(cases, "_train", train)
+    gc.disable()  # by itself it would run at some time
+    try:
+        last(QUICK, SPPO[:3])
+    finally:
+        gc.enable()
+    assert found == [None] * 3
 
 
 def test_nothing_is_begun_when_the_time_is_up():
