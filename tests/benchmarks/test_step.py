@@ -335,10 +335,10 @@ def test_the_plan_of_smollm2_begins_with_what_is_compared(monkeypatch):
     variants = lambda *options: [variant.name for variant in step.variants_of(parsed(*options))]
     monkeypatch.setattr(step, "available_variants", lambda: SPPO + TRL)
     compared = ["grpo", "grpo, TRL", "rloo", "rloo, TRL"]
-    assert variants("--plan", "smollm2") == [*compared, "sppo", "sppo, small critic", "ppo"]
+    assert variants("--plan", "smollm2") == [*compared, "sppo", "sppo, small critic"]
     assert variants("--plan", "gpu") == variants() == [variant.name for variant in SPPO + TRL]
     monkeypatch.setattr(step, "available_variants", lambda: SPPO)
-    assert variants("--plan", "smollm2") == ["grpo", "rloo", "sppo", "sppo, small critic", "ppo"]
+    assert variants("--plan", "smollm2") == ["grpo", "rloo", "sppo", "sppo, small critic"]
     args = parsed("--plan", "smollm2")
     assert step.name_of(args) == "step-smollm2"
     assert [(case.model, case.lengths) for case in step.cases_of(args)] == [(SMOLLM2, "mixed"), (SMOLLM2, "equal")]
