@@ -1,8 +1,8 @@
 """Generated tokens that each algorithm needs to learn a recipe, at the settings that the recipe has for SPPO.
 
 It shows that every algorithm learns, not which one is best: learning rates are not tuned for each. SPPO is also trained
-with advantages centered and standardized, and on prompts that its critic chooses before they are sampled. The suite
-learn compares algorithms with tuned settings.
+with advantages centered and standardized, on prompts that its critic chooses before they are sampled, and with a probe
+as its critic. The suite learn compares algorithms with tuned settings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sppo, prompts chosen": {"prompt_value_range": [0.1, 0.9]},
     "sppo, centered": {"center_advantages": True},
     "sppo, standardized": {"standardize_advantages": True},
-    "poise": {"algorithm": "poise", "critic_learning_rate": 1e-2},
+    "sppo, probe": {"critic": "probe"},
+    "poise": {"algorithm": "poise"},
     "spo": {"algorithm": "spo"},
     "reinforce_plus_plus": {"algorithm": "reinforce_plus_plus"},
     "grpo": {"algorithm": "grpo"},

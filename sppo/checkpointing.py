@@ -41,6 +41,7 @@ _IDENTITY = "sppo_run.json"
 _ROWS = 20_000  # of a dataset, in a run's identity
 _LEARNED = "learned.safetensors"
 _CRITIC = "critic"
+_MEMORY = "critic."  # prefix of what a critic remembers
 _SCHEDULE_SETTINGS = (
     "max_steps",
     "num_train_epochs",
@@ -134,6 +135,8 @@ def save_stream(stream: RolloutStream, folder: Path) -> None:
         for j, batch in enumerate(update.micro_batches)
         for name, tensor in batch.items()
     }
+    if stream.model.critic is not None:
+        tensors |= {f"{_MEMORY}{name}": tensor for name, tensor in stream.model.critic.memory().items()}
     facts = [{k: v for k, v in vars(update).items() if k != "micro_batches"} for update in updates]
     state = {"progress": asdict(stream.progress), "algorithm": stream.algorithm.state, "updates": facts}
     tensor_file, state_file = _stream_files(stream, folder)
@@ -146,14 +149,18 @@ def load_stream(stream: RolloutStream, folder: Path) -> None:
     tensor_file, state_file = _stream_files(stream, folder)
     state = json.loads(state_file.read_text())
     batches: dict[int, dict[int, dict[str, Any]]] = {}
+    memory: dict[str, Any] = {}
     for key, tensor in load_file(tensor_file).items():
+        if key.startswith(_MEMORY):
+            memory[key.removeprefix(_MEMORY)] = tensor
+            continue
         i, j, name = key.split(".", 2)
         batches.setdefault(int(i), {}).setdefault(int(j), {})[name] = tensor
     updates = [
         Update(micro_batches=[batches[i][j] for j in sorted(batches[i])], **facts)
         for i, facts in enumerate(state["updates"])
     ]
-    stream.restart(Progress(**state["progress"]), updates, state["algorithm"])
+    stream.restart(Progress(**state["progress"]), updates, state["algorithm"], memory)
 
 
 def _stream_files(stream: RolloutStream, folder: Path) -> tuple[Path, Path]:

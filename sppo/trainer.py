@@ -68,7 +68,8 @@ class SPPOTrainer(Trainer):
             May be left out if the environment has a reward, which comes last in ``reward_weights``.
         args: settings.
         critic: for algorithms with a critic, a sequence-classification model with one label, or its folder or hub name.
-            None for a copy of the policy's backbone.
+            None for a copy of the policy's backbone. ``"probe"`` for one linear layer on the policy's hidden states of
+            the prompt, with SPPO (see :mod:`sppo.models.probe`).
         train_dataset: dataset with a column ``prompt`` (text or chat messages); the other columns are passed to the
             rewards. None to evaluate only.
         eval_dataset: dataset of the same form, or a dict of datasets by name.
@@ -387,7 +388,7 @@ class SPPOTrainer(Trainer):
             self.actor_critic,
             folder,
             tokenizer=self.tokenizer,
-            critic_kind=self.algorithm.critic,
+            critic_kind=self.actor_critic.critic_kind,
             gathered_weights=self._gathered_weights,
             writes=self.args.should_save,
             dtype=None if self._staging else final_dtype,

@@ -74,11 +74,16 @@ class ActorCritic(nn.Module):
         states = policy_states(self.policy, batch, max_length)
         logprobs, entropy = logprobs_of_states(self.policy, states, batch, temperature=temperature, **logprob_settings)
         loss = None
-        if isinstance(self.critic, ProbeCritic):
-            loss = self.critic.loss_of_states(states, batch, critic_normalizer)
-        elif self.critic is not None:
+        if self.critic is not None and self.critic_kind != "probe":
             loss = self.critic.loss(batch, max_length, critic_normalizer)
         return ActorCriticOutput(logprobs, entropy, loss)
+
+    @property
+    def critic_kind(self) -> str | None:
+        """``"prompt"``, ``"probe"``, ``"token"``, or None without a critic."""
+        if isinstance(self.critic, ProbeCritic):
+            return "probe"
+        return "token" if isinstance(self.critic, TokenCritic) else "prompt" if self.critic is not None else None
 
     def parts(self) -> dict[str, nn.Module]:
         """Return the submodules with parameters by name: the policy, and the critic if there is one."""
@@ -86,7 +91,7 @@ class ActorCritic(nn.Module):
 
     def models(self) -> dict[str, PreTrainedModel]:
         """Return the models with a backbone by the name of the trainer's argument: ``"model"``, ``"critic"``."""
-        if self.critic is None or isinstance(self.critic, ProbeCritic):
+        if self.critic is None or self.critic_kind == "probe":
             return {"model": self.policy}
         return {"model": self.policy, "critic": self.critic.model}
 
@@ -255,7 +260,7 @@ def build_actor_critic(
 
     Args:
         policy: the policy.
-        critic: see :func:`build_critic`.
+        critic: see :func:`build_critic`; or ``"probe"`` in place of a prompt critic.
         kind: ``"prompt"``, ``"token"``, ``"probe"``, or None for no critic.
         tokenizer: tokenizer of both.
         peft_config: a ``peft.LoraConfig`` or None.
@@ -269,6 +274,8 @@ def build_actor_critic(
     keep_layout(policy)
     if trains:
         check_quantized("model", policy, has_adapter=learns_adapter, args=args)
+    if kind == "prompt" and critic == "probe":
+        kind, critic = "probe", None
     if kind == "probe" and critic is not None:
         raise ValueError("this algorithm's critic reads the policy's own hidden states; leave critic= out")
     classifier = build_critic(critic, policy, tokenizer, kind) if kind in ("prompt", "token") else None

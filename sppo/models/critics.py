@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,21 @@ class Critic(nn.Module):
         """
         raise NotImplementedError
 
+    def observe(self, samples: Sequence[Sample], gather: Callable[[list[Any]], list[Any]]) -> None:
+        """Learn from the rewards of a rollout outside of the optimizer, after :meth:`values` of the same samples.
+
+        Args:
+            samples: this process's samples.
+            gather: concatenates the lists of all processes.
+        """
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return what :meth:`observe` remembers, for a checkpoint."""
+        return {}
+
+    def restore(self, memory: dict[str, Tensor]) -> None:
+        """Restore what :meth:`memory` returned; an empty dict forgets all."""
+
 
 class PromptCritic(Critic):
     """Reads only the prompt and predicts P(success); trained with binary cross-entropy (SPPO, arXiv 2604.08865)."""
@@ -57,7 +72,11 @@ class PromptCritic(Critic):
 
     def values(self, samples: Sequence[Sample]) -> list[Tensor]:
         """See :class:`Critic`; 0-d each."""
-        return list(torch.tensor(prompt_values(self.model, [s.prompt_ids for s in samples])).unbind())
+        return list(torch.tensor(self.prompt_values([s.prompt_ids for s in samples])).unbind())
+
+    def prompt_values(self, prompts: Sequence[Sequence[int]]) -> list[float]:
+        """Predict P(success) for each prompt, given its tokens."""
+        return prompt_values(self.model, prompts)
 
     def loss(self, batch: dict[str, Tensor], max_length: int, normalizer: float) -> Tensor:
         """See :class:`Critic`; ``normalizer`` is the number of samples of the update."""
@@ -192,7 +211,7 @@ def _set_constant(critic: PreTrainedModel, output: float) -> None:
 
 
 @torch.no_grad()
-def prompt_values(critic: PreTrainedModel, prompts: Sequence[list[int]]) -> list[float]:
+def prompt_values(critic: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[float]:
     """Predict P(success) for each prompt; each distinct prompt is read once, packed without padding."""
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     ends = [hidden[-1].clone() for hidden in packed_states(critic, distinct)]  # a view would keep its chunk alive

@@ -9,7 +9,6 @@ A :data:`MicroBatch` is a dict of tensors; N, R, M, K count tokens, S samples, P
     response_index, response_ids                [R]                 positions that predict response tokens which the
                                                                     policy wrote; these tokens
     response_cu_seqlens                         [S + 1]             where each response begins among them
-    prompt_end_index                            [S]                 positions of the last tokens of the prompts
     advantages                                  [S] or [R]          one per sample, or one per response token
     rollout_logprobs                            [R]                 if the engine computes its own
     support_ids                                 [K]                 if sampling was truncated: the K token ids that the
@@ -19,7 +18,6 @@ A :data:`MicroBatch` is a dict of tensors; N, R, M, K count tokens, S samples, P
     prompt_ids, prompt_position_ids             [1, M]              prompt critic: distinct prompts
     prompt_cu_seqlens                           [P + 1]             where each prompt begins
     last_index, outcomes                        [O]                 where an outcome's prompt ends; its reward
-    outcomes                                    [S]                 probe: rewards of the samples
 
 A prompt critic's prompts are distributed separately from the policy's samples: an update reads each distinct prompt
 once, whichever micro-batches its responses are in. A micro-batch without samples has one token of input and no loss.
@@ -71,8 +69,7 @@ class UpdateSize:
 
     def num_units(self, critic: str | None) -> int:
         """Return over how many terms the loss of a critic is a mean."""
-        of_kind = {"token": self.num_tokens, "probe": self.num_sequences}
-        return of_kind.get(str(critic), self.num_outcomes)
+        return self.num_tokens if critic == "token" else self.num_outcomes
 
     @classmethod
     def combine(cls, sizes: Sequence[UpdateSize]) -> UpdateSize:
@@ -121,9 +118,6 @@ def make_micro_batches(
     if critic == "token":
         for batch, part in zip(batches, parts, strict=True):
             batch |= {"values": _flat([s.value for s in part]), "returns": _flat([s.returns for s in part])}
-    if critic == "probe":
-        for batch, part in zip(batches, parts, strict=True):
-            batch |= {"outcomes": torch.tensor([s.reward for s in part], dtype=torch.float32)}
     if critic == "prompt":
         outcomes: dict[tuple[int, ...], list[float]] = defaultdict(list)
         for s in samples if with_masked is None else with_masked:
@@ -140,12 +134,10 @@ def pack_policy_batch(samples: Sequence[Sample]) -> MicroBatch:
     """Pack the policy's inputs for some samples."""
     sequences = pack([(s.prompt_ids + s.response_ids)[:-1] for s in samples] or [[0]])
     index: list[int] = []
-    ends: list[int] = []
     start = 0
     positions = [s.policy_positions for s in samples]
     for s, written in zip(samples, positions, strict=True):
         begin = start + len(s.prompt_ids) - 1
-        ends.append(begin)
         index += [begin + position for position in written]
         start = begin + len(s.response_ids)
     batch = {
@@ -155,7 +147,6 @@ def pack_policy_batch(samples: Sequence[Sample]) -> MicroBatch:
         "response_index": torch.tensor(index, dtype=torch.long),
         "response_ids": torch.tensor(_written([s.response_ids for s in samples], positions), dtype=torch.long),
         "response_cu_seqlens": cumulative([len(written) for written in positions]),
-        "prompt_end_index": torch.tensor(ends, dtype=torch.long),
         "advantages": _flat([s.advantage for s in samples]),
     }
     if len({s.logprobs is None for s in samples}) > 1:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from sppo.algorithms import Algorithm, RolloutBatch
 from sppo.config import SPPOConfig
 from sppo.models.actor_critic import ActorCritic, policy_logprobs
-from sppo.models.critics import calibration, prompt_values
+from sppo.models.critics import PromptCritic, calibration
 from sppo.models.lora import adapter_as, adapter_off
 from sppo.models.packed_attention import PACKED_ATTENTION, use_attention
 from sppo.reporting.meter import Meter
@@ -95,18 +95,27 @@ class RolloutStream(IterableDataset):
         self.initial_algorithm_state = copy.deepcopy(algorithm.state)
         self.restart(Progress(), [])
 
-    def restart(self, progress: Progress, updates: list[Update], algorithm_state: dict[str, Any] | None = None) -> None:
+    def restart(
+        self,
+        progress: Progress,
+        updates: list[Update],
+        algorithm_state: dict[str, Any] | None = None,
+        critic_memory: dict[str, Tensor] | None = None,
+    ) -> None:
         """Continue from another position in the run.
 
         Args:
             progress: the position.
             updates: those of the current rollout, if the position is in the middle of one.
             algorithm_state: what the algorithm remembers; None for its initial state.
+            critic_memory: what the critic remembers; None for nothing.
         """
         self.progress = progress
         self.updates = updates
         state = self.initial_algorithm_state if algorithm_state is None else algorithm_state
         self.algorithm.state = copy.deepcopy(state)
+        if self.model.critic is not None:
+            self.model.critic.restore(critic_memory or {})
 
     def __len__(self) -> int:
         return self.updates_per_epoch * self.args.gradient_accumulation_steps
@@ -144,6 +153,9 @@ class RolloutStream(IterableDataset):
                         measure_drifts(usable, self.algorithm, self.model.policy, self.args)
                 with self.meter.phase("advantages"):
                     policy_learns = self._compute_advantages(usable, expected_reward)
+                if self.model.critic is not None:
+                    with self.meter.phase("critic"):
+                        self.model.critic.observe(usable, self.process.gather)
                 with self.meter.phase("packing"):
                     return self._build_updates(usable, policy_learns=policy_learns)
 
@@ -179,8 +191,8 @@ class RolloutStream(IterableDataset):
 
     def _prompt_values(self, rows: Sequence[dict[str, Any]]) -> list[float]:
         """Predict the reward of each row's prompt by the prompt critic."""
-        assert self.model.critic is not None
-        return prompt_values(self.model.critic.model, [self.sampler.prompts.encode(row) for row in rows])
+        assert isinstance(self.model.critic, PromptCritic)
+        return self.model.critic.prompt_values([self.sampler.prompts.encode(row) for row in rows])
 
     def _compute_advantages(self, samples: list[Sample], expected_reward: float) -> bool:
         """Set advantages, and returns for a token critic.
@@ -229,7 +241,7 @@ class RolloutStream(IterableDataset):
 
     def _build_updates(self, samples: list[Sample], *, policy_learns: bool) -> list[Update]:
         """Distribute samples over updates in the order they were drawn, and over micro-batches by tokens."""
-        args, critic, world_size = self.args, self.algorithm.critic, self.process.world_size
+        args, critic, world_size = self.args, self.model.critic_kind, self.process.world_size
         assert args.steps_per_generation is not None
         count = args.steps_per_generation // args.gradient_accumulation_steps
         shares = [samples[i * len(samples) // count : (i + 1) * len(samples) // count] for i in range(count)]
