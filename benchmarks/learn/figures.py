@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from benchmarks.harness.palette import BLUE, CYAN, GREY, MAGENTA, ORANGE, RC, RED, TEAL, WIDTH
 from benchmarks.harness.results import Row, save_figure
 from benchmarks.learn.intervals import Cost, mean, mean_reward
 from benchmarks.learn.run_plan import Plan
@@ -21,17 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-
-BLUE, CYAN, TEAL, ORANGE, RED, MAGENTA = "#0077bb", "#33bbee", "#009988", "#ee7733", "#cc3311", "#ee3377"
-GREY = "#777777"
-WIDTH = 7.0  # inches; at 200 dots per inch a page shows half of the pixels or fewer
-RC = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "legend.fontsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 class Style(NamedTuple):
