@@ -15,23 +15,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from benchmarks.harness import results
-from benchmarks.harness.jobs import finished, worker_pool
+from benchmarks.harness.learning.comparison import COLUMNS, compared
+from benchmarks.harness.learning.jobs import remaining_rows
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
 from benchmarks.learn import figures
 from benchmarks.learn.policy import greedy_accuracy, lessons, make_policy
 from benchmarks.learn.run_plan import SEEDS, Plan, plans
-from benchmarks.learn.runs import Run, train
-from benchmarks.learn.table import COLUMNS, OF_PAPER, SPEEDUP, compared
+from benchmarks.learn.runs import train
+from benchmarks.learn.table import OF_PAPER, SPEEDUP
 from benchmarks.learn.variants import ALGORITHMS, QUICK, TASKS, Task
 from sppo._utils import run_lock
 
@@ -68,7 +67,8 @@ def _run(args: argparse.Namespace) -> int:
     }
     failures: list[str] = []
     try:
-        for plan, row in _rows(planned, files, args.workers, failures):
+        of_plan = lambda plan: [files[plan.task.name]]
+        for plan, row in remaining_rows(planned, train, of_plan, workers=args.workers, failures=failures):
             plan.done[row["run"]] = row
             rows.append(row)
             results.write(path, "learn", **about, failures=failures, rows=rows)
@@ -81,30 +81,6 @@ def _run(args: argparse.Namespace) -> int:
 def _policy(folder: Path, task: Task, quick: bool) -> Path:
     course = lessons(task.difficulty, task.horizon)
     return make_policy(folder, [lesson._replace(steps=3) for lesson in course] if quick else course)
-
-
-def _rows(planned: list[Plan], files: dict[str, Path], workers: int, failures: list[str]) -> Iterator[tuple[Plan, Row]]:
-    """Yield the rows of all remaining runs as they finish."""
-    with worker_pool(workers) as pool:
-        for plan in planned:
-            for runs in (plan.tuning, plan.counting):
-                for row in _finished(pool, plan.left(runs()), files[plan.task.name], failures):
-                    yield plan, row
-                if failures:
-                    return  # without all tuning runs no rates can be chosen
-
-
-def _finished(pool: ProcessPoolExecutor, runs: list[Run], policy: Path, failures: list[str]) -> Iterator[Row]:
-    """Yield rows as runs finish; a run that raises is a failure, and the others continue."""
-    for run, row in tqdm(finished(pool, train, runs, policy), total=len(runs), unit="run", disable=not runs):
-        if isinstance(row, BaseException):
-            failures.append(f"{run.task.name}, {run.variant}, seed {run.seed}: {type(row).__name__}: {row}")
-            continue
-        tqdm.write(
-            f"{run.task.name}, {run.variant}, rate {run.learning_rate:.0e}, seed {run.seed}: "
-            f"{row['reward'][0]:.2f} -> {row['reward'][-1]:.2f} in {row['seconds'][-1]:.0f} s"
-        )
-        yield row
 
 
 def _of_report(figure: Callable[[Path, Sequence[Plan]], None]) -> Callable[[Path, Row], None]:

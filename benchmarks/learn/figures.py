@@ -5,17 +5,16 @@ Colours are Paul Tol's vibrant ones; variants also differ in their markers or li
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from benchmarks.harness.palette import BLUE, CYAN, GREY, MAGENTA, ORANGE, RC, RED, TEAL, WIDTH
-from benchmarks.harness.results import Row, save_figure
-from benchmarks.learn.intervals import Cost, mean, mean_reward
+from benchmarks.harness.learning.comparison import compared
+from benchmarks.harness.learning.curves_figure import Style, Variants, draw, draw_curves
+from benchmarks.harness.learning.intervals import Cost, mean, mean_reward
+from benchmarks.harness.palette import BLUE, CYAN, GREY, MAGENTA, ORANGE, RED, TEAL, WIDTH
+from benchmarks.harness.results import Row
 from benchmarks.learn.run_plan import Plan
-from benchmarks.learn.table import compared
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,17 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-
-class Style(NamedTuple):
-    """How a variant looks."""
-
-    label: str
-    colour: str
-    line: str | tuple[int, tuple[int, ...]] = "-"
-    marker: str = "o"
-
-
-Variants = dict[str, Style]
 
 ALGORITHMS: Variants = {
     "sppo": Style("SPPO", BLUE),
@@ -85,14 +73,9 @@ UPDATES: Variants = {
 OF_HORIZON = {4: (GREY, "v"), 16: (TEAL, "o"), 64: (BLUE, "s"), 256: (ORANGE, "D")}
 
 
-def draw(path: Path, size: tuple[float, float], fill: Callable[[Figure], None]) -> None:
-    """Save a figure in the study's style."""
-    save_figure(path, size, fill, dpi=200, style=RC)
-
-
 def algorithms(path: Path, plans: Sequence[Plan]) -> None:
     """Draw rewards of all algorithms on all tasks."""
-    _curves(path, [plan for plan in plans if plan.counted()], ALGORITHMS, intervals=False)
+    draw_curves(path, [plan for plan in plans if plan.counted()], ALGORITHMS, intervals=False)
 
 
 def horizon(path: Path, plans: Sequence[Plan]) -> None:
@@ -130,12 +113,12 @@ def horizon(path: Path, plans: Sequence[Plan]) -> None:
 
 def centring(path: Path, plans: Sequence[Plan]) -> None:
     """Draw rewards of SPPO, of SPPO with centred advantages, and of baselines that leave a mean or do not."""
-    _curves(path, [plan for plan in plans if "sppo, centred" in plan.counted()], CENTRING)
+    draw_curves(path, [plan for plan in plans if "sppo, centred" in plan.counted()], CENTRING)
 
 
 def updates(path: Path, plans: Sequence[Plan]) -> None:
     """Draw rewards of one and of four updates per rollout, by level and clip of the ratio."""
-    _curves(path, [plan for plan in plans if "sppo, 4 updates per rollout" in plan.counted()], UPDATES)
+    draw_curves(path, [plan for plan in plans if "sppo, 4 updates per rollout" in plan.counted()], UPDATES)
 
 
 def difficulty(path: Path, plans: Sequence[Plan]) -> None:
@@ -215,45 +198,6 @@ def _lines(plans: Sequence[Plan], variants: Variants) -> dict[tuple[str, int], R
         for line in compared([plan])
         if line["variant"] in variants
     }
-
-
-def _curves(path: Path, plans: Sequence[Plan], variants: Variants, *, intervals: bool = True) -> None:
-    """Draw rewards over tokens, a panel per task: the mean over the seeds, and its 95% interval."""
-    if not plans:
-        return
-    rows, columns = math.ceil(len(plans) / 2), min(len(plans), 2)
-
-    def fill(figure: Figure) -> None:
-        panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
-        for axes, plan in zip(panels.flat, plans, strict=False):
-            _curves_of(axes, plan, variants, intervals)
-        for axes in panels[:, 0]:
-            axes.set_ylabel("held-out reward")
-        for axes in panels[-1]:
-            axes.set_xlabel("thousands of generated tokens")
-        for axes in panels.flat[len(plans) :]:
-            axes.set_axis_off()
-        lines = {line.get_label(): line for axes in panels.flat for line in axes.lines}
-        keys = [lines[style.label] for style in variants.values() if style.label in lines]
-        figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False)
-
-    draw(path, (WIDTH, 0.8 + 2.5 * rows), fill)
-
-
-def _curves_of(axes: Axes, plan: Plan, variants: Variants, intervals: bool) -> None:
-    found = plan.counted()
-    for name in (name for name in variants if name in found):
-        style = variants[name]
-        tokens = [statistics.fmean(x) / 1e3 for x in zip(*(run["tokens"] for run in found[name]), strict=True)]
-        rewards = [mean(y) for y in zip(*(run["reward"] for run in found[name]), strict=True)]
-        means = [y.value for y in rewards]
-        axes.plot(tokens, means, color=style.colour, linestyle=style.line, label=style.label)
-        if intervals and len(found[name]) > 1:
-            ends = [y.low for y in rewards], [y.high for y in rewards]
-            axes.fill_between(tokens, *ends, color=style.colour, alpha=0.1, linewidth=0)
-    axes.axhline(plan.task.threshold, color=GREY, linestyle=":", linewidth=1)
-    axes.set_title(plan.task.name, loc="left")
-    axes.set_ylim(0, 1)
 
 
 def _point(axes: Axes, at: float, cost: Cost, colour: str, marker: str, upright: bool = False) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, TrainerCallback
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
+from benchmarks.harness.learning.curve import Curve
 from benchmarks.harness.recipe_trainer import QUIET
 from benchmarks.harness.results import Row
 from benchmarks.learn import digit_walk
@@ -43,34 +43,6 @@ class Run(NamedTuple):
         return sha256(decides.encode()).hexdigest()[:16]
 
 
-class Curve(TrainerCallback):
-    """Records updates, generated tokens, CPU seconds of training and the share of right held-out answers.
-
-    Seconds are CPU time of the run's only thread, so that other processes do not count.
-    """
-
-    def __init__(self) -> None:
-        self.points: list[Row] = []
-        self.seconds, self._since = 0.0, time.process_time()
-        self.trainer: SPPOTrainer | None = None
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        now = time.process_time()
-        self.seconds, self._since = self.seconds + now - self._since, now
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        assert self.trainer is not None
-        self.points.append(
-            {
-                "updates": state.global_step,
-                "tokens": self.trainer.rollouts.progress.generated_tokens,
-                "seconds": round(self.seconds, 2),
-                "reward": round(metrics["eval_reward"], 4),
-            }
-        )
-        self._since = time.process_time()
-
-
 def train(run: Run, policy: Path) -> Row:
     """Train, and return the row of the run with its learning curve."""
     torch.set_num_threads(1)
@@ -96,7 +68,7 @@ def train(run: Run, policy: Path) -> Row:
         "learning_rate": run.learning_rate,
         "critic_learning_rate": trainer.args.critic_learning_rate if trainer.algorithm.critic else None,
         "seed": run.seed,
-        **{name: [point[name] for point in curve.points] for name in curve.points[0]},
+        **curve.columns,
     }
 
 

@@ -18,10 +18,12 @@ from matplotlib.figure import Figure
 
 from benchmarks import learn
 from benchmarks.__main__ import main
-from benchmarks.learn import digit_walk, figures, intervals, policy
+from benchmarks.harness.learning import curves_figure, intervals
+from benchmarks.harness.learning.comparison import compared
+from benchmarks.harness.learning.jobs import finished_rows
+from benchmarks.learn import digit_walk, figures, policy
 from benchmarks.learn.run_plan import Plan
 from benchmarks.learn.runs import Run, config_of
-from benchmarks.learn.table import compared
 from benchmarks.learn.variants import ALGORITHMS, MIDDLE, MIXED, VARIANTS, Centred, OtherPrompts, RuleMean
 from benchmarks.report import ROOT
 from sppo import SPPOConfig
@@ -335,7 +337,7 @@ def drawn(figure, curves, task, monkeypatch):
         made.append(Figure(figsize=size))
         fill(made[0])
 
-    monkeypatch.setattr(figures, "save_figure", keep)
+    monkeypatch.setattr(curves_figure, "save_figure", keep)
     figures.FIGURES[figure](None, [plan])
     return made[0] if made else None
 
@@ -387,10 +389,9 @@ def test_a_run_that_breaks_is_noted_and_the_others_go_on(tmp_path, monkeypatch):
             raise ValueError("no such policy")
         return finished(run)
 
-    monkeypatch.setattr(learn, "train", train)
     failures = []
     with ThreadPoolExecutor(1) as pool:
-        rows = list(learn._finished(pool, runs, tmp_path, failures))
+        rows = list(finished_rows(pool, train, runs, [tmp_path], failures))
     assert len(rows) == 2
     assert failures == [f"{MIXED.name}, {runs[1].variant}, seed 1000: ValueError: no such policy"]
 

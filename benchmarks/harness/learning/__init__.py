@@ -1,0 +1,1 @@
+"""What suites that compare learning curves share: runs in processes, tuned rates, intervals, tables and curves."""
