@@ -13,7 +13,6 @@ step. The exit code is 1 when a run raises, not when a run does not learn.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -22,8 +21,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import results
+from benchmarks.harness.learning import command
+from benchmarks.harness.learning.command import complete, results_file, run_locked
 from benchmarks.harness.learning.comparison import COLUMNS, compared
-from benchmarks.harness.learning.jobs import remaining_rows
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
 from benchmarks.learn import figures
@@ -32,29 +32,20 @@ from benchmarks.learn.run_plan import SEEDS, Plan, plans
 from benchmarks.learn.runs import train
 from benchmarks.learn.table import OF_PAPER, SPEEDUP
 from benchmarks.learn.variants import ALGORITHMS, QUICK, TASKS, Task
-from sppo._utils import run_lock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="four steps, three algorithms, ten rollouts, one seed")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="seeds of the counted runs (%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (%(default)s)")
-    results.add_out(parser)
+    quick = "four steps, three algorithms, ten rollouts, one seed"
+    command.add_arguments(parser, quick=quick, seeds=SEEDS, workers=os.cpu_count())
 
 
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
-    for name in ("seeds", "workers"):
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name} must be at least 1, got {getattr(args, name)}")
-    with run_lock(args.out):  # two runs would overwrite each other's rows
-        return _run(args)
+    return run_locked(args, _run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    path = args.out / ("learn-quick.json" if args.quick else "learn.json")
-    rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
-    torch.set_num_threads(1)  # otherwise the bits of the policies would depend on the machine
+    path, rows = results_file(args, "learn")
     tasks = [QUICK] if args.quick else TASKS
     files = {task.name: _policy(args.out / "policies", task, args.quick) for task in tasks}
     hashes = {name: sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
@@ -65,15 +56,9 @@ def _run(args: argparse.Namespace) -> int:
         "policies": hashes,
         "greedy": {task.name: greedy_accuracy(files[task.name], task.horizon) for task in tasks},
     }
-    failures: list[str] = []
-    try:
-        of_plan = lambda plan: [files[plan.task.name]]
-        for plan, row in remaining_rows(planned, train, of_plan, workers=args.workers, failures=failures):
-            plan.done[row["run"]] = row
-            rows.append(row)
-            results.write(path, "learn", **about, failures=failures, rows=rows)
-    except KeyboardInterrupt:
-        failures.append("interrupted; the same command resumes from here")
+    save = lambda failures: results.write(path, "learn", **about, failures=failures, rows=rows)
+    policy_of = lambda plan: [files[plan.task.name]]
+    failures = complete(planned, rows, train, policy_of, workers=args.workers, save=save)
     figures.draw_all(path, planned)
     return results.conclude(results.table(compared(planned), COLUMNS), failures, path)
 

@@ -14,47 +14,37 @@ tiny model. The exit code is 1 when a run raises, not when a run does not learn.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from benchmarks.harness import results
+from benchmarks.harness.learning import command
+from benchmarks.harness.learning.command import complete, results_file, run_locked
 from benchmarks.harness.learning.curves_figure import Axis
-from benchmarks.harness.learning.jobs import remaining_rows
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
 from benchmarks.learn_smollm2.comparison import COLUMNS, FIGURES, SEEDS, Plan, compared, draw, reported
 from benchmarks.learn_smollm2.runs import train
 from benchmarks.learn_smollm2.setups import SETUPS
 from benchmarks.learn_smollm2.variants import QUICK, SUMS
-from sppo._utils import run_lock
 
 NAME = "learn_smollm2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="a tiny model, four variants, one rate, one seed")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="seeds of the counted runs (%(default)s)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="runs at a time (%(default)s)")
+    command.add_arguments(parser, quick="a tiny model, four variants, one rate, one seed", seeds=SEEDS, workers=2)
     parser.add_argument("--threshold", type=float, metavar="A", help=f"held-out accuracy to reach ({SUMS.threshold})")
-    results.add_out(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
-    for name in ("seeds", "workers"):
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name} must be at least 1, got {getattr(args, name)}")
-    with run_lock(args.out):  # two runs would overwrite each other's rows
-        return _run(args)
+    return run_locked(args, _run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    path = args.out / f"{NAME}{'-quick' if args.quick else ''}.json"
-    rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
-    torch.set_num_threads(1)
+    path, rows = results_file(args, NAME)
     task = QUICK if args.quick else SUMS
     if args.threshold is not None:
         task = task._replace(threshold=args.threshold)
@@ -69,15 +59,9 @@ def _run(args: argparse.Namespace) -> int:
         "identity": identity,
         "threshold": task.threshold,
     }
-    failures: list[str] = []
-    try:
-        for _, row in remaining_rows([plan], train, lambda plan: [], workers=args.workers, failures=failures):
-            plan.done[row["run"]] = row
-            rows.append(row)
-            results.write(path, NAME, **about, failures=failures, rows=rows)
-    except KeyboardInterrupt:
-        failures.append("interrupted; the same command resumes from here")
-    results.write(path, NAME, **about, failures=failures, rows=rows)
+    save = lambda failures: results.write(path, NAME, **about, failures=failures, rows=rows)
+    failures = complete([plan], rows, train, lambda plan: [], workers=args.workers, save=save)
+    save(failures)  # another threshold may be all that changed
     for name, axis in FIGURES.items():
         draw(path.with_name(f"{path.stem}-{name}.png"), plan, axis)
     return results.conclude(results.table(compared(plan), COLUMNS), failures, path)
