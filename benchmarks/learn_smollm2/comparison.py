@@ -64,7 +64,10 @@ def _mean_of(values: Iterable[float | None]) -> float | None:
 
 
 COLUMNS: Columns = {
-    **{name: value for name, value in comparison.COLUMNS.items() if name != "task"},
+    "algorithm": comparison.COLUMNS["algorithm"],
+    "rate": comparison.COLUMNS["rate"],
+    "threshold": lambda line: line["threshold"],
+    **{name: value for name, value in comparison.COLUMNS.items() if name not in ("task", "algorithm", "rate")},
     "seconds per update": lambda line: line["update_s"],
     "explained variance": lambda line: line["explained_variance"],
     "peak, GiB": lambda line: line["peak_gib"],

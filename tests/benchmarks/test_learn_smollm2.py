@@ -185,7 +185,7 @@ def test_the_published_table_is_of_the_reports_threshold_and_a_header_before_the
     (tmp_path / "learn_smollm2.json").write_text(json.dumps(report))
     lines = learn_smollm2.published_table(tmp_path).splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == ["| sppo", "| grpo"]
-    assert "| 2 of 2 |" in lines[0]
+    assert "| 0.400 | 2 of 2 |" in lines[0]
 
 
 @pytest.mark.parametrize(("axis", "most"), [(TOKENS, 0.2), (MINUTES, 2.0)])
