@@ -265,4 +265,5 @@ def test_learn_smollm2_walks_through_all_of_it_and_resumes(tmp_path, capsys, mon
         k: v for k, v in forgotten.items() if k not in different
     }
     monkeypatch.setattr(jobs, "finished", lambda pool, function, runs, *args: [pytest.fail("again")] if runs else [])
-    assert main(command) == 0
+    assert main([*command, "--threshold", "0.1"]) == 0
+    assert json.loads(file.read_text())["threshold"] == 0.1
