@@ -56,7 +56,7 @@ class Task(NamedTuple):
 
 SUMS = Task(
     "SmolLM2-135M on sums",
-    threshold=0.5,
+    threshold=0.4,
     rates=(1e-5, 3e-5),
     tokens=16_384,
     tuning_tokens=8_192,

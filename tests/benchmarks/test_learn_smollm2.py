@@ -160,6 +160,7 @@ def counted(**of_sppo):
 
 def test_lines_have_costs_memory_and_what_the_critic_explains():
     plan = counted(explained_variance=[None, 0.1, 0.3])
+    plan.task = SUMS._replace(threshold=0.5)
     sppo, grpo = compared(plan)
     assert sppo["explained_variance"].value == pytest.approx(0.2)
     assert grpo["explained_variance"] is None
