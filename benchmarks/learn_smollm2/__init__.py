@@ -8,8 +8,8 @@ their own. A probe is fitted and has no learning rate.
 
 On two idle cores all of it takes two to four hours, an estimate: 22 tuning runs have about 24 updates each, and 24
 counted runs about 50. On cores that also did other work an update took 17 to 20 processor seconds with a probe, 18 with
-a critic of 6 layers, 22 with GRPO, and 27 with a copy as critic of SPPO or PPO; an evaluation took 11. At that speed all of it would take six hours.
-A process needs up to 8 GiB of memory.
+a critic of 6 layers, 22 with GRPO, and 27 with a copy as critic of SPPO or PPO; an evaluation took 11. At that speed
+all of it would take five and a half hours. A process needs up to 8 GiB of memory.
 
 Runs are processes of one thread, as many at a time as there are workers. Each is saved when it is done, and the same
 command resumes where it was stopped, also with another ``--threshold``. ``--quick`` is a short run of every step with a
