@@ -72,8 +72,9 @@ def test_charts_are_drawn_of_every_report_that_has_one(copy):
     assert drawn == (
         reports
         - {"emulated"}  # counts of what was run: a table says it all
-        - {"learn"}
+        - {"learn", "signal"}  # several charts instead of one
         | {f"learn-{question}" for question in ("algorithms", "horizon", "centring", "difficulty", "groups", "updates")}
+        | {f"signal-{name}" for name in ("spread", "horizon", "explained", "critics", "ratios", "predictions")}
     )
     assert committed - drawn == {"math_lora", "quickstart-seed0"}  # plots of single runs, by the trainer
     assert drawn <= committed

@@ -345,11 +345,11 @@ def test_the_suite_runs_resumes_and_draws(tmp_path, capsys, monkeypatch):
     assert path.read_bytes() == before  # nothing was left to do
     found = suite.load("signal")
     for table in found.tables.values():
-        assert table(tmp_path).count("\n") > 2
+        assert table(tmp_path).count("\n") >= 1
     drawn_files = found.charts(path)
     for file, draw in drawn_files.items():
         draw(file, report)
-    assert {file.name for file in drawn_files if file.exists()} >= {"signal-quick-explained.png"}
+    assert {file.name for file in drawn_files if file.exists()} >= {"signal-quick-ratios.png"}
 
 
 def test_cases_and_arguments():
