@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from sppo.models.critics import PromptCritic, packed_states, set_head, value_head
+from sppo.models.fsdp import load_weights
 from sppo.rollout.engine import Sample
 from sppo_kernels import prompt_value_logits
 
@@ -109,10 +110,7 @@ class ProbeCritic(PromptCritic):
         if not len(outcomes):
             return
         weight, bias = fit_logistic(self._states, self._outcomes, RIDGE)
-        head = value_head(self.model)
-        with torch.no_grad():
-            head.weight.copy_(weight[None])
-            head.bias.copy_(bias[None])
+        load_weights(self.model, {"score.weight": weight[None].float(), "score.bias": bias[None].float()})
 
 
 def fit_logistic(states: Tensor, outcomes: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -153,11 +153,12 @@ class RolloutStream(IterableDataset):
                         measure_drifts(usable, self.algorithm, self.model.policy, self.args)
                 with self.meter.phase("advantages"):
                     policy_learns = self._compute_advantages(usable, expected_reward)
-                if self.model.critic is not None:
-                    with self.meter.phase("critic"):
-                        self.model.critic.observe(usable, self.process.gather)
                 with self.meter.phase("packing"):
-                    return self._build_updates(usable, policy_learns=policy_learns)
+                    updates = self._build_updates(usable, policy_learns=policy_learns)
+            if self.model.critic is not None:  # with its weights sharded again, if they are
+                with self.meter.phase("critic"):
+                    self.model.critic.observe(usable, self.process.gather)
+            return updates
 
     def _is_usable(self, sample: Sample) -> bool:
         """Tell whether a sample counts: it is scored, and not masked if a critic would learn from its tokens."""

@@ -15,6 +15,8 @@ ADAM = {"optim": "adamw_torch", "learning_rate": 0.02, "critic_learning_rate": 0
 RUNS = {
     "sppo": {"algorithm": "sppo", "ratio_level": "sequence_mean"},
     "ppo": {"algorithm": "ppo", "max_tokens_per_micro_batch": 20},
+    "poise": {"algorithm": "poise", "max_steps": 4},
+    "fsdp2, poise, resumed": {"sharding": "fsdp2", "algorithm": "poise", "max_steps": 4, "resumes": True, **ADAM},
     "seven prompts, no response left on rank 1": {"prompts": 7, "lost": True},
     "rank 1 has the same reward everywhere": {"equal": True, "beta": 0.1},
     "fsdp2": {"sharding": "fsdp2", "ratio_level": "sequence_mean"},
