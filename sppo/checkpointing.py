@@ -185,7 +185,7 @@ def save_models(
         folder: the policy's folder; the critic's is ``critic`` inside. A policy with an adapter is saved as the adapter
             with the exact weights that learn next to it; a critic is saved with its adapter merged.
         tokenizer: tokenizer of both.
-        critic_kind: ``"prompt"`` or ``"token"``; None without a critic.
+        critic_kind: ``"prompt"``, ``"probe"`` or ``"token"``; None without a critic.
         gathered_weights: makes a context in which each process holds all weights.
         writes: whether this process writes the files.
         dtype: of the saved models and of the saved adapter; None for that of the trained ones.

@@ -8,7 +8,7 @@ critics. Gradients of the small policies are exact; those of SmolLM2 are of thre
 The cases are digit walks (the task of the suite learn) of one or of several difficulties and of three lengths; updates
 with each level of the ratio on responses of an older policy; and SmolLM2-135M-Instruct on sums. Each case is a process
 of one thread and is saved when it is done, so the same command resumes where it was stopped. On 2 idle cores all of it
-takes about half an hour, a third of which is the training of the policies; ``--quick`` is a small form of every step.
+takes about an hour, an estimate from processor seconds; ``--quick`` is a small form of every step but SmolLM2's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.harness import results
 from benchmarks.harness.jobs import finished, worker_pool
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
-from benchmarks.signal import figures, tables
+from benchmarks.signal import arithmetic_case, figures, ratio_levels, tables, walk_cases
 from benchmarks.signal.comparison import ESTIMATE
 from benchmarks.signal.walks import Walk
 from sppo._utils import run_lock
@@ -70,21 +70,14 @@ def measure_case(case: Case, folder: Path, quick: bool) -> Row:
     """Measure a case, and return its report."""
     torch.manual_seed(0)
     if case.walk is None:
-        from benchmarks.signal.arithmetic_case import Size, measure_arithmetic
-
-        return measure_arithmetic(Size(8, 4, 2) if quick else Size(), partial(print, flush=True))
+        return arithmetic_case.measure_arithmetic(arithmetic_case.Size(), partial(print, flush=True))
     file = case.walk.policy(folder, quick)
     if case.kind == "walks":
-        from benchmarks.signal.walk_cases import Size as WalkSize
-        from benchmarks.signal.walk_cases import measure_walk
-
         # Gradients of long walks take longest.
-        size = WalkSize(8, 4, 1, 2) if quick else WalkSize(responses=16 if case.walk.horizon > 64 else 32)
-        return measure_walk(case.walk, file, size)
-    from benchmarks.signal.ratio_levels import Size as LevelSize
-    from benchmarks.signal.ratio_levels import measure_levels
-
-    return measure_levels(case.walk, file, LevelSize(8, 4, 4, (1,)) if quick else LevelSize(), ESTIMATE)
+        full = walk_cases.Size(responses=16 if case.walk.horizon > 64 else 32)
+        return walk_cases.measure_walk(case.walk, file, walk_cases.Size(8, 4, 1, 2) if quick else full)
+    levels = ratio_levels.Size(8, 4, 4, (1,)) if quick else ratio_levels.Size()
+    return ratio_levels.measure_levels(case.walk, file, levels)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -69,9 +69,7 @@ def gae_estimators(pool: Pool, values: dict[str, Tensor]) -> dict[str, TokenEsti
     Advantages are centred over all tokens, as whitening does; its scale has no effect here. They are unbiased with the
     ideal values, and with any values if lambda is 1.
     """
-    masks = torch.zeros(*pool.rewards.shape, pool.longest)
-    for m, filled in enumerate(masks):
-        filled[:, : pool.mask(m).shape[1]] = pool.mask(m)
+    masks = pool.padded(pool.mask(m) for m in range(len(pool.prompts)))
     found = {}
     for critic, each in values.items():
         for lam in LAMBDAS:

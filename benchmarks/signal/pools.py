@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -46,3 +47,13 @@ class Pool(NamedTuple):
         """Return float32 ``[G, T]``, 1 for the tokens of a prompt's responses and 0 for padding."""
         lengths = torch.tensor([len(response) for response in self.responses[prompt]])
         return (torch.arange(int(lengths.max())) < lengths[:, None]).float()
+
+    def padded(self, of_prompts: Iterable[Tensor], length: int | None = None) -> Tensor:
+        """Stack tensors ``[G, t]`` of each prompt to ``[M, G, T]``, with zeros after the longest response.
+
+        Args:
+            of_prompts: one tensor per prompt.
+            length: T; None for that of the longest response.
+        """
+        length = self.longest if length is None else length
+        return torch.stack([torch.nn.functional.pad(each, (0, length - each.shape[1])) for each in of_prompts])

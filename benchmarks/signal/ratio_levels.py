@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.harness.results import Row
 from benchmarks.learn.policy import load_policy
+from benchmarks.signal.comparison import ESTIMATE
 from benchmarks.signal.estimators import TokenEstimator, with_baseline
 from benchmarks.signal.gradients import ResponseGradients
 from benchmarks.signal.measure import measure
@@ -51,7 +52,7 @@ class Size(NamedTuple):
     updates: tuple[int, ...] = (1, 3)
 
 
-def measure_levels(walk: Walk, policy_file: Path, size: Size, estimate: int) -> Row:
+def measure_levels(walk: Walk, policy_file: Path, size: Size) -> Row:
     """Measure a case, and return its report: a row per level and number of updates."""
     old, prompts = load_policy(policy_file), choose_prompts(size.prompts)
     pool = sample_pool(old, prompts, walk.horizon, size.responses)
@@ -72,7 +73,7 @@ def measure_levels(walk: Walk, policy_file: Path, size: Size, estimate: int) -> 
         stale[NO_RATIO] = TokenEstimator(advantages[..., None].expand_as(logprobs), unbiased=False)
         moments |= measure(gradients, pool, {}, stale)[0]
         change = (logprobs - old_logprobs).sum(2)
-        for row in statistics(moments, ON_POLICY, responses=estimate, compared_with=ON_POLICY):
+        for row in statistics(moments, ON_POLICY, responses=ESTIMATE, compared_with=ON_POLICY):
             rows.append({"updates": updates, "ratio_spread": change.std().item(), **row})
     return {"case": walk.name, **walk._asdict(), **size._asdict(), "rate": RATE, "batch": BATCH, "rows": rows}
 
@@ -101,11 +102,8 @@ def _updated(old: Any, walk: Walk, prompts: list[str], updates: int) -> Any:
 
 def _logprobs(gradients: ResponseGradients, pool: Pool, horizon: int) -> Tensor:
     """Return float32 ``[M, G, T]``, 0 after the end of a response."""
-    found = torch.zeros(*pool.rewards.shape, horizon)
-    for m, prompt in enumerate(pool.prompts):
-        mask = pool.mask(m)
-        found[m, :, : mask.shape[1]] = gradients.logprobs(pool.tokens(m), len(prompt)) * mask
-    return found
+    found = (gradients.logprobs(pool.tokens(m), len(prompt)) * pool.mask(m) for m, prompt in enumerate(pool.prompts))
+    return pool.padded(found, horizon)
 
 
 def _weights(
@@ -113,9 +111,7 @@ def _weights(
 ) -> Tensor:
     """Return the weight ``[M, G, T]`` of each token's score in the negative gradient of the policy loss."""
     current = logprobs.flatten(0, 1).requires_grad_()
-    masks = torch.zeros_like(logprobs)
-    for m, filled in enumerate(masks):
-        filled[:, : pool.mask(m).shape[1]] = pool.mask(m)
+    masks = pool.padded((pool.mask(m) for m in range(len(pool.prompts))), logprobs.shape[2])
     output = policy_loss(
         current,
         old_logprobs.flatten(0, 1),

@@ -38,6 +38,14 @@ def predicted_times(report: Row, row: Row) -> float | None:
     return row["predicted"] / base_of(report)["predicted"]
 
 
+def predictions_that_hold(report: Row) -> str:
+    """Count the predicted signals, relative to the constant critic's, that are within 1% of the measured interval."""
+    base = base_of(report)
+    predicted = [(row, predicted_times(report, row)) for row in report["rows"] if row is not base]
+    holds = [row["times_low"] * 0.99 <= times <= row["times_high"] * 1.01 for row, times in predicted if times]
+    return f"{sum(holds)} of {len(holds)}"
+
+
 def walks(reports: Mapping[str, Row]) -> dict[str, Row]:
     """Return the reports whose rows are all algorithms, by case."""
     return {name: report for name, report in reports.items() if not name.startswith("ratios")}
@@ -122,6 +130,7 @@ def cases_table(folder: Path) -> str:
             row["norms"]["wrong"] / row["norms"]["right"]
         ),
         "signal of 64 responses, constant critic": lambda row: interval(base_of(row), "signal"),
+        "predictions within 1% of the interval": predictions_that_hold,
     }
     return results.markdown(rows, columns)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ from benchmarks.signal.comparison import (
 from benchmarks.signal.critics import explained_share, prompt_values, token_values, train_critic
 from benchmarks.signal.gradients import ResponseGradients
 from benchmarks.signal.measure import measure
-from benchmarks.signal.pools import Pool
 from benchmarks.signal.predictions import Predictor
 from benchmarks.signal.statistics import statistics
 from benchmarks.signal.theory import Steps, fit_steps
@@ -64,7 +64,14 @@ def measure_walk(walk: Walk, policy_file: Path, size: Size) -> Row:
     for name, settings in TRAINED.items():
         for seed in range(size.critics):
             curve: list[float] = []
-            critic = _train(policy, walk, size.rollouts, pool, success, curve, seed=seed, **settings)
+            critic = _train(
+                policy,
+                walk,
+                size.rollouts,
+                lambda critic, curve=curve: curve.append(explained_share(prompt_values(critic, pool), success)),
+                seed=seed,
+                **settings,
+            )
             explained[name].append(curve)
             trained[f"{name}, seed {seed}"] = prompt_values(critic, pool)
     baselines = prompt_baselines(steps.facts(), pool) | trained
@@ -114,17 +121,10 @@ def _train(
     policy: LlamaForCausalLM,
     walk: Walk,
     rollouts: int,
-    pool: Pool | None = None,
-    success: Tensor | None = None,
-    curve: list[float] | None = None,
+    after_rollout: Callable[[Critic], None] = lambda critic: None,
     **settings: Any,
 ) -> Critic:
-    """Train a critic; after each rollout append to ``curve`` what it explains of ``success``, of a pool's prompts."""
-
-    def after_rollout(critic: Critic) -> None:
-        if pool is not None and success is not None and curve is not None:
-            curve.append(explained_share(prompt_values(critic, pool), success))
-
+    """Train a critic on walks; see :func:`benchmarks.signal.critics.train_critic`."""
     return train_critic(
         copy.deepcopy(policy),
         tokenizer(),

@@ -81,9 +81,10 @@ class ActorCritic(nn.Module):
     @property
     def critic_kind(self) -> str | None:
         """``"prompt"``, ``"probe"``, ``"token"``, or None without a critic."""
-        if isinstance(self.critic, ProbeCritic):
-            return "probe"
-        return "token" if isinstance(self.critic, TokenCritic) else "prompt" if self.critic is not None else None
+        if self.critic is None:
+            return None
+        kinds = {ProbeCritic: "probe", TokenCritic: "token"}
+        return kinds.get(type(self.critic), "prompt")
 
     def parts(self) -> dict[str, nn.Module]:
         """Return the submodules with parameters by name: the policy, and the critic if there is one."""

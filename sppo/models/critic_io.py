@@ -113,7 +113,7 @@ def save_critic(
     Args:
         critic: the classifier.
         folder: where to save it.
-        kind: ``"prompt"`` or ``"token"``, stored in the configuration as ``critic_kind``.
+        kind: ``"prompt"``, ``"probe"`` or ``"token"``, stored in the configuration as ``critic_kind``.
         weights: unsharded weights without an adapter, by name; None for those of ``critic``.
     """
     weights = critic.state_dict() if weights is None else weights

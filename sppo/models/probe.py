@@ -3,8 +3,7 @@
     V(prompt) = sigmoid(w h + b)        h: the policy's last hidden state at the prompt's last token, a constant
 
 It costs no second model. After each rollout it is fitted anew to the latest outcomes, by logistic regression with a
-ridge penalty. With so few parameters that takes a second, and it learns from one rollout what gradient steps learn from
-dozens. Source of the idea of reading the policy's states: POISE (arXiv 2605.07579).
+ridge penalty, and has no learning rate. Source of the idea of reading the policy's states: POISE (arXiv 2605.07579).
 """
 
 from __future__ import annotations
@@ -86,13 +85,14 @@ class ProbeCritic(PromptCritic):
 
     def observe(self, samples: Sequence[Sample], gather: Callable[[list[Any]], list[Any]]) -> None:
         """Fit the layer to the outcomes of a rollout, whose values were just predicted, and of earlier ones."""
-        seen = gather([(self._read[tuple(s.prompt_ids)], s.reward) for s in samples])
+        pairs = [(self._read[tuple(s.prompt_ids)], s.reward) for s in samples]
         self._read = {}
+        # One tensor per process: each of several views would be sent with the whole storage that they share.
+        states, rewards = zip(*pairs, strict=True) if pairs else ((), ())
+        seen = gather([(torch.stack(states), torch.tensor(rewards))] if pairs else [])
         if seen:
-            states, outcomes = zip(*seen, strict=True)
-            self._remember(
-                torch.cat([self._states, torch.stack(states)]), torch.cat([self._outcomes, torch.tensor(outcomes)])
-            )
+            all_states, all_rewards = zip(*seen, strict=True)
+            self._remember(torch.cat([self._states, *all_states]), torch.cat([self._outcomes, *all_rewards]))
 
     def memory(self) -> dict[str, Tensor]:
         """See :class:`sppo.models.critics.Critic`."""

@@ -4,17 +4,21 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tiny_models import tiny_model
+from tiny_models import char_tokenizer, tiny_model
 
 from benchmarks.learn import digit_walk
 from benchmarks.learn.policy import new_config, tokenizer
+from benchmarks.signal.arithmetic import sample_pool as sample_pool_of_sums
 from benchmarks.signal.arithmetic_case import explained_by, left_out, variance_of_success
+from benchmarks.signal.comparison import CONSTANT
 from benchmarks.signal.critics import explained_share, prompt_values, samples_of, token_values, train_offline
 from benchmarks.signal.pools import Pool
+from benchmarks.signal.tables import predictions_that_hold
 from benchmarks.signal.walks import choose_prompts, ideal_values, sample_pool, wrong_steps
 from sppo.models.critic_io import build_critic
 from sppo.models.critics import PromptCritic, TokenCritic
 from sppo.models.probe import ProbeCritic
+from sppo.rewards.builtin import numeric
 
 
 class KnowsTheRules:
@@ -71,6 +75,33 @@ def test_pools_are_graded_and_repeatable():
     texts = tokenizer().batch_decode([group[0] for group in pool.responses], skip_special_tokens=True)
     ends = [digit_walk.walk(prompt, 3)[-2:] for prompt in prompts]
     assert pool.rewards[:, 0].tolist() == digit_walk.reward(prompts, texts, ends, [3] * 4)
+
+
+def test_sums_are_answered_and_graded_in_the_order_of_the_prompts():
+    from datasets import Dataset
+
+    policy, tokenizer = tiny_model().eval(), char_tokenizer()
+    rows = Dataset.from_dict({"prompt": ["1+2=", "1+22+3=", "4+4="], "answer": ["3", "26", "8"]})
+    pool = sample_pool_of_sums(policy, tokenizer, rows, responses=3, batch_size=4)
+    assert pool.prompts == [tokenizer(prompt)["input_ids"] for prompt in rows["prompt"]]
+    assert [len(group) for group in pool.responses] == [3, 3, 3]
+    assert all(tokenizer.eos_token_id not in response[:-1] for group in pool.responses for response in group)
+    texts = [tokenizer.decode(response, skip_special_tokens=True) for group in pool.responses for response in group]
+    each = [row for row in rows for _ in range(3)]
+    expected = numeric([row["prompt"] for row in each], texts, answer=[row["answer"] for row in each])
+    assert pool.rewards.flatten().tolist() == expected
+    ids = torch.tensor([pool.prompts[1]])
+    own = policy.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16, pad_token_id=0)
+    text = tokenizer.decode(own[0, ids.shape[1] :], skip_special_tokens=True)
+    assert pool.greedy_rewards[1].item() == numeric(["1+22+3="], [text], answer=["26"])[0]
+
+
+def test_predictions_are_counted_if_they_are_near_the_interval():
+    row = lambda name, predicted, low, high: {
+        "estimator": name, "predicted": predicted, "times_low": low, "times_high": high
+    }  # fmt: skip
+    rows = [row(CONSTANT, 2.0, 1, 1), row("a", 4.0, 1.5, 2.5), row("b", 4.0, 2.1, 2.5), row("c", None, 1, 1)]
+    assert predictions_that_hold({"rows": rows}) == "1 of 2"
 
 
 def learnable_pool(count=24):

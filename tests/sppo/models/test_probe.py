@@ -1,5 +1,7 @@
 """The probe reads the policy's hidden states of the prompt, learns from outcomes, and does not move the policy."""
 
+import pickle
+
 import pytest
 import torch
 from tiny_models import char_tokenizer, tiny_model
@@ -93,6 +95,26 @@ def test_it_remembers_the_latest_outcomes_only(monkeypatch):
     assert value_head(other.model).weight.equal(value_head(critic.model).weight)
     other.restore({})
     assert other.memory()["outcomes"].tolist() == []
+
+
+def test_what_processes_exchange_is_as_large_as_the_states():
+    critic = ProbeCritic(tiny_model())
+    samples = [Sample("", "", [1, 2 + i % 6, 3 + i % 5], [3], truncated=False, reward=float(i % 2)) for i in range(30)]
+    critic.values(samples)
+    sent = []
+
+    def gather(items):
+        sent.append(len(pickle.dumps(items)))
+        of_another = torch.ones(1, critic.memory()["states"].shape[1]), torch.ones(1)
+        return [*items, of_another]
+
+    critic.observe(samples, gather)
+    memory = critic.memory()
+    assert memory["outcomes"].tolist() == [0, 1] * 15 + [1]
+    assert sent[0] < 2 * memory["states"].nbytes + 4000
+    critic.values([])
+    critic.observe([], gather)  # a process without samples takes part
+    assert len(critic.memory()["outcomes"]) == 32
 
 
 def test_the_optimizer_trains_neither_the_probe_nor_the_policy_because_of_it(tmp_path):
