@@ -204,30 +204,16 @@ def _processes(torch: Any, device: Any) -> str:
 
 
 def check_kernels() -> Iterable[Finding]:
-    """Compare log-probabilities and their gradients on the device with the float64 reference."""
+    """Compare values and gradients of the operations on the device with the float64 reference."""
     yield _guarded("fused kernels", _compare_with_reference)
 
 
 def _compare_with_reference() -> str:
     import torch
 
-    from sppo_kernels import linear_logprobs, reference
+    from sppo_kernels._self_test import TOLERANCE, errors
 
-    device = _device(torch)
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(size, generator=generator) for size in ((33, 64), (1000, 64))]
-    labels = torch.randint(1000, (33,), generator=generator)
-
-    def run(function: Callable[..., Any], dtype: Any, on: Any) -> list[Any]:
-        hidden, weight = (x.to(on, dtype, copy=True).requires_grad_() for x in inputs)
-        logprobs = function(hidden, weight, labels.to(on)).logprobs
-        gradients = torch.autograd.grad(logprobs.mean(), (hidden, weight))
-        return [x.detach().double().cpu() for x in (logprobs, *gradients)]
-
-    actual = run(linear_logprobs, torch.float32, device)
-    expected = run(reference.linear_logprobs, torch.float64, "cpu")
-    error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(actual, expected, strict=True))
-    # The tolerance allows for TF32 on tensor cores, which keeps 10 bits of a float32's mantissa.
-    if not error < 5e-3:
-        raise ValueError(f"log-probabilities or gradients are off by {error:.1e}; report it with the lines above")
-    return f"log-probabilities and gradients are correct to {error:.0e} of the largest value"
+    found = dict(errors(_device(torch)))
+    if wrong := [name for name, error in found.items() if not error < TOLERANCE]:
+        raise ValueError(f"{', '.join(wrong)} off by up to {max(found.values()):.1e}; report it with the lines above")
+    return f"{len(found)} operations are correct to {max(found.values()):.0e} of the largest value"
