@@ -95,6 +95,23 @@ def check_many_chunks():
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
+def check_logits_far_below_zero():
+    """A maximum that starts at 0 instead of minus infinity would lose every probability (verl's pull request 7439)."""
+    group, rank, sizes = dist.group.WORLD, dist.get_rank(), SHARDS[dist.get_world_size()]
+    tensors, labels = inputs(torch.float32, sum(sizes))
+    tensors["bias"] -= 500
+    part, rows = shard(tensors, sizes, rank)
+    for backend in ("torch", "triton"):
+        settings = {"backend": backend, "extras": True, "upstream": "both", "backward": "recompute"}
+        logprobs, entropy, grads = run(part, labels, group=group, **settings)
+        want_logprobs, want_entropy, want = run(tensors, labels, **settings | {"backend": "reference"})
+        assert want_entropy.max() > 1
+        torch.testing.assert_close(logprobs, want_logprobs, rtol=1e-4, atol=1e-3)  # float32 logits near -500
+        torch.testing.assert_close(entropy, want_entropy, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(grads["hidden"], want["hidden"], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(grads["weight"], want["weight"][rows], rtol=1e-3, atol=1e-3)
+
+
 def check_wide_supports():
     """Supports so wide that their logits come from a dense product, on uneven shards."""
     group, rank, shards = dist.group.WORLD, dist.get_rank(), [40 * (r + 1) for r in range(dist.get_world_size())]
@@ -260,6 +277,7 @@ def main():
                     supports=supports,
                 )
                 cases += 1
+    check_logits_far_below_zero()
     check_wide_supports()
     check_many_chunks()
     check_policy_loss()

@@ -102,6 +102,22 @@ def test_weight_gradient_is_rounded_once(backward):
     assert (got.double() - want).square().mean() <= 1.5**2 * rounding_error
 
 
+@pytest.mark.parametrize("backward", ["recompute", "cache", "sparse"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_a_nearly_certain_label_in_bfloat16(backend, backward):
+    """1 - p = 0.001 is exact to a percent; p rounded to bfloat16 before the subtraction would be off by all of it."""
+    hidden = torch.ones(3, 8, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(32, 8, device=DEVICE, dtype=torch.bfloat16)
+    weight[5] = 1.29  # p = 0.9991
+    labels = torch.full((3,), 5, device=DEVICE)
+    out = linear_logprobs(hidden, weight, labels, backward=backward, backend=backend)
+    (got,) = torch.autograd.grad(out.logprobs.sum(), hidden)
+    double = hidden.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(reference.linear_logprobs(double, weight.double(), labels).logprobs.sum(), double)
+    assert 5e-4 < want[0, 0] < 2e-3
+    torch.testing.assert_close(got.double(), want, rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_vocabulary_of_a_real_model(backend):
     check(backend, **inputs(3, 8, 151_936, torch.bfloat16, ignored=1), temperature=0.6)
