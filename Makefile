@@ -8,7 +8,8 @@ TORCH ?= torch==2.13.0
 NUMPY := $(if $(filter torch==2.10% torch==2.11%,$(TORCH)),'numpy<2.4')
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-fast test-gpu test-integrations test-vllm lint format bench bench-gpu clean
+.PHONY: quickstart test test-fast test-gpu test-oldest test-newest test-integrations test-vllm lint format docs dist \
+	bench bench-gpu clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/sppo train quickstart
@@ -22,6 +23,11 @@ test-fast: $(VENV)/ready
 
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+# The fast tests with the oldest supported versions of torch, Triton and transformers, and with the newest of everything.
+test-oldest test-newest: test-%: $(VENV)-%/ready
+	OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest -m "not slow and not gpu" --hypothesis-profile fast -n auto \
+		--dist worksteal
 
 # Tests against verl and OpenRLHF, in a separate environment: their requirements conflict with those of sppo.
 test-integrations: $(VENV)-integrations/ready
@@ -56,6 +62,11 @@ $(VENV)/ready: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+$(VENV)-oldest/ready $(VENV)-newest/ready: $(VENV)-%/ready: setup.py tests/requirements-oldest.txt
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --editable '.[dev]' $(if $(filter oldest,$*),--requirement tests/requirements-oldest.txt)
+	touch $@
+
 # This environment needs no GPU: DeepSpeed and flash-attn are installed without their compiled extensions (flash-attn runs
 # on Triton 3.6), and vLLM without its dependencies, because these tests only import it, through OpenRLHF.
 $(VENV)-integrations/ready: setup.py tests/integrations/requirements.txt
@@ -75,5 +86,16 @@ $(VENV)-vllm/ready: setup.py
 	$(VENV)-vllm/bin/python -m pip install --quiet --editable '.[train,peft]' 'pytest>=9.0'
 	touch $@
 
+# Builds wheel and sdist into dist/, and checks that the package index can render the README.
+dist: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+
+# Builds the site into site/; fails on a broken link.
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) $(VENV)-integrations $(VENV)-vllm build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-integrations $(VENV)-vllm build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

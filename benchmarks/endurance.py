@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         failures=failures,
         rows=rows,
     )
-    draw(path.with_suffix(".png"), rows)
+    draw(path.with_suffix(".svg"), rows)
     said = ", ".join(f"{name} {by:.3f} times" for name, by in grown.items())
     return results.conclude(f"{len(rows)} updates, last fifth over second: {said}", failures, path)
 

@@ -14,10 +14,10 @@ with its own time limit, so that a part that crashes, hangs or breaks the driver
 skipped. Results are written below ``--out`` as they come, so that a killed command loses nothing: first into a folder
 of the part, and after the part into gpu.json (driver, clocks, and every part's own report), kernels.json and .csv (all
 measured rows with their part, and the claims), roofline.json and .csv, tuning.json (for ``sppo_kernels.tuning.load``)
-and log.txt; at the end also kernels.png. They replace the results of an earlier run.
+and log.txt; at the end also kernels.svg. They replace the results of an earlier run.
 
 Requires a GPU, torch, triton, numpy, pytest and hypothesis. matplotlib is needed for the chart, and pytest-xdist to run
-the tests in a third of the time. Other libraries are measured if they are installed; docs/benchmarks.md lists them.
+the tests in a third of the time. Other libraries are measured if they are installed: docs/results/benchmarks.md.
 ``--dry-run`` runs every part on a CPU in Triton's interpreter with tiny sizes. At most 100 lines are printed, the
 tables last. The exit code is 1 when a part fails, or when one of the first three is stopped at its limit. A claim that
 does not hold is a result, not a failure.
@@ -53,7 +53,7 @@ LINES = 100
 STOPPED, NO_TIME, UNTUNED = "stopped at its limit", "no time left", "nothing was tuned"
 # The files at the end, besides log.txt.
 MERGED = (
-    "gpu.json", "kernels.json", "kernels.csv", "kernels.png", "roofline.json", "roofline.csv", "tuning.json",
+    "gpu.json", "kernels.json", "kernels.csv", "kernels.svg", "roofline.json", "roofline.csv", "tuning.json",
 )  # fmt: skip
 PART_COLUMNS = ("part", "seconds", "outcome", "last_line")
 PACKAGES = (
@@ -190,7 +190,7 @@ class Session:
             self._save()
             chart = kernels.chart(self.rows)
             if chart.bars:
-                results.draw(self.out / "kernels.png", chart)
+                results.draw(self.out / "kernels.svg", chart)
 
     def say(self, text: str) -> None:
         """Print progress, up to a third of the lines; the log has everything."""
@@ -298,7 +298,7 @@ class Session:
 
 def _remove_results(folder: Path) -> None:
     """Remove the files that suites write, and the folder if it is then empty."""
-    for pattern in ("*.json", "*.csv", "*.png", ".*.tmp"):
+    for pattern in ("*.json", "*.csv", "*.svg", ".*.tmp"):
         for path in folder.glob(pattern):
             path.unlink()
     if folder.is_dir() and not any(folder.iterdir()):

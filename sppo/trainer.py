@@ -224,9 +224,10 @@ class SPPOTrainer(Trainer):
         Args:
             resume_from_checkpoint: True for the last complete checkpoint in ``output_dir``, or a folder. A resumed run
                 has the same weights, bit for bit, as one that was never interrupted.
-            args, kwargs: arguments of ``transformers.Trainer.train``.
+            *args: arguments of ``transformers.Trainer.train``.
             allow_changes: names of settings that may differ from those of the checkpoint, of those of how memory is
                 used. The results may then differ, by rounding or as the settings say.
+            **kwargs: arguments of ``transformers.Trainer.train``.
 
         Raises:
             SystemExit: the run was ended by SIGTERM.

@@ -11,7 +11,14 @@ import vllm_stand_in
 from tiny_models import char_tokenizer, tiny_model
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "SECURITY.md",
+    ROOT / "examples/README.md",
+]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 
 
@@ -46,7 +53,7 @@ def test_example_runs(code, tmp_path, monkeypatch):
 
 def test_the_sampling_example_scores_what_the_engine_sampled(tmp_path, monkeypatch):
     """Packed and padded log-probabilities are those of the engine, of policy and reference alike."""
-    (code,) = [code for code in examples(ROOT / "docs/integrations.md") if "from vllm import" in code]
+    (code,) = [code for code in examples(ROOT / "docs/guides/own-loop.md") if "from vllm import" in code]
     names = run(code, tmp_path, monkeypatch)
     logprobs = [
         torch.tensor([entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs, strict=True)])
@@ -85,6 +92,27 @@ def test_paths_exist(page):
     folders = "benchmarks|docs|examples|hub_kernel|sppo|sppo_kernels|tests"
     paths = re.findall(rf"`((?:{folders})/[a-z0-9_./-]*)`", page.read_text())  # NAME is the reader's
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_named_tests_exist():
+    """Pages name tests as `tests/PATH.py`: `test_a`, `test_b`."""
+    named = 0
+    for page in PAGES:
+        for files, tests in re.findall(r"((?:`tests/[\w/]+\.py`[, and]*)+): ((?:`test_\w+`[, ]*)+)", page.read_text()):
+            sources = [(ROOT / file).read_text() for file in re.findall(r"`(.+?)`", files)]
+            for test in re.findall(r"`(.+?)`", tests):
+                named += 1
+                assert all(f"def {test}(" in source for source in sources), (page.name, files, test)
+    assert named > 20
+
+
+def test_readme_is_short():
+    """150 lines, and sentences of at most 20 words on average."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    prose = re.sub(r"```.*?```|^(?:\||    |#|!|\[!).*?$", "", text, flags=re.S | re.M)
+    sentences = [sentence for sentence in re.split(r"[.:](?:\s|$)|\n\n", prose) if len(sentence.split()) > 2]
+    assert sum(len(sentence.split()) for sentence in sentences) / len(sentences) <= 20
 
 
 def test_pages_named_in_the_code_exist():

@@ -1,4 +1,4 @@
-"""docs/metrics.md lists exactly the metrics that a run logs."""
+"""docs/reference/metrics.md lists exactly the metrics that a run logs."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from sppo import HFRollout, Sample
 ROOT = Path(__file__).parent.parent
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
-    for line in (ROOT / "docs/metrics.md").read_text().splitlines()
+    for line in (ROOT / "docs/reference/metrics.md").read_text().splitlines()
     if line.startswith("| `")
 ]
 OF_TRANSFORMERS = {"step", "total_flos", "train_loss", "train_runtime"}  # added to entries, or logged once at the end

@@ -1,4 +1,4 @@
-"""The picture of the console: small, without files of other sites, and made of a screen by docs/screenshot.py."""
+"""The picture of the console: small, without files of other sites, and made of a screen by docs/dev/screenshot.py."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def load():
-    spec = importlib.util.spec_from_file_location("screenshot", DOCS / "screenshot.py")
+    spec = importlib.util.spec_from_file_location("screenshot", DOCS / "dev/screenshot.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

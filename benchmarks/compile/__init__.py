@@ -36,7 +36,14 @@ from typing import Any
 import triton
 
 import sppo_kernels
-from benchmarks.compile import budgets, predictions, products, projection_cases, projection_predictions
+from benchmarks.compile import (
+    budgets,
+    predictions,
+    products,
+    projection_cases,
+    projection_predictions,
+    roofline_figure,
+)
 from benchmarks.compile.binaries import Binary, compile_all
 from benchmarks.compile.cases import all_cases
 from benchmarks.compile.launches import TARGETS, Case, Launch, first_of_each_kernel, launches, uncovered
@@ -340,4 +347,5 @@ SUITE = Suite(
         "predicted-break-even": published_break_even,
     },
     draw=results.draw_bars(chart),
+    figures={"roofline": roofline_figure.draw},
 )

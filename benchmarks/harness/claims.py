@@ -32,8 +32,8 @@ class Claim(NamedTuple):
         return {"claim": claim, "target": self.target, "measured": measured, "held": held}
 
 
-# Targets are slightly below what docs/performance-log.md ("Before the first GPU run") expects of the current kernels.
-# They have to be raised with the kernels. No GPU has measured any of them yet.
+# Targets are slightly below what "Before the first GPU run" in docs/dev/performance-log.md expects of the kernels. They
+# have to be raised with the kernels. No GPU has measured any of them yet.
 CLAIMS = {
     "cache": Claim("linear_logprobs, cache: at most {target} times its matmuls", 1.25, (1.17, 1.17), False),
     "recompute": Claim("linear_logprobs, recompute: at most {target} times its matmuls", 1.25, (1.16, 1.16), False),

@@ -1,19 +1,20 @@
 """Result files of the suites, and tables and charts of them.
 
-Results are a JSON file with date, versions and all rows, a CSV file of the rows, and a PNG if the suite has a chart.
+Results are a JSON file with date, versions and all rows, a CSV file of the rows, and an SVG if the suite has a chart.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,7 @@ import torch
 import triton
 
 import sppo_kernels
+from benchmarks.harness import palette
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,14 +116,14 @@ def describe_gpu(facts: Row) -> str:
 
 
 def write(path: Path, suite: str, chart: Chart | None = None, **content: Any) -> None:
-    """Write the results of a suite with date and versions: JSON at ``path``, CSV and PNG next to it, atomically."""
+    """Write the results of a suite with date and versions: JSON at ``path``, CSV and SVG next to it, atomically."""
     head = {"suite": suite, "date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, lambda file: file.write_text(json.dumps({**head, **content}, indent=1, default=str) + "\n"))
     if rows := content.get("rows"):
         _replace(path.with_suffix(".csv"), lambda file: _write_csv(file, rows))
     if chart and chart.bars:
-        draw(path.with_suffix(".png"), chart)
+        draw(path.with_suffix(".svg"), chart)
 
 
 def load_all(folder: Path, suite: str) -> list[Row]:
@@ -194,17 +196,17 @@ def _flat(row: Row, prefix: str = "") -> Iterable[tuple[str, object]]:
 
 
 def draw(path: Path, chart: Chart) -> None:
-    """Draw a chart to a PNG file."""
+    """Draw a chart to an SVG file."""
     labels, values = zip(*chart.bars, strict=True)
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.barh(range(len(labels)), values, color="#4477aa")
+        axes.barh(range(len(labels)), values, color=palette.BLUE)
         axes.set_yticks(range(len(labels)), labels, fontsize=7)
         axes.invert_yaxis()
         axes.set_xlabel(chart.unit)
         if chart.limit is not None:
-            axes.axvline(chart.limit, color="#cc3311", linewidth=1)
+            axes.axvline(chart.limit, color=palette.RED, linewidth=1)
 
     save_figure(path, (9, 1 + 0.22 * len(labels)), fill)
 
@@ -218,18 +220,13 @@ def save_figure(
     path: Path,
     size: tuple[float, float],
     fill: Callable[[Figure], None],
-    *,
-    dpi: int = 100,
-    style: Mapping[str, Any] | None = None,
 ) -> None:
-    """Draw and save a PNG; print a notice if matplotlib is missing.
+    """Draw and save an SVG that follows the reader's colour scheme; print a notice if matplotlib is missing.
 
     Args:
         path: the file.
         size: width and height in inches.
         fill: draws the axes of a figure.
-        dpi: dots per inch.
-        style: matplotlib's rcParams for this figure.
     """
     try:
         import matplotlib
@@ -237,10 +234,12 @@ def save_figure(
     except ImportError:
         print("no chart: matplotlib is not installed (pip install 'sppo-kernels[bench]')", file=sys.stderr)
         return
-    with matplotlib.rc_context(dict(style or {})):
+    image = io.StringIO()
+    with matplotlib.rc_context(palette.RC):
         figure = Figure(figsize=size, layout="constrained")
         fill(figure)
-        _replace(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
+    _replace(path, lambda file: file.write_text(palette.themed(image.getvalue())))
 
 
 def table(rows: Iterable[Row], columns: Columns) -> str:

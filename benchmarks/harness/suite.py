@@ -42,9 +42,9 @@ class Suite:
     needs: str = ""
 
     def charts(self, report: Path) -> dict[Path, Callable[[Path, dict[str, Any]], None]]:
-        """Return what draws each chart of a report, by the chart's path: ``REPORT.png`` and ``REPORT-FIGURE.png``."""
-        named = {report.with_name(f"{report.stem}-{name}.png"): figure for name, figure in self.figures.items()}
-        return ({report.with_suffix(".png"): self.draw} if self.draw else {}) | named
+        """Return what draws each chart of a report, by the chart's path: ``REPORT.svg`` and ``REPORT-FIGURE.svg``."""
+        named = {report.with_name(f"{report.stem}-{name}.svg"): figure for name, figure in self.figures.items()}
+        return ({report.with_suffix(".svg"): self.draw} if self.draw else {}) | named
 
 
 def names() -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from benchmarks.harness.learning.comparison import compared
 from benchmarks.harness.learning.curves_figure import Style, Variants, draw, draw_curves
 from benchmarks.harness.learning.intervals import Cost, mean, mean_reward
-from benchmarks.harness.palette import BLUE, CYAN, GREY, MAGENTA, ORANGE, RED, TEAL, WIDTH
+from benchmarks.harness.palette import BLUE, CYAN, GREY, INK, MAGENTA, ORANGE, RED, TEAL, WIDTH
 from benchmarks.harness.results import Row
 from benchmarks.learn.run_plan import Plan
 
@@ -30,7 +30,7 @@ ALGORITHMS: Variants = {
     "grpo": Style("GRPO", TEAL, "-."),
     "rloo": Style("RLOO", MAGENTA, "-."),
     "remax": Style("ReMax", GREY, (0, (5, 1, 1, 1, 1, 1))),
-    "reinforce, running mean": Style("REINFORCE, running mean", "black", ":"),
+    "reinforce, running mean": Style("REINFORCE, running mean", INK, ":"),
     "reinforce, mean per prompt": Style("REINFORCE, mean per prompt", CYAN, ":"),
 }
 HORIZON: Variants = {
@@ -184,9 +184,9 @@ FIGURES: Mapping[str, Callable[[Path, Sequence[Plan]], None]] = {
 
 
 def draw_all(results: Path, plans: Sequence[Plan]) -> None:
-    """Draw every figure next to a results file, as ``RESULTS-NAME.png``."""
+    """Draw every figure next to a results file, as ``RESULTS-NAME.svg``."""
     for name, figure in FIGURES.items():
-        figure(results.with_name(f"{results.stem}-{name}.png"), plans)
+        figure(results.with_name(f"{results.stem}-{name}.svg"), plans)
 
 
 def _lines(plans: Sequence[Plan], variants: Variants) -> dict[tuple[str, int], Row]:

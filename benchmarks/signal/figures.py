@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness.palette import BLUE, CYAN, GREY, MAGENTA, ORANGE, RC, RED, TEAL, WIDTH
+from benchmarks.harness.palette import BLUE, CYAN, GREY, INK, MAGENTA, ORANGE, RED, TEAL, WIDTH
 from benchmarks.harness.results import Row, save_figure
 from benchmarks.signal.comparison import BEST, CONSTANT, EXPLAINED, REFERENCE
 from benchmarks.signal.tables import LEAST_VARIANCE, base_of, predicted_times, walks
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _ALGORITHMS: dict[str, tuple[str, str, str]] = {
     REFERENCE: ("SPPO, ideal critic", BLUE, "o"),
     "sppo, values of other prompts": ("SPPO, values of other prompts", CYAN, "X"),
-    BEST: ("best baseline", "black", "*"),
+    BEST: ("best baseline", INK, "*"),
     "no baseline": ("no baseline", GREY, "v"),
     "ppo, ideal critic, lambda 1": ("PPO, ideal critic", RED, "s"),
     "rloo, 8 responses": ("RLOO, 8 responses", MAGENTA, "D"),
@@ -63,7 +63,7 @@ def _drawn(path: Path, reports: Sequence[Row], labels: Sequence[str], title: str
         axes.set_xlabel(title)
         figure.legend(loc="outside upper center", ncols=4, frameon=False)
 
-    save_figure(path, (WIDTH, 3.6), fill, dpi=200, style=RC)
+    save_figure(path, (WIDTH, 3.6), fill)
 
 
 def spread(path: Path, report: Row) -> None:
@@ -110,13 +110,13 @@ def explained(path: Path, report: Row) -> None:
                     times = _times(case, f"{critic}, seed {seed}")
                     if times and "probe" in critic:
                         axes.plot(curve[-1], times[0], "*", color=colour, markersize=9)
-        axes.plot([], [], "*", color="black", label="probe after 20 rollouts")
+        axes.plot([], [], "*", color=INK, label="probe after 20 rollouts")
         axes.set_xlabel("share of the variance of success that the critic explains")
         axes.set_ylabel("signal per response,\ntimes a constant baseline's")
         axes.legend(frameon=False)
 
     if reports:
-        save_figure(path, (WIDTH, 3.4), fill, dpi=200, style=RC)
+        save_figure(path, (WIDTH, 3.4), fill)
 
 
 def critics(path: Path, report: Row) -> None:
@@ -144,7 +144,7 @@ def critics(path: Path, report: Row) -> None:
         panels[0].set_ylabel("share of the variance of\nsuccess that is explained")
 
     if found:
-        save_figure(path, (WIDTH, 3.0), fill, dpi=200, style=RC)
+        save_figure(path, (WIDTH, 3.0), fill)
 
 
 def ratios(path: Path, report: Row) -> None:
@@ -172,7 +172,7 @@ def ratios(path: Path, report: Row) -> None:
         axes.set_xlabel("signal per response, times that of responses of the updated policy")
         axes.legend(frameon=False)
 
-    save_figure(path, (WIDTH, 3.2), fill, dpi=200, style=RC)
+    save_figure(path, (WIDTH, 3.2), fill)
 
 
 def predictions(path: Path, report: Row) -> None:
@@ -201,7 +201,7 @@ def predictions(path: Path, report: Row) -> None:
         axes.legend(frameon=False, fontsize=7)
 
     if reports:
-        save_figure(path, (4.6, 4.2), fill, dpi=200, style=RC)
+        save_figure(path, (4.6, 4.2), fill)
 
 
 FIGURES: Mapping[str, Callable[[Path, Row], None]] = {

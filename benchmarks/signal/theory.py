@@ -1,4 +1,4 @@
-"""Predicted second moments of gradient estimators for rewards of 0 and 1, derived in docs/signal.md.
+"""Predicted second moments of gradient estimators for rewards of 0 and 1, derived in docs/results/signal.md.
 
 A prompt is described by its rate of success and by the mean squared norm of the scores of right and of wrong responses.
 These differ much: a wrong response has unlikely tokens, and the less likely a token, the larger its score.

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.out / "train_memory.json"
     device = "none (fake tensors)"
     results.write(path, "train_memory", device=device, quick=args.quick, failures=failures, rows=rows)
-    draw(path.with_suffix(".png"), rows)
+    draw(path.with_suffix(".svg"), rows)
     return results.conclude(f"{results.table(rows, COLUMNS)}\n\nGiB", failures, path)
 
 

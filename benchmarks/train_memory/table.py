@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.harness import results
 from benchmarks.harness.allocations import GIB
+from benchmarks.harness.palette import BLUE, CYAN, GREY, MAGENTA, ORANGE, PAPER, RED, TEAL
 from benchmarks.train_memory.cases import SMALL_CRITIC, TOKEN_CRITIC
 from benchmarks.train_memory.step import KINDS, OWNERS
 
@@ -60,13 +61,13 @@ def draw(path: Path, rows: Sequence[results.Row]) -> None:
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
-        colours = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+        colours = (BLUE, ORANGE, TEAL, MAGENTA, CYAN, GREY)
         left = [0.0] * len(rows)
         for owner, hatch in zip(OWNERS, ("", "////"), strict=True):
             for kind, colour in zip(KINDS, colours, strict=True):
                 sizes = [row[owner][kind] / GIB for row in rows]
                 if any(sizes):
-                    bars = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+                    bars = {"color": colour, "hatch": hatch, "edgecolor": PAPER, "linewidth": 0}
                     axes.barh(range(len(rows)), sizes, left=left, label=f"{owner}: {kind}", **bars)
                 left = [a + b for a, b in zip(left, sizes, strict=True)]
         labels = [
@@ -75,7 +76,7 @@ def draw(path: Path, rows: Sequence[results.Row]) -> None:
         ]
         axes.set_yticks(range(len(rows)), labels, fontsize=8)
         axes.invert_yaxis()
-        axes.axvline(DEVICE / GIB, color="#cc3311", linewidth=1)
+        axes.axvline(DEVICE / GIB, color=RED, linewidth=1)
         axes.set_xlabel("peak of a training step on a device, GiB")
         axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.1))
 

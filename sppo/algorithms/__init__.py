@@ -18,7 +18,7 @@
 
 Token means and sums are of a response, and their mean is taken over responses. Everything else is shared: rollouts,
 rewards, packing, gradient clipping, optimizer. The last three columns are defaults that settings override.
-docs/algorithms.md has the formulas and shows how to add an algorithm.
+docs/concepts/algorithms.md has the formulas and shows how to add an algorithm.
 """
 
 from __future__ import annotations

@@ -141,7 +141,8 @@ class Algorithm:
         """Return the divisor of an update's summed policy loss.
 
         Args:
-            sequences, tokens: numbers of responses and of response tokens in the update, on all processes.
+            sequences: number of responses in the update, on all processes.
+            tokens: number of their tokens.
         """
         return tokens if self.args.ratio_level == "token" and self.args.aggregation == "token-mean" else sequences
 

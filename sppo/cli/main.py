@@ -52,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    """Return the parser of each subcommand by its name."""
+    (commands,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(commands.choices)
+
+
 def _parser() -> argparse.ArgumentParser:
     keep_line_breaks = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(

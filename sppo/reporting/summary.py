@@ -17,7 +17,7 @@ from sppo.reporting.plots import draw
 if TYPE_CHECKING:
     from sppo import SPPOTrainer
 
-_HELP = 'see "When nothing is learned" in docs/monitoring.md'
+_HELP = 'see "When nothing is learned" in docs/guides/monitoring.md'
 
 
 def write_report(

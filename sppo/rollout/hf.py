@@ -38,12 +38,14 @@ class HFRollout:
         policy: the model that is trained; it samples with its present attention implementation.
         tokenizer: tokenizer with an eos token and a pad token.
         max_completion_length: maximum number of tokens per completion.
-        top_p, top_k, min_p: 1, 0 and None for plain sampling.
+        top_p: probability of the tokens to sample from; 1 for all.
+        top_k: number of the tokens to sample from; 0 for all.
+        min_p: least probability relative to the most likely token; None for none.
         return_support: whether samples from a truncated distribution have ``support``, the tokens that were kept.
         stop_strings: texts that end a response.
         generation_kwargs: further arguments of ``transformers.GenerationConfig``.
         cache_implementation: None for a cache that grows, ``"static"`` for one of fixed size, with which transformers
-            compiles the decoding step on a GPU (docs/training.md has measurements).
+            compiles the decoding step on a GPU (docs/guides/rollouts.md).
 
     Raises:
         ValueError: ``GenerationConfig`` has no such argument.

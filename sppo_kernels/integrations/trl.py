@@ -227,7 +227,7 @@ class _SupportCarrier:
         self._has_warned = True
         _log.warning(
             "%s, but the rollout returned no %s: log-probabilities are over the whole vocabulary, which is another "
-            "distribution than the one that was sampled; return the field from rollout_func (docs/integrations.md)",
+            "distribution than the one that was sampled; return the field from rollout_func (docs/guides/trl.md)",
             ", ".join(f"{name}={value}" for name, value in truncation.items()),
             SUPPORT_FIELD,
         )

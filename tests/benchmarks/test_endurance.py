@@ -18,7 +18,7 @@ def test_records_memory_and_seconds_of_each_update(tmp_path):
     report = json.loads((tmp_path / "endurance.json").read_text())
     assert [row["update"] for row in report["rows"]] == list(range(1, 6))
     assert all(row["resident_mb"] > 100 and row["seconds"] > 0 for row in report["rows"])
-    assert (tmp_path / "endurance.png").stat().st_size > 1000
+    assert (tmp_path / "endurance.svg").stat().st_size > 1000
 
 
 def test_growth_is_a_failure():

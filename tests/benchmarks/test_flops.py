@@ -25,7 +25,7 @@ def test_passes_are_as_designed(tmp_path, capsys):
     assert again == 2
     assert fused.items() <= {name: row["products"] for name, row in rows.items()}.items()
     assert "seen by the profiler" in capsys.readouterr().out
-    assert (tmp_path / "flops.png").exists()
+    assert (tmp_path / "flops.svg").exists()
 
 
 @pytest.mark.parametrize("case", [Case("cache", 2, "cache"), Case("eager", 4, backward=None)])

@@ -97,7 +97,7 @@ time.sleep(99)
     merged = json.loads((out / "kernels.json").read_text())
     assert [(row["part"], row["both_ms"]) for row in merged["rows"]] == [("saving", 2.0)]
     assert (out / "tuning.json").read_text() == "{}"
-    names = {"gpu.json", "kernels.json", "kernels.csv", "kernels.png", "tuning.json", "log.txt"}
+    names = {"gpu.json", "kernels.json", "kernels.csv", "kernels.svg", "tuning.json", "log.txt"}
     assert {path.name for path in out.iterdir()} == names
 
 
@@ -359,7 +359,7 @@ def test_dry_run(tmp_path):
     notes = {row["note"] for row in rows if row["provider"].startswith("TRL")}
     assert notes == {"trl.kernels is not installed", "needs a GPU"}
     assert len({row["case"] for row in json.loads((out / "roofline.json").read_text())["rows"]}) > 3
-    assert {path.name for path in out.iterdir()} == {*gpu.MERGED, "log.txt"} - {"kernels.png"}
+    assert {path.name for path in out.iterdir()} == {*gpu.MERGED, "log.txt"} - {"kernels.svg"}
     assert len((done.stdout + done.stderr).splitlines()) <= gpu.LINES
     assert all(row["passed"] and row["both_ms"] > 0 for row in ours)
     (tuned,) = (part["reports"][0] for part in report["parts"] if part["part"] == "tune")

@@ -63,7 +63,7 @@ def test_rows_have_times_rates_and_errors(suite, tmp_path, capsys):
     assert rows["cut-cross-entropy"]["note"] == "needs a GPU" or torch.cuda.is_available()
     with (tmp_path / "kernels-dry.csv").open() as file:
         assert [row["provider"] for row in csv.DictReader(file)] == [row["provider"] for row in report["rows"]]
-    assert (tmp_path / "kernels-dry.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "kernels-dry.svg").read_bytes().startswith(b"<?xml")
     assert "of ceiling" in capsys.readouterr().out
 
 

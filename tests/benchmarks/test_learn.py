@@ -413,7 +413,7 @@ def test_learn_walks_through_all_of_it_and_resumes(tmp_path, capsys, monkeypatch
         assert found["tokens"][0] == 0 < found["tokens"][1] < found["tokens"][2]
         assert found["seconds"][0] == 0 < found["seconds"][1] < found["seconds"][2]
         assert all(0 <= reward <= 1 for reward in found["reward"])
-    assert [chart.name for chart in tmp_path.glob("*.png")] == ["learn-quick-algorithms.png"]
+    assert [chart.name for chart in tmp_path.glob("*.svg")] == ["learn-quick-algorithms.svg"]
     monkeypatch.setattr(learn, "train", lambda *args: pytest.fail("a run that is done, again"))
     assert main(command) == 0
     assert json.loads((tmp_path / "learn-quick.json").read_text())["rows"] == report["rows"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 from benchmarks import report
 from benchmarks.__main__ import main
 from benchmarks.report import RESULTS, ROOT, pages, render, tables
+from sppo.settings import SPPOSettings
 
 
 @pytest.fixture
@@ -41,11 +43,11 @@ def test_every_table_is_in_a_page():
 @pytest.mark.slow
 def test_an_edited_table_is_found_and_generated_again(copy, capsys, monkeypatch):
     monkeypatch.setattr(report, "draw_charts", lambda folder: None)
-    page = copy / "docs/results.md"
+    page = copy / "docs/results/tables.md"
     right = page.read_text()
     page.write_text(right.replace("0.924", "0.999"))
     assert main(["report", "--check", "--out", str(copy)]) == 1
-    assert "docs/results.md" in capsys.readouterr().err
+    assert "docs/results/tables.md" in capsys.readouterr().err
     assert "0.999" in page.read_text()
     assert main(["report", "--out", str(copy)]) == 0
     assert page.read_text() == right
@@ -63,11 +65,11 @@ def test_a_changed_result_is_found(copy):
 @pytest.mark.slow
 def test_charts_are_drawn_of_every_report_that_has_one(copy):
     folder = copy / "benchmarks/results/cpu"
-    committed = {chart.stem for chart in folder.glob("*.png")}
-    for chart in folder.glob("*.png"):
+    committed = {chart.stem for chart in folder.glob("*.svg")}
+    for chart in folder.glob("*.svg"):
         chart.unlink()
     assert main(["report", "--out", str(copy)]) == 0
-    drawn = {chart.stem for chart in folder.glob("*.png")}
+    drawn = {chart.stem for chart in folder.glob("*.svg")}
     reports = {file.stem for file in folder.glob("*.json") if "suite" in json.loads(file.read_text())}
     assert drawn == (
         reports
@@ -75,9 +77,23 @@ def test_charts_are_drawn_of_every_report_that_has_one(copy):
         - {"learn", "signal"}  # several charts instead of one
         | {f"learn-{question}" for question in ("algorithms", "horizon", "centring", "difficulty", "groups", "updates")}
         | {f"signal-{name}" for name in ("spread", "horizon", "explained", "critics", "ratios", "predictions")}
+        | {f"{report}-roofline" for report in reports if report.startswith("compile-")}
     )
-    assert committed - drawn == {"math_lora", "quickstart-seed0"}  # plots of single runs, by the trainer
-    assert drawn <= committed
+    assert committed == drawn
+    images = {path.name: path.read_text() for path in (copy / "docs/images").glob("*.svg")}
+    assert set(images) == {"overview.svg", "modes.svg", "data-flow.svg"}
+    for image in [*images.values(), (folder / "memory.svg").read_text()]:
+        assert "prefers-color-scheme: dark" in image
+        assert ": #1f2328" not in image  # ink follows the reader's colour scheme
+
+
+def test_reference_tables_have_every_setting_and_command():
+    text = render("<!-- table: settings -->\n<!-- end -->\n<!-- table: commands -->\n<!-- end -->", RESULTS)
+    for field in fields(SPPOSettings):
+        assert f"| `{field.name}` |" in text
+    for command in ("train", "eval", "value", "plot", "compare", "doctor"):
+        assert f"### sppo {command}" in text
+    assert "| `--x {tokens,updates,seconds}` | x axis (tokens) |" in text
 
 
 def test_the_table_of_a_gpu_run_compares_across_parts_and_has_claims(tmp_path):

@@ -349,7 +349,7 @@ def test_the_suite_runs_resumes_and_draws(tmp_path, capsys, monkeypatch):
     drawn_files = found.charts(path)
     for file, draw in drawn_files.items():
         draw(file, report)
-    assert {file.name for file in drawn_files if file.exists()} >= {"signal-quick-ratios.png"}
+    assert {file.name for file in drawn_files if file.exists()} >= {"signal-quick-ratios.svg"}
 
 
 def test_cases_and_arguments():

@@ -19,7 +19,7 @@ from sppo_kernels import linear_logprobs
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sparse")
     assert main(["sparse", "--quick", "--out", str(folder)]) == 0
-    assert (folder / "sparse.png").exists()
+    assert (folder / "sparse.svg").exists()
     return json.loads((folder / "sparse.json").read_text())
 
 

@@ -61,7 +61,7 @@ def test_every_algorithm_and_trl(tmp_path):
     for line in step.compared_with_trl(report["rows"]):
         assert line["speedup"] == line["step_s"] / rows[line["algorithm"]]["step_s"]
     assert len(step.compared_with_trl(report["rows"])) == len(TRL)
-    assert (tmp_path / "step-2-updates.png").stat().st_size > 1000
+    assert (tmp_path / "step-2-updates.svg").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def report(tmp_path_factory):
         patch.setattr(support, "FIRST_K", (64, 2048))
         patch.setattr(torch, "compile", lambda function, **_: function)
         assert main(["support", "--quick", "--out", str(folder)]) == 0
-    assert (folder / "support.png").exists()
+    assert (folder / "support.svg").exists()
     return json.loads((folder / "support.json").read_text())
 
 

@@ -194,7 +194,7 @@ def test_a_run_leaves_a_table_and_a_chart(tmp_path, monkeypatch, capsys, rows):
     arguments = ["train_memory", "--quick", "--out", str(tmp_path)]
     assert main(arguments) == 0
     assert "sppo, critic small" in capsys.readouterr().out
-    assert {file.suffix for file in tmp_path.glob("train_memory.*")} == {".json", ".csv", ".png"}
+    assert {file.suffix for file in tmp_path.glob("train_memory.*")} == {".json", ".csv", ".svg"}
     monkeypatch.setattr(train_memory, "failures_of", lambda rows: ["something"])
     assert main(arguments) == 1
     assert "something" in capsys.readouterr().err

@@ -28,7 +28,7 @@ def test_measures_each_variant_with_equal_and_mixed_responses(tmp_path):
             assert (row["gradient_error"] == 0) == (
                 row["variant"] == "TRL"
             )  # the same bits would mean the same function
-    assert (tmp_path / "trl.png").stat().st_size > 1000
+    assert (tmp_path / "trl.svg").stat().st_size > 1000
 
 
 def test_a_gradient_that_is_not_trls_is_a_failure():

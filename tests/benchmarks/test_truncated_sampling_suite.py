@@ -43,6 +43,6 @@ def test_table():
 
 def test_figure(tmp_path):
     rows = [make_run(name, seed, [0.4, 0.6]) for name in list(VARIANTS)[:2] for seed in (0, 1)]
-    draw(tmp_path / "figure.png", {"rows": rows, "threshold": 0.75})
-    assert (tmp_path / "figure.png").stat().st_size > 1000
+    draw(tmp_path / "figure.svg", {"rows": rows, "threshold": 0.75})
+    assert (tmp_path / "figure.svg").stat().st_size > 1000
     assert results.markdown(by_variant(rows, 0.75), COLUMNS).count("\n") >= 3

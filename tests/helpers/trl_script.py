@@ -1,4 +1,4 @@
-"""A script for TRL's GRPOTrainer, which docs/from-trl.md shows."""
+"""A script for TRL's GRPOTrainer, which docs/guides/from-trl.md shows."""
 
 import datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,4 +1,4 @@
-"""The script of docs/from-trl.md trains with TRL, and with this trainer after two changed lines."""
+"""The script of docs/guides/from-trl.md trains with TRL, and with this trainer after two changed lines."""
 
 import re
 import runpy
@@ -9,7 +9,7 @@ from tiny_models import char_tokenizer, tiny_model
 from tiny_run import changed, logged
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/from-trl.md").read_text()
+PAGE = (ROOT / "docs/guides/from-trl.md").read_text()
 SCRIPT = (ROOT / "tests/helpers/trl_script.py").read_text().partition("\n\n")[2]
 
 

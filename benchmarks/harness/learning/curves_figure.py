@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.harness.learning.intervals import mean
 from benchmarks.harness.learning.plan import Plan
-from benchmarks.harness.palette import GREY, RC, WIDTH
+from benchmarks.harness.palette import GREY, WIDTH
 from benchmarks.harness.results import save_figure
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ MINUTES = Axis("seconds", "minutes of processor time", 1 / 60)
 
 def draw(path: Path, size: tuple[float, float], fill: Callable[[Figure], None]) -> None:
     """Save a figure in the style of all comparisons."""
-    save_figure(path, size, fill, dpi=200, style=RC)
+    save_figure(path, size, fill)
 
 
 def draw_curves(

@@ -40,8 +40,8 @@ from .weighted_rows import Entries
 
 _log = logging.getLogger(__name__)
 
-# From which share of V on a support is wide: on a CPU as measured (docs/sampling-support.md), on a GPU where K rows at
-# 3 TB/s take as long as the dense products at 700 TFLOP/s.
+# From which share of V on a support is wide: on a CPU as measured (docs/concepts/sampling-support.md), on a GPU where K
+# rows at 3 TB/s take as long as the dense products at 700 TFLOP/s.
 WIDE_SHARE = {"torch": 1 / 20, "triton": 1 / 256}
 
 _NUM_KINDS = 3

@@ -185,6 +185,13 @@ def linear_policy_loss(
     Sources: those of :func:`sppo_kernels.policy_loss`. Neither second derivatives nor gradients of the entropies are
     supported.
 
+    The settings of ``policy_loss`` mean what they mean there: ``mask``, ``objective``, ``ratio_level``, ``clip_low``,
+    ``clip_high``, ``dual_clip``, ``aggregation``, ``normalizer``, ``ref_logprobs``, ``kl_coef``, ``kl_estimator``,
+    ``rollout_logprobs``, ``rollout_correction``, ``rollout_floor`` and ``rollout_cap``. So do those of
+    ``linear_logprobs``: ``bias``, ``adapter``, ``temperature``, ``softcap``, ``ignore_index``, ``chunk_bytes``,
+    ``mass_tolerance``, ``max_entries``, ``projection``, ``group`` and ``support``. ``old_logprobs`` and the others must
+    be over the same support.
+
     Args:
         hidden: ``[N, H]``, float16, bfloat16 or float32; of the positions that predict ``labels``.
         weight: ``[V, H]``, the dtype of ``hidden``; with ``group`` the rows of this rank.
@@ -192,10 +199,6 @@ def linear_policy_loss(
         old_logprobs: ``[N]``, of the policy before the update.
         advantages: ``[B]``, one per sequence, or ``[N]``, one per token.
         cu_seqlens: int32 ``[B + 1]``, the start of each sequence, from 0 to N; empty sequences are allowed.
-        mask, objective, ratio_level, clip_low, clip_high, dual_clip, aggregation, normalizer, ref_logprobs, kl_coef,
-            kl_estimator, rollout_logprobs, rollout_correction, rollout_floor, rollout_cap: as in ``policy_loss``.
-        bias, adapter, temperature, softcap, ignore_index, chunk_bytes, mass_tolerance, max_entries, projection, group,
-            support: as in ``linear_logprobs``. ``old_logprobs`` and the others must be over the same support.
         backward: as in ``linear_logprobs``. ``"recompute"`` takes another pass and saves no memory here, unless with a
             sequence-level ratio a sequence is longer than a block.
         logits_budget_bytes: as in ``linear_logprobs``, for what is cached at any one time.

@@ -97,7 +97,8 @@ def policy_loss(
         objective: ``"clip"``, in which a clipped ratio has no gradient, or ``"cispo"``, in which it is a bounded weight
             of the token's log-probability. The latter is for ratios of tokens, without ``dual_clip``.
         ratio_level: ``"token"``, ``"sequence_mean"`` or ``"sequence_sum"``.
-        clip_low, clip_high: the ratio is clipped to ``[1 - clip_low, 1 + clip_high]``; at least 0.
+        clip_low: the ratio is clipped to ``[1 - clip_low, 1 + clip_high]``; at least 0.
+        clip_high: see ``clip_low``; at least 0.
         dual_clip: bound on the ratio for negative advantages, greater than 1; None for no bound. The log-ratio is not
             clamped: that would remove the gradient where a bad sample should be pushed away.
         aggregation: ``"token-mean"``, ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``. A sequence-level ratio

@@ -77,8 +77,9 @@ def prompt_value_loss(
 
     Source: SPPO (arXiv 2604.08865): the critic is P(success | prompt), the advantage R - V.
 
+    ``hidden``, ``weight``, ``last_index``, ``bias`` and ``backend`` are those of :func:`prompt_value_logits`.
+
     Args:
-        hidden, weight, last_index, bias, backend: as in :func:`prompt_value_logits`.
         outcomes: ``[B]``, the reward of each prompt's response, in ``[0, 1]``.
         normalizer: replaces the batch size in the mean (the number of outcomes of the complete update); greater than 0.
 

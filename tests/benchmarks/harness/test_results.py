@@ -29,7 +29,7 @@ def test_rows_are_written_as_csv_and_drawn(tmp_path):
         first, second = csv.DictReader(file)
     assert first == {"a": "1", "b.c": "2.5", "b.d": "", "e": ""}
     assert second == {"a": "word, word", "b.c": "", "b.d": "", "e": "3"}
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert path.with_suffix(".svg").read_bytes().startswith(b"<?xml")
     assert len(list(path.parent.iterdir())) == 3
 
 
@@ -50,7 +50,7 @@ def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path):
 def test_without_matplotlib_there_are_results_and_a_word_about_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     results.write(tmp_path / "x.json", "suite", results.Chart("ms", [("one", 1.0)]), rows=ROWS)
-    endurance.draw(tmp_path / "y.png", [{"update": 1, "resident_mb": 1.0, "seconds": 1.0}])
+    endurance.draw(tmp_path / "y.svg", [{"update": 1, "resident_mb": 1.0, "seconds": 1.0}])
     assert capsys.readouterr().err.count("no chart: matplotlib is not installed") == 2
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv"}
 

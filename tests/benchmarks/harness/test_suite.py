@@ -83,7 +83,7 @@ def test_one_new_module_is_a_command_a_table_a_chart_and_a_line_in_the_docs(new_
     assert main(["report", "--out", str(pages)]) == 0
     assert "| letters |\n|---|\n| 5 |" in (pages / "README.md").read_text()
     assert "| `letters` | Count the letters of a word | a word |" in (pages / "docs/new.md").read_text()
-    assert {chart.name for chart in results_folder.glob("*.png")} == {"letters.png", "letters-again.png"}
+    assert {chart.name for chart in results_folder.glob("*.svg")} == {"letters.svg", "letters-again.svg"}
 
 
 def test_listing_the_suites_imports_none_of_them():

@@ -90,8 +90,8 @@ def test_the_report_says_what_happened_to_the_reward(tmp_path, capsys, log, befo
     for text in expected:
         assert text in output
     rose = any("rise" in text or "rose" in text for text in expected)
-    assert ('"When nothing is learned" in docs/monitoring.md' in output) is rose
-    assert "## When nothing is learned" in (Path(__file__).parents[3] / "docs/monitoring.md").read_text()
+    assert ('"When nothing is learned" in docs/guides/monitoring.md' in output) is rose
+    assert "## When nothing is learned" in (Path(__file__).parents[3] / "docs/guides/monitoring.md").read_text()
 
 
 def test_suggestions_without_a_recipe_have_a_placeholder(tmp_path, capsys):
