@@ -1,15 +1,13 @@
 """Reward of SPPO, PPO, GRPO and related algorithms on SmolLM2-135M-Instruct, at equal generated tokens.
 
-The prompts are sums of four kinds (benchmarks/harness/arithmetic_prompts.py), the reward is ``numeric``, and
-variants.py has the variants. All runs begin with the same policy and end when they have generated as many tokens.
-Held-out prompts are answered each time that an equal number of tokens was generated; these answers are not counted. The
-learning rates of each variant, the critic's included, are the best of a few in runs of half the tokens with a seed of
-their own. A probe is fitted and has no learning rate.
+The prompts are sums of two and three numbers of one digit (benchmarks/harness/arithmetic_prompts.py), the reward is
+``numeric``, and variants.py has the variants. All runs begin with the same policy and end when they have generated as
+many tokens. Held-out prompts are answered each time that an equal number of tokens was generated; these answers are not
+counted. The learning rate of each variant's policy is the best of two in runs of half the tokens with a seed of their
+own. Critics have one rate, and a probe is fitted and has none.
 
-On two idle cores all of it takes two to four hours, an estimate: 22 tuning runs have about 24 updates each, and 24
-counted runs about 50. On cores that also did other work an update took 17 to 20 processor seconds with a probe, 18 with
-a critic of 6 layers, 22 with GRPO, and 27 with a copy as critic of SPPO or PPO; an evaluation took 11. At that speed
-all of it would take five and a half hours. A process needs up to 8 GiB of memory.
+A run takes about six minutes of processor time, and all of them about an hour and a half on two cores. A process needs
+up to 8 GiB of memory.
 
 Runs are processes of one thread, as many at a time as there are workers. Each is saved when it is done, and the same
 command resumes where it was stopped, also with another ``--threshold``. ``--quick`` is a short run of every step with a
@@ -68,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
     failures = complete([plan], rows, train, lambda plan: [], workers=args.workers, save=save)
     save(failures)  # another threshold may be all that changed
     for name, axis in FIGURES.items():
-        draw(path.with_name(f"{path.stem}-{name}.png"), plan, axis)
+        draw(path.with_name(f"{path.stem}-{name}.svg"), plan, axis)
     return results.conclude(results.table(compared(plan), COLUMNS), failures, path)
 
 

@@ -77,7 +77,6 @@ STYLES = {
     "sppo": Style("SPPO", BLUE),
     "sppo, critic of 6 layers": Style("SPPO, critic of 6 layers", CYAN),
     "sppo, probe": Style("SPPO, probe", TEAL),
-    "sppo, probe, centred": Style("SPPO, probe, centred", TEAL, "--"),
     "ppo": Style("PPO", RED, "--"),
     "grpo": Style("GRPO", ORANGE, "-."),
     "rloo": Style("RLOO", MAGENTA, "-."),

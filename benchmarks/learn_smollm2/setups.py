@@ -17,6 +17,7 @@ from sppo.tasks import chain, smollm2
 from sppo.tasks.chain_model import new_model, warm_started_model
 
 HELD_OUT, TRAINING = 96, 4096  # prompts
+KINDS = arithmetic_prompts.SUMS[:2]  # two and three terms of one digit
 HELD_OUT_SEED, TRAINING_SEED = 2, 1
 
 
@@ -49,8 +50,8 @@ class Setup(NamedTuple):
 
 
 def _sums() -> tuple[Dataset, Dataset]:
-    held_out = arithmetic_prompts.prompts(HELD_OUT, HELD_OUT_SEED)
-    return arithmetic_prompts.training_prompts(TRAINING, TRAINING_SEED, held_out), held_out
+    held_out = arithmetic_prompts.prompts(HELD_OUT, HELD_OUT_SEED, KINDS)
+    return arithmetic_prompts.training_prompts(TRAINING, TRAINING_SEED, held_out, KINDS), held_out
 
 
 # A process loads a model once and copies it for each run, because decoding the file takes longer than an update.

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-CRITIC_RATES = (1e-4, 3e-4)
+CRITIC_RATES = (3e-4,)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sppo": {"algorithm": "sppo"},
     "sppo, critic of 6 layers": {"algorithm": "sppo", "critic": "small"},
     "sppo, probe": {"algorithm": "sppo", "critic": "probe"},
-    "sppo, probe, centred": {"algorithm": "sppo", "critic": "probe", "center_advantages": True},
     "ppo": {"algorithm": "ppo"},
     "grpo": {"algorithm": "grpo"},
     "rloo": {"algorithm": "rloo"},
@@ -56,12 +55,12 @@ class Task(NamedTuple):
 
 SUMS = Task(
     "SmolLM2-135M on sums",
-    threshold=0.4,
+    threshold=0.45,
     rates=(1e-5, 3e-5),
-    tokens=16_384,
-    tuning_tokens=8_192,
-    evaluate_every=2_048,
-    responses=64,
+    tokens=4_096,
+    tuning_tokens=2_048,
+    evaluate_every=1_024,
+    responses=32,
     micro_batch=32,
     longest=16,
     temperature=0.7,

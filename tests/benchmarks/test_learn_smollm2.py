@@ -15,9 +15,11 @@ from benchmarks.harness.learning.curves_figure import MINUTES, TOKENS
 from benchmarks.learn_smollm2.comparison import COLUMNS, STYLES, Plan, compared, draw
 from benchmarks.learn_smollm2.runs import TokenCurve, config_of
 from benchmarks.learn_smollm2.setups import SETUPS, critic_of
-from benchmarks.learn_smollm2.variants import QUICK, QUICK_VARIANTS, SUMS, VARIANTS
+from benchmarks.learn_smollm2.variants import CRITIC_RATES, QUICK, QUICK_VARIANTS, SUMS, VARIANTS
 from sppo import SPPOConfig
 from sppo.tasks import smollm2
+
+BEST = SUMS.rates[-1], CRITIC_RATES[0]
 
 # The prompts
 
@@ -35,6 +37,14 @@ def test_sums_are_of_four_kinds_in_turn_and_depend_on_the_seed():
         assert {len(str(abs(term))) for term in [int(first), *added]} == {digits}
     assert list(arithmetic_prompts.prompts(10, seed=3)) == list(rows)
     assert list(arithmetic_prompts.prompts(10, seed=4)) != list(rows)
+
+
+def test_sums_of_chosen_kinds():
+    pytest.importorskip("reasoning_gym")
+    held_out = arithmetic_prompts.prompts(6, seed=3, kinds=((2, 1), (3, 1)))
+    assert list(held_out["kind"]) == ["2x1", "3x1"] * 3
+    kept = arithmetic_prompts.training_prompts(40, 1, held_out, ((2, 1),))
+    assert set(kept["kind"]) == {"2x1"}
 
 
 def test_no_held_out_sum_is_trained_on():
@@ -66,10 +76,10 @@ def row(run, rewards=(0.2, 0.3, 0.6), **more):
 
 
 def tuned(seeds=2):
-    """A plan with its rates chosen: the higher one of policies, the lower one of critics."""
+    """A plan with its rates chosen: the higher one of policies, the first one of critics."""
     plan = Plan([], SUMS, "a", seeds=seeds)
     for run in plan.tuning():
-        good = (run.learning_rate, run.critic_learning_rate) == (3e-5, 1e-4)
+        good = (run.learning_rate, run.critic_learning_rate) == BEST
         plan.done[run.key] = row(run, (0.2, 0.6) if good else (0.2, 0.3))
     return plan
 
@@ -79,7 +89,8 @@ def test_probes_and_algorithms_without_a_critic_choose_only_the_policys_rate():
     for run in Plan([], SUMS, "a").tuning():
         found[run.variant].add((run.learning_rate, run.critic_learning_rate))
     rates = {name: len(tried) for name, tried in found.items()}
-    assert rates == {name: 4 if name in ("sppo", "sppo, critic of 6 layers", "ppo") else 2 for name in VARIANTS}
+    trained = ("sppo", "sppo, critic of 6 layers", "ppo")
+    assert rates == {name: 2 * (len(CRITIC_RATES) if name in trained else 1) for name in VARIANTS}
 
 
 def test_tuning_runs_are_shorter_and_have_a_seed_of_their_own():
@@ -88,7 +99,7 @@ def test_tuning_runs_are_shorter_and_have_a_seed_of_their_own():
     counting = plan.counting()
     assert len(counting) == 3 * len(VARIANTS)
     assert {(run.seed, run.tokens) for run in counting} == {(seed, SUMS.tokens) for seed in range(3)}
-    assert {(run.learning_rate, run.critic_learning_rate) for run in counting} == {(3e-5, 1e-4)}
+    assert {(run.learning_rate, run.critic_learning_rate) for run in counting} == {BEST}
 
 
 def test_a_run_is_done_only_if_it_was_the_same():
@@ -254,8 +265,8 @@ def test_learn_smollm2_walks_through_all_of_it_and_resumes(tmp_path, capsys, mon
         has_critic = found["variant"].startswith("sppo")
         assert all((value is not None) == has_critic for value in found["explained_variance"][1:])
         assert all(0 <= reward <= 1 for reward in found["reward"] + found["training_reward"][1:])
-    assert {chart.name for chart in tmp_path.glob("*.png")} == {
-        f"learn_smollm2-quick-{name}.png" for name in ("tokens", "seconds")
+    assert {chart.name for chart in tmp_path.glob("*.svg")} == {
+        f"learn_smollm2-quick-{name}.svg" for name in ("tokens", "seconds")
     }
     forgotten = report["rows"].pop(2)
     file.write_text(json.dumps(report))
