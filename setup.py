@@ -18,12 +18,20 @@ TRAIN = [
     "reasoning-gym>=0.1.25",
 ]
 BENCH = ["pytest-benchmark>=5.0", "matplotlib>=3.9"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings-python>=2.0", "latex2mathml>=3.77"]
+
+
+def long_description() -> str:
+    """Return the README as the package index shows it: without images and links that only the repository has."""
+    text = re.sub(r"^!\[[^\]]*\]\((?!https:)[^)]*\)\n", "", (HERE / "README.md").read_text(), flags=re.M)
+    return re.sub(r"(?<!!)\[((?:!\[[^\]]*\]\([^)]*\)|[^\]])*)\]\((?!https:)[^)]*\)", r"\1", text)
+
 
 setup(
     name="sppo-kernels",
     version=VERSION,
     description="Fused Triton kernels for sequence-level PPO (arXiv 2604.08865), and a thin SPPO trainer on top",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -44,6 +52,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "bench": BENCH,
+        "docs": DOCS,
         "peft": ["peft>=0.18"],
         "quantization": ["peft>=0.18", "bitsandbytes>=0.50"],
         "vllm": ["vllm>=0.20"],
@@ -52,6 +61,7 @@ setup(
         "dev": [
             *TRAIN,
             *BENCH,
+            *DOCS,
             "peft>=0.18",
             "tensorboard>=2.19",
             "trackio>=0.21",
