@@ -57,7 +57,7 @@ SUMS = Task(
     "SmolLM2-135M on sums",
     threshold=0.45,
     rates=(1e-5, 3e-5),
-    tokens=4_096,
+    tokens=3_072,
     tuning_tokens=2_048,
     evaluate_every=1_024,
     responses=32,

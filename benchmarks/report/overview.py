@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.harness.allocations import GIB
 from benchmarks.harness.palette import BLUE, CYAN, GREY, MAGENTA, ORANGE, TEAL
-from benchmarks.harness.results import Row, load, save_figure
+from benchmarks.harness.results import Row, load, load_all, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,9 @@ ESTIMATORS = {
 
 
 def draw(path: Path, folder: Path) -> None:
-    """Draw the figure from the results in ``folder``."""
+    """Draw the figure from the results in ``folder``; nothing if they are missing."""
+    if not all(load_all(folder, suite) for suite in ("memory", "signal")):
+        return
     memory, signal = (load(folder, suite) for suite in ("memory", "signal"))
 
     def fill(figure: Figure) -> None:
