@@ -381,7 +381,7 @@ def test_integer_answers_are_told_from_changed_ones(name, count):
 def test_math_500_answers_are_told_from_changed_ones():
     answers = ground_truths("math__math_500")
     assert len(answers) == 301
-    for answer in sorted(set(answers) - set(SAMPLE)):
+    for answer in sorted(set(answers) - set(SAMPLE))[::3]:  # all 301 take a minute and a half
         check_grades(rewards.math, answer)
 
 
@@ -394,5 +394,5 @@ def test_minerva_answers_are_told_from_changed_ones():
         error = grade(rewards.math, rf"\boxed{{{answer}}}", answer)
         assert isinstance(error, ValueError)
         assert "cannot parse the ground truth" in str(error)
-    for answer in sorted(set(answers) - set(cut_off)):
+    for answer in sorted(set(answers) - set(cut_off))[::3]:  # all of them take more than a minute
         check_grades(rewards.math, answer, tolerance=MINERVA_TOLERANCE)
