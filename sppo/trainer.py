@@ -58,7 +58,7 @@ if not callable(getattr(Trainer, "_clip_grad_norm", None)):
 class SPPOTrainer(Trainer):
     """Trains a causal language model on verifiable rewards, with SPPO (arXiv 2604.08865) or a related algorithm.
 
-    The setting ``algorithm`` selects the algorithm; see :mod:`sppo.algorithms`.
+    The setting ``algorithm`` selects the algorithm; see ``sppo.algorithms``.
 
     Args:
         model: model of ``AutoModelForCausalLM``, or its folder or hub name. By name it is loaded in float32; with
@@ -69,7 +69,7 @@ class SPPOTrainer(Trainer):
         args: settings.
         critic: for algorithms with a critic, a sequence-classification model with one label, or its folder or hub name.
             None for a copy of the policy's backbone. ``"probe"`` for one linear layer on the policy's hidden states of
-            the prompt, with SPPO (see :mod:`sppo.models.probe`).
+            the prompt, with SPPO (see ``sppo.models.probe``).
         train_dataset: dataset with a column ``prompt`` (text or chat messages); the other columns are passed to the
             rewards. None to evaluate only.
         eval_dataset: dataset of the same form, or a dict of datasets by name.
@@ -78,9 +78,9 @@ class SPPOTrainer(Trainer):
         peft_config: a ``peft.LoraConfig``, with which the policy learns only an adapter. The critic learns its own,
             unless ``critic_adapter`` is False in ``args``. A policy loaded with an adapter continues to learn it.
         rollout_engine: your own engine, instead of the one that ``args`` names.
-        rollout_func: a function that samples, in TRL's form; see :class:`sppo.rollout.rollout_func.RolloutFunction`.
+        rollout_func: a function that samples, in TRL's form; see ``sppo.rollout.rollout_func.RolloutFunction``.
         environment_factory: returns an environment, which answers the policy between its turns; see
-            :mod:`sppo.rollout.environments`.
+            ``sppo.rollout.environments``.
         tools: functions that the policy may call, with type hints and a docstring.
 
     Raises:

@@ -34,11 +34,12 @@ def draw(path: Path, report: Row) -> None:
             name = row["kernel"].removesuffix("_kernel").removeprefix("linear_logprobs_")
             label = f"{number}  {name}, {row['ms']:.2g} ms"
             axes.plot(x, y, "o", color=BLUE if row["bound"] == "memory" else ORANGE, markersize=5, label=label)
-            axes.annotate(str(number), (x, y), (4, -9), textcoords="offset points", color=INK, fontsize=7)
+            place = (-9, 4) if number % 2 else (4, -9)
+            axes.annotate(str(number), (x, y), place, textcoords="offset points", color=INK, fontsize=7)
         axes.set(xscale="log", yscale="log", xlim=(0.02, 40), ylim=(0.01, 1.6))
         axes.set_xlabel("instructions per byte, 1 = an H100's balance")
         axes.set_ylabel("share of the instruction rate")
-        axes.set_title("Predicted from machine code and bytes, not measured")
+        axes.set_title("Predicted from machine code and bytes, not measured;\norange: not limited by memory")
         figure.legend(loc="outside right upper", handlelength=0.6, fontsize=7)
 
     save_figure(path, (WIDTH, 3.6), fill)

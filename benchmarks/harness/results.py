@@ -201,14 +201,16 @@ def draw(path: Path, chart: Chart) -> None:
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.barh(range(len(labels)), values, color=palette.BLUE)
-        axes.set_yticks(range(len(labels)), labels, fontsize=7)
+        bars = axes.barh(range(len(labels)), values, color=palette.BLUE)
+        axes.bar_label(bars, fmt="{:.3g}", padding=2, fontsize=7)
+        axes.margins(x=0.1)
+        axes.set_yticks(range(len(labels)), labels, fontsize=8)
         axes.invert_yaxis()
         axes.set_xlabel(chart.unit)
         if chart.limit is not None:
             axes.axvline(chart.limit, color=palette.RED, linewidth=1)
 
-    save_figure(path, (9, 1 + 0.22 * len(labels)), fill)
+    save_figure(path, (palette.WIDTH, 0.8 + 0.22 * len(labels)), fill)
 
 
 def draw_bars(chart: Callable[[list[Row]], Chart]) -> Callable[[Path, Row], None]:

@@ -18,7 +18,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
 COPIES = "repository"
-_LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s#]+)(#[^)\s]*)?\)")
+_LINK = re.compile(r"(\[!\[[^\]]*\]\([^)]*\)\]|!?\[[^\]]*\])\(([^)\s#]+)(#[^)\s]*)?\)")
 _API = re.compile(r"^<!-- api: (\S+) -->$", re.M)
 _MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
 
@@ -85,6 +85,7 @@ def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
     def mathml(match: re.Match[str]) -> str:
         tag, bracket, formula = match.groups()
         math = convert(html.unescape(formula).strip(), display="block" if bracket == "[" else "inline")
+        math = math.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')  # the bars of a norm
         return f'<{tag} class="arithmatex">{math}</{tag}>'
 
     return _MATH.sub(mathml, content)

@@ -153,7 +153,7 @@ def _device(torch: Any) -> Any:
 
 def _describe(torch: Any, device: Any) -> str:
     if device.type == "cpu":
-        return f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads; no accelerator found"
+        return f"cpu, {os.cpu_count()} cores, threads: {torch.get_num_threads()}; no accelerator found"
     if device.type not in ("cuda", "xpu"):
         return device.type
     module = getattr(torch, device.type)

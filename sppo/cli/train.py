@@ -49,7 +49,7 @@ def train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
             f"{folder} holds a finished run (see {folder / SUMMARY_FILE}); to start over, delete it or name another "
             "folder:"
         )
-        print(f"  {' '.join([program(), 'train', name, '--output_dir'])} {folder}-2")
+        print(f"  {program()} train {_command_line(name, overrides, without=('output_dir',))} --output_dir {folder}-2")
         return 0
     checkpoints = list(folder.glob("checkpoint-*"))
     if arguments.resume and not checkpoints:
@@ -70,7 +70,7 @@ def train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     changes = [name for name in (arguments.allow_changes or "").split(",") if name]
     trainer.train(resume_from_checkpoint=True if checkpoints else None, allow_changes=changes)
     trainer.save_model()
-    after = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    after = _evaluate_after(trainer)
     if trainer.is_world_process_zero():
         command = _command_line(name, overrides, without=("output_dir", "seed"))
         evaluation = _eval_command(recipe, name, overrides)
@@ -104,10 +104,18 @@ def _eval_command(recipe: Recipe, name: str, overrides: dict[str, str]) -> str:
     folder = str(recipe["args"]["output_dir"])
     if not recipe.get("eval_dataset"):
         reward = f" --reward {shlex.quote(str(recipe['reward']))}" if recipe.get("reward") else ""
-        return f"{folder} --dataset FILE{reward}"
+        file = "'FILE?chat=true'" if _is_chat(recipe["train_dataset"]) else "FILE"
+        return f"{folder} --dataset {file}{reward}"
     base = () if Path(folder, ADAPTER_CONFIG).is_file() else ("model", "model_kwargs")
     command = _command_line(name, overrides, without=(*base, "critic", "train_dataset", "max_steps", "output_dir"))
     return f"{command} --output_dir {folder}"
+
+
+def _is_chat(source: Any) -> bool:
+    """Return whether the option ``chat`` sends the prompts of a source as user messages."""
+    if isinstance(source, dict):
+        return str(source.get("chat", "")).lower() == "true"
+    return "chat=true" in str(source).partition("?")[2].lower().split("&")
 
 
 def _evaluate_before(trainer: SPPOTrainer, folder: Path, *, resumes: bool) -> dict[str, float]:
@@ -124,6 +132,16 @@ def _evaluate_before(trainer: SPPOTrainer, folder: Path, *, resumes: bool) -> di
     return before
 
 
+def _evaluate_after(trainer: SPPOTrainer) -> dict[str, float]:
+    """Return the metrics of the trained model: those of training, if it was evaluated after the last update."""
+    if trainer.eval_dataset is None:
+        return {}
+    state = trainer.state
+    last = next((entry for entry in reversed(state.log_history) if "eval_reward" in entry), {"step": -1})
+    evaluated = last["step"] == state.global_step and not trainer.args.load_best_model_at_end
+    return last if evaluated else trainer.evaluate()
+
+
 def _print_plan(recipe: Recipe, trainer: Any, *, resumes: bool) -> None:
     if not trainer.is_world_process_zero():
         return
@@ -137,7 +155,8 @@ def _print_plan(recipe: Recipe, trainer: Any, *, resumes: bool) -> None:
     plan = {
         "algorithm": f"{args.algorithm}, {args.num_generations} per prompt, {args.ratio_level} ratio",
         "model": f"{recipe['model']} ({critic}{size / 1e6:.3g}M parameters, on {args.device})",
-        "prompts": f"{len(trainer.train_dataset)} from {_describe_source(recipe['train_dataset'])}",
+        "prompts": f"{len(trainer.train_dataset)} from {_describe_source(recipe['train_dataset'])}"
+        f"{', without the chat template of the model' if _omits_chat_template(trainer) else ''}",
         "evaluation": f"{len(trainer.eval_dataset)} from {_describe_source(recipe['eval_dataset'])}, before and after"
         if trainer.eval_dataset is not None
         else "none (no eval_dataset)",
@@ -150,6 +169,13 @@ def _print_plan(recipe: Recipe, trainer: Any, *, resumes: bool) -> None:
     }
     for name, text in plan.items():
         print(_hanging(f"{name:<11} {text}"))
+
+
+def _omits_chat_template(trainer: Any) -> bool:
+    """Return whether the model has a chat template and the prompts are plain text."""
+    return bool(getattr(trainer.tokenizer, "chat_template", None)) and isinstance(
+        trainer.train_dataset[0]["prompt"], str
+    )
 
 
 def _hanging(line: str) -> str:

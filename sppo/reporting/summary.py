@@ -139,7 +139,7 @@ def _next_steps(program: str, recipe: str, evaluation: str, folder: Path, seed: 
     return (
         "Next steps:\n"
         "  greedy answers to the held-out prompts:\n"
-        f"    {program} eval {evaluation} --temperature 0\n"
+        f"    {program} eval {evaluation} --temperature 0 --output {folder}/eval/greedy.jsonl\n"
         "  the same with another seed, and the comparison:\n"
         f"    {program} train {recipe} --seed {seed + 1} --output_dir {folder}-{seed + 1}\n"
         f"    {program} compare {folder} {folder}-{seed + 1}\n"

@@ -1,11 +1,14 @@
-"""Tests of how the commands that a run suggests call this program."""
+"""Tests of the commands that a run suggests, and of the evaluation after it."""
 
+import shlex
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from sppo.cli.train import program
+from sppo.cli.main import main
+from sppo.cli.train import _eval_command, _evaluate_after, program
 
 
 @pytest.mark.parametrize(
@@ -23,3 +26,49 @@ def test_suggested_commands_call_the_program_as_the_user_did(monkeypatch, argv0,
     monkeypatch.setattr(sys, "executable", "PYTHON")
     monkeypatch.setattr(shutil, "which", found.get)
     assert program() == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "chat"),
+    [
+        ("mine.jsonl", False),
+        ("mine.jsonl?chat=true", True),
+        ("mine.jsonl?limit=3&chat=True", True),
+        ({"name": "mine.jsonl", "chat": True}, True),
+        ({"name": "mine.jsonl", "chat": "true"}, True),
+        ({"name": "chat=true.jsonl"}, False),
+    ],
+)
+def test_the_suggested_evaluation_sends_prompts_as_training_did(source, chat):
+    recipe = {"args": {"output_dir": "runs/mine"}, "train_dataset": source, "reward": "numeric"}
+    file = "'FILE?chat=true'" if chat else "FILE"
+    assert _eval_command(recipe, "", {}) == f"runs/mine --dataset {file} --reward numeric"
+
+
+def test_a_finished_run_suggests_the_same_command_into_another_folder(tmp_path, capsys):
+    (tmp_path / "summary.json").write_text("{}")
+    overrides = ["--model", "a b", "--train_dataset", "mine.jsonl?chat=true", "--output_dir", str(tmp_path)]
+    assert main(["train", *overrides]) == 0
+    suggested = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert suggested[suggested.index("train") + 1 :] == [*overrides[:-1], f"{tmp_path}-2"]
+
+
+@pytest.mark.parametrize(
+    ("log", "best", "evaluated"),
+    [
+        ([{"eval_reward": 0.4, "step": 4}, {"loss": 1, "step": 4}], False, False),
+        ([{"eval_reward": 0.4, "step": 3}, {"loss": 1, "step": 4}], False, True),
+        ([{"eval_reward": 0.4, "step": 4}], True, True),  # another checkpoint was loaded since
+        ([], False, True),
+    ],
+)
+def test_a_model_that_was_just_evaluated_is_not_evaluated_again(log, best, evaluated):
+    trainer = SimpleNamespace(
+        eval_dataset=[1],
+        state=SimpleNamespace(log_history=log, global_step=4),
+        args=SimpleNamespace(load_best_model_at_end=best),
+        evaluate=lambda: {"eval_reward": 0.6},
+    )
+    assert _evaluate_after(trainer)["eval_reward"] == (0.6 if evaluated else 0.4)
+    trainer.eval_dataset = None
+    assert _evaluate_after(trainer) == {}
