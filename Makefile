@@ -63,7 +63,7 @@ $(VENV)/ready: setup.py pyproject.toml
 	touch $@
 
 $(VENV)-oldest/ready $(VENV)-newest/ready: $(VENV)-%/ready: setup.py tests/requirements-oldest.txt
-	$(PYTHON) -m venv $(VENV)-$*
+	$(PYTHON) -m venv --clear $(VENV)-$*
 	$(VENV)-$*/bin/python -m pip install --quiet --editable '.[dev]' $(if $(filter oldest,$*),--requirement tests/requirements-oldest.txt)
 	touch $@
 

@@ -22,8 +22,13 @@ DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings-python>=2.0"
 
 
 def long_description() -> str:
-    """Return the README as the package index shows it: without images and links that only the repository has."""
-    text = re.sub(r"^!\[[^\]]*\]\((?!https:)[^)]*\)\n", "", (HERE / "README.md").read_text(), flags=re.M)
+    """Return the README as the package index shows it: without what only the repository has.
+
+    These are images and their captions, links, and the list of the documentation.
+    """
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[[^\]]*\]\((?!https:)[^)]*\)\n\n\*Left.*?\*\n\n", "", text, flags=re.M | re.S)
+    text = re.sub(r"^## Documentation\n.*?(?=^```bibtex)", "## Citation\n\n", text, flags=re.M | re.S)
     return re.sub(r"(?<!!)\[((?:!\[[^\]]*\]\([^)]*\)|[^\]])*)\]\((?!https:)[^)]*\)", r"\1", text)
 
 

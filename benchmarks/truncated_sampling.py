@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import recipe_comparison, results
+from benchmarks.harness.palette import GREY
 from benchmarks.harness.recipe_comparison import Comparison
 from benchmarks.harness.results import Row
 from benchmarks.harness.suite import Suite
@@ -67,7 +68,7 @@ def draw(path: Path, report: Row) -> None:
                 axes.plot(updates, curve[: len(updates)], color=f"C{i}", linewidth=0.5, alpha=0.5)
             means = [statistics.fmean(values) for values in zip(*(c[: len(updates)] for c in curves), strict=True)]
             axes.plot(updates, means, color=f"C{i}", linewidth=2, label=variant)
-        axes.axhline(report["threshold"], color="grey", linestyle=":", linewidth=1)
+        axes.axhline(report["threshold"], color=GREY, linestyle=":", linewidth=1)
         axes.set_xlabel("updates, four per rollout")
         axes.set_ylabel("held-out accuracy, greedy")
         axes.legend()

@@ -59,23 +59,46 @@ def load_prompts(source: str | Mapping[str, Any] | Dataset, **options: Any) -> D
         FileNotFoundError: there is no such file.
         ValueError: an unknown source or option, no column ``prompt``, an empty prompt, or no prompt at all.
     """
-    embedded: dict[str, Any] = {}
-    if isinstance(source, Mapping):
-        embedded = dict(source)
-        source = embedded.pop("name", "")
-        if source == "reasoning_gym":
-            source = f"reasoning_gym:{embedded.pop('task', '')}"
-    if isinstance(source, str):
-        source, query = split_options(source)
-        embedded = {**query, **embedded}
+    source, embedded = _split(source)
     if not isinstance(source, Dataset) and not source:
         raise ValueError(
             f"dataset {embedded!r} names no source; give a file, reasoning_gym:TASK, module:function or hub name"
         )
     options = {**embedded, **options}
     common = {key: options.pop(key) for key in _COMMON_OPTIONS & options.keys() if key != "seed"}
+    common |= {key: _switch(key, common[key]) for key in _SWITCHES & common.keys()}
     data, seed = _read(source, options)
     return _prepare(data, seed, name=str(source)[:80], **common)
+
+
+def format_options(source: str | Mapping[str, Any] | Dataset) -> dict[str, Any]:
+    """Return the options of a source that say how its prompts are sent to the model."""
+    _, options = _split(source)
+    found = {key: options[key] for key in ("chat", "system_prompt", "prompt_template") if key in options}
+    return {key: value for key, value in found.items() if key != "chat" or _switch(key, value)}
+
+
+def _split(source: str | Mapping[str, Any] | Dataset) -> tuple[str | Dataset, dict[str, Any]]:
+    """Return the source itself and the options that it names."""
+    options: dict[str, Any] = {}
+    name: Any = source
+    if isinstance(source, Mapping):
+        options = dict(source)
+        name = options.pop("name", "")
+        if name == "reasoning_gym":
+            name = f"reasoning_gym:{options.pop('task', '')}"
+    if isinstance(name, str):
+        name, query = split_options(name)
+        options = {**query, **options}
+    return name, options
+
+
+def _switch(name: str, value: Any) -> bool:
+    """Return the value of an option that is on or off; in text it may be written as in Python or in JSON."""
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if str(value).lower() not in known:
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    return known[str(value).lower()]
 
 
 def _read(source: str | Dataset, options: dict[str, Any]) -> tuple[Dataset, int | None]:
@@ -298,6 +321,9 @@ _COMMON_OPTIONS = {
     "drop_conflicts",
     "exclude",
 }
+
+
+_SWITCHES = {"chat", "drop_duplicates", "drop_conflicts"}
 
 
 def check_dataset(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -20,21 +20,25 @@ def main() -> int:
         The exit code: 1 if an operation fails or is off by more than the tolerance, else 0.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    backend = pick_backend("triton" if INTERPRETED else None, torch.empty(0, device=device))
     triton_version = triton.__version__ if triton else "not installed"
     print(f"sppo_kernels {__version__}, Python {platform.python_version()}")
     print(f"torch {torch.__version__}, triton {triton_version}{', interpreted' if INTERPRETED else ''}")
+    try:
+        backend = pick_backend("triton" if INTERPRETED else None, torch.empty(0, device=device))
+    except ImportError as error:
+        print(f"device {_name(device)}\n\nfailed: {error}")
+        return 1
     print(f"device {_name(device)}, backend {backend}")
     print("\nvalues and gradients, largest error against the float64 reference:")
     start, wrong = time.perf_counter(), []
-    try:
-        for name, error in errors(device, backend):
-            good = error < TOLERANCE
-            wrong += [] if good else [name]
-            print(f"  {name:<20} {error:.0e}{'' if good else '  WRONG'}", flush=True)
-    except Exception as error:
-        print(f"  {type(error).__name__}: {error}")
-        wrong.append("an operation that raised an error")
+    for name, result in errors(device, backend):
+        if isinstance(result, Exception):
+            text = f"{type(result).__name__}: {result}"
+        else:
+            text = f"{result:.0e}{'' if result < TOLERANCE else '  WRONG'}"
+        if isinstance(result, Exception) or not result < TOLERANCE:
+            wrong.append(name)
+        print(f"  {name:<20} {text}", flush=True)
     seconds = time.perf_counter() - start
     print(f"\n{'failed: ' + ', '.join(wrong) if wrong else 'all correct'} ({seconds:.0f} s)")
     return 1 if wrong else 0

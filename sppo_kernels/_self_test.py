@@ -25,11 +25,12 @@ TOLERANCE = 5e-3
 TOKENS, HIDDEN, VOCABULARY = 33, 64, 1000
 
 
-def errors(device: torch.device, backend: str | None = None) -> Iterator[tuple[str, float]]:
+def errors(device: torch.device, backend: str | None = None) -> Iterator[tuple[str, float | Exception]]:
     """Run each operation on a device in float32, with a backend; None picks it by the device.
 
     Yields:
-        The name of an operation, and the largest error of its results and gradients, relative to the largest value.
+        The name of an operation, and the largest error of its results and gradients, relative to the largest value, or
+        the exception that it raised.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -46,7 +47,7 @@ def errors(device: torch.device, backend: str | None = None) -> Iterator[tuple[s
 
     # An operation, its differentiable tensors, and a call that returns the tensors to compare.
     calls: Sequence[tuple[Callable[..., Any], Sequence[Tensor], Callable[..., Sequence[Tensor]]]] = (
-        (linear_logprobs, (hidden, weight), lambda op, on, h, w: op(h, w, labels.to(on))[:2]),
+        (linear_logprobs, (hidden, weight), lambda op, on, h, w: _without_entropy_gradient(op(h, w, labels.to(on)))),
         (
             linear_policy_loss,
             (hidden, weight, old, advantages),
@@ -69,7 +70,11 @@ def errors(device: torch.device, backend: str | None = None) -> Iterator[tuple[s
     )
     cpu = torch.device("cpu")
     for operation, tensors, call in calls:
-        actual = _results(partial(operation, backend=backend), call, tensors, device, torch.float32)
+        try:
+            actual = _results(partial(operation, backend=backend), call, tensors, device, torch.float32)
+        except Exception as error:
+            yield operation.__name__, error
+            continue
         expected = _results(getattr(reference, operation.__name__), call, tensors, cpu, torch.float64)
         yield operation.__name__, max(_error(a, e) for a, e in zip(actual, expected, strict=True))
 
@@ -81,14 +86,27 @@ def _results(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Return results, and gradients of the first result's sum for the inputs that have one."""
+    """Return results, and gradients of a weighted sum of those that are differentiable."""
     inputs = [tensor.to(device, dtype, copy=True).requires_grad_() for tensor in tensors]
     outputs = list(call(operation, device, *inputs))
     gradients: Sequence[Tensor | None] = ()
-    if outputs[0].requires_grad:
-        gradients = torch.autograd.grad(outputs[0].sum(), inputs, allow_unused=True)
+    if differentiable := [output for output in outputs if output.requires_grad]:
+        # Every element has a weight of its own, so that a gradient of another token is found.
+        weighted = [(output * _weights(output)).sum() for output in differentiable]
+        gradients = torch.autograd.grad(sum(weighted[1:], weighted[0]), inputs, allow_unused=True)
     found = [*outputs, *(gradient for gradient in gradients if gradient is not None)]
     return [tensor.detach().cpu().double() for tensor in found]
+
+
+def _without_entropy_gradient(out: Any) -> tuple[Tensor, Tensor]:
+    """Detach the entropies, whose gradient makes the operation compute the logits again, with a warning."""
+    return out.logprobs, out.entropy.detach()
+
+
+def _weights(output: Tensor) -> Tensor:
+    return torch.linspace(-1, 2, max(output.numel(), 2), dtype=output.dtype, device=output.device)[
+        : output.numel()
+    ].view_as(output)
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

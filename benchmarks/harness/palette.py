@@ -16,8 +16,10 @@ RC = {
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "svg.hashsalt": "sppo-kernels",  # the same bytes every time
+    "svg.hashsalt": "sppo-kernels",  # the same bytes with the same version
     **{f"{part}.color": INK for part in ("text", "xtick", "ytick")},
+    "axes.prop_cycle": f"cycler('color', {[BLUE, ORANGE, MAGENTA, TEAL, CYAN, RED]})",
+    "grid.color": GREY,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
 }

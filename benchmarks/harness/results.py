@@ -240,8 +240,8 @@ def save_figure(
     with matplotlib.rc_context(palette.RC):
         figure = Figure(figsize=size, layout="constrained")
         fill(figure)
-        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
-    _replace(path, lambda file: file.write_text(palette.themed(image.getvalue())))
+        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    _replace(path, lambda file: file.write_text(palette.themed(image.getvalue()), encoding="utf-8", newline="\n"))
 
 
 def table(rows: Iterable[Row], columns: Columns) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from benchmarks.harness.learning.comparison import compared
 from benchmarks.harness.learning.curves_figure import Style, Variants, draw, draw_curves
 from benchmarks.harness.learning.intervals import Cost, mean, mean_reward
-from benchmarks.harness.palette import BLUE, CYAN, GREY, INK, MAGENTA, ORANGE, RED, TEAL, WIDTH
+from benchmarks.harness.palette import BLUE, CYAN, GREY, INK, MAGENTA, ORANGE, PAPER, RED, TEAL, WIDTH
 from benchmarks.harness.results import Row
 from benchmarks.learn.run_plan import Plan
 
@@ -208,7 +208,7 @@ def _point(axes: Axes, at: float, cost: Cost, colour: str, marker: str, upright:
         ends, across = [cost.low, cost.high], [at, at]
         axes.plot(*((across, ends) if upright else (ends, across)), "-", color=colour, linewidth=1.2)
     position = (at, cost.value) if upright else (cost.value, at)
-    axes.plot(*position, marker, color=colour, markersize=5, markerfacecolor="white" if cost.is_bound else colour)
+    axes.plot(*position, marker, color=colour, markersize=5, markerfacecolor=PAPER if cost.is_bound else colour)
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
@@ -225,7 +225,7 @@ def _plain_ticks(axis: Axis, values: Sequence[float] | Mapping[int, str]) -> Non
 def _key(style: Style) -> Line2D:
     from matplotlib.lines import Line2D
 
-    hollow = {"markerfacecolor": "white"} if style.marker == "^" else {}
+    hollow = {"markerfacecolor": PAPER} if style.marker == "^" else {}
     return Line2D(
         [], [], color=style.colour, linestyle=style.line, marker=style.marker, label=style.label, markersize=5, **hollow
     )

@@ -1,8 +1,8 @@
 """Generate the tables of README and docs, the charts and the diagrams, from the committed results.
 
-In a page a table stands between ``<!-- table: NAME DEVICE -->`` and ``<!-- end -->``. It is generated from the files in
-benchmarks/results/DEVICE and must not be edited. Without options pages and charts are brought up to date; ``--check``
-changes nothing, and the exit code is 1 when a page is out of date.
+In a page a table stands between ``<!-- table: NAME DEVICE -->`` and ``<!-- end -->`` and must not be edited. It is
+generated from the files in benchmarks/results/DEVICE, or without a device from the code. Without options pages and
+charts are brought up to date; ``--check`` changes nothing, and the exit code is 1 when a page is out of date.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def tables() -> dict[str, Callable[[Path], str]]:
 def pages(root: Path) -> list[Path]:
     """List README and the pages of docs that hold generated tables."""
     found = [root / "README.md", *sorted(root.glob("docs/**/*.md"))]
-    return [page for page in found if page.exists() and _TABLE.search(page.read_text())]
+    return [page for page in found if page.exists() and _TABLE.search(page.read_text(encoding="utf-8"))]
 
 
 def render(page: str, folder: Path) -> str:
@@ -138,12 +138,12 @@ def run(args: argparse.Namespace) -> int:
     folder = args.out / RESULTS.relative_to(ROOT)
     stale = []
     for page in pages(args.out):
-        name, old = str(page.relative_to(args.out)), page.read_text()
+        name, old = str(page.relative_to(args.out)), page.read_text(encoding="utf-8")
         new = render(old, folder)
         if new != old:
             stale.append(name)
             if not args.check:
-                page.write_text(new)
+                page.write_text(new, encoding="utf-8", newline="\n")
         count = len(_TABLE.findall(new))
         print(f"{name}: {count} tables{', out of date' if new != old and args.check else ''}")
     if not args.check:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 COPIES = "repository"
 _LINK = re.compile(r"(\[!\[[^\]]*\]\([^)]*\)\]|!?\[[^\]]*\])\(([^)\s#]+)(#[^)\s]*)?\)")
 _API = re.compile(r"^<!-- api: (\S+) -->$", re.M)
+_FENCE = re.compile(r"(^```.*?^```$)", re.M | re.S)
 _MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
 
 
@@ -37,7 +38,7 @@ def _target(source: PurePosixPath) -> str:
 def _linked(source: PurePosixPath) -> set[PurePosixPath]:
     """Return the files of the repository that a page links to."""
     found = set()
-    for _, link, _ in _LINK.findall((ROOT / source).read_text()):
+    for _, link, _ in _LINK.findall((ROOT / source).read_text(encoding="utf-8")):
         if ":" not in link:
             path = PurePosixPath(normpath(str(source.parent / link)))
             if path.parts[0] != ".." and (ROOT / path).is_file():
@@ -76,7 +77,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return label[1:-1]  # the site has no page for a folder
         return f"{label}({relpath(_target(target), here)}{anchor})"
 
-    return _API.sub(r"::: \1", _LINK.sub(link, markdown))
+    parts = _FENCE.split(markdown)
+    parts[::2] = [_API.sub(r"::: \1", _LINK.sub(link, part)) for part in parts[::2]]
+    return "".join(parts)
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 from sppo._utils import ADAPTER_CONFIG, SUMMARY_FILE
 from sppo.cli.recipes import Recipe, build_trainer, override, read_recipe
@@ -49,7 +50,8 @@ def train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
             f"{folder} holds a finished run (see {folder / SUMMARY_FILE}); to start over, delete it or name another "
             "folder:"
         )
-        print(f"  {program()} train {_command_line(name, overrides, without=('output_dir',))} --output_dir {folder}-2")
+        command = _command_line(name, overrides, without=("output_dir",))
+        print(f"  {program()} train {command} --output_dir {shlex.quote(f'{folder}-2')}")
         return 0
     checkpoints = list(folder.glob("checkpoint-*"))
     if arguments.resume and not checkpoints:
@@ -104,18 +106,20 @@ def _eval_command(recipe: Recipe, name: str, overrides: dict[str, str]) -> str:
     folder = str(recipe["args"]["output_dir"])
     if not recipe.get("eval_dataset"):
         reward = f" --reward {shlex.quote(str(recipe['reward']))}" if recipe.get("reward") else ""
-        file = "'FILE?chat=true'" if _is_chat(recipe["train_dataset"]) else "FILE"
-        return f"{folder} --dataset {file}{reward}"
+        options = _format(recipe)
+        file = shlex.quote(f"FILE?{urlencode(options)}") if options else "FILE"
+        return f"{shlex.quote(folder)} --dataset {file}{reward}"
     base = () if Path(folder, ADAPTER_CONFIG).is_file() else ("model", "model_kwargs")
     command = _command_line(name, overrides, without=(*base, "critic", "train_dataset", "max_steps", "output_dir"))
-    return f"{command} --output_dir {folder}"
+    return f"{command} --output_dir {shlex.quote(folder)}"
 
 
-def _is_chat(source: Any) -> bool:
-    """Return whether the option ``chat`` sends the prompts of a source as user messages."""
-    if isinstance(source, dict):
-        return str(source.get("chat", "")).lower() == "true"
-    return "chat=true" in str(source).partition("?")[2].lower().split("&")
+def _format(recipe: Recipe) -> dict[str, str]:
+    """Return the options of the training set that say how prompts are sent, as text."""
+    from sppo.data import format_options
+
+    options = format_options(recipe["train_dataset"])
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in options.items()}
 
 
 def _evaluate_before(trainer: SPPOTrainer, folder: Path, *, resumes: bool) -> dict[str, float]:
@@ -132,7 +136,7 @@ def _evaluate_before(trainer: SPPOTrainer, folder: Path, *, resumes: bool) -> di
     return before
 
 
-def _evaluate_after(trainer: SPPOTrainer) -> dict[str, float]:
+def _evaluate_after(trainer: SPPOTrainer) -> dict[str, Any]:
     """Return the metrics of the trained model: those of training, if it was evaluated after the last update."""
     if trainer.eval_dataset is None:
         return {}

@@ -6,6 +6,7 @@ All totals come from the trainer's state, which checkpoints contain, so the tota
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -136,13 +137,14 @@ def _failure_to_learn(summary: Mapping[str, Any]) -> str:
 
 
 def _next_steps(program: str, recipe: str, evaluation: str, folder: Path, seed: int) -> str:
+    output, other = (shlex.quote(text) for text in (f"{folder}/eval/greedy.jsonl", f"{folder}-{seed + 1}"))
     return (
         "Next steps:\n"
         "  greedy answers to the held-out prompts:\n"
-        f"    {program} eval {evaluation} --temperature 0 --output {folder}/eval/greedy.jsonl\n"
+        f"    {program} eval {evaluation} --temperature 0 --output {output}\n"
         "  the same with another seed, and the comparison:\n"
-        f"    {program} train {recipe} --seed {seed + 1} --output_dir {folder}-{seed + 1}\n"
-        f"    {program} compare {folder} {folder}-{seed + 1}\n"
+        f"    {program} train {recipe} --seed {seed + 1} --output_dir {other}\n"
+        f"    {program} compare {shlex.quote(str(folder))} {other}\n"
         "  train your own model on your own prompts:\n"
         f"    {program} train --help"
     )

@@ -182,3 +182,17 @@ def test_an_empty_file_raises(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"{name}' is an empty file; give at least one prompt"):
         load_prompts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("value", "is_chat"), [("true", True), ("True", True), ("1", True), ("false", False), ("False", False)]
+)
+def test_a_switch_may_be_written_as_in_python(value, is_chat, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "2 + 2"}\n')
+    assert isinstance(load_prompts(f"{file}?chat={value}")[0]["prompt"], list) is is_chat
+
+
+def test_a_switch_is_on_or_off():
+    with pytest.raises(ValueError, match="chat must be true or false, got 'yes'"):
+        load_prompts(table(), chat="yes")

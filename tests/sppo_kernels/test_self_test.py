@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import sppo_kernels
 from sppo_kernels import __main__, _self_test
 
 OPERATIONS = {
@@ -43,4 +44,27 @@ def test_an_operation_that_raises_is_reported(monkeypatch, capsys):
 
     monkeypatch.setattr(_self_test, "gae", gae)
     assert __main__.main() == 1
-    assert "RuntimeError: no such kernel" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "gae                  RuntimeError: no such kernel" in output
+    assert "failed: gae (" in output  # and the others ran
+
+
+def test_the_gradient_of_another_token_is_found(monkeypatch):
+    def linear_logprobs(hidden, weight, labels, backend):
+        out = sppo_kernels.linear_logprobs(hidden, weight, labels, backend=backend)
+        upstream_of_the_first = lambda gradient: gradient[:1].expand_as(gradient)
+        out.logprobs.register_hook(upstream_of_the_first)
+        return out
+
+    monkeypatch.setattr(_self_test, "linear_logprobs", linear_logprobs)
+    assert dict(_self_test.errors(torch.device("cpu"), "torch"))["linear_logprobs"] > 0.1
+
+
+def test_an_interpreter_that_cannot_run_is_reported_below_the_versions(monkeypatch, capsys):
+    def pick_backend(backend, tensor):
+        raise ImportError("needs another numpy")
+
+    monkeypatch.setattr(__main__, "pick_backend", pick_backend)
+    assert __main__.main() == 1
+    output = capsys.readouterr().out
+    assert output.index("torch ") < output.index("failed: needs another numpy")

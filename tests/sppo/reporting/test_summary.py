@@ -64,7 +64,12 @@ def test_the_report_is_printed_and_written(tmp_path, capsys):
     assert sorted(file.name for file in path.parent.iterdir()) == ["learning_curve.png", "summary.json"]
     assert (path.parent / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
-    for text in ("0.250 -> 0.750", "seconds of training  6.5", "sppo train quickstart --seed 4 --output_dir"):
+    for text in (
+        "0.250 -> 0.750",
+        "seconds of training  6.5",
+        "sppo train quickstart --seed 4 --output_dir",
+        "eval/greedy.jsonl",
+    ):
         assert text in output
     assert "did not rise" not in output
 
