@@ -129,8 +129,8 @@ def _parser() -> argparse.ArgumentParser:
         "value",
         help="print a critic's predicted success probability of prompts",
         formatter_class=keep_line_breaks,
-        description="Print the probability of success that a trained prompt critic predicts for each prompt. A probe or a "
-        "token critic has no such model.",
+        description="Print the probability of success that a trained prompt critic predicts for each prompt.\n"
+        "A probe or a token critic has no such model.",
         epilog="Example, after sppo train quickstart:\n  sppo value '7-3*2+1-2*2=' '1+1+1+1+1+1='",
     )
     value.add_argument("prompts", nargs="+", metavar="PROMPT", help="a prompt, formatted as in training")
