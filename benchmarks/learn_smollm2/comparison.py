@@ -88,7 +88,7 @@ FIGURES: Mapping[str, Axis] = {"tokens": TOKENS, "seconds": MINUTES}
 
 def draw(path: Path, plan: Plan, axis: Axis) -> None:
     """Draw the rewards of all variants; nothing before a counted run is done."""
-    draw_curves(path, [plan] if plan.counted() else [], STYLES, axis=axis, intervals=False)
+    draw_curves(path, [plan] if plan.counted() else [], STYLES, axis=axis, intervals=False, limits=None)
 
 
 def reported(report: Mapping[str, Any], task: Task) -> Plan:

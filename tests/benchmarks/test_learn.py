@@ -21,6 +21,7 @@ from benchmarks.__main__ import main
 from benchmarks.harness.learning import curves_figure, intervals
 from benchmarks.harness.learning.comparison import compared
 from benchmarks.harness.learning.jobs import finished_rows
+from benchmarks.harness.palette import PAPER
 from benchmarks.learn import digit_walk, figures, policy
 from benchmarks.learn.run_plan import Plan
 from benchmarks.learn.runs import Run, config_of
@@ -348,7 +349,7 @@ def test_a_figure_has_the_values_of_the_table_and_hollow_bounds(monkeypatch):
     markers = {line.get_marker(): line for line in ratios.lines if line.get_marker() not in ("None", "")}
     threshold = 200 + 100 * (0.65 - 0.6) / 0.3, 100 + 100 * (0.65 - 0.6) / 0.3
     assert markers["s"].get_ydata() == pytest.approx([threshold[0] / threshold[1]])
-    assert markers["^"].get_markerfacecolor() == "white"
+    assert markers["^"].get_markerfacecolor() == PAPER
     assert "D" not in markers
     assert [text.get_text() for text in tokens.get_xticklabels()] == ["64 (0.65)"]
 

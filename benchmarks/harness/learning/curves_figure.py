@@ -48,7 +48,13 @@ def draw(path: Path, size: tuple[float, float], fill: Callable[[Figure], None]) 
 
 
 def draw_curves(
-    path: Path, plans: Sequence[Plan[Any, Any]], variants: Variants, *, axis: Axis = TOKENS, intervals: bool = True
+    path: Path,
+    plans: Sequence[Plan[Any, Any]],
+    variants: Variants,
+    *,
+    axis: Axis = TOKENS,
+    intervals: bool = True,
+    limits: tuple[float, float] | None = (0, 1),
 ) -> None:
     """Draw held-out rewards over what they cost, the mean over the seeds; nothing without plans.
 
@@ -58,6 +64,7 @@ def draw_curves(
         variants: how each variant looks; others are left out.
         axis: the horizontal axis.
         intervals: whether to draw 95% intervals.
+        limits: of the vertical axis; None for those of the curves.
     """
     if not plans:
         return
@@ -69,6 +76,8 @@ def draw_curves(
             _fill(axes, plan, variants, axis, intervals)
         for axes in panels[:, 0]:
             axes.set_ylabel("held-out reward")
+            if limits:
+                axes.set_ylim(*limits)
         for axes in panels[-1]:
             axes.set_xlabel(axis.label)
         for axes in panels.flat[len(plans) :]:
@@ -95,4 +104,3 @@ def _fill(axes: Axes, plan: Plan[Any, Any], variants: Variants, axis: Axis, inte
             axes.fill_between(spent, *ends, color=style.colour, alpha=0.1, linewidth=0)
     axes.axhline(plan.task.threshold, color=GREY, linestyle=":", linewidth=1)
     axes.set_title(plan.task.name, loc="left")
-    axes.set_ylim(0, 1)

@@ -27,7 +27,7 @@ class Cost(NamedTuple):
     def __str__(self) -> str:
         sign = "at least " if self.is_bound else ""
         interval = "" if self.low is None else f" ({self.low:.3g} to {self.high:.3g})"
-        return f"{sign}{self.value:.3g}{interval}"
+        return f"{sign}{round(self.value, 9):.3g}{interval}"  # not 4e-17 for a difference of 0
 
     def times(self, factor: float) -> Cost:
         """Return the cost in another unit."""
