@@ -47,6 +47,7 @@ from benchmarks.train_memory.step import KINDS, OWNERS, Step, StepAllocations, b
 from benchmarks.train_memory.surroundings import (
     before_an_update,
     eager_logprobs,
+    measurable,
     on_cuda,
     processes,
     shard,
@@ -61,6 +62,8 @@ from sppo_kernels import linear_logprobs
 
 def run(args: argparse.Namespace) -> int:
     """Entry of the suite."""
+    if not measurable():
+        raise SystemExit("train_memory needs torch 2.11 or newer, whose attention of variable length it measures")
     rows = []
     shorter = QUICK_SETTINGS if args.quick else {}
     for case in QUICK if args.quick else CASES:

@@ -63,6 +63,11 @@ def shard(model: ActorCritic, mesh: DeviceMesh) -> None:
     fsdp2_prepare_model(accelerator, model)
 
 
+def measurable() -> bool:
+    """Return whether this version of torch has the attention that a GPU without flash-attn uses."""
+    return attention._torch_varlen() is not None
+
+
 def attention_on_cuda(
     module: nn.Module,
     query: Tensor,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from older_transformers import needs_a_newer_one
 from tiny_models import FAMILIES, SIZES, char_tokenizer, tiny_model
 
 from sppo.models import packed_attention as attention
@@ -184,6 +185,7 @@ def test_the_newest_flash_attn_that_supports_the_device(installed, capability, c
     attention.flash_attention.cache_clear()
 
 
+@needs_a_newer_one
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 20.0)])
 def test_flash_attn_gets_the_arguments_of_the_loop(window, softcap, monkeypatch):
     """Its variable-length function is replaced by the loop with the same signature."""

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from older_transformers import skip_if_old
 from tiny_models import char_tokenizer, tiny_model
 from transformers import (
     GenerationConfig,
@@ -154,6 +155,7 @@ def test_no_support_without_truncation(kind, settings, temperature):
 
 
 def continuous(**settings):
+    skip_if_old()
     settings = {"max_completion_length": 8, "num_blocks": 8, "page_size": 16, "max_batch_tokens": 64} | settings
     return ContinuousRollout(tiny_model(), char_tokenizer(), **settings)
 
