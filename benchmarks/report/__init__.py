@@ -68,6 +68,8 @@ def quickstart_table(folder: Path) -> str:
         "accuracy before": lambda row: f"{row['accuracy_before']:.3f}",
         "after": lambda row: f"{row['accuracy_after']:.3f}",
         "generated tokens": lambda row: f"{row['generated_tokens']:,}",
+        "installation, s": lambda row: row["seconds_of_installation"],
+        "`make quickstart`, s": lambda row: row["seconds_of_quickstart"],
     }
     return markdown(rows, columns)
 
