@@ -23,7 +23,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,7 +128,7 @@ def call(
             return _call_per_sample(function, options, samples)
         result = function(**arguments, **options)
         if inspect.isawaitable(result):
-            result = asyncio.run(_await(result))
+            result = run_async(_await(result))
         values = _to_list(result)
     except (KeyboardInterrupt, Expired, RewardError):
         raise
@@ -160,7 +160,7 @@ def _call_per_sample(
     """Call the function once per sample; an error affects only its sample, and async calls run concurrently."""
     results = [_result_or_error(partial(function, **sample, **options)) for sample in samples]
     if any(inspect.isawaitable(result) for result in results):
-        results = asyncio.run(_await_all(results))
+        results = run_async(_await_all(results))
     return [_describe(result) if isinstance(result, BaseException) else _check_value(result) for result in results]
 
 
@@ -172,6 +172,30 @@ def _result_or_error(work: Callable[[], Any]) -> Any:
         raise
     except BaseException as error:
         return error
+
+
+def run_async(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine like ``asyncio.run``, but do not wait for threads of ``asyncio.to_thread``.
+
+    ``asyncio.run`` waits for them in a coroutine. If a time limit interrupts that, the coroutine waits again when it is
+    collected as garbage, which may be while ``threading`` holds the lock that the wait needs: a deadlock.
+    """
+    loop = asyncio.new_event_loop()
+
+    async def cancel() -> None:
+        tasks = asyncio.all_tasks(loop) - {asyncio.current_task(loop)}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await loop.shutdown_asyncgens()
+
+    try:
+        try:
+            return loop.run_until_complete(work)
+        finally:
+            loop.run_until_complete(cancel())
+    finally:
+        loop.close()
 
 
 async def _await(result: Awaitable[Any]) -> Any:

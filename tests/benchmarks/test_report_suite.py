@@ -74,7 +74,8 @@ def test_charts_are_drawn_of_every_report_that_has_one(copy):
     assert drawn == (
         reports
         - {"emulated"}  # counts of what was run: a table says it all
-        - {"learn", "signal"}  # several charts instead of one
+        - {"learn", "learn_smollm2", "signal"}  # several charts instead of one
+        | {"learn_smollm2-tokens", "learn_smollm2-seconds"}
         | {f"learn-{question}" for question in ("algorithms", "horizon", "centring", "difficulty", "groups", "updates")}
         | {f"signal-{name}" for name in ("spread", "horizon", "explained", "critics", "ratios", "predictions")}
         | {f"{report}-roofline" for report in reports if report.startswith("compile-")}

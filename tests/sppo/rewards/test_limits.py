@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -33,17 +35,34 @@ def test_the_worker_calls_rewards_per_sample(how, message):
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_async_rewards_end_at_the_limit(wait, per_sample):
     async def one(prompt, completion):
-        await wait(2 if completion == "bb" else 0)
+        await wait(3 if completion == "bb" else 0)
         return 1.0
 
     async def batch(prompts, completions):
         return [await one(p, c) for p, c in zip(prompts, completions, strict=True)]
 
     start = time.monotonic()
-    scores = score_batch(one if per_sample else batch, timeout=0.3)
-    assert time.monotonic() - start < 1.9
+    scores = score_batch(one if per_sample else batch, timeout=0.6)
+    assert time.monotonic() - start < 2.9
     assert scores.rewards[:2] == [1.0, None]
     assert "took longer than" in scores.failures[0]
+
+
+def test_no_wait_for_threads_is_left_to_the_garbage_collection():
+    """There it may run while threading holds a lock that it needs."""
+
+    async def reward(prompts, completions):
+        await asyncio.to_thread(time.sleep, 1.5)
+        return [1.0] * len(prompts)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert score_batch(reward, timeout=0.2).rewards == [None] * 3
+        coroutines = [found for found in gc.get_objects() if type(found) is types.CoroutineType]
+        assert not [found for found in coroutines if found.__name__ == "shutdown_default_executor"]
+    finally:
+        gc.enable()
 
 
 def test_limits_apply_outside_the_main_thread():
