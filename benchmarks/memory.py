@@ -194,7 +194,7 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-DRAWN = {
+LABELS = {
     "eager": "PyTorch, all logits",
     "eager, masked to a support of 20": "PyTorch, masked to a support of 20",
     "cache, everything kept": 'linear_logprobs, "cache", all kept',
@@ -203,7 +203,7 @@ DRAWN = {
     "recompute": 'linear_logprobs, "recompute"',
     "support of 20": "linear_logprobs, support of 20",
 }
-"""Cases in the chart, and their labels."""
+"""Labels of the cases that are drawn."""
 
 
 def chart(rows: Iterable[Row]) -> results.Chart:
@@ -211,7 +211,7 @@ def chart(rows: Iterable[Row]) -> results.Chart:
     rows = list(rows)
     tokens = max(row["tokens"] for row in rows)
     peaks = {row["case"]: row["peak_bytes"] / GIB for row in rows if row["tokens"] == tokens}
-    bars = [(label, peaks[case]) for case, label in DRAWN.items() if case in peaks]
+    bars = [(label, peaks[case]) for case, label in LABELS.items() if case in peaks]
     return results.Chart(f"peak beyond inputs and returned gradients for {tokens:,} tokens, GiB", bars)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.harness.learning.comparison import compared
-from benchmarks.harness.learning.curves_figure import Style, Variants, draw, draw_curves
+from benchmarks.harness.learning.curves_figure import Style, Variants, draw_curves
 from benchmarks.harness.learning.intervals import Cost, mean, mean_reward
 from benchmarks.harness.palette import BLUE, CYAN, GREY, INK, MAGENTA, ORANGE, PAPER, RED, TEAL, WIDTH
-from benchmarks.harness.results import Row
+from benchmarks.harness.results import Row, save_figure
 from benchmarks.learn.run_plan import Plan
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def horizon(path: Path, plans: Sequence[Plan]) -> None:
         panels[0].legend(handles=[_key(style) for style in HORIZON.values()], loc="upper left", frameon=False)
         panels[1].legend(handles=[_key(Style("at least", GREY, "", "^"))], loc="upper left", frameon=False)
 
-    draw(path, (WIDTH, 3.2), fill)
+    save_figure(path, (WIDTH, 3.2), fill)
 
 
 def centring(path: Path, plans: Sequence[Plan]) -> None:
@@ -143,7 +143,7 @@ def difficulty(path: Path, plans: Sequence[Plan]) -> None:
         axes.axvline(0, color=GREY, linewidth=1)
         axes.set_xlabel("mean reward less SPPO's, paired by seed")
 
-    draw(path, (WIDTH, 1.0 + 0.32 * len(shown)), fill)
+    save_figure(path, (WIDTH, 1.0 + 0.32 * len(shown)), fill)
 
 
 def groups(path: Path, plans: Sequence[Plan]) -> None:
@@ -169,7 +169,7 @@ def groups(path: Path, plans: Sequence[Plan]) -> None:
         keys = [_key(Style(f"{length} steps", OF_HORIZON[length][0], "", OF_HORIZON[length][1])) for length in lengths]
         panels[0].legend(handles=keys, loc="upper left", frameon=False)
 
-    draw(path, (WIDTH, 1.1 + 0.5 * len(names)), fill)
+    save_figure(path, (WIDTH, 1.1 + 0.5 * len(names)), fill)
 
 
 FIGURES: Mapping[str, Callable[[Path, Sequence[Plan]], None]] = {

@@ -6,7 +6,8 @@ many tokens. Held-out prompts are answered each time that an equal number of tok
 counted. The learning rate of each variant's policy is the best of two in runs of half the tokens with a seed of their
 own. Critics have one rate, and a probe is fitted and has none.
 
-A run takes about six minutes of processor time, and all of them about an hour and a half on two cores. A process needs
+A counted run takes three to five minutes of processor time with its evaluations, and all of them less than two hours
+on two cores. A process needs
 up to 8 GiB of memory.
 
 Runs are processes of one thread, as many at a time as there are workers. Each is saved when it is done, and the same

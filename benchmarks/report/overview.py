@@ -1,4 +1,4 @@
-"""The figure of the README: memory of the policy-loss step, and what a critic is worth per response."""
+"""The figure of the README: memory of log-probabilities, and what a critic is worth per response."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import memory
 from benchmarks.harness.allocations import GIB
 from benchmarks.harness.palette import BLUE, CYAN, GREY, MAGENTA, ORANGE, TEAL
 from benchmarks.harness.results import Row, load, load_all, save_figure
@@ -14,14 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PEAKS = {
-    "eager": "PyTorch, all logits",
-    "cache, everything kept": 'linear_logprobs, "cache"',
-    "linear_policy_loss": "linear_policy_loss",
-    "recompute": 'linear_logprobs, "recompute"',
-    "support of 20": "linear_logprobs, support of 20",
-}
-"""Cases of the suite memory, and their labels."""
+PEAKS = ("eager", "cache, everything kept", "linear_policy_loss", "recompute", "support of 20")
+"""Cases of the suite memory."""
 
 SPREADS = {"even": "all 0.3", "graded": "0.98\nto 0.02", "mixed": "0.9\nand 0.1", "extreme": "0.98\nand 0.02"}
 """Walks of 64 steps of the suite signal, and the success rates of their prompts."""
@@ -39,12 +34,11 @@ def draw(path: Path, folder: Path) -> None:
     """Draw the figure from the results in ``folder``; nothing if they are missing."""
     if not all(load_all(folder, suite) for suite in ("memory", "signal")):
         return
-    memory, signal = (load(folder, suite) for suite in ("memory", "signal"))
 
     def fill(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, width_ratios=(1, 1))
-        _memory(left, memory)
-        _signal(right, signal)
+        _memory(left, load(folder, "memory"))
+        _signal(right, load(folder, "signal"))
 
     save_figure(path, (8.8, 3.0), fill)
 
@@ -56,7 +50,7 @@ def _memory(axes: Axes, report: Row) -> None:
     axes.barh(range(len(peaks)), peaks, color=[ORANGE, *[BLUE] * (len(peaks) - 1)])
     for place, peak in enumerate(peaks):
         axes.text(peak + 0.6, place, f"{peak:.1f} GiB", va="center", fontsize=8)
-    axes.set_yticks(range(len(peaks)), PEAKS.values(), fontsize=8)
+    axes.set_yticks(range(len(peaks)), [memory.LABELS[case] for case in PEAKS], fontsize=8)
     axes.set_xlim(0, peaks[0] * 1.2)
     axes.invert_yaxis()
     size = rows["eager"]

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sppo.config import SPPOConfig
 from sppo.rewards.limits import run_within
-from sppo.rewards.worker import RewardError
+from sppo.rewards.worker import RewardError, run_async
 from sppo.rollout.engine import ChatPrompt, Prompt, RolloutEngine, Sample, encode, rollout_seed
 from sppo.rollout.environments import Environment, Messages
 from sppo.rollout.prompts import prompt_of
@@ -153,11 +153,11 @@ def _in_own_loop(work: Any) -> list[Any]:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(work)
+        return run_async(work)
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
+        return pool.submit(run_async, work).result()
 
 
 @dataclass

@@ -334,11 +334,12 @@ def drawn(figure, curves, task, monkeypatch):
             plan.done[run.key] = finished(run, curves[run.variant][run.seed])
     made = []
 
-    def keep(path, size, fill, **settings):
+    def keep(path, size, fill):
         made.append(Figure(figsize=size))
         fill(made[0])
 
-    monkeypatch.setattr(curves_figure, "save_figure", keep)
+    for module in (curves_figure, figures):
+        monkeypatch.setattr(module, "save_figure", keep)
     figures.FIGURES[figure](None, [plan])
     return made[0] if made else None
 

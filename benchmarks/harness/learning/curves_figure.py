@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,11 +40,6 @@ class Axis(NamedTuple):
 
 TOKENS = Axis("tokens", "thousands of generated tokens", 1e-3)
 MINUTES = Axis("seconds", "minutes of processor time", 1 / 60)
-
-
-def draw(path: Path, size: tuple[float, float], fill: Callable[[Figure], None]) -> None:
-    """Save a figure in the style of all comparisons."""
-    save_figure(path, size, fill)
 
 
 def draw_curves(
@@ -86,7 +81,7 @@ def draw_curves(
         keys = [lines[style.label] for style in variants.values() if style.label in lines]
         figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False)
 
-    draw(path, (WIDTH, 0.8 + 2.5 * rows), fill)
+    save_figure(path, (WIDTH, 0.8 + 2.5 * rows), fill)
 
 
 def _fill(axes: Axes, plan: Plan[Any, Any], variants: Variants, axis: Axis, intervals: bool) -> None:

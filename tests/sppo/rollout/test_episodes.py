@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from sppo import HFRollout, Sample
 from sppo.config import SPPOConfig
 from sppo.rollout.engine import ChatPrompt, encode
 from sppo.rollout.environments import ToolEnvironment
-from sppo.rollout.episodes import MultiTurn, answer_tokens
+from sppo.rollout.episodes import MultiTurn, _in_own_loop, answer_tokens
 from sppo.rollout.prompts import prompt_of
 from sppo_kernels import Support
 
@@ -390,3 +391,13 @@ def test_prompts_of_an_environment_are_named_by_their_row(tmp_path):
 def test_a_factory_that_is_no_function_is_refused(tmp_path):
     with pytest.raises(TypeError, match="cannot be called; pass the class, or a function that returns a new env"):
         with_environment(make, tmp_path, Echo())
+
+
+def test_a_thread_that_outlives_the_time_limit_is_not_waited_for():
+    async def stuck():
+        await asyncio.wait_for(asyncio.to_thread(time.sleep, 3), 0.1)
+
+    start = time.monotonic()
+    with pytest.raises(TimeoutError):
+        _in_own_loop(stuck())
+    assert time.monotonic() - start < 2
